@@ -1,0 +1,399 @@
+"""Settings: a recipe (YAML) and `section.key=value` overrides become one frozen, validated `Settings`.
+
+Guarantees: every key is known (an unknown one is refused with a suggestion), every value has a default and one owner,
+and all problems found are reported in one `ConfigError`. A component receives only its own section. What depends on
+files, ranks or the DeepSpeed JSON is checked where those are known; such checks return sentences that end up in the
+same kind of error.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a run's settings, one sentence a problem."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        super().__init__(f"{count} with the settings:\n" + "\n".join(f"  - {problem}" for problem in self.problems))
+
+
+def _inside_one_directory(name: str) -> str:
+    if not name or name.startswith(".") or "/" in name:
+        raise ValueError("expected the name of a directory: no '/', no leading '.'")
+    return name
+
+
+def _above_zero_up_to_one(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError("expected a fraction in (0, 1]")
+    return value
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, AfterValidator(_above_zero_up_to_one)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
+
+
+class RunSettings(Section):
+    name: Annotated[str, AfterValidator(_inside_one_directory)] = "run"
+    """Name of the run; without --run-dir the run directory is runs/NAME."""
+
+
+class DataSettings(Section):
+    path: Path | None = None
+    """Directory of prepared shards (launch/prepare.py makes it)."""
+    validation_path: Path | None = None
+    """Directory of held-out prepared shards; null: no validation."""
+    builtin: bool = False
+    """Where `path` is null: prepare the embedded corpus (Python's own documentation and source, and noise) under the
+    run directory, as the demo does."""
+    sequence_length: Positive = 2048
+    """T, tokens a row."""
+    global_batch: Positive = 256
+    """G, rows an optimiser step over all ranks."""
+    micro_batch: Positive = 8
+    """B, rows a rank and micro-step."""
+    lanes: Positive | None = None
+    """L, independent reading positions of the job; null: the largest divisor of `global_batch` up to 256."""
+    seed: NonNegative = 0
+    """Seed of the order of samples."""
+    shuffle_block: Positive = 1024
+    """Samples of a shard that are permuted among themselves."""
+    num_workers: NonNegative = 2
+    """Loader processes a rank; 0 reads in the training process."""
+
+
+class ModelSettings(Section):
+    dim: Positive = 512
+    """D, width of the hidden states."""
+    num_layers: Positive = 8
+    """Depth of the next-token path: a trunk of num_layers - 1 blocks, then head 0's block."""
+    num_attention_heads: Positive = 8
+    """Attention heads of a block."""
+    num_key_value_heads: Positive | None = None
+    """Key and value heads (grouped-query attention); null: as many as attention heads."""
+    head_dim: Positive | None = None
+    """Width of an attention head; null: dim / num_attention_heads."""
+    ffn_dim: Positive | None = None
+    """Width of the SwiGLU layer; null: 8/3 of dim, rounded up to a multiple of 64."""
+    vocab_size: Positive | None = None
+    """V; null: the data's."""
+    num_prediction_heads: Positive = 4
+    """H: head h predicts the token h + 1 places ahead. 1 is ordinary next-token training."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary position embedding."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
+    attention_bias: bool = False
+    """Bias on query, key and value projections (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, per attention head (Qwen3)."""
+    tied_embeddings: bool = False
+    """The unembedding uses the embedding's matrix."""
+    seed: NonNegative = 0
+    """Seed of the initial weights."""
+    pretrained: Path | None = None
+    """Directory of a causal language model (config.json, *.safetensors) to start from; its last block becomes every
+    prediction head. Its shape must equal this section's."""
+
+
+class ReferenceSettings(Section):
+    path: Path | None = None
+    """Directory of the frozen reference: config.json, model.safetensors (or its index) and tokenizer.json."""
+    sharding: Literal["zero3", "replicate"] = "zero3"
+    """How the reference lies on the ranks: partitioned by ZeRO-3, or whole on each."""
+    training_steps: Positive | None = None
+    """Where `path` is null: first train a next-token reference of the policy's shape for so many steps."""
+    training_data: Path | None = None
+    """Prepared shards to train that reference on; null: the built-in corpus without its noise."""
+
+
+def _only_global(pool: str) -> str:
+    if pool != "global":
+        raise ValueError("only the pool 'global' is implemented; the others of the design are refused until they work")
+    return pool
+
+
+class TrainingSettings(Section):
+    steps: Positive = 1000
+    """Optimiser steps."""
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    warmup_steps: NonNegative = 100
+    """Applied steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """cosine: half a cosine after the warm-up; wsd: constant, then linear decay (warm-up, stable, decay)."""
+    decay_fraction: Fraction = 0.2
+    """Share of the steps in which `wsd` decays."""
+    final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+    weight_decay: NonNegativeFloat = 0.1
+    """AdamW's decoupled decay, on matrices only."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first-moment decay."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's second-moment decay."""
+    adam_eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    gradient_clipping: PositiveFloat | None = 1.0
+    """Largest L2 norm of the whole gradient; null: no clipping."""
+    k_percent: Fraction = 0.6
+    """Fraction of the valid pairs of heads 1... that is trained on; 1 turns the selection off."""
+    selection_pool: Annotated[str, AfterValidator(_only_global)] = "global"
+    """Over what the top k_percent is taken: `global`, the micro-step over all ranks."""
+    normalize_by: Literal["valid", "selected"] = "valid"
+    """What a head's summed loss is divided by: its valid pairs in the step, or the selected ones (arXiv 2404.07965,
+    equation 4)."""
+    head_weights: list[NonNegativeFloat] | None = None
+    """Weight of each head's loss; null: 1 for all."""
+    max_skipped_steps: Positive = 10
+    """Non-finite steps in a row after which the job stops."""
+
+
+class LoggingSettings(Section):
+    metrics_every: Positive = 10
+    """Steps between lines in metrics.jsonl and TensorBoard."""
+    progress_every: Positive = 10
+    """Steps between progress lines."""
+    selection_every: Positive = 100
+    """Steps between blocks of selection statistics."""
+    validation_every: Positive = 500
+    """Steps between validations (there is one at the start and one at the end as well)."""
+    validation_samples: Positive | None = None
+    """Held-out rows a validation reads; null: all."""
+    deepspeed_level: Literal["debug", "info", "warning", "error"] = "error"
+    """What of DeepSpeed's own log is shown."""
+
+
+class CheckpointSettings(Section):
+    every: Positive = 500
+    """Steps between checkpoints (there is one at the end as well)."""
+    keep: Positive | None = 3
+    """Newest checkpoints kept; null: all."""
+
+
+class Settings(Section):
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+    training: TrainingSettings = TrainingSettings()
+    logging: LoggingSettings = LoggingSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    def with_values(self, **sections: Mapping[str, Any]) -> "Settings":
+        """A copy with some values of some sections replaced, validated again."""
+        values = self.model_dump()
+        for section, replaced in sections.items():
+            values[section] = values[section] | dict(replaced)
+        return Settings.model_validate(values)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def head_weights(self) -> list[float]:
+        """The weight of each of the H heads."""
+        return self.training.head_weights or [1.0] * self.model.num_prediction_heads
+
+
+TEMPERATURE_REMOVED = (
+    "training.temperature: removed. Softmax weighting of excess losses gave way to an exact top-k selection; "
+    "set training.k_percent (a fraction in (0, 1], default 0.6) instead"
+)
+
+# Settings that may differ between a run and its continuation: they do not change what is computed.
+# Directories may move; the fingerprints of what is in them are compared instead.
+FREE_TO_CHANGE = (
+    "run.", "logging.", "checkpoint.", "data.num_workers", "data.path", "data.builtin", "data.validation_path",
+    "reference.", "model.pretrained",
+)  # fmt: skip
+
+
+def did_you_mean(unknown: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(known)}"
+
+
+def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
+    """Read a recipe, apply `section.key=value` overrides (values are YAML) and validate.
+
+    Raises:
+        ConfigError: naming every unknown key, malformed override and value out of range at once.
+    """
+    settings, problems = read_settings(recipe, overrides)
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def read_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Settings, list[str]]:
+    """The settings as far as they can be understood, and everything that is wrong with them, one sentence a problem.
+
+    A value that is refused is left at its default, so that what remains can be looked at as well.
+
+    Raises:
+        ConfigError: the recipe cannot be read at all.
+    """
+    values = _read_recipe(recipe) if recipe is not None else {}
+    problems = [problem for override in overrides for problem in _apply_override(values, override)]
+    problems += list(_removed_settings(values))
+    refused: set[str] = set()
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        details = error.errors()
+        problems += [_sentence(detail) for detail in details]
+        refused = {_place(detail["loc"][:2]) for detail in details}
+        settings = Settings.model_validate(_without(values, refused))
+    return settings, problems + [problem for keys, problem in _inconsistencies(settings) if refused.isdisjoint(keys)]
+
+
+def differences_that_matter(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Settings (flat, `section.key`) that differ and change the result of a run, one sentence each."""
+    keys = dict.fromkeys([*before, *after])
+    return [
+        f"{key}: was {before.get(key)!r}, is now {after.get(key)!r}"
+        for key in keys
+        if before.get(key) != after.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+
+
+def flatten(settings: Settings) -> dict[str, Any]:
+    """`{"section.key": value}` with JSON values."""
+    dumped = settings.model_dump(mode="json")
+    return {f"{section}.{key}": value for section, keys in dumped.items() for key, value in keys.items()}
+
+
+def _read_recipe(recipe: Path) -> dict[str, Any]:
+    if not recipe.is_file():
+        raise ConfigError([f"--config: no such file: {recipe}"])
+    try:
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config: {recipe} is not valid YAML: {error}"]) from None
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not all(isinstance(keys, dict | None) for keys in values.values()):
+        raise ConfigError([f"--config: {recipe}: expected sections of keys ({', '.join(Settings.model_fields)})"])
+    return {section: dict(keys or {}) for section, keys in values.items()}
+
+
+def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and section and key):
+        yield f"'{override}': expected section.key=value, for example training.steps=1000"
+        return
+    try:
+        values.setdefault(section, {})[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        yield f"'{override}': the value is not valid YAML"
+
+
+def _removed_settings(values: dict[str, Any]) -> Iterator[str]:
+    if "temperature" in values.get("training", {}):
+        del values["training"]["temperature"]
+        yield TEMPERATURE_REMOVED
+
+
+def _place(loc: Iterable[int | str]) -> str:
+    return ".".join(str(part) for part in loc)
+
+
+def _without(values: dict[str, Any], refused: set[str]) -> dict[str, Any]:
+    """`values` less the sections and `section.key`s in `refused`."""
+    return {
+        section: {key: value for key, value in keys.items() if f"{section}.{key}" not in refused}
+        for section, keys in values.items()
+        if str(section) not in refused
+    }
+
+
+def _sentence(detail: Any) -> str:
+    place = _place(detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        owner: type[BaseModel] = Settings
+        for part in detail["loc"][:-1]:
+            owner = Settings.model_fields[part].annotation  # type: ignore[assignment]
+        kind = "setting" if len(detail["loc"]) > 1 else "section"
+        return f"{place}: unknown {kind}; {did_you_mean(str(detail['loc'][-1]), owner.model_fields)}"
+    return f"{place}: got {detail['input']!r}; {detail['msg'].removeprefix('Value error, ')}"
+
+
+def _inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
+    """What is wrong between settings that are right by themselves: the settings concerned, and a sentence."""
+    yield from _model_inconsistencies(settings)
+    yield from _head_inconsistencies(settings)
+    yield from _source_inconsistencies(settings)
+
+
+def _model_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
+    model = settings.model
+    width = {"model.dim", "model.num_attention_heads", "model.head_dim"}
+    if model.head_dim is None and model.dim % model.num_attention_heads:
+        yield width, f"model.dim: {model.dim} is not a multiple of num_attention_heads, {model.num_attention_heads}"
+    elif (model.head_dim or model.dim // model.num_attention_heads) % 2:
+        yield width, "model.head_dim: the width of an attention head is odd; rotary positions need it even"
+    if model.num_key_value_heads and model.num_attention_heads % model.num_key_value_heads:
+        yield (
+            {"model.num_key_value_heads", "model.num_attention_heads"},
+            f"model.num_key_value_heads: {model.num_key_value_heads} does not divide num_attention_heads, "
+            f"{model.num_attention_heads}",
+        )
+
+
+def _head_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
+    model, data, weights = settings.model, settings.data, settings.training.head_weights
+    if data.sequence_length <= model.num_prediction_heads:
+        yield (
+            {"data.sequence_length", "model.num_prediction_heads"},
+            f"data.sequence_length: {data.sequence_length} leaves head {model.num_prediction_heads - 1} nothing to "
+            f"predict; expected more than model.num_prediction_heads, {model.num_prediction_heads}",
+        )
+    if weights is not None and len(weights) != model.num_prediction_heads:
+        yield (
+            {"training.head_weights", "model.num_prediction_heads"},
+            f"training.head_weights: {len(weights)} weights for {model.num_prediction_heads} heads; give one a head",
+        )
+    if weights is not None and not any(weights):
+        yield {"training.head_weights"}, "training.head_weights: all are zero, nothing would be trained"
+
+
+def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
+    """Where training data and reference come from: exactly one answer each."""
+    data, reference = settings.data, settings.reference
+    both = {"data.path", "data.builtin"}
+    if data.path is None and not data.builtin:
+        yield both, "data.path: not set; name a directory of prepared shards (launch/prepare.py makes one)"
+    if data.path is not None and data.builtin:
+        yield both, "data.builtin: true and data.path is set; only one of them can be the training data"
+    selects = settings.model.num_prediction_heads > 1 and settings.training.k_percent < 1
+    if selects and reference.path is None and reference.training_steps is None:
+        yield (
+            {"reference.path", "reference.training_steps", "model.num_prediction_heads", "training.k_percent"},
+            "reference.path: not set; name the directory of a reference model, or set reference.training_steps to "
+            "train one, or training.k_percent=1 to train without selection",
+        )
+    if reference.path is not None and reference.training_steps is not None:
+        yield set(), "reference.training_steps: set, and so is reference.path; only one of them can be meant"
+    if reference.training_steps is not None and reference.training_data is None and not data.builtin:
+        yield (
+            {"reference.training_data", "data.builtin"},
+            "reference.training_data: not set; name the prepared shards to train the reference on",
+        )

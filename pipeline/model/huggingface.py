@@ -1,0 +1,220 @@
+"""Causal language models in Hugging Face's layout (config.json, safetensors): read as policy or reference, written.
+
+Trunk + head 0 is the ordinary model; further prediction heads are written beside it as `prediction_heads.N.…`, which
+other readers report as unused. Weights travel one tensor at a time, so a partitioned model is never whole anywhere.
+Only safetensors is read: pickled checkpoints run code.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from pipeline.config import ModelSettings
+from pipeline.model.mtp import Gather, MTPModel, whole
+from pipeline.model.transformer import attention_head_dim, ffn_dim
+
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+
+_TOP_NAMES = {
+    "embed.weight": "model.embed_tokens.weight",
+    "unembed.norm.weight": "model.norm.weight",
+    "unembed.weight": "lm_head.weight",
+}
+_BLOCK_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.gate": "mlp.gate_proj",
+    "ffn.up": "mlp.up_proj",
+    "ffn.down": "mlp.down_proj",
+}
+_MODEL_TYPES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
+"""model_type: (attention_bias, qk_norm) as this package's models spell it."""
+
+
+class ModelFilesError(ValueError):
+    """A directory that does not hold the model that is expected of it."""
+
+
+def read_model_settings(directory: Path) -> ModelSettings:
+    """The shape of the model in `directory`.
+
+    Raises:
+        ModelFilesError: files are missing, or the model is of a kind that this package cannot compute exactly.
+    """
+    _weight_files(directory)
+    config = _read_json(directory / CONFIG_FILE)
+    model_type = config.get("model_type")
+    if model_type not in _MODEL_TYPES:
+        raise ModelFilesError(f"{directory}: model_type {model_type!r}; expected one of {', '.join(_MODEL_TYPES)}")
+    attention_bias, qk_norm = _MODEL_TYPES[model_type]
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {key: value for key, value in rope.items() if key != "rope_theta"}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise ModelFilesError(f"{directory}: scaled rotary positions ({scaling}) are not supported")
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        if config.get(key):
+            raise ModelFilesError(f"{directory}: {key} is set in {CONFIG_FILE}; this is not supported")
+    try:
+        return ModelSettings(
+            dim=config["hidden_size"],
+            num_layers=config["num_hidden_layers"],
+            num_attention_heads=config["num_attention_heads"],
+            num_key_value_heads=config.get("num_key_value_heads"),
+            head_dim=config.get("head_dim"),
+            ffn_dim=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            num_prediction_heads=config.get("num_prediction_heads", 1),
+            rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10_000.0),
+            norm_eps=config["rms_norm_eps"],
+            attention_bias=attention_bias,
+            qk_norm=qk_norm,
+            tied_embeddings=config.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise ModelFilesError(f"{directory}: {CONFIG_FILE} lacks {error}") from None
+
+
+def load_weights(model: MTPModel, directory: Path, gather: Gather = whole) -> None:
+    """Fill `model` from `directory`, tensor by tensor. Heads that the files lack start as copies of their last block.
+
+    Raises:
+        ModelFilesError: a tensor is missing or has another shape.
+    """
+    with ExitStack() as stack:
+        tensors = {}
+        for file in _weight_files(directory):
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            tensors |= dict.fromkeys(opened.keys(), opened)
+        for name, parameter in model.named_parameters():
+            with gather(parameter) as counts, torch.no_grad():
+                if not counts:
+                    continue
+                source = _source_name(name, model.settings, tensors)
+                if source not in tensors:
+                    raise ModelFilesError(f"{directory}: no tensor '{source}' for the model's '{name}'")
+                loaded = tensors[source].get_tensor(source)
+                if loaded.shape != parameter.shape:
+                    raise ModelFilesError(f"{directory}: '{source}' is {list(loaded.shape)}, expected {list(parameter.shape)}")
+                parameter.copy_(loaded)
+
+
+def save_model(model: MTPModel, directory: Path, gather: Gather = whole, writes: bool = True) -> None:
+    """Write config.json and the weights in the model's dtype. Every rank of a partitioned model must call; the one
+    with `writes` creates the files, in an existing directory."""
+    files: dict[str, str] = {}
+    number, pending, pending_bytes = 0, {}, 0
+    for name, parameter in _with_last(model.named_parameters()):
+        if parameter is not None:
+            with gather(parameter):
+                if writes:
+                    pending[_export_name(name, model.settings)] = parameter.detach().cpu().clone()
+                    pending_bytes += parameter.numel() * parameter.element_size()
+        if pending and (parameter is None or pending_bytes >= SHARD_BYTES):
+            number += 1
+            file = f"model-{number:05d}.safetensors"
+            files |= dict.fromkeys(pending, file)
+            save_file(pending, directory / file, metadata={"format": "pt"})
+            pending, pending_bytes = {}, 0
+    if not writes:
+        return
+    if number == 1:
+        (directory / "model-00001.safetensors").rename(directory / WEIGHTS_FILE)
+    else:
+        (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=1))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    (directory / CONFIG_FILE).write_text(json.dumps(_export_config(model.settings) | {"torch_dtype": dtype}, indent=1))
+
+
+def _with_last(items: Any) -> Iterator[tuple[str, nn.Parameter | None]]:
+    yield from items
+    yield "", None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFilesError(f"{file}: no such file") from None
+    except ValueError as error:
+        raise ModelFilesError(f"{file}: not valid JSON: {error}") from None
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise ModelFilesError(f"{directory}: no such directory; expected a model ({CONFIG_FILE}, {WEIGHTS_FILE})")
+    if (directory / INDEX_FILE).is_file():
+        weight_map = _read_json(directory / INDEX_FILE).get("weight_map", {})
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [directory / WEIGHTS_FILE]
+    expected = [directory / CONFIG_FILE, *files]
+    missing = [file.name for file in expected if not file.is_file()]
+    if missing:
+        raise ModelFilesError(f"{directory}: missing {', '.join(missing)}; expected {CONFIG_FILE} and {WEIGHTS_FILE}")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ModelFilesError(f"{file}: not a safetensors file: {error}") from None
+    return files
+
+
+def _source_name(name: str, settings: ModelSettings, available: Any) -> str:
+    """The tensor that fills parameter `name`: its own, or the last block's for a head that the files lack."""
+    own = _export_name(name, settings)
+    if name.startswith("heads.") and own not in available:
+        return _export_name(f"heads.0.{name.split('.', 2)[2]}", settings)
+    if name == "unembed.weight" and own not in available:
+        # A model whose embeddings are tied loads into an untied one as two copies.
+        return _TOP_NAMES["embed.weight"]
+    return own
+
+
+def _export_name(name: str, settings: ModelSettings) -> str:
+    if name in _TOP_NAMES:
+        return _TOP_NAMES[name]
+    place, index, rest = name.split(".", 2)
+    stem, kind = rest.rsplit(".", 1)
+    block = f"{_BLOCK_NAMES[stem]}.{kind}"
+    if place == "trunk":
+        return f"model.layers.{index}.{block}"
+    return f"model.layers.{settings.num_layers - 1}.{block}" if index == "0" else f"prediction_heads.{index}.{block}"
+
+
+def _export_config(settings: ModelSettings) -> dict[str, Any]:
+    kinds = {switches: model_type for model_type, switches in _MODEL_TYPES.items()}
+    switches = (settings.attention_bias, settings.qk_norm)
+    if switches not in kinds:
+        raise ModelFilesError("attention_bias and qk_norm together are no known model type; it cannot be exported")
+    model_type = kinds[switches]
+    return {
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "model_type": model_type,
+        "hidden_size": settings.dim,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_attention_heads,
+        "num_key_value_heads": settings.num_key_value_heads or settings.num_attention_heads,
+        "head_dim": attention_head_dim(settings),
+        "intermediate_size": ffn_dim(settings),
+        "vocab_size": settings.vocab_size,
+        "num_prediction_heads": settings.num_prediction_heads,
+        "rope_theta": settings.rope_theta,
+        "rms_norm_eps": settings.norm_eps,
+        "tie_word_embeddings": settings.tied_embeddings,
+        "hidden_act": "silu",
+    }

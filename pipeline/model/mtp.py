@@ -1,0 +1,152 @@
+"""The multi-token prediction policy (arXiv 2404.19737): a shared trunk, one block a head, one shared unembedding.
+
+`num_layers` is the depth of the next-token path, so trunk + head 0 is an ordinary causal language model and, with one
+head, the whole of it. One forward does everything that a micro-batch needs: hidden states of all heads, the losses of
+heads 1... without gradient, the selection at that fixed point (handed in as a function, so that the model knows nothing
+of ranks or references), then the loss with gradient over the selected rows alone. All of it happens inside the one
+module that owns the unembedding, because under ZeRO-3 the weight exists nowhere else.
+
+Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select, D width, V vocabulary, N rows of a flat list.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import ModelSettings
+from pipeline.model.transformer import Block, RMSNorm, document_mask, rotary_angles
+from pipeline.weighting.cross_entropy import rows_per_chunk, token_losses, weighted_cross_entropy
+from pipeline.weighting.selection import Select, Selection
+
+INIT_STD = 0.02
+
+Gather = Callable[[nn.Parameter], AbstractContextManager[bool]]
+"""Makes a parameter whole for the length of a `with`; yields whether this process's changes to it count."""
+
+
+class HeadLosses(NamedTuple):
+    """loss: float32 scalar, this rank's part of the objective. policy_loss_BTH: float32, 0 at invalid pairs, without
+    gradient. selection: what was selected for heads 1..., as the selecting function returned it."""
+
+    loss: Tensor
+    policy_loss_BTH: Tensor
+    selection: Selection
+
+
+class Unembedding(nn.Module):
+    """Final norm and unembedding, shared by all heads, and every loss made of them."""
+
+    def __init__(self, settings: ModelSettings, embedding: Tensor):
+        super().__init__()
+        assert settings.vocab_size is not None
+        self.norm = RMSNorm(settings.dim, settings.norm_eps)
+        self.weight = embedding if settings.tied_embeddings else _matrix(settings.vocab_size, settings.dim)
+        self.vocab_size = settings.vocab_size
+
+    def forward(
+        self,
+        hidden_BTHD: Tensor,
+        targets_BTH: Tensor,
+        valid_BTH: Tensor,
+        select: Select | None,
+        scale_H: Tensor | None,
+    ) -> Tensor | HeadLosses:
+        hidden_BTHD = self.norm(hidden_BTHD)
+        chunk_rows = rows_per_chunk(targets_BTH[..., 0].numel(), self.vocab_size)
+        if select is None or scale_H is None:
+            return self._score(hidden_BTHD, targets_BTH, valid_BTH, chunk_rows)
+        later_loss_BTK = self._score(hidden_BTHD[:, :, 1:].detach(), targets_BTH[..., 1:], valid_BTH[..., 1:], chunk_rows)
+        selection = select(later_loss_BTK)
+        selected_BTH = torch.cat([valid_BTH[..., :1], selection.selected_BTK], dim=-1)
+        loss, loss_N = weighted_cross_entropy(
+            hidden_BTHD[selected_BTH],
+            self.weight,
+            targets_BTH[selected_BTH],
+            scale_H.expand(targets_BTH.shape)[selected_BTH],
+            chunk_rows,
+        )
+        policy_loss_BTH = F.pad(later_loss_BTK, (1, 0))
+        return HeadLosses(loss, policy_loss_BTH.masked_scatter(selected_BTH, loss_N), selection)
+
+    def _score(self, hidden_BTHD: Tensor, targets_BTH: Tensor, valid_BTH: Tensor, chunk_rows: int) -> Tensor:
+        loss_N = token_losses(hidden_BTHD[valid_BTH], self.weight, targets_BTH[valid_BTH], chunk_rows)
+        losses_BTH = torch.zeros(targets_BTH.shape, dtype=torch.float32, device=loss_N.device)
+        return losses_BTH.masked_scatter(valid_BTH, loss_N)
+
+
+class MTPModel(nn.Module):
+    """Trunk, heads and unembedding for `settings`, whose vocab_size must be set."""
+
+    def __init__(self, settings: ModelSettings):
+        super().__init__()
+        assert settings.vocab_size is not None, "vocab_size is resolved from the data before a model is built"
+        self.settings = settings
+        self.embed = nn.Embedding(settings.vocab_size, settings.dim)
+        self.trunk = nn.ModuleList(Block(settings) for _ in range(settings.num_layers - 1))
+        self.heads = nn.ModuleList(Block(settings) for _ in range(settings.num_prediction_heads))
+        self.unembed = Unembedding(settings, self.embed.weight)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        document_ids_BT: Tensor,
+        targets_BTH: Tensor,
+        valid_BTH: Tensor,
+        select: Select | None = None,
+        scale_H: Tensor | None = None,
+    ) -> Tensor | HeadLosses:
+        """Without `select` the losses of all heads, float32 [B, T, H] without gradient, 0 at invalid pairs; with it
+        the objective over what it selects, each pair's loss times `scale_H` (float32) of its head.
+
+        tokens_BT and targets_BTH are int64, document_ids_BT int32 with -1 on padding, valid_BTH bool.
+        """
+        hidden_BTHD = self.hidden_states(tokens_BT, document_ids_BT)
+        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, select, scale_H)
+
+    def hidden_states(self, tokens_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
+        """[B, T, H, D], each head's output before the final norm."""
+        mask = document_mask(document_ids_BT)
+        angles = rotary_angles(tokens_BT.shape[1], self.settings, tokens_BT.device)
+        hidden_BTD = self.embed(tokens_BT)
+        for block in self.trunk:
+            hidden_BTD = block(hidden_BTD, angles, mask)
+        return torch.stack([head(hidden_BTD, angles, mask) for head in self.heads], dim=2)
+
+
+def whole(_: nn.Parameter) -> AbstractContextManager[bool]:
+    """The `Gather` of a model that is not partitioned."""
+    return nullcontext(True)
+
+
+def initialize_weights(model: MTPModel, gather: Gather = whole) -> None:
+    """Draw the initial weights: N(0, 0.02) for matrices, divided by sqrt(2 * num_layers) for the two that write into
+    the residual stream of a block, ones for norms, zeros for biases.
+
+    Each parameter has its own generator, seeded by `model.seed` and its name, so the values depend neither on the
+    number of ranks nor on what else the model holds. No more than one parameter is whole at a time.
+    """
+    residual_std = INIT_STD / math.sqrt(2 * model.settings.num_layers)
+    for name, parameter in model.named_parameters():
+        with gather(parameter) as counts, torch.no_grad():
+            if not counts:
+                continue
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                std = residual_std if name.endswith(("attention.output.weight", "ffn.down.weight")) else INIT_STD
+                seed = hashlib.sha256(f"{model.settings.seed}/{name}".encode()).digest()[:8]
+                generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+                shape = tuple(parameter.shape)
+                parameter.copy_(torch.randn(shape, generator=generator, dtype=torch.float32) * std)
+
+
+def _matrix(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, columns))

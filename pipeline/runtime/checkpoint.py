@@ -1,0 +1,130 @@
+"""Checkpoints: `checkpoints/step-00000100/` holds DeepSpeed's files of every rank and `state.json`, our own part.
+
+A checkpoint is written under a temporary name, renamed when all ranks have finished, and only then named by the file
+`latest`; DeepSpeed's own `latest` is off, because it is written before the other ranks are done. The position of the
+job is one integer, samples consumed; nothing in training draws random numbers, so there is no generator to save.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pipeline.config import ConfigError, differences_that_matter
+from pipeline.runtime.distributed import World
+from pipeline.runtime.engine import Engine
+
+
+@dataclass
+class Progress:
+    """Where a run is. step: optimiser steps done, skipped ones among them; samples and tokens: consumed so far, over
+    all ranks, tokens without padding; skipped_steps: steps whose gradient was discarded; skipped_in_a_row: those of
+    them since the last step that was applied."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+    @property
+    def applied_steps(self) -> int:
+        return self.step - self.skipped_steps
+
+
+class Checkpoints:
+    """The checkpoints of a run directory. `identity` is what must not change between a run and its continuation."""
+
+    def __init__(self, run_dir: Path, world: World, identity: dict[str, Any], keep: int | None):
+        self.directory = run_dir / "checkpoints"
+        self.world = world
+        self.identity = identity
+        self.keep = keep
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Every rank calls; when it returns the checkpoint is complete."""
+        name = step_name(progress.step)
+        partial, final = self.directory / f"{name}.partial", self.directory / name
+        if self.world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        engine.save_checkpoint(str(self.directory), tag=partial.name, save_latest=False)
+        dist.barrier()
+        if self.world.is_first:
+            state = {"progress": asdict(progress), "world_size": self.world.size, "identity": self.identity}
+            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            replace_text(self.directory / "latest", name + "\n")
+            self._forget_old()
+        dist.barrier()
+
+    def resume(self, engine: Engine, allow_changed: bool) -> Progress:
+        """Load the newest checkpoint into `engine`; a run directory without any starts from nothing.
+
+        Raises:
+            ConfigError: there are checkpoints but none can be used, or they belong to other settings.
+        """
+        name = self.newest()
+        if name is None:
+            return Progress()
+        state = self.check(allow_changed)
+        loaded, _ = engine.load_checkpoint(str(self.directory), tag=name)
+        if loaded is None:
+            raise ConfigError([f"{self.directory / name}: DeepSpeed could not load it"])
+        known = {field.name for field in fields(Progress)}
+        return Progress(**{key: value for key, value in state["progress"].items() if key in known})
+
+    def newest(self) -> str | None:
+        """The checkpoint that a run continues from; None where the run directory has none at all."""
+        complete = self._complete()
+        pointer = self.directory / "latest"
+        named = pointer.read_text().strip() if pointer.is_file() else None
+        if named in complete:
+            return named
+        return complete[-1] if complete else None
+
+    def check(self, allow_changed: bool) -> dict[str, Any]:
+        """The newest checkpoint's state, if this run may continue from it (ConfigError otherwise)."""
+        name = self.newest()
+        if name is None:
+            return {}
+        state = json.loads((self.directory / name / "state.json").read_text())
+        problems = []
+        if state["world_size"] != self.world.size:
+            problems.append(
+                f"number of ranks: {name} was written by {state['world_size']}, this job has {self.world.size}; "
+                f"start it with {state['world_size']}"
+            )
+        changed = differences_that_matter(state["identity"], self.identity)
+        if changed and not allow_changed:
+            problems += [f"{change} ({name} was trained with the former)" for change in changed]
+            problems.append("to continue all the same pass --allow-changed; to start anew choose another --run-dir")
+        if problems:
+            raise ConfigError(problems)
+        return state
+
+    def _complete(self) -> list[str]:
+        found = (path for path in self.directory.glob("step-*") if (path / "state.json").is_file())
+        return sorted(path.name for path in found if path.suffix != ".partial")
+
+    def _forget_old(self) -> None:
+        if self.keep is not None:
+            for name in self._complete()[: -self.keep]:
+                shutil.rmtree(self.directory / name)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees all of the old or all of the new."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)

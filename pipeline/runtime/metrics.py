@@ -1,0 +1,91 @@
+"""What a step or a validation did, over all ranks: sums on the device, one reduction, then plain numbers.
+
+Everything is a sum divided once by a global count; a mean of ranks' means would weigh ranks with few valid pairs too
+much. Sums are float64, counts in them exact.
+
+Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select, S sources.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.model.mtp import HeadLosses
+from pipeline.weighting.exchange import Group, all_reduce_sum
+
+Record = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+
+class SelectionSums:
+    """Sums over the micro-batches of one step or one validation. `finite` is false once a loss was not."""
+
+    def __init__(self, num_heads: int, num_sources: int, device: torch.device):
+        zeros = {"dtype": torch.float64, "device": device}
+        self.valid_SH = torch.zeros(num_sources, num_heads, **zeros)
+        self.selected_SH = torch.zeros(num_sources, num_heads, **zeros)
+        self.policy_loss_H = torch.zeros(num_heads, **zeros)
+        self.selected_loss_H = torch.zeros(num_heads, **zeros)
+        self.excess_K = torch.zeros(num_heads - 1, **zeros)
+        self.threshold_K = torch.zeros(num_heads - 1, **zeros)
+        self.pool_pairs_K = torch.zeros(num_heads - 1, **zeros)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def add(self, losses: HeadLosses, valid_BTH: Tensor, sources_BT: Tensor, num_valid_H: Sequence[int]) -> None:
+        """Add a rank's micro-batch; `num_valid_H` counts the valid pairs of its pool over all ranks."""
+        selected_BTH = torch.cat([valid_BTH[..., :1], losses.selection.selected_BTK], dim=-1)
+        finite_BTH = torch.isfinite(losses.policy_loss_BTH)
+        policy_loss_BTH = torch.where(finite_BTH, losses.policy_loss_BTH, 0.0).double()
+        source_N = sources_BT.flatten()
+        self.valid_SH.index_add_(0, source_N, valid_BTH.flatten(0, 1).double())
+        self.selected_SH.index_add_(0, source_N, selected_BTH.flatten(0, 1).double())
+        self.policy_loss_H += policy_loss_BTH.sum((0, 1))
+        self.selected_loss_H += (policy_loss_BTH * selected_BTH).sum((0, 1))
+        if losses.selection.excess_BTK is not None:
+            self.excess_K += losses.selection.excess_BTK.double().sum((0, 1))
+            # The pool's threshold is known to every rank alike, so it is averaged over pools and not reduced.
+            pairs_K = torch.tensor(num_valid_H[1:], dtype=torch.float64, device=valid_BTH.device)
+            self.threshold_K += torch.where(pairs_K > 0, losses.selection.threshold_K.double() * pairs_K, 0.0)
+            self.pool_pairs_K += pairs_K
+        self.finite &= finite_BTH.all() & losses.selection.finite
+
+    def record(self, scale_H: Sequence[float], source_names: Sequence[str], group: Group) -> Record:
+        """The metrics of these sums; `scale_H` is the objective's factor for a selected loss of each head. One
+        collective, which every rank must join."""
+        parts = [self.valid_SH, self.selected_SH, self.policy_loss_H, self.selected_loss_H, self.excess_K]
+        flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]), group).cpu()
+        reduced = flat.split([part.numel() for part in parts])
+        valid_SH, selected_SH = (part.view(self.valid_SH.shape) for part in reduced[:2])
+        loss_H, selected_loss_H, excess_K = (part.tolist() for part in reduced[2:])
+        valid_H, selected_H = valid_SH.sum(0).tolist(), selected_SH.sum(0).tolist()
+        record: Record = {"loss": sum(scale * loss for scale, loss in zip(scale_H, selected_loss_H, strict=True))}
+        for head, (valid, selected) in enumerate(zip(valid_H, selected_H, strict=True)):
+            record[f"loss_head_{head}"] = ratio(loss_H[head], valid)
+            record[f"selected_ratio_head_{head}"] = ratio(selected, valid)
+            record[f"selected_count_head_{head}"] = int(selected)
+            record[f"valid_count_head_{head}"] = int(valid)
+        thresholds, pool_pairs = self.threshold_K.tolist(), self.pool_pairs_K.tolist()
+        for head, (threshold, pairs) in enumerate(zip(thresholds, pool_pairs, strict=True), start=1):
+            record[f"threshold_head_{head}"] = ratio(threshold, pairs)
+            record[f"excess_mean_head_{head}"] = ratio(excess_K[head - 1], pairs)
+        record["selection_ratio"] = ratio(sum(selected_H), sum(valid_H))
+        record["heads_per_position"] = ratio(sum(selected_H), valid_H[0])
+        if any(source_names):
+            record |= _by_source(source_names, valid_SH.tolist(), selected_SH.tolist())
+        return record
+
+
+def ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _by_source(names: Sequence[str], valid_SH: list[list[float]], selected_SH: list[list[float]]) -> Record:
+    record: Record = {}
+    for name, valid_H, selected_H in zip(names, valid_SH, selected_SH, strict=True):
+        for head, (valid, selected) in enumerate(zip(valid_H, selected_H, strict=True)):
+            record[f"selected_ratio_head_{head}_source_{name}"] = ratio(selected, valid)
+            record[f"selected_count_head_{head}_source_{name}"] = int(selected)
+            record[f"valid_count_head_{head}_source_{name}"] = int(valid)
+    return record

@@ -1,0 +1,189 @@
+"""Where the numbers go: metrics.jsonl, TensorBoard, and what a person reads on the terminal. First rank only.
+
+metrics.jsonl and TensorBoard hold the same values; on resuming, what was logged beyond the checkpoint is dropped from
+both, because those steps are made again.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.runtime.checkpoint import replace_text
+from pipeline.runtime.metrics import Record, ratio
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Logbook:
+    """Writes records of one run directory, from `first_step` on."""
+
+    def __init__(self, run_dir: Path, first_step: int, num_heads: int):
+        path = run_dir / METRICS_FILE
+        kept = [record for record in read_records(run_dir) if record["step"] <= first_step]
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.file: TextIO = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        if num_heads > 1:
+            self.board.add_custom_scalars(_layout(num_heads))
+
+    def write(self, record: Record) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for key, value in record.items():
+            tag = tensorboard_tag(key, record.get("split"))
+            if tag is not None and value is not None:
+                self.board.add_scalar(tag, value, record["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def read_records(run_dir: Path) -> list[Record]:
+    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    path = run_dir / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def tensorboard_tag(key: str, split: str | None = None) -> str | None:
+    """`loss_head_0` -> `loss/head_0`, `selected_ratio_head_1` -> `selection/ratio/head_1`, `loss` -> `train/loss`."""
+    if key in ("step", "split"):
+        return None
+    quantity, head, rest = key.partition("_head_")
+    groups = {
+        "loss": "loss",
+        "selected_ratio": "selection/ratio",
+        "selected_count": "selection/count",
+        "valid_count": "selection/valid",
+        "threshold": "selection/threshold",
+        "excess_mean": "selection/excess_mean",
+    }
+    if head:
+        number, source, name = rest.partition("_source_")
+        tag = f"{groups[quantity]}/head_{number}" + (f"/{name}" if source else "")
+    else:
+        tag = f"selection/{key}" if key in ("selection_ratio", "heads_per_position") else f"train/{key}"
+    return f"{split}/{tag.removeprefix('train/')}" if split else tag
+
+
+def progress_line(record: Record, total_steps: int, seconds_left: float) -> str:
+    """step/total, objective, selected share of each head, tokens/s, time left."""
+    heads = _heads(record)
+    shares = " ".join(_percent(record[f"selected_ratio_head_{head}"]) for head in heads)
+    return (
+        f"step {record['step']:>{len(str(total_steps))}}/{total_steps}  loss {_number(record['loss'], 4)}  "
+        f"selected {shares}  {record['tokens_per_second']:,.0f} tokens/s  ETA {_duration(seconds_left)}"
+    )
+
+
+def selection_block(record: Record) -> str:
+    """The statistics of one step's selection, as a block of lines."""
+    heads = _heads(record)
+    lines = [
+        f"[Step {record['step']}] Training metrics:",
+        f"  Weighted CE loss: {_number(record['loss'], 3)}",
+        "  Selection statistics:",
+        f"    Overall ratio: {_percent(record['selection_ratio'])} "
+        f"({_number(record['heads_per_position'], 2)} heads/position avg)",
+        f"    Head 0 (t+1): {record['selected_count_head_0']} tokens "
+        f"({_percent(record['selected_ratio_head_0'])} - always selected)",
+    ]
+    for head in heads[1:]:
+        lines.append(
+            f"    Head {head} (t+{head + 1}): {record[f'selected_count_head_{head}']} tokens "
+            f"({_percent(record[f'selected_ratio_head_{head}'])} - top-k, "
+            f"threshold={_number(record[f'threshold_head_{head}'], 2)})"
+        )
+    if heads[1:]:
+        means = ", ".join(f"t+{head + 1}={_number(record[f'excess_mean_head_{head}'], 2)}" for head in heads[1:])
+        lines.append(f"  Avg excess loss: {means}")
+    return "\n".join(lines)
+
+
+def closing_table(records: Sequence[Record], run_dir: Path, source_names: Sequence[str]) -> str:
+    """Held-out loss per head at the start and the end, selection per head over the last quarter of the steps, and for
+    each named source its share in the data and among the selected pairs."""
+    trained = [record for record in records if "split" not in record]
+    if not trained:
+        return ""
+    heads = _heads(trained[-1])
+    last_quarter = [record for record in trained if record["step"] > 0.75 * trained[-1]["step"]]
+    held_out = [record for record in records if record.get("split") == "validation"]
+    rows = [["", *(f"head {head} (t+{head + 1})" for head in heads)]]
+    if held_out:
+        for when, record in (("start", held_out[0]), ("end", held_out[-1])):
+            losses = [_number(record[f"loss_head_{head}"], 3) for head in heads]
+            rows.append([f"held-out loss, {when} (step {record['step']})", *losses])
+    counts = {key: sum(record.get(key) or 0 for record in last_quarter) for key in trained[-1] if "_count_" in key}
+    rows.append(
+        ["selected", *(_percent(ratio(counts[f"selected_count_head_{h}"], counts[f"valid_count_head_{h}"])) for h in heads)]
+    )
+    if len(source_names) > 1:
+        for name in source_names:
+            for label, kind in (("in the data", "valid"), ("among selected", "selected")):
+                parts = [(counts[f"{kind}_count_head_{h}_source_{name}"], counts[f"{kind}_count_head_{h}"]) for h in heads]
+                rows.append([f"share of {name} {label}", *(_percent(ratio(part, whole)) for part, whole in parts)])
+    first, last = last_quarter[0]["step"], last_quarter[-1]["step"]
+    return "\n".join(
+        [
+            _aligned(rows),
+            f"(selection and shares: steps {first} to {last})",
+            "",
+            f"run directory:  {run_dir}",
+            f"look at it:     tensorboard --logdir {run_dir.parent}",
+        ]
+    )
+
+
+def without_non_finite(record: Record) -> Record:
+    """JSON has no NaN: such values become null."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+
+
+def _heads(record: Record) -> list[int]:
+    return [head for head in range(len(record)) if f"loss_head_{head}" in record]
+
+
+def _layout(num_heads: int) -> dict[str, Any]:
+    """One chart a quantity, with all heads in it."""
+    chart = {
+        "policy loss": "loss",
+        "selected ratio": "selection/ratio",
+        "selected count": "selection/count",
+        "threshold": "selection/threshold",
+        "mean excess loss": "selection/excess_mean",
+        "held-out loss": "validation/loss",
+    }
+    return {
+        "heads": {title: ["Multiline", [f"{tag}/head_{head}" for head in range(num_heads)]] for title, tag in chart.items()}
+    }
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(_aligned_row(row, widths) for row in rows)
+
+
+def _aligned_row(row: Iterable[str], widths: Sequence[int]) -> str:
+    first, *others = (
+        cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    return "  ".join([first, *others]).rstrip()
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{100 * value:.1f}%"
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

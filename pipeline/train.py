@@ -1,0 +1,239 @@
+"""The training loop; the one module that knows the order of things.
+
+A step: fetch its A micro-batches, count their pairs over all ranks, run each (reference, policy, selection, loss,
+backward), agree whether every number was finite, apply. `train` puts steps in a row and sees to what happens between
+them: metrics, validation, checkpoints, requests to stop.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config import Settings, TrainingSettings
+from pipeline.data.batch import Batch
+from pipeline.data.stream import Stream
+from pipeline.evaluate import evaluate
+from pipeline.micro_step import Models, load_micro_batch, plan, selective_losses
+from pipeline.runtime.checkpoint import Checkpoints, Progress
+from pipeline.runtime.distributed import World
+from pipeline.runtime.engine import Engine, backward, end_micro_step, gradient_norm, set_learning_rate
+from pipeline.runtime.metrics import Record, SelectionSums
+from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
+from pipeline.runtime.reporting import Logbook, progress_line, selection_block, without_non_finite
+from pipeline.weighting.objective import StepPlan
+
+
+class TrainingDivergedError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a training run works with."""
+
+    settings: Settings
+    world: World
+    device: torch.device
+    run_dir: Path
+    engine: Engine
+    models: Models
+    stream: Stream
+    validation: Stream | None
+    checkpoints: Checkpoints
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """sums: this rank's. seconds: wall time. applied: False where all ranks discarded the step."""
+
+    plan: StepPlan
+    sums: SelectionSums
+    learning_rate: float
+    grad_norm: float | None
+    applied: bool
+    seconds: float
+
+
+def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
+    """Train until `training.steps` or a request to stop; returns the exit code, 0 or `EXIT_TRY_AGAIN`.
+
+    Raises:
+        TrainingDivergedError: after `training.max_skipped_steps` in a row; the last checkpoint stays as it was.
+    """
+    training, logging = run.settings.training, run.settings.logging
+    progress = run.checkpoints.resume(run.engine, allow_changed)
+    reporter = Reporter(run, progress.step)
+    if progress.step == 0:
+        reporter.validate(progress)
+    batches = run.stream.iterate(progress.samples)
+    saved_step, stopping = progress.step, False
+    while progress.step < training.steps and not stopping:
+        result = train_step(run, batches, progress.applied_steps)
+        advance(progress, result, run.settings)
+        reporter.step(progress, result)
+        finished = progress.step == training.steps
+        if progress.step % logging.validation_every == 0 or finished:
+            reporter.validate(progress)
+        stopping = stop.agreed(run.device)
+        if progress.step % run.settings.checkpoint.every == 0 or finished or stopping:
+            run.checkpoints.save(run.engine, progress)
+            saved_step = progress.step
+    reporter.close()
+    assert saved_step == progress.step
+    if stopping:
+        stop.obeyed()
+    if progress.step < training.steps:
+        reporter.say(f"stopped on request after step {progress.step}; run the same command again to continue")
+        return EXIT_TRY_AGAIN
+    return 0
+
+
+def train_step(run: Run, batches: Iterator[Batch], applied_steps: int) -> StepResult:
+    """One optimiser step over the next A micro-batches of this rank."""
+    started = time.perf_counter()
+    settings = run.settings
+    num_heads = settings.model.num_prediction_heads
+    micro_batches = [load_micro_batch(next(batches), num_heads, run.device) for _ in range(run.stream.micro_steps)]
+    counts = plan(micro_batches, settings.training, settings.head_weights, run.models.group)
+    rate = learning_rate(settings.training, applied_steps)
+    set_learning_rate(run.engine, rate)
+    sums, applied = SelectionSums(num_heads, len(run.stream.manifest.source_names) or 1, run.device), False
+    for index, micro in enumerate(micro_batches):
+        losses = selective_losses(run.models, micro, counts.num_selected_AH[index], counts.scale_H)
+        sums.add(losses, micro.valid_BTH, micro.batch.sources_BT, counts.num_valid_AH[index])
+        is_last = index == len(micro_batches) - 1
+        backward(run.engine, losses.loss * all_finite_or_nan(sums) if is_last else losses.loss)
+        applied = end_micro_step(run.engine)
+    return StepResult(counts, sums, rate, gradient_norm(run.engine), applied, time.perf_counter() - started)
+
+
+def all_finite_or_nan(sums: SelectionSums) -> Tensor:
+    """1, or NaN where any rank met a loss that was not finite in this step.
+
+    As a factor of the last micro-batch's loss it makes the gradient NaN on every rank, so that the engine's own check
+    discards the whole step: one mechanism for bad losses and bad gradients, and no wait for the device.
+    """
+    finite = sums.finite.float()
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return torch.where(finite > 0, 1.0, math.nan)
+
+
+def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
+    """Count a step; its samples are consumed whether or not it was applied."""
+    progress.step += 1
+    progress.samples += settings.data.global_batch
+    progress.tokens += result.plan.num_tokens
+    progress.skipped_steps += not result.applied
+    progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
+    if progress.skipped_in_a_row >= settings.training.max_skipped_steps:
+        raise TrainingDivergedError(
+            f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, had a loss or gradient that was not "
+            "finite; the last checkpoint is untouched. Lower training.learning_rate, or look at the data of these steps"
+        )
+
+
+def learning_rate(training: TrainingSettings, applied_steps: int) -> float:
+    """Linear warm-up, then half a cosine or (wsd) constant and linear decay, to final_learning_rate_fraction of the
+    peak; counts applied steps."""
+    peak, final = training.learning_rate, training.learning_rate * training.final_learning_rate_fraction
+    if applied_steps < training.warmup_steps:
+        return peak * (applied_steps + 1) / training.warmup_steps
+    if training.schedule == "cosine":
+        begins = training.warmup_steps
+        decayed = min(1.0, (applied_steps - begins) / max(1, training.steps - begins))
+        return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * decayed))
+    begins = max(training.warmup_steps, round(training.steps * (1 - training.decay_fraction)))
+    decayed = min(1.0, max(0.0, (applied_steps - begins) / max(1, training.steps - begins)))
+    return peak + (final - peak) * decayed
+
+
+class Reporter:
+    """Turns steps into metrics at the intervals that were asked for. The reductions run on all ranks; only the first
+    writes and prints."""
+
+    def __init__(self, run: Run, first_step: int):
+        self.run = run
+        self.logbook = None
+        if run.world.is_first:
+            self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads)
+        self.seconds, self.tokens = 0.0, 0
+        self.recent_seconds: list[float] = []
+        if first_step:
+            self.say(f"continuing from step {first_step}")
+
+    def step(self, progress: Progress, result: StepResult) -> None:
+        logging, step = self.run.settings.logging, progress.step
+        self.seconds += result.seconds
+        self.tokens += result.plan.num_tokens
+        self.recent_seconds = [*self.recent_seconds[-99:], result.seconds]
+        every = (logging.metrics_every, logging.progress_every, logging.selection_every)
+        wanted, progressed, detailed = (
+            step % interval == 0 or step in (1, self.run.settings.training.steps) for interval in every
+        )
+        if not (wanted or progressed or detailed):
+            return
+        record = self._record(progress, result)
+        if self.logbook is None:
+            return
+        if wanted:
+            self.logbook.write(record)
+        if progressed:
+            left = self.run.settings.training.steps - step
+            # The median: the first step pays for warm-ups of every kind and would spoil a mean.
+            self.say(progress_line(record, self.run.settings.training.steps, left * statistics.median(self.recent_seconds)))
+        if detailed and step % logging.selection_every == 0:
+            self.say(selection_block(record))
+
+    def validate(self, progress: Progress) -> None:
+        """Evaluate on the held-out data, if there is any."""
+        run = self.run
+        if run.validation is None:
+            return
+        run.engine.eval()
+        batches = run.validation.iterate(0, end_sample=validation_rows(run.validation, run.settings))
+        names = run.validation.manifest.source_names or ("",)
+        record = evaluate(run.models, batches, run.settings, names, run.device)
+        run.engine.train()
+        record = {"step": progress.step, "samples": progress.samples, "split": "validation"} | without_non_finite(record)
+        if self.logbook is not None:
+            self.logbook.write(record)
+            heads = range(run.settings.model.num_prediction_heads)
+            losses = " ".join(f"{record[f'loss_head_{head}'] or math.nan:.3f}" for head in heads)
+            self.say(f"step {progress.step}: held-out loss per head {losses}")
+
+    def say(self, text: str) -> None:
+        if self.run.world.is_first:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.logbook is not None:
+            self.logbook.close()
+
+    def _record(self, progress: Progress, result: StepResult) -> Record:
+        names = self.run.stream.manifest.source_names or ("",)
+        record = result.sums.record(result.plan.scale_H, names, self.run.models.group)
+        if not result.applied:
+            record["loss"] = None
+        speed = self.tokens / self.seconds
+        self.seconds, self.tokens = 0.0, 0
+        position = {"step": progress.step, "samples": progress.samples, "tokens": progress.tokens}
+        more = {
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": speed,
+            "skipped_steps": progress.skipped_steps,
+        }
+        return without_non_finite(position | record | more)
+
+
+def validation_rows(stream: Stream, settings: Settings) -> int:
+    """Rows that a validation reads: whole rounds of the lanes, at least one, at most `logging.validation_samples`."""
+    wanted = settings.logging.validation_samples or stream.samples_per_epoch
+    return min(stream.samples_per_epoch, max(stream.lanes, wanted - wanted % stream.lanes))

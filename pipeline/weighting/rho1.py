@@ -1,0 +1,155 @@
+"""Selective weights from dense logits: the plain API, and the oracle for everything faster.
+
+It shares the selection itself with training (`select_pairs`) and computes the losses in the obvious way. Labels are
+the tokens themselves, unshifted: head h at position t predicts labels[t + 1 + h]. A pair is invalid where its target
+lies beyond the row or is -100, or where its position or its target has attention mask 0.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.weighting.exchange import Group, all_reduce_sum
+from pipeline.weighting.selection import num_selected, select_pairs, shifted_reference_loss
+
+IGNORED_LABEL = -100
+
+
+def compute_mtp_selective_weights(
+    policy_logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor,
+    k_percent: float = 0.6,
+    group: Group = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Weights of all pairs under selective multi-token prediction (arXiv 2404.19737, 2404.07965).
+
+    Args:
+        policy_logits: [batch, seq, n_future, vocab], floating point.
+        ref_logits: [batch, seq, vocab], of a next-token model.
+        labels: [batch, seq], integer token ids, -100 where there is no target.
+        attention_mask: [batch, seq], 0 on padding.
+        k_percent: fraction of valid pairs that each head but the first trains on, in (0, 1].
+        group: ranks that share one pool; every rank calls with tensors of equal shape. None: this process alone.
+
+    Returns:
+        weights: float32 [batch, seq, n_future], 0 or 1; head 0 has 1 on every valid pair.
+        stats: as `compute_rho1_stats` gives them, over the whole group.
+
+    Raises:
+        ValueError: shapes, dtypes or ranges do not fit, or a valid pair's loss is not finite on any rank.
+    """
+    _check_inputs(policy_logits, ref_logits, labels, attention_mask, k_percent)
+    num_heads = policy_logits.shape[2]
+    targets_BTH = _shifted(labels.long(), num_heads, fill=IGNORED_LABEL)
+    valid_BTH = _valid_by_mask(attention_mask, num_heads) & (targets_BTH != IGNORED_LABEL)
+    with torch.no_grad():
+        policy_loss_BTH = _cross_entropy(policy_logits, targets_BTH)
+        next_token_loss_BT = _cross_entropy(ref_logits, targets_BTH[..., 0])
+        reference_loss_BTH = shifted_reference_loss(F.pad(next_token_loss_BT[:, :-1], (1, 0)), num_heads)
+    counts = all_reduce_sum(valid_BTH.sum((0, 1)), group).tolist()
+    selection = select_pairs(
+        policy_loss_BTH,
+        reference_loss_BTH,
+        valid_BTH,
+        # Head 0 goes along, with all its pairs, so that its excess is checked and averaged as the others' is.
+        [counts[0], *(num_selected(k_percent, count) for count in counts[1:])],
+        group,
+        rank=0 if group is None else dist.get_rank(group),
+    )
+    if not selection.finite:
+        raise ValueError("policy_logits or ref_logits give a loss that is NaN or infinite on a valid pair")
+    assert selection.excess_BTK is not None
+    excess_BTH = selection.excess_BTK.masked_fill(~valid_BTH, torch.nan)
+    weights = selection.selected_BTK.float()
+    return weights, compute_rho1_stats(excess_BTH, weights, attention_mask, group)
+
+
+def compute_rho1_stats(excess_loss: Tensor, weights: Tensor, attention_mask: Tensor, group: Group = None) -> dict[str, Any]:
+    """Statistics of a selection, over all ranks of `group`.
+
+    Args:
+        excess_loss: [batch, seq, n_future], policy minus reference loss; NaN marks a pair without a target.
+        weights: [batch, seq, n_future], 0 or 1.
+        attention_mask: [batch, seq], 0 on padding.
+
+    Returns:
+        head_{i}_count (selected pairs), head_{i}_ratio (of the valid pairs), head_{i}_excess_mean (over valid pairs),
+        head_{i}_threshold (smallest selected excess; i >= 1), selection_ratio (over all heads) and
+        avg_heads_per_position (selected pairs per valid pair of head 0). None where there is nothing to divide by.
+    """
+    if excess_loss.ndim != 3 or excess_loss.shape != weights.shape or attention_mask.shape != weights.shape[:2]:
+        raise ValueError(
+            "expected excess_loss and weights [batch, seq, n_future] and attention_mask [batch, seq], got "
+            f"{list(excess_loss.shape)}, {list(weights.shape)} and {list(attention_mask.shape)}"
+        )
+    num_heads = weights.shape[2]
+    valid_BTH = _valid_by_mask(attention_mask, num_heads) & ~excess_loss.isnan()
+    selected_BTH = (weights > 0) & valid_BTH
+    excess_BTH = torch.where(valid_BTH, excess_loss.double(), 0.0)
+    sums_3H = torch.stack([valid_BTH.sum((0, 1)), selected_BTH.sum((0, 1)), excess_BTH.sum((0, 1))])
+    all_reduce_sum(sums_3H, group)
+    smallest_H = excess_loss.float().masked_fill(~selected_BTH, torch.inf).amin((0, 1))
+    if group is not None:
+        dist.all_reduce(smallest_H, op=dist.ReduceOp.MIN, group=group)
+    valid, selected, excess = sums_3H.tolist()
+    stats: dict[str, Any] = {}
+    for head in range(num_heads):
+        stats[f"head_{head}_count"] = int(selected[head])
+        stats[f"head_{head}_ratio"] = _ratio(selected[head], valid[head])
+        stats[f"head_{head}_excess_mean"] = _ratio(excess[head], valid[head])
+        if head > 0:
+            stats[f"head_{head}_threshold"] = smallest_H[head].item() if selected[head] else None
+    stats["selection_ratio"] = _ratio(sum(selected), sum(valid))
+    stats["avg_heads_per_position"] = _ratio(sum(selected), valid[0])
+    return stats
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _shifted(values_BT: Tensor, num_heads: int, fill: int) -> Tensor:
+    """[b, t, h] = values[b, t + 1 + h], `fill` beyond the row."""
+    return F.pad(values_BT, (0, num_heads), value=fill).unfold(1, num_heads, 1)[:, 1:]
+
+
+def _valid_by_mask(attention_mask: Tensor, num_heads: int) -> Tensor:
+    present_BT = attention_mask != 0
+    return present_BT[..., None] & _shifted(present_BT.long(), num_heads, fill=0).bool()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """float32 losses of the targets' shape, 0 where the target is ignored; a row of the batch at a time."""
+    rows = [
+        F.cross_entropy(row_logits.float().flatten(0, -2), row_targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+        for row_logits, row_targets in zip(logits, targets, strict=True)
+    ]
+    return torch.stack(rows).view(targets.shape)
+
+
+def _check_inputs(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, attention_mask: Tensor, k_percent: float) -> None:
+    if policy_logits.ndim != 4:
+        raise ValueError(f"policy_logits: expected [batch, seq, n_future, vocab], got {list(policy_logits.shape)}")
+    batch, seq, _, vocab = policy_logits.shape
+    for name, tensor, shape in (
+        ("ref_logits", ref_logits, [batch, seq, vocab]),
+        ("labels", labels, [batch, seq]),
+        ("attention_mask", attention_mask, [batch, seq]),
+    ):
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape} to fit policy_logits, got {list(tensor.shape)}")
+    for name, tensor in (("policy_logits", policy_logits), ("ref_logits", ref_logits)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: expected integer token ids, got {labels.dtype}")
+    if not 0 < k_percent <= 1:
+        raise ValueError(f"k_percent: expected a fraction in (0, 1], got {k_percent}")
+    outside = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocab))
+    if outside.any():
+        raise ValueError(f"labels: expected ids in [0, {vocab}) or {IGNORED_LABEL}, got {labels[outside][0].item()}")

@@ -1,0 +1,152 @@
+"""The selection against a sort, on one process and on several."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.weighting.selection import (
+    INVALID_KEY,
+    excess_keys,
+    excess_of_key,
+    num_selected,
+    select_all,
+    select_pairs,
+    select_top,
+    shifted_reference_loss,
+)
+from tests.ranks import run_ranks
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def top_by_sorting(excess: list[float], valid: list[bool], count: int) -> list[bool]:
+    order = sorted((i for i, is_valid in enumerate(valid) if is_valid), key=lambda i: (-excess[i], i))
+    chosen = set(order[:count])
+    return [i in chosen for i in range(len(excess))]
+
+
+@given(FLOATS, FLOATS)
+def test_keys_order_as_the_floats_do(a: float, b: float) -> None:
+    key_a, key_b = excess_keys(torch.tensor([a, b]), torch.ones(2, dtype=torch.bool)).tolist()
+    assert (key_a < key_b, key_a == key_b) == (a < b, a == b)
+
+
+@given(FLOATS)
+def test_a_key_gives_its_float_back(value: float) -> None:
+    keys = excess_keys(torch.tensor([value]), torch.ones(1, dtype=torch.bool))
+    assert excess_of_key(keys).item() == value
+
+
+def test_invalid_and_non_finite_pairs_lie_below_every_float() -> None:
+    values = torch.tensor([-3.4028235e38, math.nan, math.inf, -math.inf, 5.0])
+    keys = excess_keys(values, torch.tensor([True, True, True, True, False])).tolist()
+    assert keys[0] > max(keys[1:]) and keys[4] == INVALID_KEY and len(set(keys[1:4])) == 1
+
+
+@pytest.mark.parametrize(
+    ("k_percent", "num_valid", "expected"),
+    [(0.6, 0, 0), (0.6, 1, 1), (0.01, 7, 1), (0.5, 5, 3), (0.6, 1023, 614), (1.0, 9, 9), (0.25, 2, 1)],
+)
+def test_the_number_selected_is_rounded_half_up_and_at_least_one(k_percent, num_valid, expected) -> None:
+    assert num_selected(k_percent, num_valid) == expected
+
+
+@given(st.floats(0.001, 1), st.integers(1, 10**9))
+def test_the_number_selected_is_within_half_a_pair_of_the_fraction(k_percent: float, num_valid: int) -> None:
+    selected = num_selected(k_percent, num_valid)
+    assert 1 <= selected <= num_valid
+    assert selected == 1 or abs(selected - Fraction(k_percent) * num_valid) <= Fraction(1, 2) + Fraction(num_valid, 2**50)
+
+
+@given(st.lists(st.tuples(st.sampled_from([-1.5, -0.0, 0.0, 0.25, 3.0]) | FLOATS, st.booleans()), min_size=1), st.data())
+def test_the_top_equals_a_sort_with_ties_in_order(pairs: list[tuple[float, bool]], data: st.DataObject) -> None:
+    excess, valid = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    count = data.draw(st.integers(0, sum(valid)))
+    selected, threshold = select_top(excess_keys(torch.tensor(excess), torch.tensor(valid)), count)
+    expected = top_by_sorting(excess, valid, count)
+    assert selected.tolist() == expected
+    if count:
+        assert threshold.item() == min(value for value, chosen in zip(excess, expected, strict=True) if chosen)
+    else:
+        assert threshold.isnan()
+
+
+def test_all_equal_excesses_are_taken_from_the_front() -> None:
+    selected, _ = select_top(excess_keys(torch.zeros(10), torch.ones(10, dtype=torch.bool)), 4)
+    assert selected.tolist() == [True] * 4 + [False] * 6
+
+
+def test_the_shifted_reference_is_the_loss_of_the_target_token() -> None:
+    token_loss_BT = torch.arange(12.0).view(2, 6)
+    shifted = shifted_reference_loss(token_loss_BT, num_heads=4)
+    for b in range(2):
+        for t in range(6):
+            for h in range(4):
+                expected = token_loss_BT[b, t + 1 + h] if t + 1 + h < 6 else 0.0
+                assert shifted[b, t, h] == expected
+
+
+def test_without_a_reference_every_valid_pair_is_selected() -> None:
+    valid = torch.tensor([[[True], [False]]])
+    selection = select_all(torch.ones(1, 2, 1), valid)
+    assert torch.equal(selection.selected_BTK, valid) and selection.finite
+
+
+def pool(world_size: int, rounded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Excess and validity [R, B, T, K] with a rank that has no valid pair and a head that has none."""
+    generator = torch.Generator().manual_seed(world_size)
+    excess = torch.randn(world_size, 3, 17, 3, generator=generator)
+    valid = torch.rand(excess.shape, generator=generator) < torch.linspace(0.2, 0.9, 3)
+    valid[world_size - 1] = world_size == 1
+    valid[..., 2] = False
+    return (excess.bfloat16().float() if rounded else excess), valid
+
+
+def select_on_this_rank(k_percent: float, rounded: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    rank = dist.get_rank()
+    excess, valid = pool(dist.get_world_size(), rounded)
+    counts = [num_selected(k_percent, n) for n in valid.sum((0, 1, 2)).tolist()]
+    reference = torch.full_like(excess[rank], 0.5)
+    found = select_pairs(excess[rank] + reference, reference, valid[rank], counts, dist.group.WORLD, rank)
+    return found.selected_BTK, found.threshold_K, bool(found.finite)
+
+
+def several_selections() -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
+    return [select_on_this_rank(k, rounded) for k in (0.6, 0.01, 1.0) for rounded in (False, True)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_select_what_one_process_would_select_from_the_whole_pool(world_size: int) -> None:
+    answers = run_ranks(several_selections, world_size)
+    cases = [(k, rounded) for k in (0.6, 0.01, 1.0) for rounded in (False, True)]
+    for case, (k_percent, rounded) in enumerate(cases):
+        excess, valid = pool(world_size, rounded)
+        excess = (excess + 0.5) - 0.5  # The bits that the ranks compare.
+        for head in range(3):
+            flat, flat_valid = excess[..., head].flatten().tolist(), valid[..., head].flatten().tolist()
+            expected = top_by_sorting(flat, flat_valid, num_selected(k_percent, sum(flat_valid)))
+            found = torch.stack([answer[case][0][..., head] for answer in answers]).flatten().tolist()
+            assert found == expected
+            thresholds = {answer[case][1][head].item() for answer in answers}
+            if any(flat_valid):
+                assert thresholds == {min(value for value, chosen in zip(flat, expected, strict=True) if chosen)}
+            else:
+                assert all(math.isnan(threshold) for threshold in thresholds)
+
+
+def select_with_one_bad_rank() -> bool:
+    rank = dist.get_rank()
+    losses = torch.ones(1, 4, 1)
+    if rank == 1:
+        losses[0, 2, 0] = math.nan
+    valid = torch.ones(1, 4, 1, dtype=torch.bool)
+    return bool(select_pairs(losses, torch.zeros(1, 4, 1), valid, [4], dist.group.WORLD, rank).finite)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_seen_by_all() -> None:
+    assert run_ranks(select_with_one_bad_rank, 2) == [False, False]
