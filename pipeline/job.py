@@ -178,21 +178,26 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
 
 def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, export_to: Path | None = None) -> int:
     run = build_run(job, settings, run_dir)
-    run.checkpoints.check(job.allow_changed)
-    if job.world.is_first:
-        _describe_run(job, run.settings, run_dir)
-        order = run.stream
-        _say(
-            job,
-            f"{order.samples_per_epoch} rows of {settings.data.sequence_length} tokens an epoch "
-            f"({order.dropped_per_epoch} left over), {settings.training.steps} steps of {settings.data.global_batch} rows",
-        )
+    open_run_directory(job, run)
     exit_code = train(run, stop, job.allow_changed)
     if exit_code == 0 and export_to is not None:
         export(run, export_to)
     if export_to is not None:
         release(run.engine)
     return exit_code
+
+
+def open_run_directory(job: Job, run: Run) -> None:
+    """Refuse to continue what is there with other settings, then describe this run in config.yaml and environment.json."""
+    run.checkpoints.check(job.allow_changed)
+    stream, settings = run.stream, run.settings
+    if job.world.is_first:
+        _describe_run(job, settings, run.run_dir)
+    _say(
+        job,
+        f"{stream.samples_per_epoch} rows of {settings.data.sequence_length} tokens an epoch ({stream.dropped_per_epoch} left "
+        f"over), {settings.training.steps} steps of {settings.data.global_batch} rows",
+    )
 
 
 def build_run(job: Job, settings: Settings, run_dir: Path, stand_in_reference: bool = False) -> Run:
@@ -225,7 +230,7 @@ def build_run(job: Job, settings: Settings, run_dir: Path, stand_in_reference: b
         models=Models(policy=engine, reference=reference, group=group),
         stream=open_stream(data_path, settings, job.world, settings.data.num_workers),
         # A validation is short and every worker's start is not: it reads in the training process.
-        validation=validation_path and open_stream(validation_path, settings, job.world, num_workers=0),
+        validation=open_stream(validation_path, settings, job.world, num_workers=0) if validation_path else None,
         checkpoints=Checkpoints(run_dir, job.world, identity, settings.checkpoint.keep),
     )
 

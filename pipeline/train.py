@@ -8,6 +8,7 @@ them: metrics, validation, checkpoints, requests to stop.
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,16 +164,13 @@ class Reporter:
         self.logbook = None
         if run.world.is_first:
             self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads)
-        self.seconds, self.tokens = 0.0, 0
-        self.recent_seconds: list[float] = []
+        self.recent: deque[tuple[int, float]] = deque(maxlen=20)  # tokens and seconds of the last steps
         if first_step:
             self.say(f"continuing from step {first_step}")
 
     def step(self, progress: Progress, result: StepResult) -> None:
         logging, step = self.run.settings.logging, progress.step
-        self.seconds += result.seconds
-        self.tokens += result.plan.num_tokens
-        self.recent_seconds = [*self.recent_seconds[-99:], result.seconds]
+        self.recent.append((result.plan.num_tokens, result.seconds))
         every = (logging.metrics_every, logging.progress_every, logging.selection_every)
         wanted, progressed, detailed = (
             step % interval == 0 or step in (1, self.run.settings.training.steps) for interval in every
@@ -187,7 +185,11 @@ class Reporter:
         if progressed:
             left = self.run.settings.training.steps - step
             # The median: the first step pays for warm-ups of every kind and would spoil a mean.
-            self.say(progress_line(record, self.run.settings.training.steps, left * statistics.median(self.recent_seconds)))
+            self.say(
+                progress_line(
+                    record, self.run.settings.training.steps, left * statistics.median(seconds for _, seconds in self.recent)
+                )
+            )
         if detailed and step % logging.selection_every == 0:
             self.say(selection_block(record))
 
@@ -221,13 +223,12 @@ class Reporter:
         record = result.sums.record(result.plan.scale_H, names, self.run.models.group)
         if not result.applied:
             record["loss"] = None
-        speed = self.tokens / self.seconds
-        self.seconds, self.tokens = 0.0, 0
+        tokens, seconds = map(sum, zip(*self.recent, strict=True))
         position = {"step": progress.step, "samples": progress.samples, "tokens": progress.tokens}
         more = {
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
-            "tokens_per_second": speed,
+            "tokens_per_second": tokens / seconds,
             "skipped_steps": progress.skipped_steps,
         }
         return without_non_finite(position | record | more)

@@ -95,7 +95,7 @@ def load_weights(model: MTPModel, directory: Path, gather: Gather = whole) -> No
         ModelFilesError: a tensor is missing or has another shape.
     """
     with ExitStack() as stack:
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for file in _weight_files(directory):
             opened = stack.enter_context(safe_open(file, framework="pt"))
             tensors |= dict.fromkeys(opened.keys(), opened)

@@ -29,12 +29,11 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 # DeepSpeed's collectives go by names that torch 2.13 deprecates, one warning a call.
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
 import deepspeed  # noqa: E402
+from deepspeed import DeepSpeedEngine as Engine  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 
 # Compiling this on a CPU's first start takes most of a minute, and hangs on the lock of a build that was killed.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
-
-Engine = deepspeed.DeepSpeedEngine
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _ALLOWED_KEYS = {
     "zero_optimization", "bf16", "communication_data_type", "data_types", "comms_logger", "wall_clock_breakdown",
@@ -133,7 +132,9 @@ def build_policy(settings: Settings, config: dict[str, Any]) -> Engine:
 
 def build_reference(settings: ModelSettings, directory: Path | None, sharding: str, policy_config: dict[str, Any]) -> Engine:
     """The frozen reference in an engine without optimiser; `directory` None draws random weights (a dry run's)."""
-    config = {key: policy_config[key] for key in ("train_micro_batch_size_per_gpu", "bf16") if key in policy_config}
+    config: dict[str, Any] = {
+        key: policy_config[key] for key in ("train_micro_batch_size_per_gpu", "bf16") if key in policy_config
+    }
     zero = policy_config.get("zero_optimization", {})
     names = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
     kept = {name: zero[name] for name in names if name in zero}

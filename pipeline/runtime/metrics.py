@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select, S sources.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +24,14 @@ class SelectionSums:
     """Sums over the micro-batches of one step or one validation. `finite` is false once a loss was not."""
 
     def __init__(self, num_heads: int, num_sources: int, device: torch.device):
-        zeros = {"dtype": torch.float64, "device": device}
-        self.valid_SH = torch.zeros(num_sources, num_heads, **zeros)
-        self.selected_SH = torch.zeros(num_sources, num_heads, **zeros)
-        self.policy_loss_H = torch.zeros(num_heads, **zeros)
-        self.selected_loss_H = torch.zeros(num_heads, **zeros)
-        self.excess_K = torch.zeros(num_heads - 1, **zeros)
-        self.threshold_K = torch.zeros(num_heads - 1, **zeros)
-        self.pool_pairs_K = torch.zeros(num_heads - 1, **zeros)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.valid_SH = zeros(num_sources, num_heads)
+        self.selected_SH = zeros(num_sources, num_heads)
+        self.policy_loss_H = zeros(num_heads)
+        self.selected_loss_H = zeros(num_heads)
+        self.excess_K = zeros(num_heads - 1)
+        self.threshold_K = zeros(num_heads - 1)
+        self.pool_pairs_K = zeros(num_heads - 1)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     def add(self, losses: HeadLosses, valid_BTH: Tensor, sources_BT: Tensor, num_valid_H: Sequence[int]) -> None:

@@ -19,14 +19,14 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Logbook:
-    """Writes records of one run directory, from `first_step` on."""
+    """Writes records of one run directory, from `first_step` on; 0 is a new start, which keeps nothing."""
 
     def __init__(self, run_dir: Path, first_step: int, num_heads: int):
         path = run_dir / METRICS_FILE
-        kept = [record for record in read_records(run_dir) if record["step"] <= first_step]
+        kept = [record for record in read_records(run_dir) if 0 < first_step >= record["step"]]
         replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file: TextIO = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
         if num_heads > 1:
             self.board.add_custom_scalars(_layout(num_heads))
 
@@ -151,16 +151,19 @@ def _heads(record: Record) -> list[int]:
 
 def _layout(num_heads: int) -> dict[str, Any]:
     """One chart a quantity, with all heads in it."""
-    chart = {
-        "policy loss": "loss",
-        "selected ratio": "selection/ratio",
-        "selected count": "selection/count",
-        "threshold": "selection/threshold",
-        "mean excess loss": "selection/excess_mean",
-        "held-out loss": "validation/loss",
+    charts = {
+        "policy loss": ("loss", 0),
+        "selected ratio": ("selection/ratio", 0),
+        "selected count": ("selection/count", 0),
+        "threshold": ("selection/threshold", 1),
+        "mean excess loss": ("selection/excess_mean", 1),
+        "held-out loss": ("validation/loss", 0),
     }
     return {
-        "heads": {title: ["Multiline", [f"{tag}/head_{head}" for head in range(num_heads)]] for title, tag in chart.items()}
+        "heads": {
+            title: ["Multiline", [f"{tag}/head_{head}" for head in range(first_head, num_heads)]]
+            for title, (tag, first_head) in charts.items()
+        }
     }
 
 

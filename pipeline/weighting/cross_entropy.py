@@ -42,7 +42,7 @@ def weighted_cross_entropy(
     the step that sees them). With no rows at all the sum is zero and both gradients are zeros, so that every rank's
     graph has the same shape.
     """
-    return _WeightedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, row_weight_N, chunk_rows)  # type: ignore[return-value]
+    return _WeightedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, row_weight_N, chunk_rows)
 
 
 def _chunks(num_rows: int, chunk_rows: int) -> list[slice]:

@@ -1,0 +1,39 @@
+"""A cache that forgets what was used longest ago, so that memory and open files have a bound."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class LeastRecentlyUsed(Generic[Key, Value]):
+    """At most `capacity` values; `forget` is called with each value that has to go."""
+
+    def __init__(self, capacity: int, forget: Callable[[Value], None] | None = None) -> None:
+        self.capacity = capacity
+        self._forget = forget
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        """The value of `key`, made if it is not there."""
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        self._shrink_to(self.capacity - 1)
+        value = self._values[key] = make()
+        return value
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._shrink_to(0)
+
+    def _shrink_to(self, size: int) -> None:
+        while len(self._values) > size:
+            _, value = self._values.popitem(last=False)
+            if self._forget is not None:
+                self._forget(value)

@@ -1,0 +1,177 @@
+"""The manifest: what a folder of prepared shards holds.
+
+A tar reader cannot tell a complete shard from one that was cut between two members, so every count, size and hash is
+written down when the shards are made. `read_manifest` makes the checks that cost only a `stat` per file; the CRC-32 of each
+sample is checked when the sample is read (`shards`), and the sha256 of a whole shard is there for whoever copies data.
+
+Every mistake a user can make with data is a `DataError`, whose message says what was expected, what was found, and what
+to do.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+# Names become file names: a manifest from elsewhere must not be able to point outside its folder.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class DataError(ValueError):
+    """Something about the data that a user caused or can mend; one message, ready to be shown."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Source(_Record):
+    """A named input: its whole documents, and their tokens with the end-of-document tokens."""
+
+    name: str
+    documents: Count
+    tokens: Count
+
+
+class Shard(_Record):
+    """One tar, `NAME.tar`, of `bytes` bytes; `tokens` are without padding."""
+
+    name: FileName
+    samples: Positive
+    tokens: Count
+    bytes: Positive
+    sha256: Sha256
+
+
+class Manifest(_Record):
+    """What `manifest.json` says; the JSON's keys are the names of the fields.
+
+    `sources` is empty where the inputs had no names; otherwise a document's source index points into it.
+    """
+
+    format_version: int = FORMAT_VERSION
+    sequence_length: Positive
+    vocab_size: Positive
+    end_of_document_id: Count
+    tokenizer_file: FileName
+    tokenizer_sha256: Sha256
+    sources: tuple[Source, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Rows in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all shards, without padding."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources, in the order of their indices; empty where the inputs had no names."""
+        return tuple(source.name for source in self.sources)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Manifest":
+        if self.end_of_document_id >= self.vocab_size:
+            raise ValueError(f"end_of_document_id {self.end_of_document_id} is not below vocab_size {self.vocab_size}")
+        for kind, names in (("source", self.source_names), ("shard", [shard.name for shard in self.shards])):
+            if len(set(names)) != len(names):
+                raise ValueError(f"two {kind}s have the same name")
+        return self
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read a folder's manifest and check that its files are there and have their sizes.
+
+    Raises:
+        DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or a
+            shard or one of its index files is missing or has the wrong size.
+    """
+    directory = Path(directory)
+    manifest = _parse(_manifest_text(directory), directory / MANIFEST_FILE)
+    if manifest.num_samples == 0:
+        raise DataError(f"{directory / MANIFEST_FILE} lists no samples; prepare the data again with more documents")
+    for shard in manifest.shards:
+        _check_sizes_on_disk(directory, shard)
+    return manifest
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `directory/manifest.json`; a reader sees the old file or the new one, never half of one."""
+    path = Path(directory) / MANIFEST_FILE
+    temporary = path.with_name(f"{MANIFEST_FILE}.tmp")
+    temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _manifest_text(directory: Path) -> bytes:
+    remedy = "make it with `python launch/prepare.py --input PATH --output DIR …`"
+    if not directory.is_dir():
+        raise DataError(f"expected a folder of prepared shards at {directory}, but there is no such folder; {remedy}")
+    try:
+        return (directory / MANIFEST_FILE).read_bytes()
+    except FileNotFoundError:
+        pass
+    if not any(directory.iterdir()):
+        raise DataError(f"expected prepared shards in {directory}, but the folder is empty; {remedy}")
+    hint = _prepared_subfolders(directory)
+    raise DataError(f"expected {MANIFEST_FILE} in {directory}, but it has none; {hint or remedy}")
+
+
+def _prepared_subfolders(directory: Path) -> str:
+    prepared = sorted(str(path.parent) for path in directory.glob(f"*/{MANIFEST_FILE}"))
+    return f"did you mean {' or '.join(prepared[:4])}?" if prepared else ""
+
+
+def _parse(text: bytes, path: Path) -> Manifest:
+    try:
+        version = _Version.model_validate_json(text).format_version
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format version {version}, but this program reads version {FORMAT_VERSION}; "
+                "prepare the data again, or use the program that made it"
+            )
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(
+            f"{path} is not a valid manifest: {where}: {first['msg']} ({error.error_count()} problem(s) in all); "
+            "copy it again from where the data was prepared, or prepare again"
+        ) from None
+
+
+class _Version(BaseModel):
+    # Read alone and first: a later version may have any other fields.
+    format_version: int
+
+
+def _check_sizes_on_disk(directory: Path, shard: Shard) -> None:
+    expected = {
+        f"{shard.name}.tar": shard.bytes,
+        f"{shard.name}.tar.idx": 8 * (shard.samples + 1),
+        f"{shard.name}.tar.crc32": 4 * shard.samples,
+    }
+    for name, size in expected.items():
+        try:
+            found = (directory / name).stat().st_size
+        except OSError as error:
+            raise DataError(
+                f"shard {shard.name}: {directory / name} cannot be found ({error.strerror}), but the manifest lists it; "
+                "copy it again from where the data was prepared, or prepare again"
+            ) from None
+        if found != size:
+            raise DataError(
+                f"shard {shard.name}: {directory / name} has {found} bytes, expected {size}; "
+                "the file is cut or not of this data set: copy it again, or prepare again"
+            )

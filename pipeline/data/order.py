@@ -1,0 +1,93 @@
+"""The order of a run's rows, as a pure function of one integer: samples consumed so far.
+
+An epoch permutes the shards, and the samples within fixed blocks of each shard; the permuted sequence of S samples is cut
+into L contiguous *lanes* of floor(S/L). Row n of the run is the next sample of lane n mod L. Ranks and loader workers own
+lanes, but how many of them there are does not enter here: a job resumes on any number of them with the same rows in the
+same steps. In an epoch no sample comes twice, and only the last S − L·floor(S/L) of its order are left out.
+
+Blocks bound what shuffling costs: a lane walks through one block after the other, reads near one place, and finding a row
+takes one search and one block's permutation.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.data.cache import LeastRecentlyUsed
+from pipeline.data.manifest import DataError
+from pipeline.data.permutation import BLOCK, SHARDS, permutation
+
+_MAX_LANES_BY_DEFAULT = 256
+# A block's permutation is 4 bytes a sample; every lane of a process wants its own kept from round to round.
+_MAX_CACHED_BLOCKS = 1024
+
+
+def default_lanes(global_batch: int) -> int:
+    """The largest divisor of `global_batch` that is at most 256."""
+    return max(lanes for lanes in range(1, _MAX_LANES_BY_DEFAULT + 1) if global_batch % lanes == 0)
+
+
+class EpochOrder:
+    """Where each row of a run lies: (epoch, shard index, sample index).
+
+    Raises:
+        DataError: fewer samples than lanes.
+    """
+
+    def __init__(self, shard_samples: Sequence[int], *, lanes: int, seed: int, shuffle_block: int) -> None:
+        self._shard_samples = np.array(shard_samples, dtype=np.int64)
+        self.num_samples = int(self._shard_samples.sum())
+        if self.num_samples < lanes:
+            raise DataError(too_few_samples(self.num_samples, lanes))
+        self.lanes = lanes
+        self.seed = seed
+        self.shuffle_block = shuffle_block
+        self._epochs: LeastRecentlyUsed[int, tuple[np.ndarray, np.ndarray]] = LeastRecentlyUsed(2)
+        self._blocks: LeastRecentlyUsed[tuple[int, int, int], np.ndarray] = LeastRecentlyUsed(_MAX_CACHED_BLOCKS)
+
+    @property
+    def samples_per_lane(self) -> int:
+        """Rounds in an epoch: floor(S/L)."""
+        return self.num_samples // self.lanes
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Rows that an epoch uses."""
+        return self.samples_per_lane * self.lanes
+
+    @property
+    def dropped_per_epoch(self) -> int:
+        """Samples, the last of each epoch's order, that an epoch leaves out; fewer than L."""
+        return self.num_samples - self.samples_per_epoch
+
+    def locate(self, epoch: int, position: int) -> tuple[int, int]:
+        """Shard and sample at `position` (below S) of the epoch's permuted sequence."""
+        shards, ends = self._epochs.get(epoch, lambda: self._permuted_shards(epoch))
+        slot = int(np.searchsorted(ends, position, side="right"))
+        shard = int(shards[slot])
+        within_shard = position - (int(ends[slot]) - int(self._shard_samples[shard]))
+        block, within_block = divmod(within_shard, self.shuffle_block)
+        block_order = self._blocks.get((epoch, shard, block), lambda: self._permuted_block(epoch, shard, block))
+        return shard, block * self.shuffle_block + int(block_order[within_block])
+
+    def locate_row(self, row: int) -> tuple[int, int, int]:
+        """Epoch, shard and sample of row `row` of the run."""
+        consumed_rounds, lane = divmod(row, self.lanes)
+        epoch, within_lane = divmod(consumed_rounds, self.samples_per_lane)
+        return epoch, *self.locate(epoch, lane * self.samples_per_lane + within_lane)
+
+    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        shards = permutation(len(self._shard_samples), SHARDS, self.seed, epoch)
+        return shards, np.cumsum(self._shard_samples[shards])
+
+    def _permuted_block(self, epoch: int, shard: int, block: int) -> np.ndarray:
+        rest = int(self._shard_samples[shard]) - block * self.shuffle_block
+        return permutation(min(self.shuffle_block, rest), BLOCK, self.seed, epoch, shard, block)
+
+
+def too_few_samples(num_samples: int, lanes: int) -> str:
+    """The sentence for S < L."""
+    return (
+        f"the data set has {num_samples} samples, fewer than data.lanes = {lanes}: every lane needs at least one; "
+        "prepare more data, or choose a smaller data.lanes (and with it data.global_batch)"
+    )

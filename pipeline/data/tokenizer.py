@@ -1,0 +1,105 @@
+"""The tokenizer: a byte-level BPE of our own, or any `tokenizer.json` of the `tokenizers` library.
+
+A tokenizer is known by its *fingerprint*, the sha256 of its map from id to token: two files that differ only in how the JSON
+is laid out are the same tokenizer, and a model trained with one can be fed by the other.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pipeline.data.manifest import DataError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+
+# Other families' names for the same thing, in the order in which they are tried.
+_END_OF_DOCUMENT_NAMES = (
+    END_OF_DOCUMENT,
+    "</s>",
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek writes it with full-width bars)
+    "<|im_end|>",
+    "<eos>",
+)
+_NUM_BYTES = 256
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE whose id 0 is END_OF_DOCUMENT; the same texts give the same tokenizer.
+
+    Few texts may give fewer than `vocab_size` tokens: there are no more pairs to merge.
+
+    Raises:
+        DataError: `vocab_size` has no room for the 256 bytes and END_OF_DOCUMENT.
+    """
+    if vocab_size <= _NUM_BYTES:
+        raise DataError(f"expected a vocabulary of at least {_NUM_BYTES + 1} tokens for a byte-level BPE, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a `tokenizer.json`, or the one in a folder.
+
+    Raises:
+        DataError: there is no such file, or the `tokenizers` library cannot read it.
+    """
+    path = Path(path)
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"expected a tokenizer at {file}, but there is no such file; give a tokenizer.json or its folder")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from None
+
+
+def for_documents(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that encodes the whole of any text as text.
+
+    A downloaded tokenizer may truncate or pad, and would turn the letters of END_OF_DOCUMENT inside a text into the token
+    itself, so that a text could end its own document.
+    """
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """The sha256, in hexadecimal, of the map from id to token."""
+    tokens = sorted((token_id, token) for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items())
+    return hashlib.sha256(json.dumps(tokens, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def end_of_document_id(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a document.
+
+    Raises:
+        DataError: the tokenizer has none of the names in use.
+    """
+    for name in _END_OF_DOCUMENT_NAMES:
+        token_id = tokenizer.token_to_id(name)
+        if token_id is not None:
+            return token_id
+    names = ", ".join(_END_OF_DOCUMENT_NAMES)
+    raise DataError(f"the tokenizer has no end-of-document token: expected one of {names}; add {END_OF_DOCUMENT} to it")
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """The number of ids that a model must know: the highest id + 1, gaps included."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

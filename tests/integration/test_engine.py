@@ -1,0 +1,165 @@
+"""The engine on two ranks under ZeRO-3: initial weights, decay groups, files, and steps that must not be applied."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.model.mtp import MTPModel
+from pipeline.train import learning_rate
+from tests.integration.test_gradients import dense_model, part_of, settings_for, whole_batch
+from tests.ranks import run_ranks
+
+CONTENT = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "communication_data_type": "fp32",
+    "data_types": {"grad_accum_dtype": "fp32"},
+}
+
+
+def whole_weights(model: Any) -> dict[str, torch.Tensor]:
+    from pipeline.runtime.engine import gathered
+
+    weights = {}
+    for name, parameter in model.named_parameters():
+        with gathered(parameter):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+def build_and_inspect(directory: Path) -> dict[str, Any]:
+    from pipeline.model.huggingface import save_model
+    from pipeline.runtime.engine import build_policy, gathered, initialize_distributed, parameter_groups, resolve_deepspeed_json
+
+    initialize_distributed(torch.device("cpu"), "error")
+    settings = settings_for(2, 1)
+    engine = build_policy(settings, resolve_deepspeed_json(CONTENT, settings, 2))
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    groups = parameter_groups(engine.module, settings.training)
+    save_model(engine.module, directory, gathered, writes=dist.get_rank() == 0)
+    dist.barrier()
+    return {
+        "weights": whole_weights(engine.module),
+        "local_sizes": {name: parameter.ds_tensor.numel() for name, parameter in engine.module.named_parameters()},
+        "groups": [(group["weight_decay"], sorted(names[id(p)] for p in group["params"])) for group in groups],
+    }
+
+
+def load_from_files(directory: Path) -> dict[str, torch.Tensor]:
+    from pipeline.runtime.engine import build_policy, initialize_distributed, resolve_deepspeed_json
+
+    initialize_distributed(torch.device("cpu"), "error")
+    settings = settings_for(2, 1, model={"pretrained": directory, "seed": 9})
+    return whole_weights(build_policy(settings, resolve_deepspeed_json(CONTENT, settings, 2)).module)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module")
+def built(files: Path) -> list[dict[str, Any]]:
+    return run_ranks(build_and_inspect, 2, files)
+
+
+def test_partitioned_weights_are_those_of_one_process_and_survive_the_way_through_files(built, files) -> None:
+    expected = dict(dense_model(settings_for(2, 1)).named_parameters())
+    loaded = run_ranks(load_from_files, 2, files)
+    for rank in range(2):
+        for name, parameter in expected.items():
+            assert torch.equal(built[rank]["weights"][name], parameter), name
+            assert torch.equal(loaded[rank][name], parameter), name
+            assert built[rank]["local_sizes"][name] == math.ceil(parameter.numel() / 2)
+
+
+def test_matrices_decay_and_vectors_do_not_though_both_look_empty_when_partitioned(built) -> None:
+    (decay, matrices), (no_decay, vectors) = built[0]["groups"]
+    expected = dict(MTPModel(settings_for(2, 1).model).named_parameters())
+    assert (decay, no_decay) == (0.1, 0.0)
+    assert matrices == sorted(name for name, parameter in expected.items() if parameter.ndim == 2)
+    assert vectors == sorted(name for name, parameter in expected.items() if parameter.ndim == 1)
+
+
+KINDS = ("reference loss", "head 0's loss", "head 2's loss", "gradient")
+
+
+def steps_with_bad_ones() -> list[dict[str, Any]]:
+    """Steps of two micro-steps each; in every second step rank 1 alone meets a number that is not finite."""
+    from pipeline.micro_step import Models
+    from pipeline.runtime.checkpoint import Progress
+    from pipeline.runtime.distributed import World
+    from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed, resolve_deepspeed_json
+    from pipeline.train import Run, advance, train_step
+
+    initialize_distributed(torch.device("cpu"), "error")
+    rank = dist.get_rank()
+    settings = settings_for(2, 2)
+    config = resolve_deepspeed_json(CONTENT, settings, 2)
+    engine = build_policy(settings, config)
+    reference = build_reference(settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1}), None, "zero3", config)
+    kind: str | None = None
+
+    def maybe_poisoned_reference(*inputs: torch.Tensor) -> torch.Tensor:
+        losses = reference(*inputs)
+        return losses * math.nan if kind == "reference loss" and rank == 1 else losses
+
+    def poison_head(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        poisoned = {"head 0's loss": 0, "head 2's loss": 2}.get(kind or "")
+        return output * math.inf if rank == 1 and poisoned is not None and module is engine.module.heads[poisoned] else output
+
+    def poison_gradient(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.nan if kind == "gradient" and rank == 1 else gradient
+
+    for head in (0, 2):
+        engine.module.heads[head].register_forward_hook(poison_head)
+    engine.module.trunk[0].register_forward_hook(
+        lambda module, args, output: output.register_hook(poison_gradient) and None if output.requires_grad else None
+    )
+    run = Run(
+        settings=settings,
+        world=World(rank, 2, rank, 2),
+        device=torch.device("cpu"),
+        run_dir=Path(),
+        engine=engine,
+        models=Models(engine, maybe_poisoned_reference, dist.group.WORLD),
+        stream=SimpleNamespace(micro_steps=2, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
+        validation=None,
+        checkpoints=None,  # type: ignore[arg-type]
+    )
+    batches = [part_of(whole_batch(), slice(start, start + 2)) for start in (4 + 2 * rank, 4 + 2 * rank)]
+    progress, seen = Progress(), []
+    for step in range(2 * len(KINDS) + 1):
+        kind = KINDS[step // 2] if step % 2 else None
+        before = whole_weights(engine.module)
+        result = train_step(run, iter(batches), progress.applied_steps)
+        advance(progress, result, settings)
+        after = whole_weights(engine.module)
+        seen.append(
+            {
+                "applied": result.applied,
+                "changed": any(not torch.equal(before[name], after[name]) for name in before),
+                "finite": all(bool(weight.isfinite().all()) for weight in after.values()),
+                "learning_rate": result.learning_rate,
+                "progress": (progress.step, progress.samples, progress.applied_steps, progress.skipped_in_a_row),
+            }
+        )
+    return seen
+
+
+def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_nothing_else() -> None:
+    applied = [True, *([False, True] * len(KINDS))]
+    for seen in run_ranks(steps_with_bad_ones, 2):
+        assert [step["applied"] for step in seen] == applied
+        assert [step["changed"] for step in seen] == applied
+        assert all(step["finite"] for step in seen)
+        assert [step["progress"] for step in seen] == [
+            (step + 1, 8 * (step + 1), sum(applied[: step + 1]), int(not applied[step])) for step in range(len(applied))
+        ]
+        expected = [learning_rate(settings_for(2, 2).training, sum(applied[:step])) for step in range(len(applied))]
+        assert [step["learning_rate"] for step in seen] == expected
+        assert len(set(expected)) == sum(applied)

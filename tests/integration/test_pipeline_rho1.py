@@ -1,0 +1,193 @@
+"""The real pipeline on two ranks: data, reference, policy under ZeRO-3, global selection, metrics."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.config import Settings, load_settings
+from tests.ranks import run_ranks
+
+STEPS, K_PERCENT = 30, 0.6
+DEEPSPEED_JSON = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
+
+
+def settings_for(tiny_data: Path, tiny_reference: Path, *more: str) -> Settings:
+    overrides = [
+        f"data.path={tiny_data / 'train'}",
+        f"data.validation_path={tiny_data / 'validation'}",
+        "data.sequence_length=16",
+        "data.global_batch=16",
+        "data.micro_batch=4",
+        "data.num_workers=1",
+        "model.dim=32",
+        "model.num_layers=2",
+        "model.num_attention_heads=2",
+        f"reference.path={tiny_reference}",
+        f"training.steps={STEPS}",
+        "training.learning_rate=5e-3",
+        "training.warmup_steps=5",
+        f"training.k_percent={K_PERCENT}",
+        "logging.metrics_every=1",
+        "logging.selection_every=10",
+        "checkpoint.every=10",
+    ]
+    return load_settings(None, [*overrides, *more])
+
+
+def job_on_this_rank(settings: Settings, run_dir: Path, allow_changed: bool = False) -> Any:
+    from pipeline.job import Job, check_before_start
+    from pipeline.runtime.distributed import World
+    from pipeline.runtime.engine import initialize_distributed
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, rank, size)
+    content = check_before_start(settings, DEEPSPEED_JSON, world)
+    initialize_distributed(torch.device("cpu"), "error")
+    return Job(settings, content, run_dir, world, torch.device("cpu"), allow_changed)
+
+
+def run_pipeline(settings: Settings, run_dir: Path) -> dict[str, Any]:
+    """Train, counting the forwards of both models and watching what reaches head 0."""
+    from pipeline.job import build_run, open_run_directory
+    from pipeline.runtime.preemption import StopRequest
+    from pipeline.train import train
+
+    job = job_on_this_rank(settings, run_dir)
+    run = build_run(job, settings, run_dir)
+    open_run_directory(job, run)
+    counts = {"reference": 0, "policy": 0}
+    gradients: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
+
+    def count_reference(*_: Any) -> None:
+        counts["reference"] += 1
+        assert torch.is_inference_mode_enabled()
+
+    def watch_policy(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        counts["policy"] += 1
+        if torch.is_grad_enabled():
+            inputs.append(args[3][..., 0])  # valid_BTH of head 0
+
+    def watch_head_0(module: Any, args: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradients.append(gradient.detach().clone()))
+
+    assert run.models.reference is not None
+    run.models.reference.module.register_forward_hook(count_reference)  # type: ignore[attr-defined]
+    run.engine.module.register_forward_pre_hook(watch_policy, with_kwargs=True)
+    run.engine.module.heads[0].register_forward_hook(watch_head_0)
+    exit_code = train(run, StopRequest(run_dir, job.world))
+    reached = [gradient.abs().sum(-1) > 0 for gradient in gradients]
+    return {
+        "exit_code": exit_code,
+        "counts": counts,
+        "micro_batches": len(inputs),
+        "every_valid_position_reached": all(bool(found[valid].all()) for found, valid in zip(reached, inputs, strict=True)),
+        "lanes": run.stream.lanes,
+        "validation_micro_batches": 0 if run.validation is None else run.validation.samples_per_epoch // 8,
+        "partitioned": all(parameter.shape == (0,) for parameter in run.engine.module.parameters() if parameter.ds_numel > 640),
+    }
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_data: Path, tiny_reference: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run_dir = tmp_path_factory.mktemp("pipeline") / "run"
+    answers = run_ranks(run_pipeline, 2, settings_for(tiny_data, tiny_reference), run_dir)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "run_dir": run_dir,
+        "ranks": answers,
+        "steps": [line for line in lines if "split" not in line],
+        "validation": [line for line in lines if line.get("split") == "validation"],
+    }
+
+
+def test_every_step_is_logged_once_and_the_job_ends_well(pipeline) -> None:
+    assert [rank["exit_code"] for rank in pipeline["ranks"]] == [0, 0]
+    assert [line["step"] for line in pipeline["steps"]] == list(range(1, STEPS + 1))
+    assert [line["samples"] for line in pipeline["steps"]] == [16 * step for step in range(1, STEPS + 1)]
+    assert pipeline["steps"][-1]["skipped_steps"] == 0
+
+
+def test_head_0_learns_every_token_and_the_others_their_top_k(pipeline) -> None:
+    for line in pipeline["steps"]:
+        assert line["selected_ratio_head_0"] == 1.0
+        for head in (1, 2, 3):
+            # Two pools of a step, each rounded by itself.
+            assert abs(line[f"selected_count_head_{head}"] - K_PERCENT * line[f"valid_count_head_{head}"]) <= 1.0
+        assert 0.6 <= line["selection_ratio"] <= 0.8
+        assert line["heads_per_position"] == pytest.approx(
+            sum(line[f"selected_count_head_{head}"] for head in range(4)) / line["valid_count_head_0"]
+        )
+
+
+def test_the_objective_is_the_weighted_sum_over_selected_pairs(pipeline) -> None:
+    for line in pipeline["steps"]:
+        bound = sum(line[f"loss_head_{head}"] for head in range(4)) / 4
+        assert 0 < line["loss"] < bound
+
+
+def test_the_loss_falls(pipeline) -> None:
+    for head in range(4):
+        losses = [line[f"loss_head_{head}"] for line in pipeline["steps"]]
+        assert sum(losses[-5:]) / 5 < 0.8 * sum(losses[:5]) / 5
+        held_out = [line[f"loss_head_{head}"] for line in pipeline["validation"]]
+        assert held_out[-1] < 0.8 * held_out[0]
+
+
+def test_the_reference_and_the_policy_run_exactly_once_a_micro_batch(pipeline) -> None:
+    for rank in pipeline["ranks"]:
+        micro_batches = STEPS * 2
+        assert rank["micro_batches"] == micro_batches
+        evaluated = 2 * rank["validation_micro_batches"]
+        assert rank["counts"] == {"reference": micro_batches + evaluated, "policy": micro_batches + evaluated}
+
+
+def test_every_position_with_a_target_receives_gradient_through_head_0(pipeline) -> None:
+    assert all(rank["every_valid_position_reached"] for rank in pipeline["ranks"])
+
+
+def test_no_rank_holds_the_whole_model_between_forwards(pipeline) -> None:
+    assert all(rank["partitioned"] for rank in pipeline["ranks"])
+
+
+def test_the_run_directory_explains_itself(pipeline) -> None:
+    run_dir = pipeline["run_dir"]
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["ranks"] == 2
+    assert environment["versions"]["deepspeed"] == "0.19.8"
+    assert load_settings(run_dir / "config.yaml").training.steps == STEPS
+    assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:08d}"
+    assert list((run_dir / "tensorboard").iterdir())
+
+
+def resume(settings: Settings, run_dir: Path) -> int:
+    from pipeline.job import run_job
+
+    return run_job(job_on_this_rank(settings, run_dir))
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pipeline, tiny_data, tiny_reference, tmp_path) -> None:
+    import shutil
+
+    again = tmp_path / "again"
+    shutil.copytree(pipeline["run_dir"], again)
+    for step in (20, 30):
+        shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
+    (again / "checkpoints" / "latest").write_text("step-00000010\n")
+    assert run_ranks(resume, 2, settings_for(tiny_data, tiny_reference, "data.num_workers=0"), again) == [0, 0]
+    lines = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    resumed = [line for line in lines if "split" not in line]
+    assert len(resumed) == STEPS
+
+    def without_speed(line: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in line.items() if key != "tokens_per_second"}
+
+    assert [without_speed(line) for line in resumed] == [without_speed(line) for line in pipeline["steps"]]
+    assert [line for line in lines if "split" in line] == pipeline["validation"]
+    assert not math.isnan(resumed[-1]["grad_norm"])
