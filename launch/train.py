@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
     if is_first and not options.print_config:
         print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
 
-    from pipeline.config import ConfigError, did_you_mean, read_settings
+    from pipeline.config import ConfigError, did_you_mean
+    from pipeline.recipe import read_settings
 
     problems = [
         f"{option}: unknown option; {did_you_mean(option.partition('=')[0], options.options)}" for option in options.unknown
@@ -64,8 +65,9 @@ def main(arguments: list[str]) -> int:
 def train(options: argparse.Namespace, settings, problems: list[str]) -> int:
     import torch.distributed as dist
 
+    from pipeline.checks import check_before_start
     from pipeline.data.manifest import DataError
-    from pipeline.job import Job, check_before_start, dry_run, run_job
+    from pipeline.job import Job, dry_run, run_job
     from pipeline.model.huggingface import ModelFilesError
     from pipeline.runtime.distributed import device_of, find_world, share_cores
     from pipeline.runtime.engine import initialize_distributed

@@ -1,18 +1,17 @@
-"""Settings: a recipe (YAML) and `section.key=value` overrides become one frozen, validated `Settings`.
+"""Settings: frozen, validated, each with a default, a unit and one owner.
 
-Guarantees: every key is known (an unknown one is refused with a suggestion), every value has a default and one owner,
-and all problems found are reported in one `ConfigError`. A component receives only its own section. What depends on
-files, ranks or the DeepSpeed JSON is checked where those are known; such checks return sentences that end up in the
-same kind of error.
+A component receives only its own section. `recipe` reads them from YAML and the command line; what depends on files,
+ranks or the DeepSpeed JSON is checked where those are known. All such checks return sentences, which end up together
+in one `ConfigError`.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class ConfigError(ValueError):
@@ -212,11 +211,6 @@ class Settings(Section):
         return self.training.head_weights or [1.0] * self.model.num_prediction_heads
 
 
-TEMPERATURE_REMOVED = (
-    "training.temperature: removed. Softmax weighting of excess losses gave way to an exact top-k selection; "
-    "set training.k_percent (a fraction in (0, 1], default 0.6) instead"
-)
-
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 # Directories may move; the fingerprints of what is in them are compared instead.
 FREE_TO_CHANGE = (
@@ -229,40 +223,6 @@ def did_you_mean(unknown: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(known)}"
-
-
-def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
-    """Read a recipe, apply `section.key=value` overrides (values are YAML) and validate.
-
-    Raises:
-        ConfigError: naming every unknown key, malformed override and value out of range at once.
-    """
-    settings, problems = read_settings(recipe, overrides)
-    if problems:
-        raise ConfigError(problems)
-    return settings
-
-
-def read_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Settings, list[str]]:
-    """The settings as far as they can be understood, and everything that is wrong with them, one sentence a problem.
-
-    A value that is refused is left at its default, so that what remains can be looked at as well.
-
-    Raises:
-        ConfigError: the recipe cannot be read at all.
-    """
-    values = _read_recipe(recipe) if recipe is not None else {}
-    problems = [problem for override in overrides for problem in _apply_override(values, override)]
-    problems += list(_removed_settings(values))
-    refused: set[str] = set()
-    try:
-        settings = Settings.model_validate(values)
-    except ValidationError as error:
-        details = error.errors()
-        problems += [_sentence(detail) for detail in details]
-        refused = {_place(detail["loc"][:2]) for detail in details}
-        settings = Settings.model_validate(_without(values, refused))
-    return settings, problems + [problem for keys, problem in _inconsistencies(settings) if refused.isdisjoint(keys)]
 
 
 def differences_that_matter(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -279,121 +239,3 @@ def flatten(settings: Settings) -> dict[str, Any]:
     """`{"section.key": value}` with JSON values."""
     dumped = settings.model_dump(mode="json")
     return {f"{section}.{key}": value for section, keys in dumped.items() for key, value in keys.items()}
-
-
-def _read_recipe(recipe: Path) -> dict[str, Any]:
-    if not recipe.is_file():
-        raise ConfigError([f"--config: no such file: {recipe}"])
-    try:
-        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--config: {recipe} is not valid YAML: {error}"]) from None
-    values = {} if values is None else values
-    if not isinstance(values, dict) or not all(isinstance(keys, dict | None) for keys in values.values()):
-        raise ConfigError([f"--config: {recipe}: expected sections of keys ({', '.join(Settings.model_fields)})"])
-    return {section: dict(keys or {}) for section, keys in values.items()}
-
-
-def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
-    name, equals, text = override.partition("=")
-    section, dot, key = name.partition(".")
-    if not (equals and dot and section and key):
-        yield f"'{override}': expected section.key=value, for example training.steps=1000"
-        return
-    try:
-        values.setdefault(section, {})[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        yield f"'{override}': the value is not valid YAML"
-
-
-def _removed_settings(values: dict[str, Any]) -> Iterator[str]:
-    if "temperature" in values.get("training", {}):
-        del values["training"]["temperature"]
-        yield TEMPERATURE_REMOVED
-
-
-def _place(loc: Iterable[int | str]) -> str:
-    return ".".join(str(part) for part in loc)
-
-
-def _without(values: dict[str, Any], refused: set[str]) -> dict[str, Any]:
-    """`values` less the sections and `section.key`s in `refused`."""
-    return {
-        section: {key: value for key, value in keys.items() if f"{section}.{key}" not in refused}
-        for section, keys in values.items()
-        if str(section) not in refused
-    }
-
-
-def _sentence(detail: Any) -> str:
-    place = _place(detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        owner: type[BaseModel] = Settings
-        for part in detail["loc"][:-1]:
-            owner = Settings.model_fields[part].annotation  # type: ignore[assignment]
-        kind = "setting" if len(detail["loc"]) > 1 else "section"
-        return f"{place}: unknown {kind}; {did_you_mean(str(detail['loc'][-1]), owner.model_fields)}"
-    return f"{place}: got {detail['input']!r}; {detail['msg'].removeprefix('Value error, ')}"
-
-
-def _inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
-    """What is wrong between settings that are right by themselves: the settings concerned, and a sentence."""
-    yield from _model_inconsistencies(settings)
-    yield from _head_inconsistencies(settings)
-    yield from _source_inconsistencies(settings)
-
-
-def _model_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
-    model = settings.model
-    width = {"model.dim", "model.num_attention_heads", "model.head_dim"}
-    if model.head_dim is None and model.dim % model.num_attention_heads:
-        yield width, f"model.dim: {model.dim} is not a multiple of num_attention_heads, {model.num_attention_heads}"
-    elif (model.head_dim or model.dim // model.num_attention_heads) % 2:
-        yield width, "model.head_dim: the width of an attention head is odd; rotary positions need it even"
-    if model.num_key_value_heads and model.num_attention_heads % model.num_key_value_heads:
-        yield (
-            {"model.num_key_value_heads", "model.num_attention_heads"},
-            f"model.num_key_value_heads: {model.num_key_value_heads} does not divide num_attention_heads, "
-            f"{model.num_attention_heads}",
-        )
-
-
-def _head_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
-    model, data, weights = settings.model, settings.data, settings.training.head_weights
-    if data.sequence_length <= model.num_prediction_heads:
-        yield (
-            {"data.sequence_length", "model.num_prediction_heads"},
-            f"data.sequence_length: {data.sequence_length} leaves head {model.num_prediction_heads - 1} nothing to "
-            f"predict; expected more than model.num_prediction_heads, {model.num_prediction_heads}",
-        )
-    if weights is not None and len(weights) != model.num_prediction_heads:
-        yield (
-            {"training.head_weights", "model.num_prediction_heads"},
-            f"training.head_weights: {len(weights)} weights for {model.num_prediction_heads} heads; give one a head",
-        )
-    if weights is not None and not any(weights):
-        yield {"training.head_weights"}, "training.head_weights: all are zero, nothing would be trained"
-
-
-def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
-    """Where training data and reference come from: exactly one answer each."""
-    data, reference = settings.data, settings.reference
-    both = {"data.path", "data.builtin"}
-    if data.path is None and not data.builtin:
-        yield both, "data.path: not set; name a directory of prepared shards (launch/prepare.py makes one)"
-    if data.path is not None and data.builtin:
-        yield both, "data.builtin: true and data.path is set; only one of them can be the training data"
-    selects = settings.model.num_prediction_heads > 1 and settings.training.k_percent < 1
-    if selects and reference.path is None and reference.training_steps is None:
-        yield (
-            {"reference.path", "reference.training_steps", "model.num_prediction_heads", "training.k_percent"},
-            "reference.path: not set; name the directory of a reference model, or set reference.training_steps to "
-            "train one, or training.k_percent=1 to train without selection",
-        )
-    if reference.path is not None and reference.training_steps is not None:
-        yield set(), "reference.training_steps: set, and so is reference.path; only one of them can be meant"
-    if reference.training_steps is not None and reference.training_data is None and not data.builtin:
-        yield (
-            {"reference.training_data", "data.builtin"},
-            "reference.training_data: not set; name the prepared shards to train the reference on",
-        )

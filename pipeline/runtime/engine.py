@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from pipeline.config import ModelSettings, Settings, TrainingSettings, did_you_mean
@@ -30,6 +31,7 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
 import deepspeed  # noqa: E402
 from deepspeed import DeepSpeedEngine as Engine  # noqa: E402
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 
 # Compiling this on a CPU's first start takes most of a minute, and hangs on the lock of a build that was killed.
@@ -37,7 +39,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _ALLOWED_KEYS = {
     "zero_optimization", "bf16", "communication_data_type", "data_types", "comms_logger", "wall_clock_breakdown",
-    "memory_breakdown", "zero_force_ds_cpu_optimizer", "aio", "activation_checkpointing", "flops_profiler",
+    "memory_breakdown", "flops_profiler",
 }  # fmt: skip
 _RECIPE_OWNS = {
     "train_batch_size": "data.global_batch",
@@ -47,6 +49,8 @@ _RECIPE_OWNS = {
     "optimizer": "training.learning_rate",
     "scheduler": "training.schedule",
 }
+_DTYPE_KEYS = ("communication_data_type", "data_types.grad_accum_dtype")
+_DTYPES = ("fp32", "bf16", "fp16")
 _REFUSED = {"fp16": "train in bf16 or float32: fp16's loss scaling would change which steps are applied"}
 
 
@@ -68,15 +72,9 @@ def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any],
     if not isinstance(content, dict):
         return {}, [f"--deepspeed: {path}: expected a JSON object"]
     problems = [problem for key, value in content.items() for problem in _key_problems(key, value, settings)]
-    zero = content.get("zero_optimization", {})
-    if isinstance(zero, dict):
-        known = set(DeepSpeedZeroConfig.model_fields)
-        known |= {field.alias for field in DeepSpeedZeroConfig.model_fields.values() if field.alias}
-        problems += [
-            f"deepspeed zero_optimization.{key}: unknown key; {did_you_mean(key, known)}" for key in zero if key not in known
-        ]
-    else:
-        problems.append(f"deepspeed zero_optimization: got {zero!r}; expected an object with a stage")
+    for section, model in _SECTIONS.items():
+        problems += _section_problems(section, model, content.get(section, {}))
+    problems += _precision_problems(content) + _zero_problems(content.get("zero_optimization", {}))
     problems += [
         f"deepspeed {place}: 'auto' is not resolved here; write a value or leave the key out"
         for place in _autos(content)
@@ -88,7 +86,9 @@ def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any],
 def resolve_deepspeed_json(content: dict[str, Any], settings: Settings, world_size: int) -> dict[str, Any]:
     """What DeepSpeed is given: 'auto' replaced by values, the recipe's batch sizes and clipping filled in."""
     batch, micro_batch = settings.data.global_batch, settings.data.micro_batch
-    resolved = {key: value for key, value in content.items() if key not in _RECIPE_OWNS}
+    # DeepSpeed would reduce and accumulate gradients in bf16 where nothing is said.
+    exact = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    resolved = exact | {key: value for key, value in content.items() if key not in _RECIPE_OWNS}
     for place in _autos(resolved):
         section, key = place.split(".")
         resolved[section] = resolved[section] | {key: _AUTO[place](settings)}
@@ -225,6 +225,57 @@ def _key_problems(key: str, value: Any, settings: Settings) -> list[str]:
     if key not in _ALLOWED_KEYS:
         return [f"deepspeed {key}: unknown key, or not ZeRO, precision or communication; {did_you_mean(key, _ALLOWED_KEYS)}"]
     return []
+
+
+_SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
+
+
+def _section_problems(section: str, model: type[BaseModel], value: Any) -> Iterator[str]:
+    """What DeepSpeed itself would raise for a section, as sentences; 'auto' is judged elsewhere."""
+    if value == "auto":
+        return
+    if not isinstance(value, dict):
+        yield f"deepspeed {section}: got {value!r}; expected an object"
+        return
+    try:
+        model.model_validate({key: given for key, given in value.items() if given != "auto"})
+    except ValidationError as error:
+        for detail in error.errors():
+            place = ".".join(map(str, detail["loc"]))
+            if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
+                known = {name for key, field in model.model_fields.items() for name in (key, field.alias) if name}
+                yield f"deepspeed {section}.{place}: unknown key; {did_you_mean(place, known)}"
+            else:
+                yield f"deepspeed {section}.{place}: got {detail['input']!r}; {detail['msg']}"
+
+
+def _precision_problems(content: dict[str, Any]) -> list[str]:
+    data_types = content.get("data_types", {})
+    if not isinstance(data_types, dict):
+        return [f"deepspeed data_types: got {data_types!r}; expected an object with grad_accum_dtype"]
+    given = {"communication_data_type": content.get("communication_data_type", "fp32")}
+    given |= {f"data_types.{key}": value for key, value in data_types.items()}
+    unknown = [f"deepspeed {key}: unknown key; did you mean 'grad_accum_dtype'?" for key in given if key not in _DTYPE_KEYS]
+    return unknown + [
+        f"deepspeed {key}: got {value!r}; expected one of {', '.join(_DTYPES)}"
+        for key, value in given.items()
+        if key in _DTYPE_KEYS and value not in (*_DTYPES, "auto")
+    ]
+
+
+def _zero_problems(zero: Any) -> list[str]:
+    if not isinstance(zero, dict):
+        return []
+    problems = []
+    if zero.get("stage") not in (3, "auto"):
+        problems.append(
+            f"deepspeed zero_optimization.stage: got {zero.get('stage')!r}; expected 3. The other stages do not discard a step "
+            "whose gradient is not finite"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(key), dict) and zero[key].get("device", "none") != "none":
+            problems.append(f"deepspeed zero_optimization.{key}: offloading is not supported; remove the key")
+    return problems
 
 
 def _autos(content: Any, place: str = "") -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.config import Settings, load_settings
+from pipeline.config import Settings
+from pipeline.recipe import load_settings
 from tests.ranks import run_ranks
 
 STEPS, K_PERCENT = 30, 0.6
@@ -40,7 +41,8 @@ def settings_for(tiny_data: Path, tiny_reference: Path, *more: str) -> Settings:
 
 
 def job_on_this_rank(settings: Settings, run_dir: Path, allow_changed: bool = False) -> Any:
-    from pipeline.job import Job, check_before_start
+    from pipeline.checks import check_before_start
+    from pipeline.job import Job
     from pipeline.runtime.distributed import World
     from pipeline.runtime.engine import initialize_distributed
 
@@ -53,13 +55,13 @@ def job_on_this_rank(settings: Settings, run_dir: Path, allow_changed: bool = Fa
 
 def run_pipeline(settings: Settings, run_dir: Path) -> dict[str, Any]:
     """Train, counting the forwards of both models and watching what reaches head 0."""
-    from pipeline.job import build_run, open_run_directory
+    from pipeline.job import build_run, describe
     from pipeline.runtime.preemption import StopRequest
     from pipeline.train import train
 
     job = job_on_this_rank(settings, run_dir)
     run = build_run(job, settings, run_dir)
-    open_run_directory(job, run)
+    describe(job, run)
     counts = {"reference": 0, "policy": 0}
     gradients: list[torch.Tensor] = []
     inputs: list[torch.Tensor] = []

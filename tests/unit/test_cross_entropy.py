@@ -62,8 +62,11 @@ def test_no_rows_give_a_loss_of_zero_and_gradients_of_zeros() -> None:
     hidden, weight, targets, row_weight = inputs()
     total, losses = weighted_cross_entropy(hidden[:0], weight, targets[:0], row_weight[:0], 5)
     hidden_grad, weight_grad = torch.autograd.grad(total, (hidden, weight))
-    assert total.item() == 0.0 and losses.shape == (0,)
-    assert not hidden_grad.any() and weight_grad.shape == weight.shape and not weight_grad.any()
+    assert total.item() == 0.0
+    assert losses.shape == (0,)
+    assert not hidden_grad.any()
+    assert weight_grad.shape == weight.shape
+    assert not weight_grad.any()
 
 
 def test_half_precision_inputs_give_float32_losses() -> None:

@@ -34,7 +34,8 @@ def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch) -> Non
     save_model(model, tmp_path)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(files) > 2 and set(index.values()) == set(files)
+    assert len(files) > 2
+    assert set(index.values()) == set(files)
     again = MTPModel(read_model_settings(tmp_path))
     load_weights(again, tmp_path)
     assert all(torch.equal(parameter, again.get_parameter(name)) for name, parameter in model.named_parameters())

@@ -75,7 +75,8 @@ def test_mtp_selective_weights_head0_always_selected() -> None:
         for t in range(SEQ):
             valid = t + 1 < SEQ and labels[b, t + 1] != -100 and attention_mask[b, t] and attention_mask[b, t + 1]
             assert weights[b, t, 0] == float(bool(valid))
-    assert stats["head_0_ratio"] == 1.0 and "head_0_threshold" not in stats
+    assert stats["head_0_ratio"] == 1.0
+    assert "head_0_threshold" not in stats
 
 
 def test_mtp_selective_weights_topk_ratio() -> None:
@@ -114,7 +115,8 @@ def test_half_precision_logits_and_int32_labels_are_compared_in_float32() -> Non
 def test_statistics_are_none_where_nothing_is_valid() -> None:
     policy_logits, ref_logits, labels, attention_mask = inputs()
     weights, stats = compute_mtp_selective_weights(policy_logits, ref_logits, labels, 0 * attention_mask)
-    assert not weights.any() and stats["head_1_count"] == 0
+    assert not weights.any()
+    assert stats["head_1_count"] == 0
     assert stats["head_1_ratio"] is stats["head_1_threshold"] is stats["selection_ratio"] is None
 
 
@@ -134,13 +136,13 @@ def test_a_group_shares_one_pool() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(policy_logits=torch.zeros(3, 12, 11)), "policy_logits: expected .batch, seq, n_future, vocab., got .3, 12, 11."),
-        (dict(ref_logits=torch.zeros(3, 12, 5)), "ref_logits: expected shape .3, 12, 11.*got .3, 12, 5."),
-        (dict(labels=torch.zeros(3, 12)), "labels: expected integer token ids, got torch.float32"),
-        (dict(labels=torch.full((3, 12), 11)), "labels: expected ids in .0, 11. or -100, got 11"),
-        (dict(attention_mask=torch.ones(3, 2)), "attention_mask: expected shape .3, 12."),
-        (dict(k_percent=0.0), "k_percent: expected a fraction in .0, 1., got 0.0"),
-        (dict(policy_logits=torch.full((3, 12, 4, 11), math.nan)), "NaN or infinite"),
+        ({"policy_logits": torch.zeros(3, 12, 11)}, "policy_logits: expected .batch, seq, n_future, vocab., got .3, 12, 11."),
+        ({"ref_logits": torch.zeros(3, 12, 5)}, "ref_logits: expected shape .3, 12, 11.*got .3, 12, 5."),
+        ({"labels": torch.zeros(3, 12)}, "labels: expected integer token ids, got torch.float32"),
+        ({"labels": torch.full((3, 12), 11)}, "labels: expected ids in .0, 11. or -100, got 11"),
+        ({"attention_mask": torch.ones(3, 2)}, "attention_mask: expected shape .3, 12."),
+        ({"k_percent": 0.0}, "k_percent: expected a fraction in .0, 1., got 0.0"),
+        ({"policy_logits": torch.full((3, 12, 4, 11), math.nan)}, "NaN or infinite"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change: dict, message: str) -> None:

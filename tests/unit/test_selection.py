@@ -45,7 +45,9 @@ def test_a_key_gives_its_float_back(value: float) -> None:
 def test_invalid_and_non_finite_pairs_lie_below_every_float() -> None:
     values = torch.tensor([-3.4028235e38, math.nan, math.inf, -math.inf, 5.0])
     keys = excess_keys(values, torch.tensor([True, True, True, True, False])).tolist()
-    assert keys[0] > max(keys[1:]) and keys[4] == INVALID_KEY and len(set(keys[1:4])) == 1
+    assert keys[0] > max(keys[1:])
+    assert keys[4] == INVALID_KEY
+    assert len(set(keys[1:4])) == 1
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,8 @@ def test_the_shifted_reference_is_the_loss_of_the_target_token() -> None:
 def test_without_a_reference_every_valid_pair_is_selected() -> None:
     valid = torch.tensor([[[True], [False]]])
     selection = select_all(torch.ones(1, 2, 1), valid)
-    assert torch.equal(selection.selected_BTK, valid) and selection.finite
+    assert torch.equal(selection.selected_BTK, valid)
+    assert selection.finite
 
 
 def pool(world_size: int, rounded: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,149 @@
+"""What can be wrong before any compute is spent: data, sizes, reference and pretrained weights against the settings.
+
+Every check yields sentences (key, what is there, what was expected, what to do); `check_before_start` puts them with
+those of the settings and of the DeepSpeed JSON into one error.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError, ModelSettings, Settings
+from pipeline.data.manifest import DataError, Manifest, read_manifest
+from pipeline.data.order import too_few_samples
+from pipeline.data.stream import check_sizes, default_lanes
+from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, load_tokenizer
+from pipeline.model.huggingface import ModelFilesError, read_model_settings
+from pipeline.model.transformer import attention_head_dim, ffn_dim
+from pipeline.runtime.distributed import World
+from pipeline.runtime.engine import read_deepspeed_json
+
+
+def check_before_start(settings: Settings, deepspeed_json: Path, world: World, problems: Sequence[str] = ()) -> dict[str, Any]:
+    """Find everything that is wrong and can be known before the process group exists; returns the JSON's content.
+
+    `problems` were found in the settings before; with any, some settings are stand-ins and only files are looked at.
+
+    Raises:
+        ConfigError: all problems of settings, DeepSpeed JSON, sizes, data and reference at once.
+    """
+    content, found = read_deepspeed_json(deepspeed_json, settings)
+    manifests, unreadable = _read_manifests(settings)
+    found += unreadable
+    if problems:
+        raise ConfigError([*problems, *found, *_reference_problems(settings.reference.path, None)])
+    first = next(iter(manifests.values()), None)
+    for path, manifest in manifests.items():
+        found += _manifest_problems(manifest, path, settings, first)
+    found += check_sizes(
+        lanes=lanes_of(settings),
+        global_batch=settings.data.global_batch,
+        micro_batch=settings.data.micro_batch,
+        world_size=world.size,
+        num_workers=settings.data.num_workers,
+    )
+    found += _model_problems(settings, first)
+    if found:
+        raise ConfigError(found)
+    return content
+
+
+def check_data(manifest: Manifest, path: Path, settings: Settings) -> None:
+    """The same for data that the job has made itself.
+
+    Raises:
+        ConfigError: data, sizes and model do not fit.
+    """
+    problems = [*_manifest_problems(manifest, path, settings, None), *_model_problems(settings, manifest)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def lanes_of(settings: Settings) -> int:
+    return settings.data.lanes or default_lanes(settings.data.global_batch)
+
+
+def _read_manifests(settings: Settings) -> tuple[dict[Path, Manifest], list[str]]:
+    """The manifests of the data that is named, the training data's first, and what is wrong with those not read."""
+    manifests, problems = {}, []
+    named = {
+        "data.path": settings.data.path,
+        "data.validation_path": settings.data.validation_path,
+        "reference.training_data": settings.reference.training_data,
+    }
+    for key, path in named.items():
+        try:
+            if path is not None:
+                manifests[path] = read_manifest(path)
+        except DataError as error:
+            problems.append(f"{key}: {error}")
+    return manifests, problems
+
+
+def _manifest_problems(found: Manifest, path: Path, settings: Settings, first: Manifest | None) -> Iterator[str]:
+    if found.sequence_length != settings.data.sequence_length:
+        yield (
+            f"data.sequence_length: {settings.data.sequence_length}, but {path} holds rows of {found.sequence_length} "
+            "tokens; set the one or prepare the other"
+        )
+    if first is not None and found.tokenizer_sha256 != first.tokenizer_sha256:
+        yield f"{path}: prepared with another tokenizer than the other data of this run; prepare both with the same"
+    if found.num_samples < lanes_of(settings):
+        yield f"{path}: {too_few_samples(found.num_samples, lanes_of(settings))}"
+
+
+def _model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
+    """Whether model, reference and pretrained weights fit the data (`manifest` None: not known yet)."""
+    problems = []
+    needed = manifest.vocab_size if manifest else 0
+    if settings.model.vocab_size is not None and settings.model.vocab_size < needed:
+        problems.append(
+            f"model.vocab_size: {settings.model.vocab_size} is too small for the data's {needed} ids; leave it unset"
+        )
+    problems += _reference_problems(settings.reference.path, manifest)
+    if settings.model.pretrained is not None:
+        try:
+            found = read_model_settings(settings.model.pretrained)
+        except ModelFilesError as error:
+            return [*problems, f"model.pretrained: {error}"]
+        own = settings.model.model_copy(update={"vocab_size": settings.model.vocab_size or needed or found.vocab_size})
+        problems += [
+            f"model.{key}: {mine!r}, but {settings.model.pretrained} has {theirs!r}; they must be equal"
+            for key, mine, theirs in _shape_differences(own, found)
+        ]
+    return problems
+
+
+def _reference_problems(directory: Path | None, manifest: Manifest | None) -> Iterator[str]:
+    if directory is None:
+        return
+    try:
+        shape = read_model_settings(directory)
+        tokenizer = fingerprint(load_tokenizer(directory / TOKENIZER_FILE))
+    except (ModelFilesError, DataError) as error:
+        yield f"reference.path: {error}"
+        return
+    if manifest is None:
+        return
+    if (shape.vocab_size or 0) < manifest.vocab_size:
+        yield f"reference.path: {directory} knows {shape.vocab_size} ids, the data has {manifest.vocab_size}"
+    if tokenizer != manifest.tokenizer_sha256:
+        yield (
+            f"reference.path: the tokenizer of {directory} differs from the one the data was prepared with "
+            f"(sha256 of the id-to-token map {tokenizer[:12]}… and {manifest.tokenizer_sha256[:12]}…); prepare the data "
+            "with the reference's tokenizer.json"
+        )
+
+
+def _shape_differences(own: ModelSettings, found: ModelSettings) -> Iterator[tuple[str, Any, Any]]:
+    """(key, own, found) where they differ, defaults that follow from other keys filled in."""
+    mine, theirs = (
+        shape.model_dump(exclude={"seed", "pretrained", "num_prediction_heads"})
+        | {
+            "num_key_value_heads": shape.num_key_value_heads or shape.num_attention_heads,
+            "head_dim": attention_head_dim(shape),
+            "ffn_dim": ffn_dim(shape),
+        }
+        for shape in (own, found)
+    )
+    yield from ((key, mine[key], theirs[key]) for key in mine if mine[key] != theirs[key])

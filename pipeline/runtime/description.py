@@ -1,0 +1,73 @@
+"""What a run directory says of itself: resolved settings, versions, commit, command; and the identity of what it was
+trained on, by which a continuation is recognised."""
+
+import hashlib
+import json
+import platform
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import Settings, flatten
+from pipeline.runtime.checkpoint import replace_text
+from pipeline.runtime.distributed import World
+
+PACKAGES = ("torch", "deepspeed", "webdataset", "tokenizers", "safetensors", "numpy")
+
+
+def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], world: World, device: torch.device) -> None:
+    """Write config.yaml and environment.json; `deepspeed` is the JSON's content as it was given."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir / "config.yaml", settings.to_yaml())
+    environment = {
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "host": socket.gethostname(),
+        "ranks": world.size,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "threads_per_rank": torch.get_num_threads(),
+        "deepspeed_json": deepspeed,
+    }
+    replace_text(run_dir / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+def identity_of(settings: Settings, deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same when a run continues: settings, data, reference, and what of the (resolved) DeepSpeed JSON
+    decides how weights lie and in which precision they are."""
+    data, reference = settings.data.path, settings.reference.path
+    assert data is not None
+    return flatten(settings) | {
+        "data": hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest(),
+        "reference model": _model_fingerprint(reference) if reference is not None else None,
+        "deepspeed stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
+        "deepspeed bf16": deepspeed.get("bf16", {}).get("enabled", False),
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _model_fingerprint(directory: Path) -> str:
+    """Of a model's files: their sizes, and their first and last MiB. A whole hash of a large model takes minutes."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(2**20))
+            opened.seek(max(0, size - 2**20))
+            digest.update(opened.read())
+    return digest.hexdigest()

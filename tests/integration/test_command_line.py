@@ -1,0 +1,386 @@
+"""launch/train.py as its users meet it: exit codes, what it prints, what it leaves behind.
+
+Every kind of bad input is tried by calling `main` in this process, where only the start of Python and the imports differ
+from the real thing; some of each, and all that trains, are real processes.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data.manifest import read_manifest, write_manifest
+from pipeline.data.packing import Row
+from pipeline.data.shards import ShardReader, write_shards
+from pipeline.data.tokenizer import TOKENIZER_FILE, train_bpe
+from pipeline.recipe import load_settings
+from pipeline.runtime.reporting import read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT, ZERO3 = ROOT / "launch" / "train.py", ROOT / "ds_configs" / "zero3.json"
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# SLURM_CPUS_ON_NODE: one thread; the model is so small that a second one only waits.
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES and not name.startswith("SLURM_")
+} | {"SLURM_CPUS_ON_NODE": "1"}
+GREETING = "selective multi-token prediction: loading torch and DeepSpeed\n"
+
+
+@pytest.fixture
+def arguments(tiny_data, tmp_path):
+    """The command line of a tiny job that needs no reference; its run directory is `tmp_path / "run"`."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"data: {{path: {tiny_data}/train, validation_path: {tiny_data}/validation, sequence_length: 16, "
+        "global_batch: 4, micro_batch: 2, num_workers: 0}\n"
+        "model: {dim: 16, num_layers: 2, num_attention_heads: 2}\n"
+        "training: {steps: 40, warmup_steps: 2, k_percent: 1}\n"
+        "logging: {metrics_every: 1, progress_every: 1, validation_samples: 4}\n",
+        encoding="utf-8",
+    )
+    return ["--deepspeed", str(ZERO3), "--config", str(recipe), "--run-dir", str(tmp_path / "run")]
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def refused(arguments, tmp_path, capsys, monkeypatch):
+    """Call `main` with further arguments that must be refused; returns the problems named on standard error."""
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.setenv(name, "")  # so that what is set in the test is undone after it
+        monkeypatch.delenv(name)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    spec = importlib.util.spec_from_file_location("launch_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*more):
+        exit_code = module.main([*arguments, *map(str, more)])
+        shown = capsys.readouterr()
+        assert exit_code == 2
+        assert shown.out == GREETING
+        assert not (tmp_path / "run").exists(), "nothing may be made before everything is checked"
+        return problems_in(shown.err)
+
+    return call
+
+
+def problems_in(stderr):
+    """The sentences of one error message; nothing else may be there."""
+    head, *problems = stderr.rstrip("\n").split("\n  - ")
+    assert head == f"train.py: error: {len(problems)} problem{'s' if len(problems) != 1 else ''} with the settings:"
+    return problems
+
+
+def assert_one_clear_message(finished):
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stdout + finished.stderr
+    return problems_in(finished.stderr)
+
+
+def edited(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def another_tokenizer():
+    return train_bpe(["quite other words, zoological gardens, xylophones; quite other words"] * 9, 300)
+
+
+# Bad input, as a process of its own.
+
+
+def test_problems_in_different_places_are_in_one_message_and_nothing_is_made(arguments, tmp_path):
+    deepspeed = tmp_path / "deepspeed.json"
+    deepspeed.write_text('{"zero_optimization": {"stage": 3, "overlap_com": true}, "train_batch_size": 64}', encoding="utf-8")
+    recipe = Path(arguments[3])
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("model: {", "model: {num_layer: 3, "), encoding="utf-8")
+    wrong = ["--deepspeed", deepspeed, "--dry-rum", "training.k_percent=1.5", f"data.validation_path={tmp_path / 'none'}"]
+    problems = assert_one_clear_message(run(*arguments, *wrong))
+    beginnings = [
+        "--dry-rum: unknown option; did you mean '--dry-run'?",
+        "model.num_layer: unknown setting; did you mean 'num_layers'?",
+        "training.k_percent: got 1.5; expected a fraction in (0, 1]",
+        "deepspeed train_batch_size: 64 there, data.global_batch = 4 in the recipe",
+        "deepspeed zero_optimization.overlap_com: unknown key; did you mean 'overlap_comm'?",
+        f"data.validation_path: expected a folder of prepared shards at {tmp_path / 'none'}",
+    ]
+    assert len(problems) == len(beginnings)
+    for problem, beginning in zip(problems, beginnings, strict=True):
+        assert problem.startswith(beginning)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_too_short_for_the_heads_are_refused(arguments):
+    (problem,) = assert_one_clear_message(run(*arguments, "model.num_prediction_heads=16"))
+    assert problem.startswith("data.sequence_length: 16 leaves head 15 nothing to predict")
+
+
+def test_sizes_that_do_not_fit_are_refused_with_ranks_and_micro_batches_that_would(arguments):
+    (problem,) = assert_one_clear_message(run(*arguments, "data.global_batch=8", "data.micro_batch=3"))
+    assert "data.lanes = 8 is not a multiple of ranks × data.micro_batch = 1 × 3" in problem
+    assert "micro-batches that fit: 1, 2, 4, 8" in problem
+
+
+def test_the_tokenizer_of_another_reference_is_refused(arguments, tiny_reference, tmp_path):
+    reference = shutil.copytree(tiny_reference, tmp_path / "reference")
+    another_tokenizer().save(str(reference / TOKENIZER_FILE))
+    (problem,) = assert_one_clear_message(run(*arguments, f"reference.path={reference}", "training.k_percent=0.6"))
+    assert problem.startswith(f"reference.path: the tokenizer of {reference} differs from the one the data was prepared with")
+    assert read_manifest(arguments_data(arguments)).tokenizer_sha256[:12] in problem
+
+
+def arguments_data(arguments):
+    return load_settings(Path(arguments[3])).data.path
+
+
+def test_print_config_prints_yaml_that_loads_back_and_nothing_else(arguments, tmp_path):
+    finished = run(*arguments, "--print-config", "training.learning_rate=2e-3", "data.lanes=4")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(finished.stdout, encoding="utf-8")
+    expected = load_settings(Path(arguments[3]), ["training.learning_rate=2e-3", "data.lanes=4"])
+    assert load_settings(printed) == expected
+    assert expected.training.learning_rate == 0.002
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config_without_a_recipe_is_the_demo():
+    finished = run("--deepspeed", ZERO3, "--print-config")
+    assert finished.returncode == 0
+    assert finished.stdout == load_settings(ROOT / "launch" / "recipes" / "demo.yaml").to_yaml()
+
+
+def test_without_a_deepspeed_json_the_usage_is_shown():
+    finished = run("--print-config")
+    assert finished.returncode == 2
+    assert finished.stderr.endswith("train.py: error: the following arguments are required: --deepspeed\n")
+
+
+# Bad input, each kind, in this process.
+
+
+def test_a_missing_data_directory_is_refused_by_name(refused, tmp_path):
+    (problem,) = refused(f"data.path={tmp_path / 'none'}")
+    assert problem.startswith(f"data.path: expected a folder of prepared shards at {tmp_path / 'none'}")
+    assert "launch/prepare.py" in problem
+
+
+def test_an_empty_data_directory_is_refused_by_name(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (problem,) = refused(f"data.path={tmp_path / 'empty'}")
+    assert problem.startswith(f"data.path: expected prepared shards in {tmp_path / 'empty'}, but the folder is empty")
+
+
+def test_a_folder_above_the_prepared_ones_is_refused_with_their_names(refused, tiny_data):
+    (problem,) = refused(f"data.path={tiny_data}")
+    assert f"did you mean {tiny_data / 'train'} or {tiny_data / 'validation'}?" in problem
+
+
+def test_a_shard_that_is_not_there_is_refused_by_name(refused, tiny_data, tmp_path):
+    data = shutil.copytree(tiny_data / "train", tmp_path / "data")
+    (data / "shard-00001.tar").unlink()
+    (problem,) = refused(f"data.path={data}")
+    assert problem.startswith(f"data.path: shard shard-00001: {data / 'shard-00001.tar'} cannot be found")
+
+
+def test_data_of_another_sequence_length_is_refused_with_both_lengths(refused, tiny_data):
+    problems = refused("data.sequence_length=32")
+    assert [problem.split(";")[0] for problem in problems] == [
+        f"data.sequence_length: 32, but {tiny_data / name} holds rows of 16 tokens" for name in ("train", "validation")
+    ]
+
+
+def test_data_prepared_with_two_tokenizers_is_refused(refused, tiny_data, tmp_path):
+    data = shutil.copytree(tiny_data / "validation", tmp_path / "data")
+    edited(data / "manifest.json", tokenizer_sha256="0" * 64)
+    (problem,) = refused(f"data.validation_path={data}")
+    assert problem.startswith(f"{data}: prepared with another tokenizer than the other data of this run")
+
+
+def test_a_vocabulary_that_does_not_fit_the_model_is_refused_with_both_sizes(refused):
+    assert refused("model.vocab_size=299") == ["model.vocab_size: 299 is too small for the data's 300 ids; leave it unset"]
+
+
+def test_a_vocabulary_that_does_not_fit_the_reference_is_refused_with_both_sizes(refused, tiny_reference, tmp_path):
+    reference = shutil.copytree(tiny_reference, tmp_path / "reference")
+    edited(reference / "config.json", vocab_size=299)
+    assert refused(f"reference.path={reference}") == [f"reference.path: {reference} knows 299 ids, the data has 300"]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_reference_without_an_expected_file_is_refused_by_its_name(refused, tiny_reference, tmp_path, missing):
+    reference = shutil.copytree(tiny_reference, tmp_path / "reference")
+    (reference / missing).unlink()
+    (problem,) = refused(f"reference.path={reference}")
+    assert problem.startswith("reference.path: ")
+    assert missing in problem
+    assert str(reference) in problem
+
+
+def test_a_reference_directory_that_is_missing_or_empty_is_refused_by_name(refused, tmp_path):
+    (problem,) = refused(f"reference.path={tmp_path / 'none'}")
+    assert problem.startswith(f"reference.path: {tmp_path / 'none'}: no such directory")
+    (tmp_path / "empty").mkdir()
+    (problem,) = refused(f"reference.path={tmp_path / 'empty'}")
+    assert problem.startswith(f"reference.path: {tmp_path / 'empty'}: missing config.json, model.safetensors")
+
+
+def test_a_pretrained_model_of_another_shape_is_refused_with_both_values(refused, tiny_reference):
+    (problem,) = refused(f"model.pretrained={tiny_reference}", "model.num_layers=5")
+    assert problem == f"model.num_layers: 5, but {tiny_reference} has 2; they must be equal"
+
+
+@pytest.mark.parametrize("value", ["1.5", "0"])
+def test_k_percent_outside_its_range_is_refused(refused, value):
+    assert refused(f"training.k_percent={value}") == [f"training.k_percent: got {value}; expected a fraction in (0, 1]"]
+
+
+def test_temperature_is_refused_with_what_replaced_it(refused):
+    (problem,) = refused("training.temperature=0.5")
+    assert problem.startswith("training.temperature: removed")
+    assert "training.k_percent" in problem
+
+
+def test_selection_without_a_reference_is_refused(refused):
+    (problem,) = refused("training.k_percent=0.6")
+    assert problem.startswith("reference.path: not set; name the directory of a reference model")
+
+
+def test_a_number_of_ranks_that_does_not_fit_is_refused_with_those_that_would(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    (problem,) = refused("data.global_batch=24")
+    assert "data.lanes = 24 is not a multiple of ranks × data.micro_batch = 5 × 2" in problem
+    assert "numbers of ranks that fit: 1, 2, 3, 4, 6, 12" in problem
+
+
+def test_more_lanes_than_the_held_out_data_has_rows_are_refused_before_anything_is_built(refused, tiny_data):
+    rows = read_manifest(tiny_data / "validation").num_samples
+    (problem,) = refused("data.global_batch=128", "data.lanes=128")
+    assert problem.startswith(f"{tiny_data / 'validation'}: the data set has {rows} samples, fewer than data.lanes = 128")
+
+
+@pytest.mark.parametrize(
+    ("key", "owner"),
+    [("train_batch_size", "data.global_batch = 4"), ("train_micro_batch_size_per_gpu", "data.micro_batch = 2")],
+)
+def test_a_batch_size_in_both_files_is_refused_with_both_values(refused, tmp_path, key, owner):
+    (tmp_path / "deepspeed.json").write_text(json.dumps({key: 32}), encoding="utf-8")
+    (problem,) = refused("--deepspeed", tmp_path / "deepspeed.json")
+    assert problem.startswith(f"deepspeed {key}: 32 there, {owner} in the recipe")
+
+
+def test_a_missing_deepspeed_json_is_refused_by_name(refused, tmp_path):
+    assert refused("--deepspeed", tmp_path / "none.json") == [f"--deepspeed: no such file: {tmp_path / 'none.json'}"]
+
+
+@pytest.mark.parametrize(
+    ("option", "suggested"),
+    [
+        ("--dry", "--dry-run"),
+        ("--rundir=runs/a/very/long/path/that/hides/the/name", "--run-dir"),
+        ("--alow-changed", "--allow-changed"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_a_suggestion(refused, option, suggested):
+    assert refused(option) == [f"{option}: unknown option; did you mean '{suggested}'?"]
+
+
+# Runs.
+
+
+def test_a_token_id_outside_the_vocabulary_is_refused_with_shard_and_sample(arguments, tiny_data, tmp_path):
+    data = shutil.copytree(tiny_data / "train", tmp_path / "data")
+    put_a_bad_id_everywhere(data)
+    finished = run(*arguments, f"data.path={data}", "data.validation_path=null")
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+    message = finished.stderr.strip()
+    assert re.fullmatch(r"train.py: error: shard shard-0000[01], sample \d+, in .*", message), message
+    assert f"in {data} is damaged: token id 300 is not below the manifest's vocab_size 300" in message
+    assert "step 1/" not in finished.stdout
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def put_a_bad_id_everywhere(directory):
+    """Rewrite the shards with one id of 300 in every row, with indices and sums that fit, as a faulty tokenizer would."""
+    manifest = read_manifest(directory)
+    reader, rows = ShardReader(directory, manifest), []
+    for shard, entry in enumerate(manifest.shards):
+        for index in range(entry.samples):
+            sample = reader.read(shard, index)
+            tokens = sample.tokens.astype(np.uint32)
+            tokens[3] = 300
+            rows.append(Row(tokens, sample.lengths, sample.sources))
+    shards = write_shards(rows, directory, vocab_size=301, samples_per_shard=128, named_sources=True)
+    write_manifest(directory, manifest.model_copy(update={"shards": tuple(shards)}))
+    assert read_manifest(directory).vocab_size == 300
+
+
+def test_a_dry_run_reports_memory_and_token_budget_and_leaves_nothing(arguments, tiny_data, tmp_path):
+    finished = run(*arguments, "--dry-run")
+    assert finished.returncode == 0, finished.stderr
+    assert re.search(r"peak memory of the step +[1-9][\d,]* MiB", finished.stdout)
+    tokens = int(re.search(r"40 steps × ([\d,]+) tokens", finished.stdout)[1].replace(",", ""))
+    in_epoch = read_manifest(tiny_data / "train").num_tokens
+    assert 0 < tokens <= 4 * 16
+    assert f"= {40 * tokens:,} tokens, {40 * tokens / in_epoch:.2f} epochs of {in_epoch:,}" in finished.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_stop_saves_and_the_same_command_finishes_it(arguments, tmp_path):
+    run_dir = tmp_path / "run"
+    # A file STOP: obeyed at the end of the first step, and gone.
+    run_dir.mkdir()
+    (run_dir / "STOP").touch()
+    stopped = run(*arguments)
+    assert stopped.returncode == 75, stopped.stderr
+    assert "stopped on request after step 1; run the same command again to continue" in stopped.stdout
+    assert not (run_dir / "STOP").exists()
+    assert checkpoints(run_dir) == ["step-00000001"]
+    assert (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip() == "step-00000001"
+
+    # SIGTERM, once the second process has made a step: the step is finished and saved.
+    exit_code, printed = run_until_a_step_then_terminate(arguments)
+    assert exit_code == 75, printed
+    assert "continuing from step 1" in printed
+    last = int(re.search(r"stopped on request after step (\d+)", printed)[1])
+    assert 2 <= last < 40
+    assert checkpoints(run_dir)[-1] == f"step-{last:08d}"
+
+    finished = run(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert f"continuing from step {last}" in finished.stdout
+    assert "held-out loss, end (step 40)" in finished.stdout
+    assert checkpoints(run_dir)[-1] == "step-00000040"
+    trained = [record for record in read_records(run_dir) if "split" not in record]
+    assert [record["step"] for record in trained] == list(range(1, 41))
+    assert [record["samples"] for record in trained] == [4 * step for step in range(1, 41)]
+
+
+def checkpoints(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+def run_until_a_step_then_terminate(arguments):
+    command = [sys.executable, str(SCRIPT), *arguments]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if re.match(r"step +\d+/40 ", line) and sum("step " in seen and "/40 " in seen for seen in printed) == 1:
+                process.send_signal(signal.SIGTERM)
+    return process.returncode, "".join(printed)

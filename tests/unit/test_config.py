@@ -1,0 +1,330 @@
+"""Settings: every key known, every value checked, everything that is wrong said at once."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from pipeline.config import ConfigError, Settings, did_you_mean, differences_that_matter, flatten
+from pipeline.recipe import load_settings, read_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+# The two things without a default: where the data is and what the reference is.
+SOURCES = ("data.path=data", "reference.path=reference")
+
+
+def problems_of(*overrides, recipe=None):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(recipe, overrides)
+    return caught.value.problems
+
+
+def written(tmp_path, text):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    return recipe
+
+
+def all_settings():
+    return [(section, key) for section in Settings.model_fields for key in section_class(section).model_fields]
+
+
+def section_class(section) -> type[BaseModel]:
+    return Settings.model_fields[section].annotation  # type: ignore[return-value]
+
+
+def test_a_recipe_gives_its_values_and_defaults_for_the_rest(tmp_path):
+    recipe = written(
+        tmp_path,
+        "data: {path: some/where, micro_batch: 2}\nreference: {path: ref}\ntraining: {head_weights: [1, 0.5, 0.5, 0.25]}\n",
+    )
+    settings = load_settings(recipe)
+    assert settings.data.path == Path("some/where")
+    assert settings.data.micro_batch == 2
+    assert settings.training.head_weights == [1.0, 0.5, 0.5, 0.25]
+    assert (settings.training.k_percent, settings.model.num_prediction_heads) == (0.6, 4)
+    assert (settings.training.selection_pool, settings.training.normalize_by) == ("global", "valid")
+
+
+def test_an_override_replaces_the_recipes_value_and_the_last_of_two_wins(tmp_path):
+    recipe = written(tmp_path, "data: {path: a, seed: 1}\nreference: {path: ref}\n")
+    settings = load_settings(recipe, ["data.seed=2", "training.k_percent=1", "data.seed=3", "data.validation_path=null"])
+    assert (settings.data.path, settings.data.seed, settings.data.validation_path) == (Path("a"), 3, None)
+    assert settings.training.k_percent == 1.0
+
+
+def test_an_override_may_hold_equals_signs_and_any_yaml():
+    settings = load_settings(None, [*SOURCES, "data.path=runs/a=b", "training.head_weights=[1, 2, 3, 4]"])
+    assert settings.data.path == Path("runs/a=b")
+    assert settings.head_weights == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_head_weights_default_to_one_for_each_head():
+    assert load_settings(None, [*SOURCES, "model.num_prediction_heads=3"]).head_weights == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("text", "value"), [("2e-3", 0.002), ("2.0e-3", 0.002), ("1E-4", 1e-4), (".5", 0.5), ("1", 1.0)])
+def test_a_number_without_a_dot_is_a_number_in_recipe_and_override(tmp_path, text, value):
+    recipe = written(tmp_path, f"data: {{path: a}}\nreference: {{path: b}}\ntraining: {{learning_rate: {text}}}\n")
+    for settings in (load_settings(recipe), load_settings(None, [*SOURCES, f"training.learning_rate={text}"])):
+        assert settings.training.learning_rate == value
+        assert isinstance(settings.training.learning_rate, float)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_every_shipped_recipe_loads_and_every_key_in_it_takes_effect(recipe):
+    loaded = flatten(load_settings(recipe))
+    for section, keys in yaml.safe_load(recipe.read_text(encoding="utf-8")).items():
+        for key, value in keys.items():
+            assert loaded[f"{section}.{key}"] == value
+
+
+def test_there_is_a_recipe_to_ship():
+    assert "demo.yaml" in [recipe.name for recipe in RECIPES]
+
+
+@pytest.mark.parametrize(("section", "key"), all_settings())
+def test_every_setting_has_a_description_and_a_default(section, key):
+    field = section_class(section).model_fields[key]
+    assert field.description, f"{section}.{key} has no docstring"
+    assert len(field.description) > 5
+    assert not field.is_required()
+
+
+def test_settings_written_as_yaml_load_back_equal(tmp_path):
+    overrides = [*SOURCES, "training.learning_rate=2e-3", "data.lanes=64", "training.head_weights=[1,0,0,0.5]"]
+    settings = load_settings(None, overrides)
+    again = load_settings(written(tmp_path, settings.to_yaml()))
+    assert again == settings
+    assert again.to_yaml() == settings.to_yaml()
+
+
+def test_settings_cannot_be_changed_in_place_and_replaced_values_are_validated():
+    settings = load_settings(None, SOURCES)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.training.k_percent = 0.5
+    assert settings.with_values(training={"k_percent": 0.5}).training.k_percent == 0.5
+    assert settings.training.k_percent == 0.6
+    with pytest.raises(ValueError, match=r"expected a fraction in \(0, 1\]"):
+        settings.with_values(training={"k_percent": 5})
+
+
+def test_an_unknown_setting_of_a_recipe_is_refused_with_a_suggestion(tmp_path):
+    recipe = written(tmp_path, "data: {path: a, seqence_length: 64}\nreference: {path: b}\n")
+    assert problems_of(recipe=recipe) == ["data.seqence_length: unknown setting; did you mean 'sequence_length'?"]
+
+
+def test_an_unknown_section_of_a_recipe_is_refused_with_a_suggestion(tmp_path):
+    recipe = written(tmp_path, "data: {path: a}\nreference: {path: b}\ntrainning: {steps: 3}\n")
+    assert problems_of(recipe=recipe) == ["trainning: unknown section; did you mean 'training'?"]
+
+
+def test_an_unknown_setting_of_an_override_is_refused_with_a_suggestion():
+    assert problems_of(*SOURCES, "training.k_percnt=0.5") == ["training.k_percnt: unknown setting; did you mean 'k_percent'?"]
+
+
+def test_a_setting_in_the_wrong_section_is_refused_with_what_is_known_there():
+    (problem,) = problems_of(*SOURCES, "checkpoint.micro_batch=4")
+    assert problem == "checkpoint.micro_batch: unknown setting; known are: every, keep"
+
+
+def test_a_name_like_no_other_gets_the_list_of_known_ones():
+    assert did_you_mean("zzz", ["beta", "alpha"]) == "known are: alpha, beta"
+    assert did_you_mean("alhpa", ["beta", "alpha"]) == "did you mean 'alpha'?"
+
+
+@pytest.mark.parametrize("override", ["training.steps", "steps=5", "training.=5", ".steps=5", "demo.yaml"])
+def test_an_override_that_is_none_is_refused_with_an_example(override):
+    assert problems_of(*SOURCES, override) == [f"'{override}': expected section.key=value, for example training.steps=1000"]
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path):
+    recipe = written(tmp_path, "model: {dmi: 8, num_layers: 0}\ntraining: {temperature: 0.7, k_percent: 1.5}\nlogs: {}\n")
+    problems = problems_of(
+        *SOURCES, "data.sequence_length=4", "training.head_weights=[1,1]", "nonsense", "data.lanes=[", recipe=recipe
+    )
+    beginnings = [
+        "'nonsense': expected section.key=value",
+        "'data.lanes=[': the value is not valid YAML",
+        "training.temperature: removed",
+        "model.num_layers: got 0;",
+        "model.dmi: unknown setting; did you mean 'dim'?",
+        "training.k_percent: got 1.5; expected a fraction in (0, 1]",
+        "logs: unknown section;",
+        "data.sequence_length: 4 leaves head 3 nothing to predict",
+        "training.head_weights: 2 weights for 4 heads",
+    ]
+    assert len(problems) == len(beginnings)
+    for beginning in beginnings:
+        assert any(problem.startswith(beginning) for problem in problems), (beginning, problems)
+
+
+def test_the_message_counts_the_problems_and_gives_each_a_line():
+    message = str(ConfigError(["first", "second"]))
+    assert message == "2 problems with the settings:\n  - first\n  - second"
+    assert str(ConfigError(["only"])).startswith("1 problem with the settings:\n")
+
+
+def test_a_refused_value_brings_no_false_problems_after_it(tmp_path):
+    # T = -1 is replaced by its default to look at the rest; with the default nothing else is wrong.
+    assert problems_of(*SOURCES, "data.sequence_length=-1", "model.num_prediction_heads=x") == [
+        "data.sequence_length: got -1; Input should be greater than 0",
+        "model.num_prediction_heads: got 'x'; Input should be a valid integer, unable to parse string as an integer",
+    ]
+    # Whether a reference is needed depends on k_percent, which is not known here.
+    assert len(problems_of("data.path=data", "training.k_percent=100")) == 1
+
+
+def test_settings_that_are_partly_wrong_are_understood_as_far_as_possible():
+    settings, problems = read_settings(None, [*SOURCES, "training.k_percent=3", "training.steps=7", "data.no_such=1"])
+    assert len(problems) == 2
+    assert (settings.training.k_percent, settings.training.steps) == (0.6, 7)
+    assert settings.data.path == Path("data")
+
+
+def test_temperature_is_refused_and_the_message_names_what_replaced_it(tmp_path):
+    recipe = written(tmp_path, "data: {path: a}\nreference: {path: b}\ntraining: {temperature: 1.0}\n")
+    for problems in (problems_of(recipe=recipe), problems_of(*SOURCES, "training.temperature=0.5")):
+        (problem,) = problems
+        assert problem.startswith("training.temperature: removed")
+        for words in ("Softmax", "top-k", "training.k_percent"):
+            assert words in problem
+
+
+@pytest.mark.parametrize("value", ["0", "-0.1", "1.0001", "1.5", "60", ".nan", ".inf"])
+def test_k_percent_outside_zero_to_one_is_refused(value):
+    (problem,) = problems_of(*SOURCES, f"training.k_percent={value}")
+    assert problem.startswith("training.k_percent: got ")
+    assert problem.endswith("; expected a fraction in (0, 1]")
+
+
+@pytest.mark.parametrize("value", [0.0001, 0.6, 1])
+def test_k_percent_inside_is_accepted(value):
+    assert load_settings(None, [*SOURCES, f"training.k_percent={value}"]).training.k_percent == value
+
+
+@pytest.mark.parametrize(("length", "heads"), [(4, 4), (3, 4), (1, 1), (8, 9)])
+def test_rows_no_longer_than_the_heads_reach_are_refused(length, heads):
+    (problem,) = problems_of(*SOURCES, f"data.sequence_length={length}", f"model.num_prediction_heads={heads}")
+    assert problem.startswith(f"data.sequence_length: {length} leaves head {heads - 1} nothing to predict")
+    assert f"expected more than model.num_prediction_heads, {heads}" in problem
+
+
+def test_rows_one_longer_than_the_heads_reach_are_accepted():
+    assert load_settings(None, [*SOURCES, "data.sequence_length=5"]).data.sequence_length == 5
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_head_weights_must_be_as_many_as_heads(count):
+    (problem,) = problems_of(*SOURCES, f"training.head_weights={[1.0] * count}")
+    assert problem == f"training.head_weights: {count} weights for 4 heads; give one a head"
+
+
+def test_an_empty_list_of_head_weights_is_not_taken_for_none():
+    assert any("0 weights for 4 heads" in problem for problem in problems_of(*SOURCES, "training.head_weights=[]"))
+
+
+def test_head_weights_below_zero_or_all_zero_are_refused():
+    assert problems_of(*SOURCES, "training.head_weights=[1,-1,1,1]") == [
+        "training.head_weights.1: got -1; Input should be greater than or equal to 0"
+    ]
+    (problem,) = problems_of(*SOURCES, "training.head_weights=[0,0,0,0]")
+    assert "all are zero" in problem
+
+
+@pytest.mark.parametrize("pool", ["step", "rank", "row", "batch"])
+def test_selection_pools_that_do_not_work_yet_are_refused(pool):
+    (problem,) = problems_of(*SOURCES, f"training.selection_pool={pool}")
+    assert problem.startswith(f"training.selection_pool: got '{pool}'; only the pool 'global' is implemented")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "beginning"),
+    [
+        (["model.dim=10", "model.num_attention_heads=4"], "model.dim: 10 is not a multiple of num_attention_heads, 4"),
+        (["model.dim=12", "model.num_attention_heads=4"], "model.head_dim: the width of an attention head is odd"),
+        (["model.head_dim=7"], "model.head_dim: the width of an attention head is odd"),
+        (["model.num_key_value_heads=3"], "model.num_key_value_heads: 3 does not divide num_attention_heads, 8"),
+        (["data.builtin=true"], "data.builtin: true and data.path is set"),
+        (["data.path=null"], "data.path: not set"),
+        (["reference.path=null"], "reference.path: not set"),
+        (
+            ["reference.training_steps=5", "reference.training_data=x"],
+            "reference.training_steps: set, and so is reference.path",
+        ),
+        (["reference.path=null", "reference.training_steps=5"], "reference.training_data: not set"),
+        (["run.name=a/b"], "run.name: got 'a/b'; expected the name of a directory"),
+        (["run.name=.."], "run.name: got '..'; expected the name of a directory"),
+        (["training.learning_rate=.inf"], "training.learning_rate: got inf"),
+        (["training.steps=0"], "training.steps: got 0"),
+        (["training.steps=1.5"], "training.steps: got 1.5"),
+        (["training.normalize_by=tokens"], "training.normalize_by: got 'tokens'; Input should be 'valid' or 'selected'"),
+        (["training.schedule=linear"], "training.schedule: got 'linear'; Input should be 'cosine' or 'wsd'"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused_by_name(overrides, beginning):
+    (problem,) = problems_of(*SOURCES, *overrides)
+    assert problem.startswith(beginning)
+
+
+def test_no_reference_is_needed_where_nothing_is_selected_by_it():
+    assert load_settings(None, ["data.path=data", "training.k_percent=1"]).reference.path is None
+    assert load_settings(None, ["data.path=data", "model.num_prediction_heads=1"]).reference.path is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("- 3", "expected sections of keys (run, data, model, reference, training, logging, checkpoint)"),
+        ("data: 3", "expected sections of keys"),
+        ("!!python/object/apply:os.system ['exit 1']", "is not valid YAML"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused_and_named(tmp_path, text, said):
+    recipe = written(tmp_path, text)
+    (problem,) = problems_of(recipe=recipe)
+    assert problem.startswith("--config: ")
+    assert str(recipe) in problem
+    assert said in problem
+
+
+def test_a_missing_recipe_is_refused_and_named(tmp_path):
+    assert problems_of(recipe=tmp_path / "none.yaml") == [f"--config: no such file: {tmp_path / 'none.yaml'}"]
+
+
+def test_an_empty_recipe_and_an_empty_section_mean_the_defaults(tmp_path):
+    assert load_settings(written(tmp_path, ""), SOURCES) == load_settings(written(tmp_path, "training:\n"), SOURCES)
+
+
+def test_keys_that_are_not_words_are_refused(tmp_path):
+    recipe = written(tmp_path, "data: {path: a, 1: 3}\nreference: {path: b}\n")
+    assert problems_of(recipe=recipe) == ["data.1: got 1; Keys should be strings"]
+
+
+def test_only_differences_that_change_the_result_matter():
+    before = load_settings(None, SOURCES)
+    harmless = before.with_values(
+        run={"name": "other"},
+        logging={"metrics_every": 3},
+        checkpoint={"every": 7, "keep": None},
+        data={"num_workers": 0, "path": "elsewhere", "validation_path": "held-out"},
+        reference={"path": "moved", "sharding": "replicate"},
+    )
+    assert differences_that_matter(flatten(before), flatten(harmless)) == []
+    other = harmless.with_values(training={"k_percent": 0.5, "steps": 2000}, data={"micro_batch": 4}, model={"seed": 1})
+    assert differences_that_matter(flatten(before), flatten(other)) == [
+        "data.micro_batch: was 8, is now 4",
+        "model.seed: was 0, is now 1",
+        "training.steps: was 1000, is now 2000",
+        "training.k_percent: was 0.6, is now 0.5",
+    ]
+
+
+def test_something_known_to_only_one_of_two_runs_is_a_difference():
+    assert differences_that_matter({"data": "abc"}, {"data": "abd", "deepspeed stage": 3}) == [
+        "data: was 'abc', is now 'abd'",
+        "deepspeed stage: was None, is now 3",
+    ]
