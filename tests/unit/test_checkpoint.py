@@ -1,0 +1,96 @@
+"""The layout of checkpoints: complete or absent, the newest is found, changed settings are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from pipeline.config import ConfigError
+from pipeline.runtime.checkpoint import Checkpoints, Progress
+from pipeline.runtime.distributed import World
+from tests.ranks import run_ranks
+
+IDENTITY = {"training.k_percent": 0.6, "logging.metrics_every": 1, "data": "abc"}
+
+
+class FileEngine:
+    """Stands in for DeepSpeed's part: one file a rank."""
+
+    def __init__(self, content: str = ""):
+        self.content = content
+
+    def save_checkpoint(self, directory: str, tag: str, save_latest: bool) -> None:
+        assert not save_latest
+        (Path(directory) / tag / f"rank-{dist.get_rank()}").write_text(self.content)
+
+    def load_checkpoint(self, directory: str, tag: str) -> tuple[str, dict]:
+        self.content = (Path(directory) / tag / f"rank-{dist.get_rank()}").read_text()
+        return tag, {}
+
+
+def checkpoints(run_dir: Path, size: int, identity: dict[str, Any] = IDENTITY, keep: int | None = None) -> Checkpoints:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return Checkpoints(run_dir, World(rank, size, rank, size), identity, keep)
+
+
+def save_three(run_dir: Path, keep: int | None) -> None:
+    store = checkpoints(run_dir, dist.get_world_size(), keep=keep)
+    for step in (2, 10, 4):
+        store.save(FileEngine(f"{dist.get_rank()} at {step}"), Progress(step, 8 * step, 100 * step, 1, 0))  # type: ignore[arg-type]
+    (run_dir / "checkpoints" / "step-00000012.partial").mkdir(exist_ok=True)
+
+
+def resume_content(run_dir: Path) -> tuple[str, Progress]:
+    engine = FileEngine()
+    progress = checkpoints(run_dir, dist.get_world_size()).resume(engine, allow_changed=False)  # type: ignore[arg-type]
+    return engine.content, progress
+
+
+def test_a_run_continues_from_the_checkpoint_that_latest_names(tmp_path: Path) -> None:
+    run_ranks(save_three, 2, tmp_path, None)
+    for rank, (content, progress) in enumerate(run_ranks(resume_content, 2, tmp_path)):
+        assert content == f"{rank} at 4"
+        assert progress == Progress(4, 32, 400, 1, 0)
+        assert progress.applied_steps == 3
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert checkpoints(tmp_path, 2).newest() == "step-00000010"
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    run_ranks(save_three, 1, tmp_path, 2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*") if path.suffix != ".partial")
+    assert names == ["step-00000004", "step-00000010"]
+
+
+def with_state(run_dir: Path, size: int = 2) -> Path:
+    directory = run_dir / "checkpoints" / "step-00000007"
+    directory.mkdir(parents=True)
+    state = {"progress": {"step": 7}, "world_size": size, "identity": IDENTITY}
+    (directory / "state.json").write_text(json.dumps(state))
+    return directory
+
+
+def test_an_empty_run_directory_starts_from_nothing(tmp_path: Path) -> None:
+    assert checkpoints(tmp_path, 2).newest() is None
+    assert checkpoints(tmp_path, 2).check(allow_changed=False) == {}
+
+
+def test_settings_that_change_the_result_are_refused_with_a_list(tmp_path: Path) -> None:
+    with_state(tmp_path)
+    changed = {"training.k_percent": 0.5, "logging.metrics_every": 7, "data": "xyz"}
+    with pytest.raises(ConfigError) as caught:
+        checkpoints(tmp_path, 2, changed).check(allow_changed=False)
+    text = str(caught.value)
+    assert "training.k_percent: was 0.6, is now 0.5" in text
+    assert "data: was 'abc', is now 'xyz'" in text
+    assert "metrics_every" not in text
+    assert "--allow-changed" in text
+    assert checkpoints(tmp_path, 2, changed).check(allow_changed=True)["progress"] == {"step": 7}
+
+
+def test_another_number_of_ranks_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    with_state(tmp_path, size=4)
+    with pytest.raises(ConfigError, match="written by 4, this job has 2"):
+        checkpoints(tmp_path, 2).check(allow_changed=True)

@@ -1,0 +1,76 @@
+"""Which rank a process is, and work that one rank does for all."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.runtime.distributed import World, any_rank, find_world, made_once
+from tests.ranks import run_ranks
+
+LAUNCHER = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "6",
+    "SLURM_NTASKS": "7",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, World(rank=0, size=1, local_rank=0, local_size=1)),
+        (LAUNCHER, World(rank=5, size=8, local_rank=1, local_size=4)),
+        (SLURM, World(rank=6, size=7, local_rank=0, local_size=1)),
+        (SLURM | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}, World(1, 7, 1, 2)),
+        (SLURM | LAUNCHER, World(rank=5, size=8, local_rank=1, local_size=4)),
+    ],
+    ids=["alone", "launcher", "slurm-last-node", "slurm-first-node", "launcher-inside-slurm"],
+)
+def test_the_world_is_read_from_the_launchers_variables(monkeypatch, variables, expected) -> None:
+    for name in (*LAUNCHER, *SLURM, "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    # find_world fills in what is missing; setting those through monkeypatch first has them taken back afterwards.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in variables:
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+    assert find_world() == expected
+
+
+def make_slowly(path: Path) -> tuple[bool, str]:
+    """(whether this rank made it, what it then finds)"""
+    rank = dist.get_rank()
+    made = False
+
+    def make() -> None:
+        nonlocal made
+        made = True
+        time.sleep(1.0)
+        partial = path.with_suffix(".partial")
+        partial.write_text(f"made by {rank}")
+        partial.rename(path)
+
+    made_once(path, make, World(rank, dist.get_world_size(), rank, dist.get_world_size()))
+    return made, path.read_text()
+
+
+def test_one_rank_makes_what_is_missing_while_the_others_wait(tmp_path: Path) -> None:
+    assert run_ranks(make_slowly, 2, tmp_path / "it") == [(True, "made by 0"), (False, "made by 0")]
+    assert run_ranks(make_slowly, 1, tmp_path / "it") == [(False, "made by 0")]
+
+
+def ask_all() -> list[bool]:
+    device = torch.device("cpu")
+    return [any_rank(False, device), any_rank(dist.get_rank() == 1, device), any_rank(True, device)]
+
+
+def test_a_flag_of_one_rank_is_everybodys() -> None:
+    assert run_ranks(ask_all, 2) == [[False, True, True]] * 2
