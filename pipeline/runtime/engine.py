@@ -287,10 +287,12 @@ def _autos(content: Any, place: str = "") -> list[str]:
     return [found for key, value in content.items() for found in _autos(value, f"{place}.{key}" if place else key)]
 
 
-# The bucket sizes are those that Hugging Face's integration computes for the same 'auto', so one file serves both.
+# As Hugging Face's integration computes the same 'auto', so that one file serves both; but a small model's gradients are
+# reduced together: one collective a parameter costs such a model more than a tenth of its step.
+_SMALLEST_BUCKET = 2**22
 _AUTO = {
     "bf16.enabled": lambda settings: torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-    "zero_optimization.reduce_bucket_size": lambda settings: settings.model.dim**2,
+    "zero_optimization.reduce_bucket_size": lambda settings: max(settings.model.dim**2, _SMALLEST_BUCKET),
     "zero_optimization.stage3_prefetch_bucket_size": lambda settings: int(0.9 * settings.model.dim**2),
     "zero_optimization.stage3_param_persistence_threshold": lambda settings: 10 * settings.model.dim,
 }

@@ -87,7 +87,7 @@ def test_auto_becomes_the_recipes_sizes(settings):
     assert resolved["zero_optimization"] == {
         "stage": 3,
         "overlap_comm": True,
-        "reduce_bucket_size": 64 * 64,
+        "reduce_bucket_size": 2**22,
         "stage3_prefetch_bucket_size": 3686,
         "stage3_param_persistence_threshold": 640,
     }
