@@ -15,8 +15,8 @@ from pipeline.data.stream import check_sizes, default_lanes
 from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, load_tokenizer
 from pipeline.model.huggingface import ModelFilesError, read_model_settings
 from pipeline.model.transformer import attention_head_dim, ffn_dim
+from pipeline.runtime.deepspeed_json import read_deepspeed_json
 from pipeline.runtime.distributed import World
-from pipeline.runtime.engine import read_deepspeed_json
 
 
 def check_before_start(settings: Settings, deepspeed_json: Path, world: World, problems: Sequence[str] = ()) -> dict[str, Any]:

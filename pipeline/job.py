@@ -23,9 +23,10 @@ from pipeline.micro_step import Models
 from pipeline.model.huggingface import read_model_settings, save_model
 from pipeline.model.mtp import MTPModel
 from pipeline.runtime.checkpoint import Checkpoints, Progress
+from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
 from pipeline.runtime.description import describe_run, identity_of
 from pipeline.runtime.distributed import World, made_once
-from pipeline.runtime.engine import build_policy, build_reference, gathered, release, resolve_deepspeed_json
+from pipeline.runtime.engine import build_policy, build_reference, gathered, release
 from pipeline.runtime.memory import peak_bytes, reset_peak
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.reporting import closing_table, read_records

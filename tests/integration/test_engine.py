@@ -33,7 +33,8 @@ def whole_weights(model: Any) -> dict[str, torch.Tensor]:
 
 def build_and_inspect(directory: Path) -> dict[str, Any]:
     from pipeline.model.huggingface import save_model
-    from pipeline.runtime.engine import build_policy, gathered, initialize_distributed, parameter_groups, resolve_deepspeed_json
+    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
+    from pipeline.runtime.engine import build_policy, gathered, initialize_distributed, parameter_groups
 
     initialize_distributed(torch.device("cpu"), "error")
     settings = settings_for(2, 1)
@@ -50,7 +51,8 @@ def build_and_inspect(directory: Path) -> dict[str, Any]:
 
 
 def load_from_files(directory: Path) -> dict[str, torch.Tensor]:
-    from pipeline.runtime.engine import build_policy, initialize_distributed, resolve_deepspeed_json
+    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
+    from pipeline.runtime.engine import build_policy, initialize_distributed
 
     initialize_distributed(torch.device("cpu"), "error")
     settings = settings_for(2, 1, model={"pretrained": directory, "seed": 9})
@@ -92,8 +94,9 @@ def steps_with_bad_ones() -> list[dict[str, Any]]:
     """Steps of two micro-steps each; in every second step rank 1 alone meets a number that is not finite."""
     from pipeline.micro_step import Models
     from pipeline.runtime.checkpoint import Progress
+    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.distributed import World
-    from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed, resolve_deepspeed_json
+    from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
     from pipeline.train import Run, advance, train_step
 
     initialize_distributed(torch.device("cpu"), "error")

@@ -103,8 +103,9 @@ def sharded_gradient(settings: Settings, sharding: str) -> tuple[dict[str, torch
     from deepspeed.utils import safe_get_full_grad
 
     from pipeline.micro_step import Models
+    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.distributed import World
-    from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed, resolve_deepspeed_json
+    from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
     from pipeline.train import Run, train_step
 
     initialize_distributed(torch.device("cpu"), "error")

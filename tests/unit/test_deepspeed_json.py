@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from pipeline.recipe import load_settings
-from pipeline.runtime.engine import read_deepspeed_json, resolve_deepspeed_json
+from pipeline.runtime.deepspeed_json import read_deepspeed_json, resolve_deepspeed_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
