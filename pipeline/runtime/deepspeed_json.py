@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Settings, did_you_mean
-from pipeline.runtime.engine import BF16Section, ZeroSection
+from pipeline.runtime.engine import JSON_SECTIONS
 
 _ALLOWED_KEYS = {
     "zero_optimization", "bf16", "communication_data_type", "data_types", "comms_logger", "wall_clock_breakdown",
@@ -43,7 +43,7 @@ def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any],
     if not isinstance(content, dict):
         return {}, [f"--deepspeed: {path}: expected a JSON object"]
     problems = [problem for key, value in content.items() for problem in _key_problems(key, value, settings)]
-    for section, model in _SECTIONS.items():
+    for section, model in JSON_SECTIONS.items():
         problems += _section_problems(section, model, content.get(section, {}))
     problems += _precision_problems(content) + _zero_problems(content.get("zero_optimization", {}))
     problems += [
@@ -91,9 +91,6 @@ def _key_problems(key: str, value: Any, settings: Settings) -> list[str]:
     if key not in _ALLOWED_KEYS:
         return [f"deepspeed {key}: unknown key, or not ZeRO, precision or communication; {did_you_mean(key, _ALLOWED_KEYS)}"]
     return []
-
-
-_SECTIONS = {"zero_optimization": ZeroSection, "bf16": BF16Section}
 
 
 def _section_problems(section: str, model: type[BaseModel], value: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from pipeline.config import ModelSettings, Settings, TrainingSettings
@@ -28,10 +29,11 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
 import deepspeed  # noqa: E402
 from deepspeed import DeepSpeedEngine as Engine  # noqa: E402
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Section  # noqa: E402
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroSection  # noqa: E402
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config  # noqa: E402
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 
-__all__ = ["BF16Section", "Engine", "ZeroSection"]
+JSON_SECTIONS: dict[str, type[BaseModel]] = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
+"""DeepSpeed's own models of the sections of its JSON."""
 
 # Compiling this on a CPU's first start takes most of a minute, and hangs on the lock of a build that was killed.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
