@@ -74,7 +74,7 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     if progress.step == 0:
         reporter.validate(progress)
     batches = run.stream.iterate(progress.samples)
-    saved_step, stopping = progress.step, False
+    stopping = False
     while progress.step < training.steps and not stopping:
         result = train_step(run, batches, progress.applied_steps)
         advance(progress, result, run.settings)
@@ -85,9 +85,7 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         stopping = stop.agreed(run.device)
         if progress.step % run.settings.checkpoint.every == 0 or finished or stopping:
             run.checkpoints.save(run.engine, progress)
-            saved_step = progress.step
     reporter.close()
-    assert saved_step == progress.step
     if stopping:
         stop.obeyed()
     if progress.step < training.steps:

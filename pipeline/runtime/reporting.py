@@ -50,22 +50,27 @@ def read_records(run_dir: Path) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+_TAGS = {
+    "loss": "loss",
+    "selected_ratio": "selection/ratio",
+    "selected_count": "selection/count",
+    "valid_count": "selection/valid",
+    "threshold": "selection/threshold",
+    "excess_mean": "selection/excess_mean",
+}
+
+
 def tensorboard_tag(key: str, split: str | None = None) -> str | None:
-    """`loss_head_0` -> `loss/head_0`, `selected_ratio_head_1` -> `selection/ratio/head_1`, `loss` -> `train/loss`."""
+    """`loss_head_0` -> `loss/head_0`, `selected_ratio_head_1` -> `selection/ratio/head_1`, of one source
+    `source/NAME/selected_ratio/head_1`; `loss` -> `train/loss`; with a split `SPLIT/loss/head_0`, `SPLIT/loss`."""
     if key in ("step", "split"):
         return None
     quantity, head, rest = key.partition("_head_")
-    groups = {
-        "loss": "loss",
-        "selected_ratio": "selection/ratio",
-        "selected_count": "selection/count",
-        "valid_count": "selection/valid",
-        "threshold": "selection/threshold",
-        "excess_mean": "selection/excess_mean",
-    }
-    if head:
-        number, source, name = rest.partition("_source_")
-        tag = f"{groups[quantity]}/head_{number}" + (f"/{name}" if source else "")
+    number, source, name = rest.partition("_source_")
+    if source:
+        tag = f"source/{name}/{quantity}/head_{number}"
+    elif head:
+        tag = f"{_TAGS[quantity]}/head_{number}"
     else:
         tag = f"selection/{key}" if key in ("selection_ratio", "heads_per_position") else f"train/{key}"
     return f"{split}/{tag.removeprefix('train/')}" if split else tag
@@ -150,7 +155,7 @@ def _heads(record: Record) -> list[int]:
 
 
 def _layout(num_heads: int) -> dict[str, Any]:
-    """One chart a quantity, with all heads in it."""
+    """One chart a quantity, with all heads in it, and one a head with all sources in it. Tags are regular expressions."""
     charts = {
         "policy loss": ("loss", 0),
         "selected ratio": ("selection/ratio", 0),
@@ -159,12 +164,15 @@ def _layout(num_heads: int) -> dict[str, Any]:
         "mean excess loss": ("selection/excess_mean", 1),
         "held-out loss": ("validation/loss", 0),
     }
-    return {
-        "heads": {
-            title: ["Multiline", [f"{tag}/head_{head}" for head in range(first_head, num_heads)]]
-            for title, (tag, first_head) in charts.items()
-        }
+    by_head = {
+        title: ["Multiline", [f"^{tag}/head_{head}$" for head in range(first_head, num_heads)]]
+        for title, (tag, first_head) in charts.items()
     }
+    by_source = {
+        f"selected ratio of each source, head {head}": ["Multiline", [f"^source/.*/selected_ratio/head_{head}$"]]
+        for head in range(1, num_heads)
+    }
+    return {"heads": by_head, "sources": by_source}
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

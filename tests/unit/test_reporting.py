@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -159,7 +160,7 @@ def test_the_closing_table_does_without_validation_and_with_nothing_trained(tmp_
         ("threshold_head_1", None, "selection/threshold/head_1"),
         ("excess_mean_head_3", None, "selection/excess_mean/head_3"),
         ("selection_ratio", None, "selection/selection_ratio"),
-        ("selected_ratio_head_1_source_my_head_2", None, "selection/ratio/head_1/my_head_2"),
+        ("selected_ratio_head_1_source_my_head_2", None, "source/my_head_2/selected_ratio/head_1"),
         ("loss_head_0", "validation", "validation/loss/head_0"),
         ("loss", "validation", "validation/loss"),
         ("step", None, None),
@@ -177,7 +178,7 @@ def test_tensorboard_reads_back_what_metrics_jsonl_holds(tmp_path):
     logbook.write(training_record(2, threshold_head_1=None))
     logbook.close()
     found = scalars(tmp_path)
-    assert found["selection/ratio/head_1/noise"] == [(1, 0.25)]
+    assert found["source/noise/selected_ratio/head_1"] == [(1, 0.25)]
     assert found["selection/threshold/head_1"] == [(1, pytest.approx(0.4213))]  # null has no point
     assert found["validation/loss/head_3"] == [(0, pytest.approx(5.3))]
     for record in read_records(tmp_path):
@@ -190,17 +191,22 @@ def test_tensorboard_reads_back_what_metrics_jsonl_holds(tmp_path):
 def test_the_custom_scalars_layout_draws_the_heads_of_a_quantity_in_one_chart(tmp_path):
     logbook = Logbook(tmp_path, 0, num_heads=4)
     logbook.write(validation_record(0, (5.0, 5.1, 5.2, 5.3)))
-    logbook.write(training_record(1))
+    sources = {f"selected_ratio_head_1_source_{name}": 0.5 for name in ("prose", "noise")}
+    logbook.write(training_record(1, **sources))
     logbook.close()
     found = charts(tmp_path)
-    assert found["selected ratio"] == [f"selection/ratio/head_{head}" for head in range(4)]
-    assert found["policy loss"] == [f"loss/head_{head}" for head in range(4)]
-    assert found["held-out loss"] == [f"validation/loss/head_{head}" for head in range(4)]
-    # Every line of every chart is one that exists; head 0 has neither threshold nor excess.
-    missing = {tag for tags in found.values() for tag in tags} - set(scalars(tmp_path))
-    assert missing == set()
-    assert found["threshold"] == [f"selection/threshold/head_{head}" for head in (1, 2, 3)]
-    assert found["mean excess loss"] == [f"selection/excess_mean/head_{head}" for head in (1, 2, 3)]
+    # Tags are regular expressions: each must match one line and no other, such as a source's or the validation's.
+    drawn = {
+        title: [tag for tag in scalars(tmp_path) for pattern in patterns if re.search(pattern, tag)]
+        for title, patterns in found.items()
+    }
+    assert drawn["selected ratio"] == [f"selection/ratio/head_{head}" for head in range(4)]
+    assert drawn["policy loss"] == [f"loss/head_{head}" for head in range(4)]
+    assert drawn["held-out loss"] == [f"validation/loss/head_{head}" for head in range(4)]
+    assert drawn["threshold"] == [f"selection/threshold/head_{head}" for head in (1, 2, 3)]
+    assert drawn["mean excess loss"] == [f"selection/excess_mean/head_{head}" for head in (1, 2, 3)]
+    by_source = [f"source/{name}/selected_ratio/head_1" for name in ("prose", "noise")]
+    assert drawn["selected ratio of each source, head 1"] == by_source
 
 
 def test_a_run_without_further_heads_has_no_layout(tmp_path):
