@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from pipeline.data.documents import DocumentReader, parse_input, source_names
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.prepare import SAMPLES_PER_SHARD, is_held_out, prepare
