@@ -31,7 +31,7 @@ def check_before_start(settings: Settings, deepspeed_json: Path, world: World, p
     manifests, unreadable = _read_manifests(settings)
     found += unreadable
     if problems:
-        raise ConfigError([*problems, *found, *_reference_problems(settings.reference.path, None)])
+        raise ConfigError([*problems, *found, *_reference_problems(settings, None)])
     first = next(iter(manifests.values()), None)
     for path, manifest in manifests.items():
         found += _manifest_problems(manifest, path, settings, first)
@@ -100,7 +100,7 @@ def _model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
         problems.append(
             f"model.vocab_size: {settings.model.vocab_size} is too small for the data's {needed} ids; leave it unset"
         )
-    problems += _reference_problems(settings.reference.path, manifest)
+    problems += _reference_problems(settings, manifest)
     if settings.model.pretrained is not None:
         try:
             found = read_model_settings(settings.model.pretrained)
@@ -114,7 +114,8 @@ def _model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
     return problems
 
 
-def _reference_problems(directory: Path | None, manifest: Manifest | None) -> Iterator[str]:
+def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterator[str]:
+    directory, num_heads = settings.reference.path, settings.model.num_prediction_heads
     if directory is None:
         return
     try:
@@ -123,6 +124,11 @@ def _reference_problems(directory: Path | None, manifest: Manifest | None) -> It
     except (ModelFilesError, DataError) as error:
         yield f"reference.path: {error}"
         return
+    if settings.reference.horizon == "matched" and shape.num_prediction_heads != num_heads:
+        yield (
+            f"reference.horizon: 'matched' needs a reference with the policy's {num_heads} heads, {directory} has "
+            f"{shape.num_prediction_heads}; set reference.horizon=shifted"
+        )
     if manifest is None:
         return
     if (shape.vocab_size or 0) < manifest.vocab_size:

@@ -114,18 +114,15 @@ class ModelSettings(Section):
 class ReferenceSettings(Section):
     path: Path | None = None
     """Directory of the frozen reference: config.json, model.safetensors (or its index) and tokenizer.json."""
+    horizon: Literal["shifted", "matched"] = "shifted"
+    """What head h is compared with: the next-token loss of its target (`shifted`), or the loss of the reference's own
+    head h (`matched`; the reference then needs all heads)."""
     sharding: Literal["zero3", "replicate"] = "zero3"
     """How the reference lies on the ranks: partitioned by ZeRO-3, or whole on each."""
     training_steps: Positive | None = None
     """Where `path` is null: first train a next-token reference of the policy's shape for so many steps."""
     training_data: Path | None = None
     """Prepared shards to train that reference on; null: the built-in corpus without its noise."""
-
-
-def _only_global(pool: str) -> str:
-    if pool != "global":
-        raise ValueError("only the pool 'global' is implemented; the others of the design are refused until they work")
-    return pool
 
 
 class TrainingSettings(Section):
@@ -153,8 +150,17 @@ class TrainingSettings(Section):
     """Largest L2 norm of the whole gradient; null: no clipping."""
     k_percent: Fraction = 0.6
     """Fraction of the valid pairs of heads 1... that is trained on; 1 turns the selection off."""
-    selection_pool: Annotated[str, AfterValidator(_only_global)] = "global"
-    """Over what the top k_percent is taken: `global`, the micro-step over all ranks."""
+    selection_pool: Literal["global", "step", "rank", "row"] = "global"
+    """Over what the top k_percent is taken: the micro-step over all ranks (`global`), all micro-steps of the optimiser
+    step over all ranks (`step`; costs a second policy forward where there are several), the rank's micro-batch (`rank`)
+    or each row (`row`)."""
+    selection_exchange: Literal["all_gather", "radix", "auto"] = "auto"
+    """How ranks that share a pool find its top; the answer is the same to the bit. `all_gather` moves 4 bytes a pair,
+    `radix` histograms whose size does not grow with tokens; `auto` gathers pools of up to 1 MiB."""
+    selection_score: Literal["excess", "policy_loss", "random"] = "excess"
+    """What pairs compete by: policy minus reference loss, or, as controls, the policy's loss alone or nothing."""
+    selection_seed: NonNegative = 0
+    """Seed of the `random` score."""
     normalize_by: Literal["valid", "selected"] = "valid"
     """What a head's summed loss is divided by: its valid pairs in the step, or the selected ones (arXiv 2404.07965,
     equation 4)."""

@@ -6,26 +6,36 @@ import torch
 
 from pipeline.config import Settings
 from pipeline.data.batch import Batch
-from pipeline.micro_step import Models, load_micro_batch, plan, selective_losses
+from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
+from pipeline.runtime.distributed import World
 from pipeline.runtime.metrics import Record, SelectionSums
 from pipeline.weighting.objective import loss_scale
 
 
 def evaluate(
-    models: Models, batches: Iterable[Batch], settings: Settings, source_names: Sequence[str], device: torch.device
+    models: Models,
+    batches: Iterable[Batch],
+    settings: Settings,
+    source_names: Sequence[str],
+    world: World,
+    device: torch.device,
 ) -> Record:
     """Losses over all `batches` of all ranks, every rank having equally many. `loss_head_h` counts every valid pair,
     `loss` is the training objective with the whole of the data as one step."""
     num_heads = settings.model.num_prediction_heads
     sums = SelectionSums(num_heads, len(source_names), device)
-    num_pairs_AH = []
+    # A validation's micro-batches are no steps: what a step would pool is pooled by micro-batch.
+    pool = "global" if settings.training.selection_pool == "step" else settings.training.selection_pool
+    training = settings.training.model_copy(update={"selection_pool": pool})
+    num_pairs_H, first_sample = [0] * num_heads, 0
     # Not inference_mode: its tensors would poison the trained engine's next step.
     with torch.no_grad():
         for batch in batches:
-            micro = load_micro_batch(batch, num_heads, device)
-            counts = plan([micro], settings.training, settings.head_weights, models.group)
-            losses = selective_losses(models, micro, counts.num_selected_AH[0], counts.scale_H)
-            sums.add(losses, micro.valid_BTH, batch.sources_BT.to(device), counts.num_valid_AH[0])
-            by_valid = settings.training.normalize_by == "valid"
-            num_pairs_AH.append((counts.num_valid_AH if by_valid else counts.num_selected_AH)[0])
-    return sums.record(loss_scale(num_pairs_AH, settings.head_weights), source_names, models.group)
+            micro_batches = load_micro_batches([batch], first_sample, num_heads, world.size, world.rank, device)
+            first_sample += len(batch.tokens_BT) * world.size
+            counts = plan(micro_batches, training, settings.head_weights, models.group)
+            (losses,) = selective_losses(models, micro_batches, counts, training)
+            sums.add(losses, micro_batches[0].valid_BTH, micro_batches[0].batch.sources_BT)
+            counted_H = counts.num_valid if training.normalize_by == "valid" else counts.num_selected_H
+            num_pairs_H = [total + count for total, count in zip(num_pairs_H, counted_H, strict=True)]
+    return sums.record(loss_scale(num_pairs_H, settings.head_weights), source_names, models.group)

@@ -68,7 +68,7 @@ def dry_run(job: Job) -> int:
     run = build_run(job, settings, job.run_dir, dry=True)
     progress = Progress()
     reset_peak(job.device)
-    result = train_step(run, run.stream.iterate(0), 0)
+    result = train_step(run, run.stream.iterate(0), progress)
     advance(progress, result, settings)
     peaks = torch.tensor(peak_bytes(job.device), dtype=torch.int64, device=job.device)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
@@ -179,7 +179,7 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
         device=job.device,
         run_dir=run_dir,
         engine=engine,
-        models=Models(policy=engine, reference=reference, group=dist.group.WORLD),
+        models=Models(engine, reference, settings.reference.horizon, dist.group.WORLD),
         stream=stream,
         # A validation is short and every worker's start is not: it reads in the training process.
         validation=open_stream(validation_path, settings, job.world, num_workers=0) if validation_path else None,
@@ -221,9 +221,11 @@ def export(run: Run, directory: Path) -> None:
 
 
 def _reference_settings(settings: Settings, stand_in: bool) -> ModelSettings | None:
-    """The shape of the frozen reference: that of its files with the next-token head alone; None for a run without."""
+    """The shape of the frozen reference: that of its files, with the next-token head alone unless all are asked; None
+    for a run without."""
     if settings.reference.path is not None and settings.model.num_prediction_heads > 1:
-        return read_model_settings(settings.reference.path).model_copy(update={"num_prediction_heads": 1})
+        shape = read_model_settings(settings.reference.path)
+        return shape if settings.reference.horizon == "matched" else shape.model_copy(update={"num_prediction_heads": 1})
     if stand_in and settings.reference.training_steps is not None:
         return settings.model.model_copy(update={"num_prediction_heads": 1})
     return None

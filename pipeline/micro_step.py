@@ -1,16 +1,18 @@
 """One micro-batch from tokens to losses: reference, policy hidden states, per-token losses, exchange, selection, loss.
 
-Training and validation both go through `selective_losses`, so what is validated is what is trained.
+Training and validation both go through `selective_losses`, so what is validated is what is trained. Each model runs once
+a micro-batch; only the pool `step` with several micro-steps needs a scoring pass of the policy beforehand, since the last
+micro-step's losses decide about the first's.
 
-Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select.
+Shapes: A micro-steps, B rows, T tokens, H heads, K = H - 1 the heads that select.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config import TrainingSettings
@@ -19,34 +21,50 @@ from pipeline.model.mtp import HeadLosses
 from pipeline.model.reference import Reference, reference_losses
 from pipeline.weighting.exchange import Group
 from pipeline.weighting.objective import StepPlan, plan_step
-from pipeline.weighting.selection import Select, select_all, select_pairs
+from pipeline.weighting.pools import SHARED_POOLS, random_scores, score, select_local, select_shared
+from pipeline.weighting.selection import Select, Selection, meaningful, select_all
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A batch on the device, with what each head has to predict in it (int64, bool [B, T, H])."""
+    """A batch on the device, with what each head has to predict in it (int64, bool [B, T, H]) and the numbers of its
+    rows in the order of the whole run (int64 [B])."""
 
     batch: Batch
     targets_BTH: Tensor
     valid_BTH: Tensor
+    rows_B: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a model's forward takes."""
+        return self.batch.tokens_BT, self.batch.document_ids_BT, self.targets_BTH, self.valid_BTH
 
 
 @dataclass(frozen=True)
 class Models:
-    """The trained policy, the frozen reference (None: nothing is selected against), and the ranks that share a pool."""
+    """The trained policy, the frozen reference (None: nothing is compared), how far ahead it is asked (`shifted` or
+    `matched`), and the ranks that share a pool."""
 
-    policy: Callable[..., HeadLosses]
+    policy: Callable[..., Any]
     reference: Reference | None
+    horizon: str
     group: Group
 
-    @property
-    def rank(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
 
-
-def load_micro_batch(batch: Batch, num_heads: int, device: torch.device) -> MicroBatch:
-    batch = batch.to(device, non_blocking=True)
-    return MicroBatch(batch, *targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads))
+def load_micro_batches(
+    batches: Sequence[Batch], first_sample: int, num_heads: int, group_size: int, rank: int, device: torch.device
+) -> list[MicroBatch]:
+    """This rank's micro-batches of consecutive micro-steps on the device; `first_sample` is the number of the first row
+    of the first of them, over all ranks."""
+    loaded = []
+    for index, batch in enumerate(batches):
+        batch = batch.to(device, non_blocking=True)
+        num_rows = len(batch.tokens_BT)
+        first_row = first_sample + (index * group_size + rank) * num_rows
+        rows_B = torch.arange(first_row, first_row + num_rows, device=device)
+        loaded.append(MicroBatch(batch, *targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads), rows_B))
+    return loaded
 
 
 def plan(
@@ -57,6 +75,7 @@ def plan(
     return plan_step(
         [micro.valid_BTH for micro in micro_batches],
         num_tokens,
+        pool=training.selection_pool,
         k_percent=training.k_percent,
         normalize_by=training.normalize_by,
         head_weights=head_weights,
@@ -64,30 +83,99 @@ def plan(
     )
 
 
-def selective_losses(models: Models, micro: MicroBatch, num_selected_H: Sequence[int], scale_H: Sequence[float]) -> HeadLosses:
-    """Run the reference and the policy once each and select; `num_selected_H` is the number of pairs to select over
-    all ranks, `scale_H` the objective's factor for a selected loss of each head."""
-    inputs = (micro.batch.tokens_BT, micro.batch.document_ids_BT, micro.targets_BTH, micro.valid_BTH)
-    return models.policy(
-        *inputs,
-        select=_selector(models, micro, num_selected_H),
-        scale_H=torch.tensor(scale_H, dtype=torch.float32, device=micro.valid_BTH.device),
+def selective_losses(
+    models: Models, micro_batches: Sequence[MicroBatch], counts: StepPlan, training: TrainingSettings
+) -> Iterator[HeadLosses]:
+    """The losses of each micro-batch of a step in turn, each made when it is asked for, so that its graph is used up
+    before the next one's is built."""
+    scale_H = torch.tensor(counts.scale_H, dtype=torch.float32, device=micro_batches[0].valid_BTH.device)
+    for micro, select in zip(micro_batches, _selectors(models, micro_batches, counts, training), strict=True):
+        yield models.policy(*micro.inputs, select=select, scale_H=scale_H)
+
+
+def _selectors(
+    models: Models, micro_batches: Sequence[MicroBatch], counts: StepPlan, training: TrainingSettings
+) -> Iterator[Select]:
+    """How each micro-batch's pairs are selected, in turn; the reference runs once when each is asked for."""
+    if models.reference is None and training.selection_score == "excess":
+        yield from (partial(select_all, valid_BTK=micro.valid_BTH[..., 1:]) for micro in micro_batches)
+    elif training.selection_pool == "step" and len(micro_batches) > 1:
+        yield from _selected_beforehand(models, micro_batches, counts, training)
+    else:
+        for index, micro in enumerate(micro_batches):
+            valid_BTK = micro.valid_BTH[..., 1:]
+            choose: Callable[[Tensor], Selection]
+            if training.selection_pool in SHARED_POOLS:
+                num_valid_K, num_selected_K = counts.num_valid_AH[index][1:], counts.pool_selected[index]
+                choose = partial(
+                    _select_in_micro_step, valid_BTK, num_valid_K, num_selected_K, training.selection_exchange, models.group
+                )
+            else:
+                choose = partial(select_local, valid_BTK=valid_BTK, k_percent=training.k_percent, pool=training.selection_pool)
+            yield partial(_compare_and_choose, _comparison(models, micro, training), choose)
+
+
+def _select_in_micro_step(
+    valid_BTK: Tensor,
+    num_valid_K: Sequence[int],
+    num_selected_K: Sequence[int],
+    exchange: str,
+    group: Group,
+    score_BTK: Tensor,
+) -> Selection:
+    (selection,) = select_shared(score_BTK[None], valid_BTK[None], [num_valid_K], num_selected_K, exchange, group)
+    return selection
+
+
+def _selected_beforehand(
+    models: Models, micro_batches: Sequence[MicroBatch], counts: StepPlan, training: TrainingSettings
+) -> Iterator[Select]:
+    """The pool of a whole step: every micro-batch is scored before the first is trained on."""
+    compared = []
+    for micro in micro_batches:
+        compare = _comparison(models, micro, training)
+        # Head 0 does not compete: without valid pairs it costs the scoring pass nothing.
+        scored_BTH = torch.cat([torch.zeros_like(micro.valid_BTH[..., :1]), micro.valid_BTH[..., 1:]], dim=-1)
+        with torch.no_grad():
+            policy_loss_BTH = models.policy(*micro.inputs[:3], scored_BTH)
+        compared.append(compare(policy_loss_BTH[..., 1:]))
+    selections = select_shared(
+        torch.stack([score_BTK for score_BTK, _ in compared]),
+        torch.stack([micro.valid_BTH[..., 1:] for micro in micro_batches]),
+        [valid_H[1:] for valid_H in counts.num_valid_AH],
+        counts.pool_selected[0],
+        training.selection_exchange,
+        models.group,
     )
+    for selection, (_, excess_BTK) in zip(selections, compared, strict=True):
+        yield partial(_already_selected, selection._replace(excess_BTK=excess_BTK))
 
 
-def _selector(models: Models, micro: MicroBatch, num_selected_H: Sequence[int]) -> Select:
+def _already_selected(selection: Selection, policy_loss_BTK: Tensor) -> Selection:
+    return selection
+
+
+Comparison = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""From policy_loss_BTK to the scores that compete and the excess losses, 0 where they mean nothing (None: no reference)."""
+
+
+def _comparison(models: Models, micro: MicroBatch, training: TrainingSettings) -> Comparison:
+    """Runs the reference on a micro-batch."""
     valid_BTK = micro.valid_BTH[..., 1:]
-    if models.reference is None:
-        return partial(select_all, valid_BTK=valid_BTK)
-    batch = micro.batch
-    reference_loss_BTH = reference_losses(
-        models.reference, batch.tokens_BT, batch.document_ids_BT, micro.targets_BTH, micro.valid_BTH
-    )
-    return partial(
-        select_pairs,
-        reference_loss_BTK=reference_loss_BTH[..., 1:],
-        valid_BTK=valid_BTK,
-        num_selected_K=num_selected_H[1:],
-        group=models.group,
-        rank=models.rank,
-    )
+    reference_loss_BTK = random_BTK = None
+    if models.reference is not None:
+        reference_loss_BTK = reference_losses(models.reference, models.horizon, *micro.inputs)[..., 1:]
+    if training.selection_score == "random":
+        random_BTK = random_scores(training.selection_seed, micro.rows_B, *valid_BTK.shape[1:])
+
+    def compare(policy_loss_BTK: Tensor) -> tuple[Tensor, Tensor | None]:
+        excess_BTK = None if reference_loss_BTK is None else policy_loss_BTK - reference_loss_BTK
+        score_BTK = score(training.selection_score, policy_loss_BTK, excess_BTK, random_BTK)
+        return score_BTK, None if excess_BTK is None else meaningful(excess_BTK, valid_BTK)
+
+    return compare
+
+
+def _compare_and_choose(compare: Comparison, choose: Callable[[Tensor], Selection], policy_loss_BTK: Tensor) -> Selection:
+    score_BTK, excess_BTK = compare(policy_loss_BTK)
+    return choose(score_BTK)._replace(excess_BTK=excess_BTK)

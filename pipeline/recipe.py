@@ -155,15 +155,28 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
         yield both, "data.path: not set; name a directory of prepared shards (launch/prepare.py makes one)"
     if data.path is not None and data.builtin:
         yield both, "data.builtin: true and data.path is set; only one of them can be the training data"
-    selects = settings.model.num_prediction_heads > 1 and settings.training.k_percent < 1
-    if selects and reference.path is None and reference.training_steps is None:
+    training = settings.training
+    compares = settings.model.num_prediction_heads > 1 and training.k_percent < 1 and training.selection_score == "excess"
+    if compares and reference.path is None and reference.training_steps is None:
         yield (
-            {"reference.path", "reference.training_steps", "model.num_prediction_heads", "training.k_percent"},
+            {
+                "reference.path",
+                "reference.training_steps",
+                "model.num_prediction_heads",
+                "training.k_percent",
+                "training.selection_score",
+            },
             "reference.path: not set; name the directory of a reference model, or set reference.training_steps to "
             "train one, or training.k_percent=1 to train without selection",
         )
     if reference.path is not None and reference.training_steps is not None:
         yield set(), "reference.training_steps: set, and so is reference.path; only one of them can be meant"
+    if reference.training_steps is not None and reference.horizon == "matched":
+        yield (
+            {"reference.training_steps", "reference.horizon"},
+            "reference.horizon: 'matched' needs a reference with all heads, and reference.training_steps trains one with the "
+            "next-token head alone; name one by reference.path, or set reference.horizon=shifted",
+        )
     if reference.training_steps is not None and reference.training_data is None and not data.builtin:
         yield (
             {"reference.training_data", "data.builtin"},

@@ -5,6 +5,7 @@ backward), agree whether every number was finite, apply. `train` puts steps in a
 them: metrics, validation, checkpoints, requests to stop.
 """
 
+import itertools
 import math
 import statistics
 import time
@@ -21,7 +22,7 @@ from pipeline.config import Settings, TrainingSettings
 from pipeline.data.batch import Batch
 from pipeline.data.stream import Stream
 from pipeline.evaluate import evaluate
-from pipeline.micro_step import Models, load_micro_batch, plan, selective_losses
+from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
 from pipeline.runtime.checkpoint import Checkpoints, Progress
 from pipeline.runtime.distributed import World
 from pipeline.runtime.engine import Engine, backward, end_micro_step, gradient_norm, set_learning_rate
@@ -76,7 +77,7 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     batches = run.stream.iterate(progress.samples)
     stopping = False
     while progress.step < training.steps and not stopping:
-        result = train_step(run, batches, progress.applied_steps)
+        result = train_step(run, batches, progress)
         advance(progress, result, run.settings)
         reporter.step(progress, result)
         finished = progress.step == training.steps
@@ -94,20 +95,20 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     return 0
 
 
-def train_step(run: Run, batches: Iterator[Batch], applied_steps: int) -> StepResult:
+def train_step(run: Run, batches: Iterator[Batch], progress: Progress) -> StepResult:
     """One optimiser step over the next A micro-batches of this rank."""
     started = time.perf_counter()
-    settings = run.settings
-    num_heads = settings.model.num_prediction_heads
-    micro_batches = [load_micro_batch(next(batches), num_heads, run.device) for _ in range(run.stream.micro_steps)]
-    counts = plan(micro_batches, settings.training, settings.head_weights, run.models.group)
-    rate = learning_rate(settings.training, applied_steps)
+    settings, training = run.settings, run.settings.training
+    num_heads, num_sources = settings.model.num_prediction_heads, len(run.stream.manifest.source_names) or 1
+    fetched = list(itertools.islice(batches, run.stream.micro_steps))
+    micro_batches = load_micro_batches(fetched, progress.samples, num_heads, run.world.size, run.world.rank, run.device)
+    counts = plan(micro_batches, training, settings.head_weights, run.models.group)
+    rate = learning_rate(training, progress.applied_steps)
     set_learning_rate(run.engine, rate)
-    sums, applied = SelectionSums(num_heads, len(run.stream.manifest.source_names) or 1, run.device), False
-    for index, micro in enumerate(micro_batches):
-        losses = selective_losses(run.models, micro, counts.num_selected_AH[index], counts.scale_H)
-        sums.add(losses, micro.valid_BTH, micro.batch.sources_BT, counts.num_valid_AH[index])
-        is_last = index == len(micro_batches) - 1
+    sums, applied = SelectionSums(num_heads, num_sources, run.device), False
+    for micro, losses in zip(micro_batches, selective_losses(run.models, micro_batches, counts, training), strict=True):
+        sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
+        is_last = micro is micro_batches[-1]
         backward(run.engine, losses.loss * all_finite_or_nan(sums) if is_last else losses.loss)
         applied = end_micro_step(run.engine)
     return StepResult(counts, sums, rate, gradient_norm(run.engine), applied, time.perf_counter() - started)
@@ -199,7 +200,7 @@ class Reporter:
         run.engine.eval()
         batches = run.validation.iterate(0, end_sample=validation_rows(run.validation, run.settings))
         names = run.validation.manifest.source_names or ("",)
-        record = evaluate(run.models, batches, run.settings, names, run.device)
+        record = evaluate(run.models, batches, run.settings, names, run.world, run.device)
         run.engine.train()
         record = {"step": progress.step, "samples": progress.samples, "split": "validation"} | without_non_finite(record)
         if self.logbook is not None:

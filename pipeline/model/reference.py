@@ -2,7 +2,8 @@
 
 A next-token reference gives the loss of token j given all tokens before it; head h at position t predicts token
 t + 1 + h, so reference_loss_BTH[b, t, h] is that token's loss (the *shifted* reference, arXiv 2404.07965's quantity at
-each head's target).
+each head's target). A reference with the policy's heads can be asked head by head instead (*matched*): then both saw the same
+context, up to position t.
 
 Shapes: B rows, T tokens, H heads.
 """
@@ -16,14 +17,16 @@ from torch import Tensor
 from pipeline.weighting.selection import shifted_reference_loss
 
 Reference = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""A scoring forward: (tokens_BT, document_ids_BT, targets_BT1, valid_BT1) -> losses_BT1."""
+"""A scoring forward: (tokens_BT, document_ids_BT, targets, valid) -> losses, [B, T, 1] or with all heads [B, T, H]."""
 
 
 def reference_losses(
-    reference: Reference, tokens_BT: Tensor, document_ids_BT: Tensor, targets_BTH: Tensor, valid_BTH: Tensor
+    reference: Reference, horizon: str, tokens_BT: Tensor, document_ids_BT: Tensor, targets_BTH: Tensor, valid_BTH: Tensor
 ) -> Tensor:
-    """float32 [B, T, H]; meaningful at valid pairs."""
+    """float32 [B, T, H]; meaningful at valid pairs. `horizon` is `shifted` or `matched`."""
     with torch.inference_mode():
+        if horizon == "matched":
+            return reference(tokens_BT, document_ids_BT, targets_BTH, valid_BTH)
         next_token_BT = reference(tokens_BT, document_ids_BT, targets_BTH[..., :1], valid_BTH[..., :1])[..., 0]
         token_loss_BT = F.pad(next_token_BT[:, :-1], (1, 0))
         return shifted_reference_loss(token_loss_BT, targets_BTH.shape[-1])

@@ -31,11 +31,12 @@ class SelectionSums:
         self.selected_loss_H = zeros(num_heads)
         self.excess_K = zeros(num_heads - 1)
         self.threshold_K = zeros(num_heads - 1)
-        self.pool_pairs_K = zeros(num_heads - 1)
+        self.threshold_weight_K = zeros(num_heads - 1)
+        self.compared_K = zeros(num_heads - 1)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
-    def add(self, losses: HeadLosses, valid_BTH: Tensor, sources_BT: Tensor, num_valid_H: Sequence[int]) -> None:
-        """Add a rank's micro-batch; `num_valid_H` counts the valid pairs of its pool over all ranks."""
+    def add(self, losses: HeadLosses, valid_BTH: Tensor, sources_BT: Tensor) -> None:
+        """Add a rank's micro-batch."""
         selected_BTH = torch.cat([valid_BTH[..., :1], losses.selection.selected_BTK], dim=-1)
         finite_BTH = torch.isfinite(losses.policy_loss_BTH)
         policy_loss_BTH = torch.where(finite_BTH, losses.policy_loss_BTH, 0.0).double()
@@ -44,22 +45,25 @@ class SelectionSums:
         self.selected_SH.index_add_(0, source_N, selected_BTH.flatten(0, 1).double())
         self.policy_loss_H += policy_loss_BTH.sum((0, 1))
         self.selected_loss_H += (policy_loss_BTH * selected_BTH).sum((0, 1))
+        weight_K, threshold_K = losses.selection.threshold_weight_K, losses.selection.threshold_K
+        self.threshold_K += torch.where(weight_K > 0, threshold_K.double() * weight_K, 0.0)
+        self.threshold_weight_K += weight_K
         if losses.selection.excess_BTK is not None:
             self.excess_K += losses.selection.excess_BTK.double().sum((0, 1))
-            # The pool's threshold is known to every rank alike, so it is averaged over pools and not reduced.
-            pairs_K = torch.tensor(num_valid_H[1:], dtype=torch.float64, device=valid_BTH.device)
-            self.threshold_K += torch.where(pairs_K > 0, losses.selection.threshold_K.double() * pairs_K, 0.0)
-            self.pool_pairs_K += pairs_K
+            self.compared_K += valid_BTH[..., 1:].sum((0, 1))
         self.finite &= finite_BTH.all() & losses.selection.finite
 
     def record(self, scale_H: Sequence[float], source_names: Sequence[str], group: Group) -> Record:
         """The metrics of these sums; `scale_H` is the objective's factor for a selected loss of each head. One
         collective, which every rank must join."""
-        parts = [self.valid_SH, self.selected_SH, self.policy_loss_H, self.selected_loss_H, self.excess_K]
+        by_source = [self.valid_SH, self.selected_SH]
+        by_head = [self.policy_loss_H, self.selected_loss_H]
+        by_selecting_head = [self.excess_K, self.compared_K, self.threshold_K, self.threshold_weight_K]
+        parts = [*by_source, *by_head, *by_selecting_head]
         flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]), group).cpu()
         reduced = flat.split([part.numel() for part in parts])
         valid_SH, selected_SH = (part.view(self.valid_SH.shape) for part in reduced[:2])
-        loss_H, selected_loss_H, excess_K = (part.tolist() for part in reduced[2:])
+        loss_H, selected_loss_H, excess_K, compared_K, threshold_K, weight_K = (part.tolist() for part in reduced[2:])
         valid_H, selected_H = valid_SH.sum(0).tolist(), selected_SH.sum(0).tolist()
         record: Record = {"loss": sum(scale * loss for scale, loss in zip(scale_H, selected_loss_H, strict=True))}
         for head, (valid, selected) in enumerate(zip(valid_H, selected_H, strict=True)):
@@ -67,10 +71,9 @@ class SelectionSums:
             record[f"selected_ratio_head_{head}"] = ratio(selected, valid)
             record[f"selected_count_head_{head}"] = int(selected)
             record[f"valid_count_head_{head}"] = int(valid)
-        thresholds, pool_pairs = self.threshold_K.tolist(), self.pool_pairs_K.tolist()
-        for head, (threshold, pairs) in enumerate(zip(thresholds, pool_pairs, strict=True), start=1):
-            record[f"threshold_head_{head}"] = ratio(threshold, pairs)
-            record[f"excess_mean_head_{head}"] = ratio(excess_K[head - 1], pairs)
+        for index, head in enumerate(range(1, len(loss_H))):
+            record[f"threshold_head_{head}"] = ratio(threshold_K[index], weight_K[index])
+            record[f"excess_mean_head_{head}"] = ratio(excess_K[index], compared_K[index])
         record["selection_ratio"] = ratio(sum(selected_H), sum(valid_H))
         record["heads_per_position"] = ratio(sum(selected_H), valid_H[0])
         if any(source_names):

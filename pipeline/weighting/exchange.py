@@ -1,8 +1,22 @@
-"""How the ranks see one another's excess keys: one fixed-shape all-gather a micro-step, for all heads together."""
+"""How ranks that share a pool find its exact top together: two exchanges, equal bit for bit.
+
+`all_gather` shows every rank all keys: one collective, 4 bytes a pair, growing with the ranks and their tokens.
+`radix` never moves a pair: three all-reduced histograms (of 11, 11 and 10 bits of the keys, all heads at once) narrow
+the threshold down to its last bit, and one small gather of tie counts says which ties are whose. Its traffic depends on
+the number of heads and, in the ties, of ranks, not of tokens. Both run the same collectives in the same order on every
+rank whatever its data, and neither waits for the device.
+
+Shapes: R ranks, M micro-steps of the pool, B rows, T tokens, K heads that select.
+"""
+
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pipeline.weighting.selection import NON_FINITE_KEY, excess_of_key, select_top
 
 # torch 2.13 renamed it and deprecates the name that 2.11 knows.
 _gather_into_one = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -10,13 +24,23 @@ _gather_into_one = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 Group = dist.ProcessGroup | None
 """The processes of a pool; None is this process alone."""
 
+Exchange = Callable[[Tensor, Sequence[int], Group], tuple[Tensor, Tensor, Tensor]]
+"""(keys_MBTK int32, m for each head over the whole pool, group) -> (selected_MBTK bool, this rank's part;
+threshold_K float32, NaN where m is 0; finite bool scalar, over all ranks)."""
 
-def all_gather(keys: Tensor, group: Group) -> Tensor:
-    """[R, *keys.shape], the tensors of all ranks in rank order; shapes must be equal on all."""
+DIGITS = ((21, 2**11), (10, 2**11), (0, 2**10))
+"""(lowest bit, number of values) of the parts in which `radix` takes a key, highest first."""
+
+GATHER_AT_MOST = 2**20
+"""Bytes that `auto` still gathers: up to about there one collective's latency outweighs what it moves."""
+
+
+def all_gather(values: Tensor, group: Group) -> Tensor:
+    """[R, *values.shape], the tensors of all ranks in rank order; shapes must be equal on all."""
     if group is None:
-        return keys[None]
-    gathered = torch.empty((dist.get_world_size(group), *keys.shape), dtype=keys.dtype, device=keys.device)
-    _gather_into_one(gathered.view(-1), keys.contiguous().view(-1), group=group)
+        return values[None]
+    gathered = torch.empty((dist.get_world_size(group), *values.shape), dtype=values.dtype, device=values.device)
+    _gather_into_one(gathered.view(-1), values.contiguous().view(-1), group=group)
     return gathered
 
 
@@ -25,3 +49,77 @@ def all_reduce_sum(values: Tensor, group: Group) -> Tensor:
     if group is not None:
         dist.all_reduce(values, group=group)
     return values
+
+
+def rank_in(group: Group) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def exchange_named(name: str, num_keys: int, group: Group) -> Exchange:
+    """`all_gather`, `radix`, or by `auto` whichever suits `num_keys` a rank: gathering while the whole pool's keys are
+    at most `GATHER_AT_MOST` bytes. Every rank has equally many, so all choose alike."""
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if name == "auto":
+        name = "all_gather" if 4 * num_keys * ranks <= GATHER_AT_MOST else "radix"
+    return {"all_gather": select_by_gathering, "radix": select_by_radix}[name]
+
+
+def select_by_gathering(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """The `all_gather` exchange."""
+    keys_MRBTK = all_gather(keys_MBTK, group).transpose(0, 1)
+    selected, thresholds = [], []
+    for head, count in enumerate(num_selected_K):
+        keys_MRBT = keys_MRBTK[..., head]
+        selected_P, threshold = select_top(keys_MRBT.reshape(-1), count)
+        selected.append(selected_P.view(keys_MRBT.shape)[:, rank_in(group)])
+        thresholds.append(threshold)
+    return torch.stack(selected, dim=-1), torch.stack(thresholds), (keys_MRBTK != NON_FINITE_KEY).all()
+
+
+def select_by_radix(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """The `radix` exchange."""
+    num_heads = keys_MBTK.shape[-1]
+    keys_KP = keys_MBTK.movedim(-1, 0).reshape(num_heads, -1)
+    count_K = torch.tensor(num_selected_K, dtype=torch.int64, device=keys_KP.device)
+    candidate_KP = keys_KP > NON_FINITE_KEY
+    threshold_key_K = torch.zeros_like(count_K)
+    still_needed_K = count_K
+    for lowest_bit, num_values in DIGITS:
+        # The highest digit carries the sign: shifted up by half its range it orders as the keys do.
+        digit_KP = (keys_KP >> lowest_bit) + 2**10 if lowest_bit == 21 else (keys_KP >> lowest_bit) & (num_values - 1)
+        histogram_KV = torch.zeros(num_heads, num_values + 1, dtype=torch.int32, device=keys_KP.device)
+        histogram_KV.scatter_add_(1, digit_KP.long(), candidate_KP.int())
+        if lowest_bit == 21:
+            histogram_KV[:, -1] = (keys_KP == NON_FINITE_KEY).sum(1)
+            finite = (all_reduce_sum(histogram_KV, group)[:, -1] == 0).all()
+        else:
+            all_reduce_sum(histogram_KV, group)
+        digit_K, still_needed_K = _digit_of_threshold(histogram_KV[:, :-1], still_needed_K)
+        candidate_KP &= digit_KP == digit_K[:, None]
+        threshold_key_K += (digit_K - 2**10 if lowest_bit == 21 else digit_K) * 2**lowest_bit
+    # What is left are the pairs equal to the threshold; `still_needed_K` of them are taken, in order.
+    tied_KMN = candidate_KP.view(num_heads, keys_MBTK.shape[0], -1)
+    tied_RKM = all_gather(tied_KMN.sum(-1), group)
+    before_MK = _ties_before(tied_RKM, rank_in(group))
+    place_KMN = before_MK.T[..., None] + tied_KMN.cumsum(-1)
+    chosen_KMN = tied_KMN & (place_KMN <= still_needed_K[:, None, None])
+    above_KP = (keys_KP > threshold_key_K[:, None]) & (count_K > 0)[:, None]
+    selected_KP = above_KP | (chosen_KMN.flatten(1) & (count_K > 0)[:, None])
+    selected_MBTK = selected_KP.view(num_heads, *keys_MBTK.shape[:-1]).movedim(0, -1)
+    return selected_MBTK, torch.where(count_K > 0, excess_of_key(threshold_key_K.int()), math.nan), finite
+
+
+def _digit_of_threshold(histogram_KV: Tensor, needed_K: Tensor) -> tuple[Tensor, Tensor]:
+    """(the digit in which the needed-th largest candidate falls, how many of that digit's are needed), int64."""
+    at_least_KV = histogram_KV.long().flip(1).cumsum(1).flip(1)
+    digit_K = (at_least_KV >= needed_K[:, None]).sum(1).clamp(min=1) - 1
+    above_K = torch.nn.functional.pad(at_least_KV, (0, 1)).gather(1, digit_K[:, None] + 1)[:, 0]
+    return digit_K, needed_K - above_K
+
+
+def _ties_before(tied_RKM: Tensor, rank: int) -> Tensor:
+    """[M, K]: ties that come before this rank's in each micro-step, in the order (micro-step, rank)."""
+    num_ranks, num_heads, num_micro_steps = tied_RKM.shape
+    counts_CK = tied_RKM.permute(2, 0, 1).reshape(-1, num_heads)
+    before_CK = counts_CK.cumsum(0) - counts_CK
+    return before_CK.view(num_micro_steps, num_ranks, num_heads)[:, rank]

@@ -6,7 +6,7 @@ Z_h counts pairs of head h over the whole optimiser step, all ranks and micro-st
 (equation 4 of arXiv 2404.07965). Because both are known before any forward, each rank can scale its own sums, and the
 sum over ranks and micro-steps is the objective exactly: no mean of means.
 
-Shapes: A micro-steps, B rows, T tokens, H heads.
+Shapes: A micro-steps, B rows, T tokens, H heads, K = H - 1 the heads that select.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,36 @@ import torch
 from torch import Tensor
 
 from pipeline.weighting.exchange import Group, all_reduce_sum
-from pipeline.weighting.selection import num_selected
+from pipeline.weighting.selection import num_selected, nums_selected
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """num_valid_AH and num_selected_AH: pairs over all ranks. scale_H: what a selected pair's loss is multiplied by.
-    num_tokens: tokens of the step without padding, over all ranks."""
+    """Counts over all ranks, all Python integers.
+
+    num_valid_AH: valid pairs of each micro-step and head. num_selected_H: pairs that the step will select.
+    pool_selected: m of each head for each shared pool of the step, that is one list for each micro-step (pool
+    `global`), a single one (`step`) or none (`rank`, `row`). scale_H: what a selected pair's loss is multiplied by.
+    num_tokens: tokens without padding.
+    """
 
     num_valid_AH: list[list[int]]
-    num_selected_AH: list[list[int]]
+    num_selected_H: list[int]
+    pool_selected: list[list[int]]
     scale_H: list[float]
     num_tokens: int
+
+    @property
+    def num_valid(self) -> list[int]:
+        """Valid pairs of each head in the whole step."""
+        return _sum_of_columns(self.num_valid_AH)
 
 
 def plan_step(
     valid_ABTH: Sequence[Tensor],
     num_tokens: Tensor,
     *,
+    pool: str,
     k_percent: float,
     normalize_by: str,
     head_weights: Sequence[float],
@@ -45,23 +57,41 @@ def plan_step(
         valid_ABTH: for each micro-step bool [B, T, H], this rank's valid pairs.
         num_tokens: int64 scalar, this rank's tokens in the step.
     """
-    local = torch.stack([valid_BTH.sum((0, 1)) for valid_BTH in valid_ABTH])
-    counts = all_reduce_sum(torch.cat([local.reshape(-1), num_tokens.reshape(1)]), group).tolist()
-    num_heads = local.shape[1]
-    num_valid_AH = [counts[start : start + num_heads] for start in range(0, local.numel(), num_heads)]
-    num_selected_AH = [
-        [count if head == 0 else num_selected(k_percent, count) for head, count in enumerate(valid_H)]
-        for valid_H in num_valid_AH
-    ]
+    valid_AH = torch.stack([valid_BTH.sum((0, 1)) for valid_BTH in valid_ABTH])
+    local_selected_H = torch.stack([_selected_locally(valid_BTH, pool, k_percent) for valid_BTH in valid_ABTH]).sum(0)
+    parts = [valid_AH.flatten(), local_selected_H, num_tokens.reshape(1)]
+    counts = all_reduce_sum(torch.cat(parts), group).tolist()
+    num_heads = len(local_selected_H)
+    num_valid_AH = [counts[start : start + num_heads] for start in range(0, valid_AH.numel(), num_heads)]
+    pools = {"global": num_valid_AH, "step": [_sum_of_columns(num_valid_AH)]}.get(pool, [])
+    pool_selected = [[num_selected(k_percent, count) for count in valid_H[1:]] for valid_H in pools]
+    num_valid_H = _sum_of_columns(num_valid_AH)
+    num_selected_H = [num_valid_H[0], *(_sum_of_columns(pool_selected) or counts[-num_heads:-1])]
     return StepPlan(
         num_valid_AH=num_valid_AH,
-        num_selected_AH=num_selected_AH,
-        scale_H=loss_scale(num_valid_AH if normalize_by == "valid" else num_selected_AH, head_weights),
+        num_selected_H=num_selected_H,
+        pool_selected=pool_selected,
+        scale_H=loss_scale(num_valid_H if normalize_by == "valid" else num_selected_H, head_weights),
         num_tokens=counts[-1],
     )
 
 
-def loss_scale(num_pairs_AH: Sequence[Sequence[int]], head_weights: Sequence[float]) -> list[float]:
+def loss_scale(num_pairs_H: Sequence[int], head_weights: Sequence[float]) -> list[float]:
     """head_weight_h / (H * Z_h) for each head; 0 where Z_h is 0."""
-    totals = [sum(column) for column in zip(*num_pairs_AH, strict=True)]
-    return [weight / (len(totals) * total) if total else 0.0 for weight, total in zip(head_weights, totals, strict=True)]
+    return [
+        weight / (len(num_pairs_H) * total) if total else 0.0 for weight, total in zip(head_weights, num_pairs_H, strict=True)
+    ]
+
+
+def _selected_locally(valid_BTH: Tensor, pool: str, k_percent: float) -> Tensor:
+    """[H]: how many pairs this rank's own pools select; zeros for shared pools, whose sizes all ranks know together."""
+    num_heads = valid_BTH.shape[-1]
+    if pool == "row":
+        return nums_selected(k_percent, valid_BTH.sum(1)).sum(0)
+    if pool == "rank":
+        return nums_selected(k_percent, valid_BTH.sum((0, 1)))
+    return torch.zeros(num_heads, dtype=torch.int64, device=valid_BTH.device)
+
+
+def _sum_of_columns(rows: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]

@@ -1,6 +1,6 @@
 """Selective weights from dense logits: the plain API, and the oracle for everything faster.
 
-It shares the selection itself with training (`select_pairs`) and computes the losses in the obvious way. Labels are
+It shares the selection itself with training (`select_shared`) and computes the losses in the obvious way. Labels are
 the tokens themselves, unshifted: head h at position t predicts labels[t + 1 + h]. A pair is invalid where its target
 lies beyond the row or is -100, or where its position or its target has attention mask 0.
 """
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.weighting.exchange import Group, all_reduce_sum
-from pipeline.weighting.selection import num_selected, select_pairs, shifted_reference_loss
+from pipeline.weighting.pools import select_shared
+from pipeline.weighting.selection import num_selected, shifted_reference_loss
 
 IGNORED_LABEL = -100
 
@@ -52,19 +53,13 @@ def compute_mtp_selective_weights(
         next_token_loss_BT = _cross_entropy(ref_logits, targets_BTH[..., 0])
         reference_loss_BTH = shifted_reference_loss(F.pad(next_token_loss_BT[:, :-1], (1, 0)), num_heads)
     counts = all_reduce_sum(valid_BTH.sum((0, 1)), group).tolist()
-    selection = select_pairs(
-        policy_loss_BTH,
-        reference_loss_BTH,
-        valid_BTH,
-        # Head 0 goes along, with all its pairs, so that its excess is checked and averaged as the others' is.
-        [counts[0], *(num_selected(k_percent, count) for count in counts[1:])],
-        group,
-        rank=0 if group is None else dist.get_rank(group),
-    )
+    excess_BTH = policy_loss_BTH - reference_loss_BTH
+    # Head 0 goes along, with all its pairs, so that its excess is checked as the others' is.
+    num_selected_H = [counts[0], *(num_selected(k_percent, count) for count in counts[1:])]
+    (selection,) = select_shared(excess_BTH[None], valid_BTH[None], [counts], num_selected_H, "auto", group)
     if not selection.finite:
         raise ValueError("policy_logits or ref_logits give a loss that is NaN or infinite on a valid pair")
-    assert selection.excess_BTK is not None
-    excess_BTH = selection.excess_BTK.masked_fill(~valid_BTH, torch.nan)
+    excess_BTH = excess_BTH.masked_fill(~valid_BTH, torch.nan)
     weights = selection.selected_BTK.float()
     return weights, compute_rho1_stats(excess_BTH, weights, attention_mask, group)
 

@@ -2,22 +2,21 @@
 each head of arXiv 2404.19737 by itself).
 
 Exactly m = floor(k_percent * n + 0.5) of a pool's n valid pairs are selected, at least one if there is any; equal
-excesses are taken in the order (rank, row, position). The comparison is made on int32 keys that order like the floats,
-so the answer is a function of the pool's bits alone: it does not depend on how the pool lies on ranks.
+excesses are taken in the order (micro-step, rank, row, position), which is the order of the global batch's rows. The
+comparison is made on int32 keys that order like the floats, so the answer is a function of the pool's bits alone: it
+depends neither on how the pool lies on ranks nor on how the ranks see one another's keys (`exchange`).
 
-Everything here but `select_pairs` is a pure function of tensors; `select_pairs` adds one all-gather.
+Everything here is a pure function of tensors on one process.
 
-Shapes: R ranks, B rows, T tokens, K the heads that select (1...H-1), P the pairs of a pool.
+Shapes: M micro-steps of a pool, B rows, T tokens, K the heads that select (1...H-1), P the pairs of a pool.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from pipeline.weighting.exchange import Group, all_gather
 
 INVALID_KEY = -(2**31)
 """Key of a pair outside the pool; below the key of every float."""
@@ -28,13 +27,18 @@ NON_FINITE_KEY = INVALID_KEY + 1
 class Selection(NamedTuple):
     """What was chosen for heads 1...H-1 of a rank's micro-batch.
 
-    selected_BTK: bool. threshold_K: float32, the smallest selected excess of the whole pool, NaN where it is empty.
-    excess_BTK: float32, 0 where a pair is invalid or its excess not finite; None where nothing was compared.
-    finite: bool scalar, whether every valid excess of the pool, on all ranks, was finite.
+    selected_BTK: bool.
+    threshold_K: float32, the smallest selected excess of the pool, NaN where it is empty; where this rank has several
+        pools in the micro-batch, their mean weighted by valid pairs.
+    threshold_weight_K: float64, the valid pairs for which this rank's threshold stands in a mean over ranks: a pool
+        that ranks share counts once, on the first.
+    excess_BTK: float32, policy minus reference loss as `meaningful` leaves it; None without a reference.
+    finite: bool scalar, whether every valid score that this rank has seen was finite.
     """
 
     selected_BTK: Tensor
     threshold_K: Tensor
+    threshold_weight_K: Tensor
     excess_BTK: Tensor | None
     finite: Tensor
 
@@ -46,6 +50,12 @@ Select = Callable[[Tensor], Selection]
 def num_selected(k_percent: float, num_valid: int) -> int:
     """m for a pool of `num_valid` pairs, in float64."""
     return max(1, math.floor(k_percent * num_valid + 0.5)) if num_valid else 0
+
+
+def nums_selected(k_percent: float, num_valid: Tensor) -> Tensor:
+    """The same for each entry of an integer tensor, as int64: torch's float64 arithmetic is Python's."""
+    rounded = torch.floor(k_percent * num_valid.double() + 0.5).long()
+    return torch.where(num_valid > 0, rounded.clamp(min=1), 0)
 
 
 def shifted_reference_loss(reference_token_loss_BT: Tensor, num_heads: int) -> Tensor:
@@ -81,40 +91,28 @@ def select_top(keys_P: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return taken_P, excess_of_key(threshold_key)
 
 
-def select_pairs(
-    policy_loss_BTK: Tensor,
-    reference_loss_BTK: Tensor,
-    valid_BTK: Tensor,
-    num_selected_K: Sequence[int],
-    group: Group,
-    rank: int,
-) -> Selection:
-    """Select over the pool of all ranks of `group` (None: this process alone); one all-gather, the same on all ranks.
+def select_top_of_rows(keys_BTK: Tensor, count_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with every row and head a pool: (selected_BTK, threshold_BK, NaN where `count_BK`, int64, is 0)."""
+    sorted_BTK, order_BTK = keys_BTK.sort(dim=1, descending=True, stable=True)
+    places_T = torch.arange(keys_BTK.shape[1], device=keys_BTK.device)
+    taken_BTK = places_T[None, :, None] < count_BK[:, None]
+    selected_BTK = torch.zeros_like(taken_BTK).scatter(1, order_BTK, taken_BTK)
+    threshold_BK = excess_of_key(sorted_BTK.gather(1, (count_BK - 1).clamp(min=0)[:, None])[:, 0])
+    return selected_BTK, torch.where(count_BK > 0, threshold_BK, math.nan)
 
-    Losses are float32 [B, T, K]; `num_selected_K` is m for each head over the whole pool, known beforehand from the
-    data; `rank` is this process's place in the group.
-    """
-    excess_BTK = policy_loss_BTK - reference_loss_BTK
-    keys_RBTK = all_gather(excess_keys(excess_BTK, valid_BTK), group)
-    selected, thresholds = [], []
-    for head, count in enumerate(num_selected_K):
-        keys_RBT = keys_RBTK[..., head]
-        selected_P, threshold = select_top(keys_RBT.reshape(-1), count)
-        selected.append(selected_P.view(keys_RBT.shape)[rank])
-        thresholds.append(threshold)
-    return Selection(
-        selected_BTK=torch.stack(selected, dim=-1),
-        threshold_K=torch.stack(thresholds),
-        excess_BTK=torch.where(valid_BTK & torch.isfinite(excess_BTK), excess_BTK, 0.0),
-        finite=(keys_RBTK != NON_FINITE_KEY).all(),
-    )
+
+def meaningful(excess: Tensor, valid: Tensor) -> Tensor:
+    """The excess with 0 where a pair is invalid or its excess not finite, so that sums over it mean something."""
+    return torch.where(valid & torch.isfinite(excess), excess, 0.0)
 
 
 def select_all(policy_loss_BTK: Tensor, valid_BTK: Tensor) -> Selection:
     """Every valid pair: training without a reference."""
+    none_K = policy_loss_BTK.new_zeros(policy_loss_BTK.shape[-1:])
     return Selection(
         selected_BTK=valid_BTK,
-        threshold_K=policy_loss_BTK.new_full(policy_loss_BTK.shape[-1:], math.nan),
+        threshold_K=none_K + math.nan,
+        threshold_weight_K=none_K.double(),
         excess_BTK=None,
         finite=torch.isfinite(torch.where(valid_BTK, policy_loss_BTK, 0.0)).all(),
     )

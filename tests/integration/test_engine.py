@@ -129,7 +129,7 @@ def steps_with_bad_ones() -> list[dict[str, Any]]:
         device=torch.device("cpu"),
         run_dir=Path(),
         engine=engine,
-        models=Models(engine, maybe_poisoned_reference, dist.group.WORLD),
+        models=Models(engine, maybe_poisoned_reference, "shifted", dist.group.WORLD),
         stream=SimpleNamespace(micro_steps=2, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
         validation=None,
         checkpoints=None,  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def steps_with_bad_ones() -> list[dict[str, Any]]:
     for step in range(2 * len(KINDS) + 1):
         kind = KINDS[step // 2] if step % 2 else None
         before = whole_weights(engine.module)
-        result = train_step(run, iter(batches), progress.applied_steps)
+        result = train_step(run, iter(batches), progress)
         advance(progress, result, settings)
         after = whole_weights(engine.module)
         seen.append(

@@ -66,8 +66,11 @@ def all_losses(model: MTPModel, batch: Batch) -> torch.Tensor:
     return torch.stack(losses, -1)
 
 
-def dense_gradient(settings: Settings, num_pools: int) -> dict[str, torch.Tensor]:
-    """The objective by its formula, each of the `num_pools` micro-steps being a pool of consecutive rows."""
+def dense_gradient(settings: Settings, world_size: int) -> dict[str, torch.Tensor]:
+    """The objective by its formula; every pool is a range of consecutive rows, in whose order ties are taken."""
+    micro_batch = settings.data.micro_batch
+    rows_a_pool = {"global": world_size * micro_batch, "step": ROWS, "rank": micro_batch, "row": 1}
+    num_pools = ROWS // rows_a_pool[settings.training.selection_pool]
     batch, policy = whole_batch(), dense_model(settings)
     reference = dense_model(settings, num_prediction_heads=1, seed=1)
     policy_loss = all_losses(policy, batch)
@@ -84,7 +87,8 @@ def dense_gradient(settings: Settings, num_pools: int) -> dict[str, torch.Tensor
     for head, pools in pairs.items():
         selected = []
         for pool in pools:
-            count = len(pool) if head == 0 else max(1, math.floor(settings.training.k_percent * len(pool) + 0.5))
+            count = math.floor(settings.training.k_percent * len(pool) + 0.5)
+            count = len(pool) if head == 0 else max(1, count)
 
             def excess(place: tuple[int, int], head: int = head) -> float:
                 row, t = place
@@ -103,6 +107,7 @@ def sharded_gradient(settings: Settings, sharding: str) -> tuple[dict[str, torch
     from deepspeed.utils import safe_get_full_grad
 
     from pipeline.micro_step import Models
+    from pipeline.runtime.checkpoint import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.distributed import World
     from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
@@ -127,7 +132,7 @@ def sharded_gradient(settings: Settings, sharding: str) -> tuple[dict[str, torch
         device=torch.device("cpu"),
         run_dir=Path(),
         engine=engine,
-        models=Models(engine, reference, dist.group.WORLD),
+        models=Models(engine, reference, "shifted", dist.group.WORLD),
         stream=SimpleNamespace(micro_steps=micro_steps, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
         validation=None,
         checkpoints=None,  # type: ignore[arg-type]
@@ -146,7 +151,7 @@ def sharded_gradient(settings: Settings, sharding: str) -> tuple[dict[str, torch
         take_step()
 
     engine.step = read_then_step
-    result = train_step(run, iter(batches), applied_steps=0)
+    result = train_step(run, iter(batches), Progress())
     return gradients, result.sums.record(result.plan.scale_H, ("",), dist.group.WORLD)
 
 
@@ -159,7 +164,7 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 @pytest.mark.parametrize(("world_size", "micro_steps"), CASES)
 def test_the_gradient_of_ranks_and_micro_steps_is_that_of_one_dense_process(world_size: int, micro_steps: int) -> None:
     settings = settings_for(world_size, micro_steps)
-    expected = dense_gradient(settings, num_pools=micro_steps)
+    expected = dense_gradient(settings, world_size)
     answers = run_ranks(sharded_gradient, world_size, settings, "zero3")
     for gradients, record in answers:
         assert relative_error(gradients, expected) < 1e-5
@@ -167,13 +172,19 @@ def test_the_gradient_of_ranks_and_micro_steps_is_that_of_one_dense_process(worl
     assert all(record == answers[0][1] for _, record in answers)
 
 
-@pytest.mark.parametrize(
-    ("changes", "sharding"),
-    [({"normalize_by": "selected"}, "replicate"), ({"model": {"tied_embeddings": True}, "k_percent": 0.05}, "zero3")],
-    ids=["selected-replicate", "tied-few"],
-)
+OTHERS = {
+    "selected-replicate": ({"normalize_by": "selected"}, "replicate"),
+    "tied-few": ({"model": {"tied_embeddings": True}, "k_percent": 0.05}, "zero3"),
+    "radix": ({"selection_exchange": "radix"}, "zero3"),
+    "step": ({"selection_pool": "step", "normalize_by": "selected"}, "zero3"),
+    "rank": ({"selection_pool": "rank", "normalize_by": "selected"}, "zero3"),
+    "row": ({"selection_pool": "row", "normalize_by": "selected"}, "zero3"),
+}
+
+
+@pytest.mark.parametrize(("changes", "sharding"), OTHERS.values(), ids=OTHERS)
 def test_the_gradient_is_exact_for_the_other_settings_too(changes: dict[str, Any], sharding: str) -> None:
     settings = settings_for(2, 2, **changes)
-    expected = dense_gradient(settings, num_pools=2)
+    expected = dense_gradient(settings, world_size=2)
     for gradients, _ in run_ranks(sharded_gradient, 2, settings, sharding):
         assert relative_error(gradients, expected) < 1e-5

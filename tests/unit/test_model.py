@@ -174,7 +174,7 @@ def test_the_reference_is_compared_at_the_token_each_head_predicts() -> None:
     reference = initialized(small(num_prediction_heads=1))
     tokens, documents = rows()
     targets, valid = targets_and_valid(tokens, documents, 4)
-    found = reference_losses(reference, tokens, documents, targets, valid)
+    found = reference_losses(reference, "shifted", tokens, documents, targets, valid)
     by_hand = losses_by_hand(reference, tokens, documents)
     for b, t, h in valid.nonzero().tolist():
         assert found[b, t, h].item() == pytest.approx(by_hand[b, t + h, 0].item(), rel=1e-4)

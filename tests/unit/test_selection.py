@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,12 +13,12 @@ from pipeline.weighting.selection import (
     excess_keys,
     excess_of_key,
     num_selected,
+    nums_selected,
     select_all,
-    select_pairs,
     select_top,
+    select_top_of_rows,
     shifted_reference_loss,
 )
-from tests.ranks import run_ranks
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -78,6 +77,28 @@ def test_the_top_equals_a_sort_with_ties_in_order(pairs: list[tuple[float, bool]
         assert threshold.isnan()
 
 
+@given(st.lists(st.integers(0, 10**7), min_size=1), st.floats(0.001, 1))
+def test_sizes_on_the_device_equal_those_in_python(counts: list[int], k_percent: float) -> None:
+    assert nums_selected(k_percent, torch.tensor(counts)).tolist() == [num_selected(k_percent, count) for count in counts]
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.floats(0.01, 1), st.integers(0, 2**32))
+def test_each_row_is_a_pool_of_its_own(num_rows: int, num_tokens: int, k_percent: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    excess = torch.randint(-2, 3, (num_rows, num_tokens, 3), generator=generator).float()
+    valid = torch.rand(excess.shape, generator=generator) < 0.7
+    counts = nums_selected(k_percent, valid.sum(1))
+    selected, threshold = select_top_of_rows(excess_keys(excess, valid), counts)
+    for row in range(num_rows):
+        for head in range(3):
+            values, are_valid = excess[row, :, head].tolist(), valid[row, :, head].tolist()
+            expected = top_by_sorting(values, are_valid, int(counts[row, head]))
+            assert selected[row, :, head].tolist() == expected
+            chosen = [value for value, taken in zip(values, expected, strict=True) if taken]
+            found = threshold[row, head].item()
+            assert found == min(chosen) if chosen else math.isnan(found)
+
+
 def test_all_equal_excesses_are_taken_from_the_front() -> None:
     selected, _ = select_top(excess_keys(torch.zeros(10), torch.ones(10, dtype=torch.bool)), 4)
     assert selected.tolist() == [True] * 4 + [False] * 6
@@ -98,58 +119,3 @@ def test_without_a_reference_every_valid_pair_is_selected() -> None:
     selection = select_all(torch.ones(1, 2, 1), valid)
     assert torch.equal(selection.selected_BTK, valid)
     assert selection.finite
-
-
-def pool(world_size: int, rounded: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Excess and validity [R, B, T, K] with a rank that has no valid pair and a head that has none."""
-    generator = torch.Generator().manual_seed(world_size)
-    excess = torch.randn(world_size, 3, 17, 3, generator=generator)
-    valid = torch.rand(excess.shape, generator=generator) < torch.linspace(0.2, 0.9, 3)
-    valid[world_size - 1] = world_size == 1
-    valid[..., 2] = False
-    return (excess.bfloat16().float() if rounded else excess), valid
-
-
-def select_on_this_rank(k_percent: float, rounded: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    rank = dist.get_rank()
-    excess, valid = pool(dist.get_world_size(), rounded)
-    counts = [num_selected(k_percent, n) for n in valid.sum((0, 1, 2)).tolist()]
-    reference = torch.full_like(excess[rank], 0.5)
-    found = select_pairs(excess[rank] + reference, reference, valid[rank], counts, dist.group.WORLD, rank)
-    return found.selected_BTK, found.threshold_K, bool(found.finite)
-
-
-def several_selections() -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
-    return [select_on_this_rank(k, rounded) for k in (0.6, 0.01, 1.0) for rounded in (False, True)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_select_what_one_process_would_select_from_the_whole_pool(world_size: int) -> None:
-    answers = run_ranks(several_selections, world_size)
-    cases = [(k, rounded) for k in (0.6, 0.01, 1.0) for rounded in (False, True)]
-    for case, (k_percent, rounded) in enumerate(cases):
-        excess, valid = pool(world_size, rounded)
-        excess = (excess + 0.5) - 0.5  # The bits that the ranks compare.
-        for head in range(3):
-            flat, flat_valid = excess[..., head].flatten().tolist(), valid[..., head].flatten().tolist()
-            expected = top_by_sorting(flat, flat_valid, num_selected(k_percent, sum(flat_valid)))
-            found = torch.stack([answer[case][0][..., head] for answer in answers]).flatten().tolist()
-            assert found == expected
-            thresholds = {answer[case][1][head].item() for answer in answers}
-            if any(flat_valid):
-                assert thresholds == {min(value for value, chosen in zip(flat, expected, strict=True) if chosen)}
-            else:
-                assert all(math.isnan(threshold) for threshold in thresholds)
-
-
-def select_with_one_bad_rank() -> bool:
-    rank = dist.get_rank()
-    losses = torch.ones(1, 4, 1)
-    if rank == 1:
-        losses[0, 2, 0] = math.nan
-    valid = torch.ones(1, 4, 1, dtype=torch.bool)
-    return bool(select_pairs(losses, torch.zeros(1, 4, 1), valid, [4], dist.group.WORLD, rank).finite)
-
-
-def test_a_loss_that_is_not_finite_on_one_rank_is_seen_by_all() -> None:
-    assert run_ranks(select_with_one_bad_rank, 2) == [False, False]

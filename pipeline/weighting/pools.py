@@ -1,0 +1,95 @@
+"""Over what the top k_percent is taken: the four pools, and the scores that compete in them.
+
+    global  the micro-step, over all ranks
+    step    all micro-steps of the optimiser step, over all ranks
+    rank    this rank's micro-batch
+    row     each row by itself
+
+`global` and `step` are shared by the ranks and go through an exchange; the others are this rank's own business, without
+a collective. Scores other than the excess are controls for experiments; they go through the same selection.
+
+Shapes: M micro-steps of a pool, B rows, T tokens, K the heads that select (1...H-1), P pools of a rank.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.weighting.exchange import Group, exchange_named, rank_in
+from pipeline.weighting.selection import NON_FINITE_KEY, Selection, excess_keys, nums_selected, select_top_of_rows
+
+SHARED_POOLS = ("global", "step")
+
+
+def select_shared(
+    score_MBTK: Tensor,
+    valid_MBTK: Tensor,
+    num_valid_MK: Sequence[Sequence[int]],
+    num_selected_K: Sequence[int],
+    exchange: str,
+    group: Group,
+) -> list[Selection]:
+    """One pool of M micro-steps over all ranks of `group` (None: this process alone); a selection for each micro-step.
+
+    `num_valid_MK` and `num_selected_K` count over all ranks; they are known beforehand from the data.
+    """
+    num_keys = score_MBTK[..., 0].numel() * score_MBTK.shape[-1]
+    keys_MBTK = excess_keys(score_MBTK, valid_MBTK)
+    selected_MBTK, threshold_K, finite = exchange_named(exchange, num_keys, group)(keys_MBTK, num_selected_K, group)
+    # Every rank knows the pool's threshold; in a mean over ranks it counts once, on the first.
+    weight_MK = torch.tensor(num_valid_MK, dtype=torch.float64, device=keys_MBTK.device) * (rank_in(group) == 0)
+    return [
+        Selection(selected_BTK, threshold_K, weight_K, None, finite)
+        for selected_BTK, weight_K in zip(selected_MBTK, weight_MK, strict=True)
+    ]
+
+
+def select_local(score_BTK: Tensor, valid_BTK: Tensor, k_percent: float, pool: str) -> Selection:
+    """The pools `rank` and `row` of one micro-batch; no collective, no wait for the device."""
+    keys_BTK = excess_keys(score_BTK, valid_BTK)
+    num_rows, _, num_heads = keys_BTK.shape
+    keys_PTK = keys_BTK.view(num_rows if pool == "row" else 1, -1, num_heads)
+    valid_PK = valid_BTK.view(keys_PTK.shape).sum(1)
+    selected_PTK, threshold_PK = select_top_of_rows(keys_PTK, nums_selected(k_percent, valid_PK))
+    weight_K = valid_PK.sum(0).double()
+    weighted_PK = torch.where(valid_PK > 0, threshold_PK.double() * valid_PK, 0.0)
+    return Selection(
+        selected_BTK=selected_PTK.view(keys_BTK.shape),
+        threshold_K=(weighted_PK.sum(0) / weight_K).float(),
+        threshold_weight_K=weight_K,
+        excess_BTK=None,
+        finite=(keys_BTK != NON_FINITE_KEY).all(),
+    )
+
+
+def random_scores(seed: int, rows_B: Tensor, num_tokens: int, num_heads: int) -> Tensor:
+    """float32 [B, T, K], uniform in [0, 1), a function of the seed and of each pair's row, position and head alone.
+
+    `rows_B` (int64) numbers the rows over the whole run, so that any number of ranks draws the same.
+    """
+    place_BTK = (rows_B[:, None, None] * num_tokens + torch.arange(num_tokens, device=rows_B.device)[:, None]) * num_heads
+    place_BTK = place_BTK + torch.arange(num_heads, device=rows_B.device)
+    # SplitMix64 from a start of the seed's own; int64 arithmetic wraps, and masks make the shifts logical.
+    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little")
+    mixed = place_BTK * _as_int64(0x9E3779B97F4A7C15) + _as_int64(start)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * _as_int64(factor)
+    mixed = mixed ^ ((mixed >> 31) & ((1 << 33) - 1))
+    return ((mixed >> 40) & (2**24 - 1)).float() / 2**24
+
+
+def _as_int64(number: int) -> int:
+    """The signed integer with the lowest 64 bits of `number`."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def score(name: str, policy_loss_BTK: Tensor, excess_BTK: Tensor | None, random_BTK: Tensor | None) -> Tensor:
+    """`excess`, or the controls: `policy_loss` (the hardest k) and `random` (any k)."""
+    if name == "policy_loss":
+        return policy_loss_BTK
+    chosen = excess_BTK if name == "excess" else random_BTK
+    assert chosen is not None
+    # A loss that is not finite must be seen whatever it is that competes.
+    return torch.where(torch.isfinite(policy_loss_BTK), chosen, torch.nan)
