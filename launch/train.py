@@ -3,7 +3,7 @@
     deepspeed launch/train.py --deepspeed ds_configs/zero3.json [--config launch/recipes/NAME.yaml] [section.key=value ...]
 
 Without --config it runs the demo. Run again with the same run directory it continues by itself. Exit codes: 0 finished,
-2 the settings are wrong, 3 training diverged, 75 stopped on request with more to do.
+2 the settings are wrong, 3 training diverged or the ranks did, 75 stopped on request with more to do.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def train(options: argparse.Namespace, settings, problems: list[str]) -> int:
     from pipeline.data.manifest import DataError
     from pipeline.job import Job, dry_run, run_job
     from pipeline.model.huggingface import ModelFilesError
+    from pipeline.runtime.agreement import RanksDisagreeError
     from pipeline.runtime.distributed import device_of, find_world, share_cores
     from pipeline.runtime.engine import initialize_distributed
     from pipeline.train import TrainingDivergedError
@@ -84,7 +85,7 @@ def train(options: argparse.Namespace, settings, problems: list[str]) -> int:
         exit_code = dry_run(job) if options.dry_run else run_job(job)
     except (DataError, ModelFilesError) as error:
         return fail(error, EXIT_USAGE, is_first=True)
-    except TrainingDivergedError as error:
+    except (TrainingDivergedError, RanksDisagreeError) as error:
         return fail(error, EXIT_DIVERGED, world.is_first)
     dist.barrier()
     dist.destroy_process_group()

@@ -166,6 +166,8 @@ class TrainingSettings(Section):
     equation 4)."""
     head_weights: list[NonNegativeFloat] | None = None
     """Weight of each head's loss; null: 1 for all."""
+    check_ranks_every: Positive | None = 100
+    """Steps between comparisons of what all ranks must hold alike; null: never."""
     max_skipped_steps: Positive = 10
     """Non-finite steps in a row after which the job stops."""
 

@@ -22,7 +22,7 @@ from pipeline.model.reference import Reference, reference_losses
 from pipeline.weighting.exchange import Group
 from pipeline.weighting.objective import StepPlan, plan_step
 from pipeline.weighting.pools import SHARED_POOLS, random_scores, score, select_local, select_shared
-from pipeline.weighting.selection import Select, Selection, meaningful, select_all
+from pipeline.weighting.selection import Select, Selection, select_all
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _already_selected(selection: Selection, policy_loss_BTK: Tensor) -> Selectio
 
 
 Comparison = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""From policy_loss_BTK to the scores that compete and the excess losses, 0 where they mean nothing (None: no reference)."""
+"""From policy_loss_BTK to the scores that compete and the excess losses, 0 at invalid pairs (None: no reference)."""
 
 
 def _comparison(models: Models, micro: MicroBatch, training: TrainingSettings) -> Comparison:
@@ -171,7 +171,7 @@ def _comparison(models: Models, micro: MicroBatch, training: TrainingSettings) -
     def compare(policy_loss_BTK: Tensor) -> tuple[Tensor, Tensor | None]:
         excess_BTK = None if reference_loss_BTK is None else policy_loss_BTK - reference_loss_BTK
         score_BTK = score(training.selection_score, policy_loss_BTK, excess_BTK, random_BTK)
-        return score_BTK, None if excess_BTK is None else meaningful(excess_BTK, valid_BTK)
+        return score_BTK, None if excess_BTK is None else excess_BTK.where(valid_BTK, 0.0)
 
     return compare
 

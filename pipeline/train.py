@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,13 +24,15 @@ from pipeline.data.batch import Batch
 from pipeline.data.stream import Stream
 from pipeline.evaluate import evaluate
 from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
+from pipeline.runtime.agreement import check_ranks_agree, who_met_bad_numbers
 from pipeline.runtime.checkpoint import Checkpoints, Progress
 from pipeline.runtime.distributed import World
-from pipeline.runtime.engine import Engine, backward, end_micro_step, gradient_norm, set_learning_rate
+from pipeline.runtime.engine import Engine, backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
 from pipeline.runtime.metrics import Record, SelectionSums
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 from pipeline.runtime.reporting import Logbook, progress_line, selection_block, without_non_finite
 from pipeline.weighting.objective import StepPlan
+from pipeline.weighting.pools import SHARED_POOLS
 
 
 class TrainingDivergedError(RuntimeError):
@@ -53,13 +56,15 @@ class Run:
 
 @dataclass(frozen=True)
 class StepResult:
-    """sums: this rank's. seconds: wall time. applied: False where all ranks discarded the step."""
+    """sums: this rank's. applied: False where all ranks discarded the step; `bad` then says who met what on which
+    samples. seconds: wall time."""
 
     plan: StepPlan
     sums: SelectionSums
     learning_rate: float
     grad_norm: float | None
     applied: bool
+    bad: str | None
     seconds: float
 
 
@@ -80,6 +85,8 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         result = train_step(run, batches, progress)
         advance(progress, result, run.settings)
         reporter.step(progress, result)
+        if training.check_ranks_every and progress.step % training.check_ranks_every == 0:
+            check_ranks_agree(common_values(run, progress, result), run.device)
         finished = progress.step == training.steps
         if progress.step % logging.validation_every == 0 or finished:
             reporter.validate(progress)
@@ -111,7 +118,8 @@ def train_step(run: Run, batches: Iterator[Batch], progress: Progress) -> StepRe
         is_last = micro is micro_batches[-1]
         backward(run.engine, losses.loss * all_finite_or_nan(sums) if is_last else losses.loss)
         applied = end_micro_step(run.engine)
-    return StepResult(counts, sums, rate, gradient_norm(run.engine), applied, time.perf_counter() - started)
+    bad = None if applied else who_met_bad_numbers(sums.bad_rows, [micro.batch.keys for micro in micro_batches])
+    return StepResult(counts, sums, rate, gradient_norm(run.engine), applied, bad, time.perf_counter() - started)
 
 
 def all_finite_or_nan(sums: SelectionSums) -> Tensor:
@@ -134,9 +142,23 @@ def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
     progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
     if progress.skipped_in_a_row >= settings.training.max_skipped_steps:
         raise TrainingDivergedError(
-            f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, had a loss or gradient that was not "
-            "finite; the last checkpoint is untouched. Lower training.learning_rate, or look at the data of these steps"
+            f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, met numbers that were not finite; in the "
+            f"last of them {result.bad}. The last checkpoint is untouched. Lower training.learning_rate, or look at the samples"
         )
+
+
+def common_values(run: Run, progress: Progress, result: StepResult) -> dict[str, Any]:
+    """What every rank must hold alike after a step; of the weights a sample of one parameter, each in its turn."""
+    training = run.settings.training
+    values: dict[str, Any] = {
+        "progress": progress,
+        "learning rate": result.learning_rate,
+        "gradient norm": result.grad_norm,
+    }
+    if training.selection_pool in SHARED_POOLS:
+        values["thresholds"] = [threshold_K.tolist() for threshold_K in result.sums.thresholds]
+    name, sample = sample_parameter(run.engine, progress.step // (training.check_ranks_every or 1))
+    return values | {f"parameter {name}": sample}
 
 
 def learning_rate(training: TrainingSettings, applied_steps: int) -> float:
@@ -170,6 +192,8 @@ class Reporter:
     def step(self, progress: Progress, result: StepResult) -> None:
         logging, step = self.run.settings.logging, progress.step
         self.recent.append((result.plan.num_tokens, result.seconds))
+        if result.bad is not None:
+            self.say(f"step {step}: discarded on all ranks; what was not finite: {result.bad}")
         every = (logging.metrics_every, logging.progress_every, logging.selection_every)
         wanted, progressed, detailed = (
             step % interval == 0 or step in (1, self.run.settings.training.steps) for interval in every

@@ -56,6 +56,15 @@ def gathered(parameter: nn.Parameter) -> Iterator[bool]:
         yield dist.get_rank() == 0
 
 
+def sample_parameter(engine: Engine, turn: int, num_values: int = 4096) -> tuple[str, bytes]:
+    """(name, bits of some of its values) of one parameter, another each turn. Every rank must call."""
+    parameters = list(engine.module.named_parameters())
+    name, parameter = parameters[turn % len(parameters)]
+    with gathered(parameter):
+        values = parameter.detach().flatten()
+        return name, values[:: -(-values.numel() // num_values)].float().cpu().numpy().tobytes()
+
+
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of the whole parameter; a partitioned one's own shape is (0,) (`ds_shape` has the truth)."""
     return getattr(parameter, "ds_shape", parameter.shape)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.model.mtp import HeadLosses
@@ -21,7 +22,8 @@ Record = dict[str, Any]
 
 
 class SelectionSums:
-    """Sums over the micro-batches of one step or one validation. `finite` is false once a loss was not."""
+    """Sums over the micro-batches of one step or one validation. `finite` is false once a loss was not; `bad_rows` says
+    for each micro-batch of this rank in which rows and heads, bool [B, H]; `thresholds` its thresholds, [K]."""
 
     def __init__(self, num_heads: int, num_sources: int, device: torch.device):
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
@@ -34,6 +36,8 @@ class SelectionSums:
         self.threshold_weight_K = zeros(num_heads - 1)
         self.compared_K = zeros(num_heads - 1)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.bad_rows: list[Tensor] = []
+        self.thresholds: list[Tensor] = []
 
     def add(self, losses: HeadLosses, valid_BTH: Tensor, sources_BT: Tensor) -> None:
         """Add a rank's micro-batch."""
@@ -48,9 +52,14 @@ class SelectionSums:
         weight_K, threshold_K = losses.selection.threshold_weight_K, losses.selection.threshold_K
         self.threshold_K += torch.where(weight_K > 0, threshold_K.double() * weight_K, 0.0)
         self.threshold_weight_K += weight_K
+        self.thresholds.append(threshold_K)
         if losses.selection.excess_BTK is not None:
-            self.excess_K += losses.selection.excess_BTK.double().sum((0, 1))
+            excess_BTK = losses.selection.excess_BTK
+            self.excess_K += torch.where(torch.isfinite(excess_BTK), excess_BTK, 0.0).double().sum((0, 1))
             self.compared_K += valid_BTH[..., 1:].sum((0, 1))
+        if losses.selection.excess_BTK is not None:
+            finite_BTH = finite_BTH & F.pad(torch.isfinite(losses.selection.excess_BTK), (1, 0), value=True)
+        self.bad_rows.append(~finite_BTH.all(1))
         self.finite &= finite_BTH.all() & losses.selection.finite
 
     def record(self, scale_H: Sequence[float], source_names: Sequence[str], group: Group) -> Record:

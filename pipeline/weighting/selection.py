@@ -32,7 +32,7 @@ class Selection(NamedTuple):
         pools in the micro-batch, their mean weighted by valid pairs.
     threshold_weight_K: float64, the valid pairs for which this rank's threshold stands in a mean over ranks: a pool
         that ranks share counts once, on the first.
-    excess_BTK: float32, policy minus reference loss as `meaningful` leaves it; None without a reference.
+    excess_BTK: float32, policy minus reference loss, 0 where a pair is invalid; None without a reference.
     finite: bool scalar, whether every valid score that this rank has seen was finite.
     """
 
@@ -99,11 +99,6 @@ def select_top_of_rows(keys_BTK: Tensor, count_BK: Tensor) -> tuple[Tensor, Tens
     selected_BTK = torch.zeros_like(taken_BTK).scatter(1, order_BTK, taken_BTK)
     threshold_BK = excess_of_key(sorted_BTK.gather(1, (count_BK - 1).clamp(min=0)[:, None])[:, 0])
     return selected_BTK, torch.where(count_BK > 0, threshold_BK, math.nan)
-
-
-def meaningful(excess: Tensor, valid: Tensor) -> Tensor:
-    """The excess with 0 where a pair is invalid or its excess not finite, so that sums over it mean something."""
-    return torch.where(valid & torch.isfinite(excess), excess, 0.0)
 
 
 def select_all(policy_loss_BTK: Tensor, valid_BTK: Tensor) -> Selection:

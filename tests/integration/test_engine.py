@@ -148,6 +148,7 @@ def steps_with_bad_ones() -> list[dict[str, Any]]:
                 "changed": any(not torch.equal(before[name], after[name]) for name in before),
                 "finite": all(bool(weight.isfinite().all()) for weight in after.values()),
                 "learning_rate": result.learning_rate,
+                "bad": result.bad,
                 "progress": (progress.step, progress.samples, progress.applied_steps, progress.skipped_in_a_row),
             }
         )
@@ -166,3 +167,11 @@ def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_no
         expected = [learning_rate(settings_for(2, 2).training, sum(applied[:step])) for step in range(len(applied))]
         assert [step["learning_rate"] for step in seen] == expected
         assert len(set(expected)) == sum(applied)
+        # The reference's loss concerns all that is compared with it; rank 1 has rows 6 and 7 in both micro-steps.
+        said = dict(zip(KINDS, (step["bad"] for step in seen[1::2]), strict=True))
+        assert [step["bad"] for step in seen[::2]] == [None] * (len(KINDS) + 1)
+        everywhere = "rank 1, head {}: 6, 7, 6, 7"
+        assert said["reference loss"] == "; ".join(everywhere.format(head) for head in (1, 2, 3))
+        assert said["head 0's loss"] == everywhere.format(0)
+        assert said["head 2's loss"] == everywhere.format(2)
+        assert said["gradient"] == "no loss, so the gradient"

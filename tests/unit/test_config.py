@@ -234,10 +234,28 @@ def test_head_weights_below_zero_or_all_zero_are_refused():
     assert "all are zero" in problem
 
 
-@pytest.mark.parametrize("pool", ["step", "rank", "row", "batch"])
-def test_selection_pools_that_do_not_work_yet_are_refused(pool):
-    (problem,) = problems_of(*SOURCES, f"training.selection_pool={pool}")
-    assert problem.startswith(f"training.selection_pool: got '{pool}'; only the pool 'global' is implemented")
+@pytest.mark.parametrize(
+    ("setting", "known"),
+    [
+        ("training.selection_pool", "'global', 'step', 'rank' or 'row'"),
+        ("training.selection_exchange", "'all_gather', 'radix' or 'auto'"),
+        ("training.selection_score", "'excess', 'policy_loss' or 'random'"),
+        ("reference.horizon", "'shifted' or 'matched'"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(setting, known):
+    (problem,) = problems_of(*SOURCES, f"{setting}=batch")
+    assert problem == f"{setting}: got 'batch'; Input should be {known}"
+
+
+def test_controls_that_compare_with_nothing_need_no_reference():
+    for control in ("policy_loss", "random"):
+        load_settings(None, ["data.path=data", f"training.selection_score={control}"])
+
+
+def test_a_reference_trained_here_has_no_heads_to_match():
+    (problem,) = problems_of("data.builtin=true", "reference.training_steps=5", "reference.horizon=matched")
+    assert problem.startswith("reference.horizon: 'matched' needs a reference with all heads")
 
 
 @pytest.mark.parametrize(
