@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
-EXIT_USAGE, EXIT_DIVERGED = 2, 3
+EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -60,6 +60,11 @@ def main(arguments: list[str]) -> int:
         return train(options, settings, problems)
     except ConfigError as error:
         return fail(error, EXIT_USAGE, is_first)
+    except KeyboardInterrupt:
+        print(
+            "train.py: interrupted; the same command continues from the last checkpoint", file=sys.stderr
+        ) if is_first else None
+        return EXIT_INTERRUPTED
 
 
 def train(options: argparse.Namespace, settings, problems: list[str]) -> int:
@@ -84,6 +89,8 @@ def train(options: argparse.Namespace, settings, problems: list[str]) -> int:
     try:
         exit_code = dry_run(job) if options.dry_run else run_job(job)
     except (DataError, ModelFilesError) as error:
+        return fail(error, EXIT_USAGE, is_first=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
         return fail(error, EXIT_USAGE, is_first=True)
     except (TrainingDivergedError, RanksDisagreeError) as error:
         return fail(error, EXIT_DIVERGED, world.is_first)

@@ -25,7 +25,7 @@ from pipeline.model.mtp import MTPModel
 from pipeline.runtime.checkpoint import Checkpoints, Progress
 from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
 from pipeline.runtime.description import describe_run, identity_of
-from pipeline.runtime.distributed import World, made_once
+from pipeline.runtime.distributed import World, any_rank, made_once
 from pipeline.runtime.engine import build_policy, build_reference, gathered, release
 from pipeline.runtime.memory import peak_bytes, reset_peak
 from pipeline.runtime.preemption import StopRequest
@@ -114,8 +114,8 @@ def with_builtin_data(job: Job) -> Settings:
 def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> tuple[Settings, int]:
     """Train the reference with the same code (one head) in RUN/reference/training, export it to RUN/reference."""
     directory = job.run_dir / "reference"
-    complete = directory / "config.json"
-    if not complete.exists():
+    # Agreed, because every rank must take the same way and shared file systems show a new file to some before others.
+    if any_rank(not (directory / "config.json").exists(), job.device):
         _say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
         one_head = settings.with_values(
             data={"path": settings.reference.training_data},

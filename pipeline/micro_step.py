@@ -97,7 +97,8 @@ def _selectors(
     models: Models, micro_batches: Sequence[MicroBatch], counts: StepPlan, training: TrainingSettings
 ) -> Iterator[Select]:
     """How each micro-batch's pairs are selected, in turn; the reference runs once when each is asked for."""
-    if models.reference is None and training.selection_score == "excess":
+    one_head = micro_batches[0].valid_BTH.shape[-1] == 1
+    if one_head or (models.reference is None and training.selection_score == "excess"):
         yield from (partial(select_all, valid_BTK=micro.valid_BTH[..., 1:]) for micro in micro_batches)
     elif training.selection_pool == "step" and len(micro_batches) > 1:
         yield from _selected_beforehand(models, micro_batches, counts, training)

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.config import ConfigError, differences_that_matter
-from pipeline.runtime.distributed import World
+from pipeline.runtime.distributed import World, from_first
 from pipeline.runtime.engine import Engine
 
 
@@ -70,10 +70,10 @@ class Checkpoints:
         Raises:
             ConfigError: there are checkpoints but none can be used, or they belong to other settings.
         """
-        name = self.newest()
-        if name is None:
-            return Progress()
         state = self.check(allow_changed)
+        if not state:
+            return Progress()
+        name = step_name(state["progress"]["step"])
         loaded, _ = engine.load_checkpoint(str(self.directory), tag=name)
         if loaded is None:
             raise ConfigError([f"{self.directory / name}: DeepSpeed could not load it"])
@@ -90,8 +90,9 @@ class Checkpoints:
         return complete[-1] if complete else None
 
     def check(self, allow_changed: bool) -> dict[str, Any]:
-        """The newest checkpoint's state, if this run may continue from it (ConfigError otherwise)."""
-        name = self.newest()
+        """The newest checkpoint's state, if this run may continue from it (ConfigError otherwise); {} if there is none.
+        The first rank looks for all: a shared file system may show the others something older."""
+        name = from_first(self.newest() if self.world.is_first else None)
         if name is None:
             return {}
         state = json.loads((self.directory / name / "state.json").read_text())

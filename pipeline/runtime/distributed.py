@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,14 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     agreed = torch.tensor(int(flag), dtype=torch.int32, device=device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     return bool(agreed.item())
+
+
+def from_first(value: Any) -> Any:
+    """The first rank's `value`, on every rank; one collective."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _tasks_on_this_node(tasks_per_node: str, node: int) -> str:

@@ -69,3 +69,12 @@ def test_heads_can_be_compared_with_the_references_own_heads(tiny_data, four_hea
             # Four pools of a step, each rounded by itself.
             assert abs(line[f"selected_count_head_{head}"] - 0.6 * line[f"valid_count_head_{head}"]) <= 2.0
             assert line[f"excess_mean_head_{head}"] == pytest.approx(0, abs=1.0)
+
+
+def test_one_head_selects_everything_whatever_the_score(tiny_data, tiny_reference, tmp_path) -> None:
+    changed = ("training.selection_pool=step", "training.selection_score=random", "reference.path=null")
+    settings = settings_for(tiny_data, tiny_reference, *SHORT, *changed, "model.num_prediction_heads=1")
+    assert run_ranks(resume, 1, settings, tmp_path) == [0]
+    steps, _ = steps_and_validation(tmp_path)
+    assert [(line["selected_ratio_head_0"], line["heads_per_position"]) for line in steps] == [(1.0, 1.0)] * 4
+    assert not any(key.startswith("threshold") for key in steps[0])
