@@ -277,7 +277,7 @@ def test_more_lanes_than_the_held_out_data_has_rows_are_refused_before_anything_
     [("train_batch_size", "data.global_batch = 4"), ("train_micro_batch_size_per_gpu", "data.micro_batch = 2")],
 )
 def test_a_batch_size_in_both_files_is_refused_with_both_values(refused, tmp_path, key, owner):
-    (tmp_path / "deepspeed.json").write_text(json.dumps({key: 32}), encoding="utf-8")
+    (tmp_path / "deepspeed.json").write_text(json.dumps({key: 32, "zero_optimization": {"stage": 3}}), encoding="utf-8")
     (problem,) = refused("--deepspeed", tmp_path / "deepspeed.json")
     assert problem.startswith(f"deepspeed {key}: 32 there, {owner} in the recipe")
 
