@@ -75,7 +75,7 @@ def _prepare(options: argparse.Namespace) -> None:
         samples_per_shard=options.samples_per_shard,
         validation_fraction=options.validation,
     )
-    print(f"{documents.num_documents:,} documents; {documents.num_empty:,} empty ones left out")
+    print(f"{documents.num_documents:,} documents; {documents.num_empty:,} empty left out")
     for name in ("train", "validation") if options.validation else (".",):
         _print_summary(options.output / name)
 

@@ -80,17 +80,15 @@ def train(options: argparse.Namespace, settings, problems: list[str]) -> int:
     from pipeline.train import TrainingDivergedError
 
     world = find_world()
-    content = check_before_start(settings, options.deepspeed, world, problems)
+    run_dir = options.run_dir or Path("runs") / settings.run.name
+    content = check_before_start(settings, options.deepspeed, run_dir, world, problems)
     device = device_of(world)
     share_cores(world)
     initialize_distributed(device, settings.logging.deepspeed_level)
-    run_dir = options.run_dir or Path("runs") / settings.run.name
     job = Job(settings, content, run_dir, world, device, options.allow_changed)
     try:
         exit_code = dry_run(job) if options.dry_run else run_job(job)
     except (DataError, ModelFilesError) as error:
-        return fail(error, EXIT_USAGE, is_first=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
         return fail(error, EXIT_USAGE, is_first=True)
     except (TrainingDivergedError, RanksDisagreeError) as error:
         return fail(error, EXIT_DIVERGED, world.is_first)

@@ -4,6 +4,7 @@ Every check yields sentences (key, what is there, what was expected, what to do)
 those of the settings and of the DeepSpeed JSON into one error.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from pipeline.runtime.deepspeed_json import read_deepspeed_json
 from pipeline.runtime.distributed import World
 
 
-def check_before_start(settings: Settings, deepspeed_json: Path, world: World, problems: Sequence[str] = ()) -> dict[str, Any]:
+def check_before_start(
+    settings: Settings, deepspeed_json: Path, run_dir: Path, world: World, problems: Sequence[str] = ()
+) -> dict[str, Any]:
     """Find everything that is wrong and can be known before the process group exists; returns the JSON's content.
 
     `problems` were found in the settings before; with any, some settings are stand-ins and only files are looked at.
@@ -29,7 +32,7 @@ def check_before_start(settings: Settings, deepspeed_json: Path, world: World, p
     """
     content, found = read_deepspeed_json(deepspeed_json, settings)
     manifests, unreadable = _read_manifests(settings)
-    found += unreadable
+    found += [*unreadable, *_run_dir_problems(run_dir)]
     if problems:
         raise ConfigError([*problems, *found, *_reference_problems(settings, None)])
     first = next(iter(manifests.values()), None)
@@ -78,6 +81,14 @@ def _read_manifests(settings: Settings) -> tuple[dict[Path, Manifest], list[str]
         except DataError as error:
             problems.append(f"{key}: {error}")
     return manifests, problems
+
+
+def _run_dir_problems(run_dir: Path) -> Iterator[str]:
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        yield f"--run-dir: {existing} is a file; expected a directory, or none yet"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"--run-dir: {existing} cannot be written to; choose another one"
 
 
 def _manifest_problems(found: Manifest, path: Path, settings: Settings, first: Manifest | None) -> Iterator[str]:

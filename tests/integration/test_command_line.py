@@ -282,6 +282,12 @@ def test_a_batch_size_in_both_files_is_refused_with_both_values(refused, tmp_pat
     assert problem.startswith(f"deepspeed {key}: 32 there, {owner} in the recipe")
 
 
+def test_a_run_directory_that_is_a_file_is_refused_by_name(refused, tmp_path):
+    (tmp_path / "file").write_text("somebody's")
+    (problem,) = refused("--run-dir", tmp_path / "file" / "run")
+    assert problem.startswith(f"--run-dir: {tmp_path / 'file'} is a file")
+
+
 def test_a_missing_deepspeed_json_is_refused_by_name(refused, tmp_path):
     assert refused("--deepspeed", tmp_path / "none.json") == [f"--deepspeed: no such file: {tmp_path / 'none.json'}"]
 

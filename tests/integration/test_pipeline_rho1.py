@@ -48,7 +48,7 @@ def job_on_this_rank(settings: Settings, run_dir: Path, allow_changed: bool = Fa
 
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, size)
-    content = check_before_start(settings, DEEPSPEED_JSON, world)
+    content = check_before_start(settings, DEEPSPEED_JSON, run_dir, world)
     initialize_distributed(torch.device("cpu"), "error")
     return Job(settings, content, run_dir, world, torch.device("cpu"), allow_changed)
 

@@ -208,7 +208,7 @@ def test_the_command_line_prepares_named_inputs_with_a_split(tmp_path):
     arguments = "--input prose=books --input web=web.jsonl --output out --train-bpe 300 --sequence-length 32 --text-field body"
     done = command_line(*arguments.split(), "--validation", "0.2", "--samples-per-shard", "50", "--seed", "5", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "60 documents; 1 empty ones left out" in done.stdout
+    assert "60 documents; 1 empty left out" in done.stdout
     train = read_manifest(tmp_path / "out" / "train")
     assert f"{train.num_tokens:,} tokens in {train.num_samples} rows of 32, {len(train.shards)} shard(s)" in done.stdout
     assert train.source_names == ("prose", "web")
