@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checks import check_data, lanes_of
-from pipeline.config import ModelSettings, Settings
+from pipeline.config import ConfigError, ModelSettings, Settings, TrainingSettings
 from pipeline.data.builtin import prepare_builtin
 from pipeline.data.manifest import read_manifest
 from pipeline.data.stream import Stream
@@ -31,6 +31,11 @@ from pipeline.runtime.memory import peak_bytes, reset_peak
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.reporting import closing_table, read_records
 from pipeline.train import Run, advance, train, train_step
+
+# One head selects nothing; how the policy does is no property of the reference.
+_NO_SELECTION = TrainingSettings().model_dump(
+    include={"k_percent", "selection_pool", "selection_exchange", "selection_score", "selection_seed"}
+)
 
 
 @dataclass(frozen=True)
@@ -114,19 +119,32 @@ def with_builtin_data(job: Job) -> Settings:
 def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> tuple[Settings, int]:
     """Train the reference with the same code (one head) in RUN/reference/training, export it to RUN/reference."""
     directory = job.run_dir / "reference"
+    one_head = settings.with_values(
+        data={"path": settings.reference.training_data},
+        model={"num_prediction_heads": 1},
+        reference={"training_steps": None, "training_data": None},
+        training={"steps": settings.reference.training_steps, "head_weights": None} | _NO_SELECTION,
+    )
     # Agreed, because every rank must take the same way and shared file systems show a new file to some before others.
     if any_rank(not (directory / "config.json").exists(), job.device):
         _say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
-        one_head = settings.with_values(
-            data={"path": settings.reference.training_data},
-            model={"num_prediction_heads": 1},
-            reference={"training_steps": None, "training_data": None},
-            training={"steps": settings.reference.training_steps, "head_weights": None},
-        )
         exit_code = train_in(job, one_head, directory / "training", stop, export_to=directory)
         if exit_code:
             return settings, exit_code
+    elif not job.allow_changed:
+        _refuse_another_reference(job, one_head, directory)
     return settings.with_values(reference={"path": directory, "training_steps": None, "training_data": None}), 0
+
+
+def _refuse_another_reference(job: Job, settings: Settings, directory: Path) -> None:
+    """A reference that is there already must be the one that these settings would train, if it is known how it was."""
+    _, _, checkpoints = _resolved(job, settings, directory / "training")
+    newest = checkpoints.newest()
+    state = checkpoints.state_of(newest) if newest is not None else None
+    changed = checkpoints.changes(state) if state is not None else []
+    if changed:
+        remedy = f"remove {directory} to train it again, or pass --allow-changed to use it as it is"
+        raise ConfigError([*(f"reference in {directory}: {change}" for change in changed), remedy])
 
 
 def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, export_to: Path | None = None) -> int:
@@ -159,13 +177,8 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
     """
     data_path, validation_path = settings.data.path, settings.data.validation_path
     assert data_path is not None
+    settings, config, checkpoints = _resolved(job, settings, run_dir)
     stream = open_stream(data_path, settings, job.world, settings.data.num_workers)
-    settings = settings.with_values(
-        data={"lanes": stream.lanes},
-        model={"vocab_size": settings.model.vocab_size or stream.manifest.vocab_size},
-    )
-    config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
-    checkpoints = Checkpoints(run_dir, job.world, identity_of(settings, config), settings.checkpoint.keep)
     if not dry:
         checkpoints.check(job.allow_changed)
     engine = build_policy(settings, config)
@@ -185,6 +198,18 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
         validation=open_stream(validation_path, settings, job.world, num_workers=0) if validation_path else None,
         checkpoints=checkpoints,
     )
+
+
+def _resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dict[str, Any], Checkpoints]:
+    """Settings with what depends on the data filled in, the DeepSpeed configuration, and the run's checkpoints."""
+    assert settings.data.path is not None
+    manifest = read_manifest(settings.data.path)
+    settings = settings.with_values(
+        data={"lanes": lanes_of(settings)}, model={"vocab_size": settings.model.vocab_size or manifest.vocab_size}
+    )
+    config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
+    identity = identity_of(settings, config)
+    return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint.keep)
 
 
 def open_stream(path: Path, settings: Settings, world: World, num_workers: int) -> Stream:

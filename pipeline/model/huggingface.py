@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -45,6 +46,16 @@ _MODEL_TYPES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False
 """model_type: (attention_bias, qk_norm) as this package's models spell it."""
 
 
+_PLAIN = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+}
+"""What config.json may say of features that this package does not compute."""
+
+
 class ModelFilesError(ValueError):
     """A directory that does not hold the model that is expected of it."""
 
@@ -62,12 +73,12 @@ def read_model_settings(directory: Path) -> ModelSettings:
         raise ModelFilesError(f"{directory}: model_type {model_type!r}; expected one of {', '.join(_MODEL_TYPES)}")
     attention_bias, qk_norm = _MODEL_TYPES[model_type]
     rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {key: value for key, value in rope.items() if key != "rope_theta"}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+    scaling = config.get("rope_scaling") or rope
+    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
         raise ModelFilesError(f"{directory}: scaled rotary positions ({scaling}) are not supported")
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if config.get(key):
-            raise ModelFilesError(f"{directory}: {key} is set in {CONFIG_FILE}; this is not supported")
+    for key, value in _PLAIN.items():
+        if config.get(key, value) not in (value, None):
+            raise ModelFilesError(f"{directory}: {key} is {config[key]!r} in {CONFIG_FILE}; only {value!r} is supported")
     try:
         return ModelSettings(
             dim=config["hidden_size"],
@@ -86,6 +97,9 @@ def read_model_settings(directory: Path) -> ModelSettings:
         )
     except KeyError as error:
         raise ModelFilesError(f"{directory}: {CONFIG_FILE} lacks {error}") from None
+    except ValidationError as error:
+        details = "; ".join(f"{detail['loc'][0]}: got {detail['input']!r}; {detail['msg']}" for detail in error.errors())
+        raise ModelFilesError(f"{directory}: {CONFIG_FILE} makes no sense: {details}") from None
 
 
 def load_weights(model: MTPModel, directory: Path, gather: Gather = whole) -> None:
@@ -146,11 +160,14 @@ def _with_last(items: Any) -> Iterator[tuple[str, nn.Parameter | None]]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelFilesError(f"{file}: no such file") from None
     except ValueError as error:
         raise ModelFilesError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelFilesError(f"{file}: expected a JSON object")
+    return content
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -18,6 +18,8 @@ from pipeline.config import ConfigError, differences_that_matter
 from pipeline.runtime.distributed import World, from_first
 from pipeline.runtime.engine import Engine
 
+REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"
+
 
 @dataclass
 class Progress:
@@ -81,8 +83,11 @@ class Checkpoints:
         return Progress(**{key: value for key, value in state["progress"].items() if key in known})
 
     def newest(self) -> str | None:
-        """The checkpoint that a run continues from; None where the run directory has none at all."""
+        """The checkpoint that a run continues from; None where the run directory has none at all. One that has only
+        broken ones is refused: a run never starts anew in silence."""
         complete = self._complete()
+        if not complete and any(path.suffix != ".partial" for path in self.directory.glob("step-*")):
+            raise ConfigError([f"{self.directory}: has checkpoints, but none with a state.json; {REMEDY}"])
         pointer = self.directory / "latest"
         named = pointer.read_text().strip() if pointer.is_file() else None
         if named in complete:
@@ -92,23 +97,42 @@ class Checkpoints:
     def check(self, allow_changed: bool) -> dict[str, Any]:
         """The newest checkpoint's state, if this run may continue from it (ConfigError otherwise); {} if there is none.
         The first rank looks for all: a shared file system may show the others something older."""
-        name = from_first(self.newest() if self.world.is_first else None)
+        name, broken = from_first(self._look() if self.world.is_first else None)
+        if broken:
+            raise ConfigError(broken)
         if name is None:
             return {}
-        state = json.loads((self.directory / name / "state.json").read_text())
+        state = self.state_of(name)
         problems = []
         if state["world_size"] != self.world.size:
             problems.append(
                 f"number of ranks: {name} was written by {state['world_size']}, this job has {self.world.size}; "
                 f"start it with {state['world_size']}"
             )
-        changed = differences_that_matter(state["identity"], self.identity)
+        changed = self.changes(state)
         if changed and not allow_changed:
             problems += [f"{change} ({name} was trained with the former)" for change in changed]
             problems.append("to continue all the same pass --allow-changed; to start anew choose another --run-dir")
         if problems:
             raise ConfigError(problems)
         return state
+
+    def state_of(self, name: str) -> dict[str, Any]:
+        """Our own part of a checkpoint (ConfigError where it cannot be read)."""
+        try:
+            return json.loads((self.directory / name / "state.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError([f"{self.directory / name}: state.json cannot be read ({error}); {REMEDY}"]) from None
+
+    def _look(self) -> tuple[str | None, list[str]]:
+        try:
+            return self.newest(), []
+        except ConfigError as error:
+            return None, error.problems
+
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """What of this run's identity differs from that of a checkpoint's state, one sentence each."""
+        return differences_that_matter(state["identity"], self.identity)
 
     def _complete(self) -> list[str]:
         found = (path for path in self.directory.glob("step-*") if (path / "state.json").is_file())

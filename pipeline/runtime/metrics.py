@@ -6,6 +6,7 @@ much. Sums are float64, counts in them exact.
 Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select, S sources.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,11 @@ from pipeline.weighting.exchange import Group, all_reduce_sum
 
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
+
+
+EXCESS_LOWEST, EXCESS_BIN_WIDTH, EXCESS_BINS = -16.0, 1 / 16, 512
+"""The histogram of excess losses: 512 bins of 1/16 from -16 to 16, in nats."""
+PERCENTILES = (10, 50, 90)
 
 
 class SelectionSums:
@@ -35,6 +41,8 @@ class SelectionSums:
         self.threshold_K = zeros(num_heads - 1)
         self.threshold_weight_K = zeros(num_heads - 1)
         self.compared_K = zeros(num_heads - 1)
+        self.excess_KV = zeros(num_heads - 1, EXCESS_BINS)
+        self.both_selected_KK = zeros(num_heads - 1, num_heads - 1)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.bad_rows: list[Tensor] = []
         self.thresholds: list[Tensor] = []
@@ -49,13 +57,18 @@ class SelectionSums:
         self.selected_SH.index_add_(0, source_N, selected_BTH.flatten(0, 1).double())
         self.policy_loss_H += policy_loss_BTH.sum((0, 1))
         self.selected_loss_H += (policy_loss_BTH * selected_BTH).sum((0, 1))
+        chosen_NK = losses.selection.selected_BTK.flatten(0, 1).double()
+        self.both_selected_KK += chosen_NK.T @ chosen_NK
         weight_K, threshold_K = losses.selection.threshold_weight_K, losses.selection.threshold_K
         self.threshold_K += torch.where(weight_K > 0, threshold_K.double() * weight_K, 0.0)
         self.threshold_weight_K += weight_K
         self.thresholds.append(threshold_K)
         if losses.selection.excess_BTK is not None:
             excess_BTK = losses.selection.excess_BTK
-            self.excess_K += torch.where(torch.isfinite(excess_BTK), excess_BTK, 0.0).double().sum((0, 1))
+            usable_BTK = valid_BTH[..., 1:] & torch.isfinite(excess_BTK)
+            self.excess_K += torch.where(usable_BTK, excess_BTK, 0.0).double().sum((0, 1))
+            bins_KN = excess_bin(torch.where(usable_BTK, excess_BTK, 0.0)).flatten(0, 1).T
+            self.excess_KV.scatter_add_(1, bins_KN, usable_BTK.flatten(0, 1).T.double())
             self.compared_K += valid_BTH[..., 1:].sum((0, 1))
         if losses.selection.excess_BTK is not None:
             finite_BTH = finite_BTH & F.pad(torch.isfinite(losses.selection.excess_BTK), (1, 0), value=True)
@@ -68,11 +81,13 @@ class SelectionSums:
         by_source = [self.valid_SH, self.selected_SH]
         by_head = [self.policy_loss_H, self.selected_loss_H]
         by_selecting_head = [self.excess_K, self.compared_K, self.threshold_K, self.threshold_weight_K]
-        parts = [*by_source, *by_head, *by_selecting_head]
+        distributions = [self.excess_KV, self.both_selected_KK]
+        parts = [*by_source, *by_head, *by_selecting_head, *distributions]
         flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]), group).cpu()
         reduced = flat.split([part.numel() for part in parts])
         valid_SH, selected_SH = (part.view(self.valid_SH.shape) for part in reduced[:2])
-        loss_H, selected_loss_H, excess_K, compared_K, threshold_K, weight_K = (part.tolist() for part in reduced[2:])
+        loss_H, selected_loss_H, excess_K, compared_K, threshold_K, weight_K = (part.tolist() for part in reduced[2:8])
+        excess_KV, both_KK = (part.view(like.shape) for part, like in zip(reduced[8:], distributions, strict=True))
         valid_H, selected_H = valid_SH.sum(0).tolist(), selected_SH.sum(0).tolist()
         record: Record = {"loss": sum(scale * loss for scale, loss in zip(scale_H, selected_loss_H, strict=True))}
         for head, (valid, selected) in enumerate(zip(valid_H, selected_H, strict=True)):
@@ -83,11 +98,33 @@ class SelectionSums:
         for index, head in enumerate(range(1, len(loss_H))):
             record[f"threshold_head_{head}"] = ratio(threshold_K[index], weight_K[index])
             record[f"excess_mean_head_{head}"] = ratio(excess_K[index], compared_K[index])
+            record |= {f"excess_p{p}_head_{head}": percentile(excess_KV[index].tolist(), p) for p in PERCENTILES}
+            record[f"selected_loss_head_{head}"] = ratio(selected_loss_H[head], selected_H[head])
+            rejected = valid_H[head] - selected_H[head]
+            record[f"rejected_loss_head_{head}"] = ratio(loss_H[head] - selected_loss_H[head], rejected)
+            for other in range(head + 1, len(loss_H)):
+                both = both_KK[index, other - 1].item()
+                record[f"agreement_head_{head}_head_{other}"] = ratio(both, selected_H[head] + selected_H[other] - both)
         record["selection_ratio"] = ratio(sum(selected_H), sum(valid_H))
         record["heads_per_position"] = ratio(sum(selected_H), valid_H[0])
         if any(source_names):
             record |= _by_source(source_names, valid_SH.tolist(), selected_SH.tolist())
         return record
+
+
+def excess_bin(excess: Tensor) -> Tensor:
+    """int64 number of the histogram bin of each excess; what lies outside counts in the outermost bin."""
+    return ((excess - EXCESS_LOWEST) / EXCESS_BIN_WIDTH).floor().clamp(0, EXCESS_BINS - 1).long()
+
+
+def percentile(counts: Sequence[float], percent: float) -> float | None:
+    """The middle of the bin in which the value of that rank lies: within half a bin's width of the true percentile, for
+    values inside the histogram."""
+    needed = percent / 100 * sum(counts)
+    for number, reached in enumerate(itertools.accumulate(counts)):
+        if reached >= needed > 0:
+            return EXCESS_LOWEST + (number + 0.5) * EXCESS_BIN_WIDTH
+    return None
 
 
 def ratio(part: float, whole: float) -> float | None:

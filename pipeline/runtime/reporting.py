@@ -57,6 +57,12 @@ _TAGS = {
     "valid_count": "selection/valid",
     "threshold": "selection/threshold",
     "excess_mean": "selection/excess_mean",
+    "excess_p10": "selection/excess_p10",
+    "excess_p50": "selection/excess_p50",
+    "excess_p90": "selection/excess_p90",
+    "selected_loss": "selection/loss_of_selected",
+    "rejected_loss": "selection/loss_of_rejected",
+    "agreement": "selection/agreement",
 }
 
 

@@ -94,3 +94,13 @@ def test_another_number_of_ranks_is_refused_with_both_numbers(tmp_path: Path) ->
     with_state(tmp_path, size=4)
     with pytest.raises(ConfigError, match="written by 4, this job has 2"):
         checkpoints(tmp_path, 2).check(allow_changed=True)
+
+
+def test_broken_checkpoints_are_never_taken_for_none(tmp_path: Path) -> None:
+    directory = with_state(tmp_path)
+    (directory / "state.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"state.json cannot be read .*; remove that checkpoint"):
+        checkpoints(tmp_path, 2).check(allow_changed=True)
+    (directory / "state.json").unlink()
+    with pytest.raises(ConfigError, match="has checkpoints, but none with a state"):
+        checkpoints(tmp_path, 2).check(allow_changed=True)

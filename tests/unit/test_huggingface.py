@@ -71,11 +71,23 @@ def test_what_cannot_be_computed_exactly_is_refused(tmp_path) -> None:
     for change, message in (
         ({"model_type": "gpt2"}, "model_type 'gpt2'; expected one of llama, qwen2, qwen3"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "scaled rotary positions"),
-        ({"mlp_bias": True}, "mlp_bias is set"),
+        ({"rope_scaling": "linear"}, "scaled rotary positions"),
+        ({"mlp_bias": True}, "mlp_bias is True in config.json; only False is supported"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"hidden_size": "wide"}, "makes no sense: dim: got 'wide'"),
+        ({"num_hidden_layers": 0}, "makes no sense: num_layers: got 0"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ModelFilesError, match=message):
             read_model_settings(tmp_path)
+
+
+def test_a_configuration_that_is_no_object_is_refused(tmp_path) -> None:
+    save_model(initialized(small()), tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ModelFilesError, match="expected a JSON object"):
+        read_model_settings(tmp_path)
 
 
 def test_missing_and_broken_files_are_named(tmp_path) -> None:
