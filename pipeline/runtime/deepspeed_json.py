@@ -132,8 +132,8 @@ def _zero_problems(zero: Any) -> list[str]:
     problems = []
     if zero.get("stage") not in (3, "auto"):
         problems.append(
-            f"deepspeed zero_optimization.stage: got {zero.get('stage')!r}; expected 3. The other stages do not discard a step "
-            "whose gradient is not finite"
+            f"deepspeed zero_optimization.stage: got {zero.get('stage')!r}; expected 3. Not every other stage and precision "
+            "discards a step whose gradient is not finite"
         )
     for key in ("offload_optimizer", "offload_param"):
         if isinstance(zero.get(key), dict) and zero[key].get("device", "none") != "none":
