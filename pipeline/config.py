@@ -230,7 +230,8 @@ class Settings(Section):
 # Directories may move; the fingerprints of what is in them are compared instead.
 FREE_TO_CHANGE = (
     "run.", "logging.", "checkpoint.", "data.num_workers", "data.path", "data.builtin", "data.validation_path",
-    "reference.", "model.pretrained",
+    "reference.", "model.pretrained", "training.selection_exchange", "training.check_ranks_every",
+    "training.max_skipped_steps",
 )  # fmt: skip
 
 

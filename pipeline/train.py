@@ -26,7 +26,7 @@ from pipeline.evaluate import evaluate
 from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
 from pipeline.runtime.agreement import check_ranks_agree, who_met_bad_numbers
 from pipeline.runtime.checkpoint import Checkpoints, Progress
-from pipeline.runtime.distributed import World
+from pipeline.runtime.distributed import World, any_rank
 from pipeline.runtime.engine import Engine, backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
 from pipeline.runtime.metrics import Record, SelectionSums
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
@@ -90,12 +90,10 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         finished = progress.step == training.steps
         if progress.step % logging.validation_every == 0 or finished:
             reporter.validate(progress)
-        stopping = stop.agreed(run.device)
+        stopping = any_rank(stop.is_made, run.device)
         if progress.step % run.settings.checkpoint.every == 0 or finished or stopping:
             run.checkpoints.save(run.engine, progress)
     reporter.close()
-    if stopping:
-        stop.obeyed()
     if progress.step < training.steps:
         reporter.say(f"stopped on request after step {progress.step}; run the same command again to continue")
         return EXIT_TRY_AGAIN

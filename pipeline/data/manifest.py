@@ -94,13 +94,18 @@ def read_manifest(directory: Path) -> Manifest:
     """Read a folder's manifest and check that its files are there and have their sizes.
 
     Raises:
-        DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or a
-            shard or one of its index files is missing or has the wrong size.
+        DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or the
+            tokenizer, a shard or one of its index files is missing or has the wrong size.
     """
     directory = Path(directory)
     manifest = _parse(_manifest_text(directory), directory / MANIFEST_FILE)
     if manifest.num_samples == 0:
         raise DataError(f"{directory / MANIFEST_FILE} lists no samples; prepare the data again with more documents")
+    if not (directory / manifest.tokenizer_file).is_file():
+        raise DataError(
+            f"{directory / manifest.tokenizer_file} cannot be found, but {MANIFEST_FILE} names it as the data's tokenizer; "
+            "copy it again from where the data was prepared"
+        )
     for shard in manifest.shards:
         _check_sizes_on_disk(directory, shard)
     return manifest
