@@ -64,8 +64,8 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert names == ["step-00000004", "step-00000010"]
 
 
-def save_after_a_return(run_dir: Path) -> list[str]:
-    store = checkpoints(run_dir, 1, keep=2)
+def save_after_a_return(run_dir: Path, keep: int) -> list[str]:
+    store = checkpoints(run_dir, 1, keep=keep)
     found = []
     for step in (10, 20, 30, 4, 6):
         store.save(FileEngine(), Progress(step))  # type: ignore[arg-type]
@@ -75,7 +75,8 @@ def save_after_a_return(run_dir: Path) -> list[str]:
 
 
 def test_the_one_just_written_is_kept_though_others_have_higher_numbers(tmp_path: Path) -> None:
-    assert run_ranks(save_after_a_return, 1, tmp_path) == [["10", "10 20", "20 30", "4 30", "6 30"]]
+    assert run_ranks(save_after_a_return, 1, tmp_path / "a", 2) == [["10", "10 20", "20 30", "4 30", "6 30"]]
+    assert run_ranks(save_after_a_return, 1, tmp_path / "b", 4) == [["10", "10 20", "10 20 30", "4 10 20 30", "6 10 20 30"]]
 
 
 def with_state(run_dir: Path, size: int = 2) -> Path:
