@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.runtime.preemption import StopRequest
+from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
@@ -31,7 +31,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     # The deepspeed launcher appends it; the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parsed, unknown = parser.parse_known_intermixed_args(arguments)
-    parsed.unknown = unknown
+    # What follows an unknown option comes back as unknown too.
+    parsed.unknown = [argument for argument in unknown if argument.startswith("-")]
+    parsed.overrides += [argument for argument in unknown if not argument.startswith("-")]
     parsed.options = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
     return parsed
 
@@ -107,4 +109,10 @@ def fail(error: Exception, exit_code: int, is_first: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    if exit_code not in (0, EXIT_TRY_AGAIN):
+        # At once: a process group that is still open has threads that abort the process in an orderly exit.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -50,8 +50,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError("expected a value other than true and false")
+        given = value if isinstance(value, list) else [value]
+        if any(isinstance(each, bool) for each in given) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("expected a value other than true and false (YAML reads yes, no, on and off so too; quote a name)")
         return value
 
 
@@ -173,6 +174,9 @@ class TrainingSettings(Section):
     equation 4)."""
     head_weights: list[NonNegativeFloat] | None = None
     """Weight of each head's loss; null: 1 for all."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Which activations wait for backward: all (`none`), those of matrix products and attention (`selective`), or each
+    block's input alone (`full`; its forward runs twice). The others are made again; the gradient is the same."""
     check_ranks_every: Positive | None = 100
     """Steps between comparisons of what all ranks must hold alike; null: never."""
     max_skipped_steps: Positive = 10
@@ -226,12 +230,16 @@ class Settings(Section):
         return self.training.head_weights or [1.0] * self.model.num_prediction_heads
 
 
+# What the position of a run, one integer, is counted in: never free to change.
+POSITION = ("data.global_batch", "data.lanes")
+
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 # Directories may move; the fingerprints of what is in them are compared instead.
 FREE_TO_CHANGE = (
     "run.", "logging.", "checkpoint.", "data.num_workers", "data.path", "data.builtin", "data.validation_path",
-    "reference.", "model.pretrained", "training.selection_exchange", "training.check_ranks_every",
-    "training.max_skipped_steps",
+    "reference.path", "reference.sharding", "reference.training_", "model.pretrained", "training.selection_exchange",
+    "training.check_ranks_every",
+    "training.max_skipped_steps", "training.activation_checkpointing",
 )  # fmt: skip
 
 

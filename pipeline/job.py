@@ -25,11 +25,12 @@ from pipeline.model.mtp import MTPModel
 from pipeline.runtime.checkpoint import Checkpoints, Progress
 from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
 from pipeline.runtime.description import describe_run, identity_of
-from pipeline.runtime.distributed import World, any_rank, made_once
+from pipeline.runtime.distributed import World, any_rank, from_first, made_once
 from pipeline.runtime.engine import build_policy, build_reference, gathered, release
 from pipeline.runtime.memory import peak_bytes, reset_peak
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.reporting import closing_table, read_records
+from pipeline.runtime.run_lock import RunLock
 from pipeline.train import Run, advance, train, train_step
 
 # One head selects nothing; how the policy does is no property of the reference.
@@ -52,6 +53,10 @@ class Job:
 
 def run_job(job: Job, stop: StopRequest) -> int:
     """Make what is missing, train, close with a table; returns the exit code."""
+    lock = RunLock(job.run_dir)
+    holder = from_first(lock.take() if job.world.is_first else None)
+    if holder is not None:
+        raise ConfigError([f"--run-dir: {job.run_dir} is in use by {holder}; wait for its end, or choose another one"])
     if job.world.is_first:
         stop.watch(job.run_dir)
     exit_code = _make_and_train(job, stop)
@@ -62,10 +67,11 @@ def run_job(job: Job, stop: StopRequest) -> int:
 def _make_and_train(job: Job, stop: StopRequest) -> int:
     _say(job, f"run directory {job.run_dir}; {job.world.size} rank{'s' if job.world.size > 1 else ''} on {job.device.type}")
     settings = with_builtin_data(job)
-    if settings.reference.path is None and settings.reference.training_steps is not None:
+    if is_compared(settings) and settings.reference.path is None and settings.reference.training_steps is not None:
         settings, exit_code = with_trained_reference(job, settings, stop)
         if exit_code:
             return exit_code
+    _say(job, f"training the policy for {settings.training.steps} steps")
     exit_code = train_in(job, settings, job.run_dir, stop)
     if exit_code == 0 and job.world.is_first:
         assert settings.data.path is not None
@@ -253,12 +259,19 @@ def export(run: Run, directory: Path) -> None:
 def _reference_settings(settings: Settings, stand_in: bool) -> ModelSettings | None:
     """The shape of the frozen reference: that of its files, with the next-token head alone unless all are asked; None
     for a run without."""
-    if settings.reference.path is not None and settings.model.num_prediction_heads > 1:
+    if not is_compared(settings):
+        return None
+    if settings.reference.path is not None:
         shape = read_model_settings(settings.reference.path)
         return shape if settings.reference.horizon == "matched" else next_token_model(shape)
     if stand_in and settings.reference.training_steps is not None:
         return next_token_model(settings.model)
     return None
+
+
+def is_compared(settings: Settings) -> bool:
+    """Whether there is anything to compare with a reference: one head selects nothing."""
+    return settings.model.num_prediction_heads > 1
 
 
 def _what_is_counted(device: torch.device) -> str:

@@ -182,6 +182,11 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
             "reference.path: not set; name the directory of a reference model, or set reference.training_steps to "
             "train one, or training.k_percent=1 to train without selection",
         )
+    if reference.training_data is not None and reference.training_steps is None:
+        yield (
+            {"reference.training_data", "reference.training_steps"},
+            "reference.training_data: set, but no reference is trained; set reference.training_steps as well, or remove it",
+        )
     if reference.path is not None and reference.training_steps is not None:
         yield set(), "reference.training_steps: set, and so is reference.path; only one of them can be meant"
     if reference.training_steps is not None and reference.horizon == "matched":

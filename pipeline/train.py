@@ -7,7 +7,6 @@ them: metrics, validation, checkpoints, requests to stop.
 
 import itertools
 import math
-import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -184,11 +183,15 @@ class Reporter:
         if run.world.is_first:
             self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads)
         self.recent: deque[tuple[int, float]] = deque(maxlen=20)  # tokens and seconds of the last steps
-        if first_step:
+        self.began: tuple[int, float] | None = None  # The end of this process's first step: its number, and the time.
+        if first_step >= run.settings.training.steps:
+            self.say(f"already at step {first_step} of {run.settings.training.steps}; to train on raise training.steps")
+        elif first_step:
             self.say(f"continuing from step {first_step}")
 
     def step(self, progress: Progress, result: StepResult) -> None:
         logging, step = self.run.settings.logging, progress.step
+        self.began = self.began or (step, time.perf_counter())
         self.recent.append((result.plan.num_tokens, result.seconds))
         if result.bad is not None:
             self.say(f"step {step}: discarded on all ranks; what was not finite: {result.bad}")
@@ -205,13 +208,8 @@ class Reporter:
             self.logbook.write(record)
         if progressed:
             left = self.run.settings.training.steps - step
-            # The median: the first step pays for warm-ups of every kind and would spoil a mean.
-            self.say(
-                progress_line(
-                    record, self.run.settings.training.steps, left * statistics.median(seconds for _, seconds in self.recent)
-                )
-            )
-        if detailed and step % logging.selection_every == 0:
+            self.say(progress_line(record, self.run.settings.training.steps, left * self._seconds_a_step(progress)))
+        if detailed and step % logging.selection_every == 0 and self.run.settings.model.num_prediction_heads > 1:
             self.say(selection_block(record))
 
     def validate(self, progress: Progress) -> None:
@@ -238,6 +236,12 @@ class Reporter:
     def close(self) -> None:
         if self.logbook is not None:
             self.logbook.close()
+
+    def _seconds_a_step(self, progress: Progress) -> float:
+        """By the clock, what lies between steps included; without the first step, which pays for warm-ups of every kind."""
+        assert self.began is not None
+        step, moment = self.began
+        return (time.perf_counter() - moment) / (progress.step - step) if progress.step > step else self.recent[-1][1]
 
     def _record(self, progress: Progress, result: StepResult) -> Record:
         names = self.run.stream.manifest.source_names or ("",)

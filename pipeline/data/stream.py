@@ -15,7 +15,8 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from pipeline.data.shards import Sample, ShardReader
 __all__ = ["Stream", "check_sizes", "default_lanes", "rank_lanes"]
 
 _MAX_LISTED = 12
+_ASKED_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stream:
@@ -143,7 +145,10 @@ class Stream:
             generator=torch.Generator(),
             worker_init_fn=_end_only_with_the_rank,
         )
-        pieces = map(_raise_if_error, loader)
+        with _deaf_to(_ASKED_TO_STOP):
+            started = iter(loader)
+        pieces = map(_raise_if_error, started)
+        del started
         try:
             while first := next(pieces, None):
                 rest = [next(pieces) for _ in range(self.num_workers - 1)]
@@ -203,15 +208,23 @@ class _LaneRounds(IterableDataset):
 def _end_only_with_the_rank(worker: int) -> None:
     """Schedulers signal every process of a job, and Ctrl-C every process of a terminal. The rank finishes its step and
     saves; a loader worker that died of the signal meanwhile would take it along. So a worker heeds its rank alone."""
-    asked = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
-    threading.Thread(target=_wait_for_the_rank, args=(asked,), daemon=True).start()
+    threading.Thread(target=_wait_for_the_rank, daemon=True).start()
 
 
-def _wait_for_the_rank(asked: set[signal.Signals]) -> None:
-    while signal.sigwaitinfo(asked).si_pid != os.getppid():
+def _wait_for_the_rank() -> None:
+    while signal.sigwaitinfo(_ASKED_TO_STOP).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+@contextmanager
+def _deaf_to(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Signals wait until the end of the block, in this process; processes started in it stay deaf to them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _worker_share(lanes: Sequence[int]) -> Sequence[int]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ModelSettings
+from pipeline.model.recompute import block_runner
 from pipeline.model.transformer import Block, RMSNorm, document_mask, rotary_angles
 from pipeline.weighting.cross_entropy import rows_per_chunk, token_losses, weighted_cross_entropy
 from pipeline.weighting.selection import Select, Selection
@@ -81,9 +82,10 @@ class Unembedding(nn.Module):
 
 
 class MTPModel(nn.Module):
-    """Trunk, heads and unembedding for `settings`, whose vocab_size must be set."""
+    """Trunk, heads and unembedding for `settings`, whose vocab_size must be set; `activation_checkpointing` as `recompute`
+    names it."""
 
-    def __init__(self, settings: ModelSettings):
+    def __init__(self, settings: ModelSettings, activation_checkpointing: str = "none"):
         super().__init__()
         assert settings.vocab_size is not None, "vocab_size is resolved from the data before a model is built"
         self.settings = settings
@@ -91,6 +93,7 @@ class MTPModel(nn.Module):
         self.trunk = nn.ModuleList(Block(settings) for _ in range(settings.num_layers - 1))
         self.heads = nn.ModuleList(Block(settings) for _ in range(settings.num_prediction_heads))
         self.unembed = Unembedding(settings, self.embed.weight)
+        self.run_block = block_runner(activation_checkpointing)
 
     def forward(
         self,
@@ -115,8 +118,8 @@ class MTPModel(nn.Module):
         angles = rotary_angles(tokens_BT.shape[1], self.settings, tokens_BT.device)
         hidden_BTD = self.embed(tokens_BT)
         for block in self.trunk:
-            hidden_BTD = block(hidden_BTD, angles, mask)
-        return torch.stack([head(hidden_BTD, angles, mask) for head in self.heads], dim=2)
+            hidden_BTD = self.run_block(block, hidden_BTD, angles, mask)
+        return torch.stack([self.run_block(head, hidden_BTD, angles, mask) for head in self.heads], dim=2)
 
 
 def whole(_: nn.Parameter) -> AbstractContextManager[bool]:

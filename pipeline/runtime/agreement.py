@@ -35,7 +35,7 @@ def who_met_bad_numbers(bad_rows: Sequence[Tensor], keys: Sequence[Sequence[str]
         for rank, heads in enumerate(by_rank)
         for head, samples in sorted(heads.items())
     ]
-    return "; ".join(sentences) or "no loss, so the gradient"
+    return "; ".join(sentences) or "the gradient (every loss was finite)"
 
 
 def check_ranks_agree(values: dict[str, Any], device: torch.device) -> None:

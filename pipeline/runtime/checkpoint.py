@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.config import ConfigError, differences_that_matter
+from pipeline.config import POSITION, ConfigError, differences_that_matter
 from pipeline.runtime.distributed import World, from_first
 from pipeline.runtime.engine import Engine
 
@@ -100,18 +100,26 @@ class Checkpoints:
         state = self._newest_state()
         if not state:
             return {}
-        name, problems = step_name(state["progress"]["step"]), []
+        name = step_name(state["progress"]["step"])
+        fixed = [
+            f"{key}: was {state['identity'][key]!r}, is now {self.identity[key]!r}; it is fixed for the life of a run"
+            for key in POSITION
+            if state["identity"].get(key) != self.identity.get(key)
+        ]
         if state["world_size"] != self.world.size:
-            problems.append(
+            fixed.append(
                 f"number of ranks: {name} was written by {state['world_size']}, this job has {self.world.size}; "
                 f"start it with {state['world_size']}"
             )
-        changed = differences_that_matter(state["identity"], self.identity)
-        if changed and not allow_changed:
-            problems += [f"{change} ({name} was trained with the former)" for change in changed]
-            problems.append("to continue all the same pass --allow-changed; to start anew choose another --run-dir")
-        if problems:
-            raise ConfigError(problems)
+        changed = [
+            f"{change} ({name} was trained with the former)"
+            for change in differences_that_matter(state["identity"], self.identity)
+            if not change.startswith(POSITION)
+        ]
+        if fixed or (changed and not allow_changed):
+            remedy = "to start anew choose another --run-dir"
+            remedy = remedy if fixed else f"to continue all the same pass --allow-changed; {remedy}"
+            raise ConfigError([*fixed, *changed, remedy])
         return state
 
     def changed(self) -> list[str]:

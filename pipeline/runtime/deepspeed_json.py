@@ -16,8 +16,7 @@ from pipeline.config import Settings, did_you_mean
 from pipeline.runtime.engine import JSON_SECTIONS
 
 _ALLOWED_KEYS = {
-    "zero_optimization", "bf16", "communication_data_type", "data_types", "comms_logger", "wall_clock_breakdown",
-    "memory_breakdown", "flops_profiler",
+    "zero_optimization", "bf16", "communication_data_type", "data_types", "comms_logger",
 }  # fmt: skip
 _RECIPE_OWNS = {
     "train_batch_size": "data.global_batch",
@@ -35,7 +34,7 @@ _REFUSED = {"fp16": "train in bf16 or float32: fp16's loss scaling would change 
 def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any], list[str]]:
     """The JSON's content and everything that is wrong with it, one sentence a problem."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
     except FileNotFoundError:
         return {}, [f"--deepspeed: no such file: {path}"]
     except (ValueError, OSError) as error:
@@ -76,6 +75,14 @@ def resolve_deepspeed_json(content: dict[str, Any], settings: Settings, world_si
         "gradient_clipping": settings.training.gradient_clipping or 0.0,
         "steps_per_print": None,
     }
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{', '.join(sorted({repr(key) for key in keys if keys.count(key) > 1}))} given twice")
+    return content
 
 
 def _key_problems(key: str, value: Any, settings: Settings) -> list[str]:
@@ -144,6 +151,11 @@ def _zero_problems(zero: Any) -> list[str]:
         )
     if zero.get("compute_grad_norm", True) is not True:
         problems.append("deepspeed zero_optimization.compute_grad_norm: only by the norm is a gradient known to be finite")
+    problems += [
+        f"deepspeed zero_optimization.{key}: DeepSpeed's former spelling; write offload_optimizer or offload_param"
+        for key in zero
+        if key.startswith("cpu_offload")
+    ]
     for key in ("offload_optimizer", "offload_param"):
         device = zero[key].get("device", "none") if isinstance(zero.get(key), dict) else "none"
         if device not in ("none", "cpu"):

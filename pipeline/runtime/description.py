@@ -48,6 +48,8 @@ def identity_of(settings: Settings, deepspeed: dict[str, Any]) -> dict[str, Any]
         "reference model": _model_fingerprint(reference) if reference is not None else None,
         "deepspeed stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
         "deepspeed bf16": deepspeed.get("bf16", {}).get("enabled", False),
+        "deepspeed communication_data_type": deepspeed.get("communication_data_type"),
+        "deepspeed grad_accum_dtype": deepspeed.get("data_types", {}).get("grad_accum_dtype"),
     }
 
 

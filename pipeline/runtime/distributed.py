@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,24 @@ def share_cores(world: World) -> None:
 
 
 def made_once(path: Path, make: Callable[[], None], world: World) -> None:
-    """Have the first rank run `make` unless `path` exists; the others wait for it on the (shared) file system.
+    """Have the first rank run `make` unless `path` exists; the others wait for it however long it takes.
 
-    No collective is under way meanwhile, so none can time out however long it takes. `make` must create `path` by a
-    rename, so that its existence means that it is complete.
+    What `make` raises is raised on every rank; if the first rank dies, the others' wait ends with an error. `make` must
+    create `path` by a rename, so that its existence means that it is complete.
     """
+    # A group of its own, because its patience is its own too: others' collectives time out in minutes. It exists before the
+    # work begins, so that the others are connected to the first rank and feel it die.
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(weeks=1))
+    failure: Exception | None = None
     if world.is_first and not path.exists():
-        make()
-    while not path.exists():
+        try:
+            make()
+        except Exception as error:
+            failure = error
+    failure = from_first(failure, waiting)
+    if failure is not None:
+        raise failure
+    while not path.exists():  # A shared file system may show it to other machines a little later.
         time.sleep(0.2)
 
 
@@ -79,11 +90,11 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(agreed.item())
 
 
-def from_first(value: Any) -> Any:
+def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """The first rank's `value`, on every rank; one collective."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 

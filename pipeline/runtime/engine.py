@@ -29,10 +29,15 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
 import deepspeed  # noqa: E402
 from deepspeed import DeepSpeedEngine as Engine  # noqa: E402
+from deepspeed.comm.config import CommsLoggerConfig  # noqa: E402
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 
-JSON_SECTIONS: dict[str, type[BaseModel]] = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
+JSON_SECTIONS: dict[str, type[BaseModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "comms_logger": CommsLoggerConfig,
+}
 """DeepSpeed's own models of the sections of its JSON."""
 
 # Compiling this on a CPU's first start takes most of a minute, and hangs on the lock of a build that was killed.
@@ -72,7 +77,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 def build_policy(settings: Settings, config: dict[str, Any]) -> Engine:
     """The policy under its engine, weights drawn or read from `model.pretrained`."""
-    model = _build_model(settings.model, config, settings.model.pretrained)
+    model = _build_model(settings.model, config, settings.model.pretrained, settings.training.activation_checkpointing)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.training),
         lr=settings.training.learning_rate,
@@ -158,10 +163,12 @@ def release(engine: Engine) -> None:
         torch.cuda.empty_cache()
 
 
-def _build_model(settings: ModelSettings, config: dict[str, Any], weights: Path | None) -> MTPModel:
+def _build_model(
+    settings: ModelSettings, config: dict[str, Any], weights: Path | None, activation_checkpointing: str = "none"
+) -> MTPModel:
     partitioned = config.get("zero_optimization", {}).get("stage", 0) == 3
     with deepspeed.zero.Init(config_dict_or_path=dict(config)) if partitioned else nullcontext():
-        model = MTPModel(settings)
+        model = MTPModel(settings, activation_checkpointing)
     if weights is None:
         initialize_weights(model, gathered)
     else:

@@ -143,7 +143,7 @@ def closing_table(records: Sequence[Record], run_dir: Path, source_names: Sequen
     return "\n".join(
         [
             _aligned(rows),
-            f"(selection and shares: steps {first} to {last})",
+            f"(selection and shares: over the {len(last_quarter)} logged steps from {first} to {last})",
             "",
             f"run directory:  {run_dir}",
             f"look at it:     tensorboard --logdir {run_dir.parent}",

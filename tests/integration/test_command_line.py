@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipeline.data.shards import ShardReader, write_shards
 from pipeline.data.tokenizer import TOKENIZER_FILE, train_bpe
 from pipeline.recipe import load_settings
 from pipeline.runtime.reporting import read_records
+from pipeline.runtime.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT, ZERO3 = ROOT / "launch" / "train.py", ROOT / "ds_configs" / "zero3.json"
@@ -328,7 +330,42 @@ def test_an_unknown_option_is_refused_with_a_suggestion(refused, option, suggest
     assert refused(option) == [f"{option}: unknown option; did you mean '{suggested}'?"]
 
 
+def test_settings_behind_an_unknown_option_are_still_settings(refused):
+    assert refused("training.steps=3", "--alow-changed", "training.k_percent=1.5", "modl.dim=3") == [
+        "--alow-changed: unknown option; did you mean '--allow-changed'?",
+        "modl: unknown section; did you mean 'model'?",
+        "training.k_percent: got 1.5; expected a fraction in (0, 1]",
+    ]
+
+
+def test_a_reference_that_would_not_be_trained_on_its_data_is_refused(refused, tiny_data, tiny_reference):
+    (problem,) = refused(f"reference.path={tiny_reference}", f"reference.training_data={tiny_data / 'train'}")
+    assert problem.startswith("reference.training_data: set, but no reference is trained")
+
+
+@pytest.mark.parametrize("override", ["run.name=yes", "training.head_weights=[true, 1, 1, 1]"])
+def test_a_truth_value_is_no_name_and_no_number(refused, override):
+    (problem,) = refused(override)
+    assert "expected a value other than true and false" in problem
+
+
 # Runs.
+
+
+def test_a_second_job_in_the_same_run_directory_is_refused_and_says_who_is_there(arguments, tmp_path):
+    lock = RunLock(tmp_path / "run")
+    assert lock.take() is None
+    (problem,) = assert_one_clear_message(run(*arguments))
+    assert problem.startswith(f"--run-dir: {tmp_path / 'run'} is in use by process {os.getpid()} on {socket.gethostname()}")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+
+
+def test_one_head_is_trained_without_a_reference_though_one_could_be_trained(arguments, tiny_data, tmp_path):
+    more = ["model.num_prediction_heads=1", "reference.training_steps=2", f"reference.training_data={tiny_data / 'train'}"]
+    finished = run(*arguments, *more, "training.steps=1")
+    assert finished.returncode == 0, finished.stderr
+    assert "training a next-token reference" not in finished.stdout
+    assert not (tmp_path / "run" / "reference").exists()
 
 
 def test_a_token_id_outside_the_vocabulary_is_refused_with_shard_and_sample(arguments, tiny_data, tmp_path):
@@ -384,15 +421,16 @@ def test_a_run_that_is_asked_to_stop_saves_and_the_same_command_finishes_it(argu
     assert (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip() == "step-00000001"
 
     # SIGTERM to every process of the job, loader workers among them, once it has made a step: the step is finished and saved.
-    exit_code, printed = run_until_then_terminate_all(r"step +\d+/40 ", [*arguments, "data.num_workers=2"])
+    exit_code, printed = run_until_then_signal_all(r"step +\d+/40 ", signal.SIGTERM, [*arguments, "data.num_workers=2"])
     assert exit_code == 75, printed
     assert "continuing from step 1" in printed
     last = int(re.search(r"stopped on request after step (\d+)", printed)[1])
     assert 2 <= last < 40
     assert checkpoints(run_dir)[-1] == f"step-{last:08d}"
 
-    # SIGTERM while torch and DeepSpeed are still being loaded.
-    exit_code, printed = run_until_then_terminate_all("selective multi-token prediction: loading", arguments)
+    # SIGUSR1 while torch and DeepSpeed are still being loaded.
+    loading = "selective multi-token prediction: loading"
+    exit_code, printed = run_until_then_signal_all(loading, signal.SIGUSR1, arguments)
     assert exit_code == 75, printed
     assert f"stopped on request after step {last + 1}" in printed
     last += 1
@@ -411,14 +449,14 @@ def checkpoints(run_dir):
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
 
 
-def run_until_then_terminate_all(line_begins, arguments):
-    """Exit code and output of a job whose whole process group gets SIGTERM at the first line that begins so."""
+def run_until_then_signal_all(line_begins, number, arguments):
+    """Exit code and output of a job whose whole process group gets a signal at the first line that begins so."""
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     with subprocess.Popen([sys.executable, str(SCRIPT), *arguments], env=ENVIRONMENT, **piped) as process:
-        printed, terminated = [], False
+        printed, signalled = [], False
         for line in process.stdout:
             printed.append(line)
-            if re.match(line_begins, line) and not terminated:
-                os.killpg(process.pid, signal.SIGTERM)
-                terminated = True
+            if re.match(line_begins, line) and not signalled:
+                os.killpg(process.pid, number)
+                signalled = True
     return process.returncode, "".join(printed)

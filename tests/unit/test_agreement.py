@@ -40,4 +40,4 @@ def nothing_bad() -> str:
 
 
 def test_where_every_loss_was_finite_it_was_the_gradient() -> None:
-    assert run_ranks(nothing_bad, 2) == ["no loss, so the gradient"] * 2
+    assert run_ranks(nothing_bad, 2) == ["the gradient (every loss was finite)"] * 2

@@ -12,7 +12,15 @@ from pipeline.runtime.checkpoint import Checkpoints, Progress
 from pipeline.runtime.distributed import World
 from tests.ranks import run_ranks
 
-IDENTITY = {"training.k_percent": 0.6, "logging.metrics_every": 1, "training.check_ranks_every": 9, "data": "abc"}
+IDENTITY = {
+    "data.global_batch": 8,
+    "data.lanes": 8,
+    "training.k_percent": 0.6,
+    "logging.metrics_every": 1,
+    "training.check_ranks_every": 9,
+    "reference.horizon": "shifted",
+    "data": "abc",
+}
 
 
 class FileEngine:
@@ -94,16 +102,30 @@ def test_an_empty_run_directory_starts_from_nothing(tmp_path: Path) -> None:
 
 def test_settings_that_change_the_result_are_refused_with_a_list(tmp_path: Path) -> None:
     with_state(tmp_path)
-    changed = {"training.k_percent": 0.5, "logging.metrics_every": 7, "training.check_ranks_every": None, "data": "xyz"}
+    changed = IDENTITY | {"training.k_percent": 0.5, "logging.metrics_every": 7, "training.check_ranks_every": None}
+    changed |= {"data": "xyz", "reference.horizon": "matched"}
     with pytest.raises(ConfigError) as caught:
         checkpoints(tmp_path, 2, changed).check(allow_changed=False)
     text = str(caught.value)
     assert "training.k_percent: was 0.6, is now 0.5" in text
     assert "data: was 'abc', is now 'xyz'" in text
+    assert "reference.horizon: was 'shifted', is now 'matched'" in text
     assert "metrics_every" not in text
     assert "check_ranks_every" not in text
     assert "--allow-changed" in text
     assert checkpoints(tmp_path, 2, changed).check(allow_changed=True)["progress"] == {"step": 7}
+
+
+def test_what_the_position_is_counted_in_is_never_free_to_change(tmp_path: Path) -> None:
+    with_state(tmp_path)
+    store = checkpoints(tmp_path, 2, IDENTITY | {"data.global_batch": 16, "data.lanes": 8, "training.k_percent": 0.5})
+    with pytest.raises(ConfigError) as caught:
+        store.check(allow_changed=True)
+    assert caught.value.problems == [
+        "data.global_batch: was 8, is now 16; it is fixed for the life of a run",
+        "training.k_percent: was 0.6, is now 0.5 (step-00000007 was trained with the former)",
+        "to start anew choose another --run-dir",
+    ]
 
 
 def test_another_number_of_ranks_is_refused_with_both_numbers(tmp_path: Path) -> None:

@@ -2,6 +2,11 @@
 
 import itertools
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -223,3 +228,32 @@ def test_all_problems_are_told_at_once_and_lists_have_a_bound():
 def test_a_stream_of_sizes_that_do_not_fit_is_an_error(folder):
     with pytest.raises(DataError, match=r"50 samples, fewer than data.lanes = 64"):
         stream(folder, lanes=64, global_batch=64)
+
+
+START_AGAIN_AND_AGAIN = """
+import itertools, signal, sys
+from pathlib import Path
+from pipeline.data.stream import Stream
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+sizes = dict(lanes=12, global_batch=24, micro_batch=2, rank=0, world_size=1, seed=3, shuffle_block=8, num_workers=3)
+for _ in range(8):
+    batches = Stream(Path(sys.argv[1]), **sizes).iterate()
+    print("starting", flush=True)
+    print(sum(len(batch.keys) for batch in itertools.islice(batches, 24)), flush=True)
+    batches.close()
+"""
+
+
+def test_a_signal_to_all_processes_while_workers_start_ends_none_of_them(folder):
+    """What a scheduler does that stops a job just as it begins."""
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", START_AGAIN_AND_AGAIN, str(folder)], **piped) as process:
+        rows = []
+        for line in process.stdout:
+            if line == "starting\n":
+                time.sleep(0.012 * len(rows))
+                os.killpg(process.pid, signal.SIGTERM)
+            else:
+                rows.append(line)
+    assert rows == ["48\n"] * 8

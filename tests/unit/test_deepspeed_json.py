@@ -224,6 +224,10 @@ def test_a_file_that_is_not_an_object_is_refused_and_named(problems_of, tmp_path
             "deepspeed zero_optimization.offload_param: needs stage 3",
         ),
         ({"bf16": {"check_grad_overflow": False}}, "deepspeed bf16.check_grad_overflow: a gradient that is not finite"),
+        ({"zero_optimization": {"cpu_offload": True}}, "deepspeed zero_optimization.cpu_offload: DeepSpeed's former spelling"),
+        ({"comms_logger": {"enabledd": True}}, "deepspeed comms_logger.enabledd: unknown key; did you mean 'enabled'?"),
+        ({"comms_logger": "x"}, "deepspeed comms_logger: got 'x'; expected an object"),
+        ({"flops_profiler": {"enabled": True}}, "deepspeed flops_profiler: unknown key, or not ZeRO, precision or"),
         ({"bf16": {"enabeld": True}}, "deepspeed bf16.enabeld: unknown key; did you mean 'enabled'?"),
         ({"communication_data_type": "float32"}, "deepspeed communication_data_type: got 'float32'; expected one of fp32"),
         ({"data_types": {"grad_dtype": "fp32"}}, "deepspeed data_types.grad_dtype: unknown key"),
@@ -232,6 +236,11 @@ def test_a_file_that_is_not_an_object_is_refused_and_named(problems_of, tmp_path
 )
 def test_a_value_that_deepspeed_or_this_project_cannot_honour_is_refused(problems_of, content, said):
     assert any(problem.startswith(said) for problem in problems_of(content))
+
+
+def test_a_key_that_comes_twice_is_refused(problems_of):
+    (problem,) = problems_of('{"zero_optimization": {"stage": 3, "stage": 2}}')
+    assert problem.endswith("is not valid JSON: 'stage' given twice")
 
 
 def test_gradients_are_reduced_in_float32_where_the_file_is_silent(settings):

@@ -1,5 +1,7 @@
 """Which rank a process is, and work that one rank does for all."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline.data.manifest import DataError
 from pipeline.runtime.distributed import World, any_rank, find_world, made_once
 from tests.ranks import run_ranks
 
@@ -65,6 +68,44 @@ def make_slowly(path: Path) -> tuple[bool, str]:
 def test_one_rank_makes_what_is_missing_while_the_others_wait(tmp_path: Path) -> None:
     assert run_ranks(make_slowly, 2, tmp_path / "it") == [(True, "made by 0"), (False, "made by 0")]
     assert run_ranks(make_slowly, 1, tmp_path / "it") == [(False, "made by 0")]
+
+
+def fail_to_make(path: Path) -> str:
+    def make() -> None:
+        raise DataError("the disk is full")
+
+    try:
+        made_once(path, make, World(dist.get_rank(), 2, dist.get_rank(), 2))
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def test_what_the_one_rank_meets_is_raised_on_all(tmp_path: Path) -> None:
+    assert run_ranks(fail_to_make, 2, tmp_path / "it") == ["the disk is full"] * 2
+
+
+DIE_WHILE_MAKING = """
+import os, sys
+from pathlib import Path
+import torch.distributed as dist
+from pipeline.runtime.distributed import World, made_once
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+made_once(folder / "it", lambda: os._exit(9), World(rank, 2, rank, 2))
+"""
+
+
+def test_the_death_of_the_one_rank_ends_the_wait_of_the_others(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", DIE_WHILE_MAKING, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    (_, first), (_, second) = (rank.communicate(timeout=120) for rank in ranks)
+    assert ranks[0].returncode == 9, first
+    assert ranks[1].returncode not in (0, None)
+    assert "RuntimeError" in second or "DistBackendError" in second
 
 
 def ask_all() -> list[bool]:

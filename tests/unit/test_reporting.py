@@ -122,7 +122,7 @@ def test_the_closing_tables_shares_are_sums_over_the_last_quarter_divided_once(t
     assert cells(table, "share of noise among selected") == ["41.7%", "18.3%"]
     assert cells(table, "share of prose in the data") == ["58.3%", "60.0%"]
     assert cells(table, "share of prose among selected") == ["58.3%", "81.7%"]
-    assert "(selection and shares: steps 80 to 100)" in table
+    assert "(selection and shares: over the 2 logged steps from 80 to 100)" in table
 
 
 def test_the_closing_table_has_held_out_losses_and_where_to_look(tmp_path):
