@@ -59,7 +59,10 @@ def run_job(job: Job, stop: StopRequest) -> int:
         raise ConfigError([f"--run-dir: {job.run_dir} is in use by {holder}; wait for its end, or choose another one"])
     if job.world.is_first:
         stop.watch(job.run_dir)
-    exit_code = _make_and_train(job, stop)
+    try:
+        exit_code = _make_and_train(job, stop)
+    finally:
+        lock.release()
     stop.settle()
     return exit_code
 

@@ -12,7 +12,7 @@ from typing import TextIO
 
 
 class RunLock:
-    """Held by the first rank from `take` to the end of its process."""
+    """Held by the first rank from `take` until `release`, or the end of its process."""
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / ".lock"
@@ -35,3 +35,7 @@ class RunLock:
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
         self._file.flush()
         return None
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -333,8 +333,8 @@ def test_an_unknown_option_is_refused_with_a_suggestion(refused, option, suggest
 def test_settings_behind_an_unknown_option_are_still_settings(refused):
     assert refused("training.steps=3", "--alow-changed", "training.k_percent=1.5", "modl.dim=3") == [
         "--alow-changed: unknown option; did you mean '--allow-changed'?",
-        "modl: unknown section; did you mean 'model'?",
         "training.k_percent: got 1.5; expected a fraction in (0, 1]",
+        "modl: unknown section; did you mean 'model'?",
     ]
 
 
@@ -356,6 +356,7 @@ def test_a_second_job_in_the_same_run_directory_is_refused_and_says_who_is_there
     lock = RunLock(tmp_path / "run")
     assert lock.take() is None
     (problem,) = assert_one_clear_message(run(*arguments))
+    lock.release()
     assert problem.startswith(f"--run-dir: {tmp_path / 'run'} is in use by process {os.getpid()} on {socket.gethostname()}")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
 

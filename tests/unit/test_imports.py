@@ -19,6 +19,7 @@ ALLOWED = {
     "checks": {"config", "data", "model", "runtime"},
     "evaluate": {"config", "data", "weighting", "model", "runtime", "micro_step"},
     "train": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate"},
+    "command_line": {"config", "recipe", "data", "model", "runtime", "checks", "train", "job"},
     "job": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
 }
 

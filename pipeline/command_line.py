@@ -1,0 +1,123 @@
+"""What the commands share that run on all ranks of a job: options, checks, ranks, exit codes.
+
+A signal is listened for before anything large is loaded, and a person sees a line within a second or two. Exit codes:
+0 done, 2 the settings or the data are wrong, 3 training or the ranks diverged, 75 stopped on request with more to do,
+130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
+
+if TYPE_CHECKING:
+    from pipeline.config import Settings
+    from pipeline.job import Job
+
+EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
+
+Work = Callable[["Job", argparse.Namespace, StopRequest], int]
+"""What a command does on every rank, once everything is checked and the ranks are connected; returns the exit code."""
+
+
+def job_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
+    """The options of every such command; a command adds its own."""
+    parser = argparse.ArgumentParser(
+        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    parser.add_argument("--deepspeed", type=Path, required=True, metavar="JSON", help="ZeRO, precision, communication")
+    parser.add_argument("--config", type=Path, default=default_recipe, metavar="YAML", help="recipe (default: the demo)")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/ and the recipe's run.name")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    # The deepspeed launcher appends it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], work: Work) -> int:
+    """Read options and settings, check everything that can be checked, connect the ranks, do the work."""
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    # What follows an unknown option comes back as unknown too.
+    overrides = options.overrides + [argument for argument in unknown if not argument.startswith("-")]
+    unknown = [argument for argument in unknown if argument.startswith("-")]
+    is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    stop = StopRequest()
+    if is_first and not options.print_config:
+        print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
+
+    from pipeline.config import ConfigError, did_you_mean
+    from pipeline.recipe import read_settings
+
+    known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
+    problems = [f"{option}: unknown option; {did_you_mean(option.partition('=')[0], known)}" for option in unknown]
+    try:
+        try:
+            settings, found = read_settings(options.config, overrides)
+        except ConfigError as error:
+            raise ConfigError(problems + error.problems) from None
+        problems += found
+        if options.print_config and problems:
+            raise ConfigError(problems)
+        if options.print_config:
+            print(settings.to_yaml(), end="") if is_first else None
+            return 0
+        return _run_on_all_ranks(parser.prog, options, settings, problems, stop, work)
+    except ConfigError as error:
+        return _fail(parser.prog, error, EXIT_USAGE, is_first)
+    except KeyboardInterrupt:
+        interrupted = f"{parser.prog}: interrupted; the same command continues from what was saved last"
+        print(interrupted, file=sys.stderr) if is_first else None
+        return EXIT_INTERRUPTED
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End with this code whatever is still open: after an error the process group is, and its threads abort a process
+    that exits in good order."""
+    if exit_code in (0, EXIT_TRY_AGAIN):
+        sys.exit(exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _run_on_all_ranks(
+    prog: str, options: argparse.Namespace, settings: "Settings", problems: list[str], stop: StopRequest, work: Work
+) -> int:
+    import torch.distributed as dist
+
+    from pipeline.checks import check_before_start
+    from pipeline.data.manifest import DataError
+    from pipeline.job import Job
+    from pipeline.model.huggingface import ModelFilesError
+    from pipeline.runtime.agreement import RanksDisagreeError
+    from pipeline.runtime.distributed import device_of, find_world, share_cores
+    from pipeline.runtime.engine import initialize_distributed
+    from pipeline.train import TrainingDivergedError
+
+    world = find_world()
+    run_dir = options.run_dir or Path("runs") / settings.run.name
+    content = check_before_start(settings, options.deepspeed, run_dir, world, problems)
+    device = device_of(world)
+    share_cores(world)
+    initialize_distributed(device, settings.logging.deepspeed_level)
+    job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False))
+    try:
+        exit_code = work(job, options, stop)
+    except (DataError, ModelFilesError) as error:
+        return _fail(prog, error, EXIT_USAGE, is_first=True)
+    except (TrainingDivergedError, RanksDisagreeError) as error:
+        return _fail(prog, error, EXIT_DIVERGED, world.is_first)
+    dist.barrier()
+    dist.destroy_process_group()
+    return exit_code
+
+
+def _fail(prog: str, error: Exception, exit_code: int, is_first: bool) -> int:
+    if is_first:
+        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+    return exit_code
