@@ -19,6 +19,7 @@ ALLOWED = {
     "checks": {"config", "data", "model", "runtime"},
     "evaluate": {"config", "data", "weighting", "model", "runtime", "micro_step"},
     "train": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate"},
+    "benchmark": {"weighting", "runtime", "micro_step"},
     "job": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
 }
 
