@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.model.mtp import HeadLosses
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, SelectionSums
+from pipeline.weighting.loss_phase import HeadLosses
 from pipeline.weighting.selection import Selection
 from tests.ranks import run_ranks
 
