@@ -47,36 +47,37 @@ class WeightedCrossEntropy:
     """The losses of rows, and the gradients of sum(row_weight * loss) over those of them that were taken.
 
     `row_weight_N` is float32. The gradients are of the detached inputs; `with_gradients` gives them to autograd.
+    loss_N: float32, 0 for rows that were not scored; taken_N: bool.
     """
 
     def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, row_weight_N: Tensor, chunk_rows: int):
         self.hidden_ND, self.weight_VD = hidden_ND.detach(), weight_VD.detach()
         self.targets_N, self.row_weight_N, self.chunk_rows = targets_N, row_weight_N, chunk_rows
+        self.loss_N = torch.zeros(targets_N.shape, dtype=torch.float32, device=hidden_ND.device)
+        self.taken_N = torch.zeros(targets_N.shape, dtype=torch.bool, device=hidden_ND.device)
         self.hidden_grad_ND = torch.zeros_like(self.hidden_ND)
         self.weight_grad_VD = torch.zeros_like(self.weight_VD, dtype=torch.float32)
         self._buffer_CV = _chunk_buffer(weight_VD, chunk_rows)
-        self._taken_CV = _chunk_buffer(weight_VD, chunk_rows)
 
-    def score(self, rows: Tensor, take: Take) -> tuple[Tensor, Tensor]:
-        """(loss_N, taken_N): float32 losses of `rows`, 0 for others, and for which of them `take` wanted the gradient,
-        which is then part of the sums."""
-        loss_N = torch.zeros(self.targets_N.shape, dtype=torch.float32, device=rows.device)
-        taken_N = torch.zeros(self.targets_N.shape, dtype=torch.bool, device=rows.device)
+    def score(self, rows: Tensor, take: Take | bool) -> None:
+        """The losses of `rows` (int64), and at once the gradients of all of them, of none, or of those that `take` wants;
+        only the last waits for the device, once a chunk."""
         for rows_C in _chunks(rows, self.chunk_rows):
             log_probability_CV = _log_probabilities(self.hidden_ND[rows_C], self.weight_VD, self._buffer_CV)
-            loss_N[rows_C] = loss_C = _losses(log_probability_CV, self.targets_N[rows_C])
-            taken_N[rows_C] = taken_C = take(loss_C, rows_C)
-            places = taken_C.nonzero()[:, 0]
-            taken_CV = torch.index_select(log_probability_CV, 0, places, out=self._taken_CV[: len(places)])
-            weight_C = self.row_weight_N[rows_C[places]]
-            self._add(taken_CV, rows_C[places], weight_C, weight_C)
-        return loss_N, taken_N
+            self.loss_N[rows_C] = loss_C = _losses(log_probability_CV, self.targets_N[rows_C])
+            if take is False:
+                continue
+            if take is not True:
+                places = take(loss_C, rows_C).nonzero()[:, 0]
+                log_probability_CV, rows_C = _moved_to_front(log_probability_CV, places), rows_C[places]
+            self.taken_N[rows_C] = True
+            self._add(log_probability_CV, rows_C, self.row_weight_N[rows_C], self.row_weight_N[rows_C])
 
-    def repair(self, taken_N: Tensor, wanted_N: Tensor) -> None:
-        """Make the sums those of the rows in `wanted_N` where they are those of `taken_N`. Rows missed are added; rows
-        taken wrongly are subtracted from the weight's gradient and zeroed in the hidden one; where that is more work
-        than all the wanted rows are, and would leave more rounding than gradient, everything starts from zero."""
-        rows, all_wanted = (taken_N != wanted_N).nonzero()[:, 0], wanted_N.nonzero()[:, 0]
+    def repair(self, wanted_N: Tensor) -> None:
+        """Make the sums those of the rows in `wanted_N`. Rows missed are added; rows taken wrongly are subtracted from
+        the weight's gradient and zeroed in the hidden one. Where that is more work than all the wanted rows are, and
+        would leave more rounding than gradient, everything starts from zero."""
+        rows, all_wanted = (self.taken_N != wanted_N).nonzero()[:, 0], wanted_N.nonzero()[:, 0]
         if len(rows) > len(all_wanted):
             rows = all_wanted
             self.hidden_grad_ND.zero_()
@@ -90,7 +91,7 @@ class WeightedCrossEntropy:
         """The scalar `loss` as a function of the two, with these gradients; this object is used up. With no rows at all
         both are zeros, so that every rank's graph has the same shape."""
         loss = _WithGradients.apply(hidden_ND, weight_VD, loss, self.hidden_grad_ND, self.weight_grad_VD)
-        del self.hidden_grad_ND, self.weight_grad_VD, self._buffer_CV, self._taken_CV
+        del self.hidden_grad_ND, self.weight_grad_VD, self._buffer_CV
         return loss
 
     def _add(self, log_probability_CV: Tensor, rows_C: Tensor, hidden_weight_C: Tensor, weight_C: Tensor) -> None:
@@ -113,6 +114,16 @@ def _chunks(rows: Tensor, chunk_rows: int) -> list[Tensor]:
 
 def _chunk_buffer(weight_VD: Tensor, chunk_rows: int) -> Tensor:
     return torch.empty(chunk_rows, len(weight_VD), dtype=torch.float32, device=weight_VD.device)
+
+
+def _moved_to_front(rows_CV: Tensor, places: Tensor) -> Tensor:
+    """The rows at `places`, which ascend, in the first rows of the same memory. A few at a time: no row moves to a place
+    that a later one is still read from."""
+    step = -(-len(rows_CV) // 16)
+    for start in range(0, len(places), step):
+        moved_CV = rows_CV[places[start : start + step]]
+        rows_CV[start : start + len(moved_CV)] = moved_CV
+    return rows_CV[: len(places)]
 
 
 def _log_probabilities(hidden_CD: Tensor, weight_VD: Tensor, buffer_CV: Tensor) -> Tensor:

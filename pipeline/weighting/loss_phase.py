@@ -4,8 +4,8 @@ Two ways to the same gradient. `dense_losses` is the oracle: full logits a head,
 never holds more than one chunk of logits, and the backward of the unembedding touches the rows of heads 1... only
 where they were selected:
 
-    one pass over all valid rows gives their losses, and at once the gradients of head 0 and, where the selection can
-    be foreseen, of the rows that it is expected to take;
+    one pass over all valid rows gives their losses, and at once the gradients of head 0 and, where the selection can be
+    foreseen, of the rows that it is expected to take;
     the exact selection runs on the losses (a collective, for pools that ranks share);
     rows missed are added, their logits computed again, and rows taken wrongly are taken back.
 
@@ -17,6 +17,7 @@ Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select, N = B * T * 
 width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,8 @@ class HeadLosses(NamedTuple):
 
 def score_tokens(hidden_BTHD: Tensor, weight_VD: Tensor, targets_BTH: Tensor, valid_BTH: Tensor) -> Tensor:
     """The losses of all valid pairs alone, as `HeadLosses.policy_loss_BTH`."""
-    rows, chunk_rows = valid_BTH.flatten().nonzero()[:, 0], _chunk_rows(targets_BTH, weight_VD)
-    return token_losses(hidden_BTHD.flatten(0, 2), weight_VD, targets_BTH.flatten(), rows, chunk_rows).view(valid_BTH.shape)
+    hidden_ND, chunk_rows = hidden_BTHD.flatten(0, 2), _chunk_rows(targets_BTH, weight_VD)
+    return token_losses(hidden_ND, weight_VD, targets_BTH.flatten(), _rows(valid_BTH), chunk_rows).view(valid_BTH.shape)
 
 
 def chunked_losses(
@@ -63,13 +64,15 @@ def chunked_losses(
             scale_H.expand(shape).flatten(),
             _chunk_rows(targets_BTH, weight_VD),
         )
-        loss_N, taken_N = sums.score(valid_BTH.flatten().nonzero()[:, 0], _foreseen(select, shape[-1]))
-        policy_loss_BTH = loss_N.view(shape)
+        first_BTH = _with_first_head(valid_BTH, torch.zeros_like(valid_BTH[..., 1:]))
+        sums.score(_rows(first_BTH), take=True)
+        sums.score(_rows(valid_BTH & ~first_BTH), take=select.foresee is not None and _foreseen(select.foresee, shape[-1]))
+        policy_loss_BTH = sums.loss_N.view(shape)
         selection = select.choose(policy_loss_BTH[..., 1:])
         selected_BTH = _with_first_head(valid_BTH, selection.selected_BTK)
-        sums.repair(taken_N, selected_BTH.flatten())
+        sums.repair(selected_BTH.flatten())
         loss = _objective(policy_loss_BTH, selected_BTH, scale_H)
-    foreseen_BTK = None if select.foresee is None else taken_N.view(shape)[..., 1:]
+    foreseen_BTK = None if select.foresee is None else sums.taken_N.view(shape)[..., 1:]
     return HeadLosses(sums.with_gradients(loss, hidden_ND, weight_VD), policy_loss_BTH, selection, foreseen_BTK)
 
 
@@ -87,17 +90,14 @@ def dense_losses(
     return HeadLosses(loss, policy_loss_BTH.detach(), selection)
 
 
-def _foreseen(select: Select, num_heads: int) -> Take:
-    """Head 0's rows, and those of the others that `select` foresees, among the flat pairs of all heads."""
+def _foreseen(foresee: Callable[[Tensor, Tensor], Tensor], num_heads: int) -> Take:
+    """`foresee` for rows of heads 1... among the flat pairs of all heads."""
+    return lambda loss_C, rows_C: foresee(loss_C, rows_C // num_heads * (num_heads - 1) + rows_C % num_heads - 1)
 
-    def take(loss_C: Tensor, rows_C: Tensor) -> Tensor:
-        head_C = rows_C % num_heads
-        if select.foresee is None or num_heads == 1:
-            return head_C == 0
-        place_C = rows_C // num_heads * (num_heads - 1) + head_C - 1
-        return (head_C == 0) | select.foresee(loss_C, place_C.clamp(min=0))
 
-    return take
+def _rows(pairs_BTH: Tensor) -> Tensor:
+    """The places of the pairs that are set, in the flat list. Waits for the device."""
+    return pairs_BTH.flatten().nonzero()[:, 0]
 
 
 def _chunk_rows(targets_BTH: Tensor, weight_VD: Tensor) -> int:

@@ -11,12 +11,12 @@ import torch
 
 from pipeline.benchmark.measurement import in_turn, timed
 
-BENCHMARK = Path(__file__).parents[2] / "launch" / "benchmark.py"
+ROOT = Path(__file__).parents[2]
 
 
 def test_heads_measures_every_variant_beside_plain_logits(tmp_path: Path) -> None:
     sizes = {"--tokens": 64, "--dim": 32, "--vocabulary": 5000, "--heads": 4, "--rounds": 3}
-    command = [sys.executable, str(BENCHMARK), "heads", "--json", str(tmp_path / "figures.json")]
+    command = [sys.executable, str(ROOT / "launch" / "benchmark.py"), "heads", "--json", str(tmp_path / "figures.json")]
     command += [str(word) for option in sizes.items() for word in option]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -25,23 +25,23 @@ def full_logits(taken: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     return losses.detach(), *torch.autograd.grad((row_weight * losses)[taken].sum(), (hidden, weight))
 
 
-def gathered(taken: torch.Tensor, chunk_rows: int) -> tuple[torch.Tensor, torch.Tensor, WeightedCrossEntropy]:
+def gathered(taken: torch.Tensor, chunk_rows: int) -> WeightedCrossEntropy:
     sums = WeightedCrossEntropy(*inputs(), chunk_rows)
-    losses, found = sums.score(EVERY_ROW, lambda loss, rows: taken[rows])
-    return losses, found, sums
+    sums.score(EVERY_ROW, lambda loss, rows: taken[rows])
+    return sums
 
 
 def some_rows(seed: int) -> torch.Tensor:
     return torch.rand(N, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 5, 23, 100])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 20, 23, 100])
 def test_losses_and_the_gradients_of_the_rows_taken_equal_full_logits(chunk_rows: int) -> None:
     taken = some_rows(1)
     expected, expected_hidden, expected_weight = full_logits(taken)
-    losses, found, sums = gathered(taken, chunk_rows)
-    torch.testing.assert_close(losses, expected)
-    assert torch.equal(found, taken)
+    sums = gathered(taken, chunk_rows)
+    torch.testing.assert_close(sums.loss_N, expected)
+    assert torch.equal(sums.taken_N, taken)
     torch.testing.assert_close(sums.hidden_grad_ND, expected_hidden)
     torch.testing.assert_close(sums.weight_grad_VD, expected_weight)
 
@@ -51,8 +51,8 @@ def test_losses_and_the_gradients_of_the_rows_taken_equal_full_logits(chunk_rows
 def test_a_repair_adds_what_was_missed_and_takes_back_what_was_wrong(chunk_rows: int, wanted: str) -> None:
     taken = some_rows(1)
     rows = {"others": some_rows(2), "all": EVERY_ROW >= 0, "none": EVERY_ROW < 0, "the same": taken}[wanted]
-    _, found, sums = gathered(taken, chunk_rows)
-    sums.repair(found, rows)
+    sums = gathered(taken, chunk_rows)
+    sums.repair(rows)
     _, expected_hidden, expected_weight = full_logits(rows)
     torch.testing.assert_close(sums.hidden_grad_ND, expected_hidden)
     torch.testing.assert_close(sums.weight_grad_VD, expected_weight, rtol=1e-5, atol=1e-6)
@@ -61,8 +61,8 @@ def test_a_repair_adds_what_was_missed_and_takes_back_what_was_wrong(chunk_rows:
 
 def test_a_repair_of_more_than_there_is_leaves_no_rounding_behind() -> None:
     nothing = EVERY_ROW < 0
-    _, found, sums = gathered(EVERY_ROW >= 0, 5)
-    sums.repair(found, nothing)
+    sums = gathered(EVERY_ROW >= 0, 5)
+    sums.repair(nothing)
     assert not sums.weight_grad_VD.any()
     assert not sums.hidden_grad_ND.any()
 
@@ -71,18 +71,29 @@ def test_rows_that_are_not_scored_have_no_loss_and_no_gradient() -> None:
     hidden, weight, targets, row_weight = inputs()
     rows = torch.tensor([1, 4, 22])
     sums = WeightedCrossEntropy(hidden, weight, targets, row_weight, 2)
-    losses, taken = sums.score(rows, lambda loss, rows: rows > 1)
-    assert losses.nonzero().flatten().tolist() == [1, 4, 22]
-    assert taken.nonzero().flatten().tolist() == [4, 22]
+    sums.score(rows, lambda loss, rows: rows > 1)
+    assert sums.loss_N.nonzero().flatten().tolist() == [1, 4, 22]
+    assert sums.taken_N.nonzero().flatten().tolist() == [4, 22]
     assert sums.hidden_grad_ND.any(1).nonzero().flatten().tolist() == [4, 22]
-    assert token_losses(hidden, weight, targets, rows, 2).tolist() == losses.tolist()
+    assert token_losses(hidden, weight, targets, rows, 2).tolist() == sums.loss_N.tolist()
+
+
+@pytest.mark.parametrize("take", [True, False])
+def test_all_rows_or_none_are_taken_without_asking(take: bool) -> None:
+    sums = WeightedCrossEntropy(*inputs(), 5)
+    sums.score(EVERY_ROW, take)
+    losses, hidden_grad, weight_grad = full_logits(EVERY_ROW >= 0 if take else EVERY_ROW < 0)
+    torch.testing.assert_close(sums.loss_N, losses)
+    torch.testing.assert_close(sums.hidden_grad_ND, hidden_grad)
+    torch.testing.assert_close(sums.weight_grad_VD, weight_grad)
+    assert sums.taken_N.tolist() == [take] * N
 
 
 def test_whatever_multiplies_the_loss_later_multiplies_both_gradients() -> None:
     taken = some_rows(1)
     hidden, weight, _, _ = inputs()
     _, expected_hidden, expected_weight = full_logits(taken)
-    loss = gathered(taken, 5)[2].with_gradients(torch.tensor(2.5), hidden, weight)
+    loss = gathered(taken, 5).with_gradients(torch.tensor(2.5), hidden, weight)
     assert loss.item() == 2.5
     hidden_grad, weight_grad = torch.autograd.grad(loss * 3.0, (hidden, weight))
     torch.testing.assert_close(hidden_grad, 3 * expected_hidden)
@@ -91,7 +102,7 @@ def test_whatever_multiplies_the_loss_later_multiplies_both_gradients() -> None:
 
 def test_a_second_backward_is_refused_and_not_scaled_twice() -> None:
     hidden, weight, _, _ = inputs()
-    loss = gathered(some_rows(1), 5)[2].with_gradients(torch.tensor(2.5), hidden, weight)
+    loss = gathered(some_rows(1), 5).with_gradients(torch.tensor(2.5), hidden, weight)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward only; compute it again"):
         loss.backward()
@@ -100,7 +111,8 @@ def test_a_second_backward_is_refused_and_not_scaled_twice() -> None:
 def test_half_precision_inputs_give_float32_losses_and_a_weight_gradient_summed_in_float32() -> None:
     hidden, weight, targets, row_weight = inputs(torch.bfloat16)
     sums = WeightedCrossEntropy(hidden, weight, targets, row_weight, 5)
-    losses, _ = sums.score(EVERY_ROW, lambda loss, rows: rows >= 0)
+    sums.score(EVERY_ROW, take=True)
+    losses = sums.loss_N
     logits = (hidden @ weight.T).float()
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
     assert losses.dtype == sums.weight_grad_VD.dtype == torch.float32

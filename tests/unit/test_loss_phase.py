@@ -97,6 +97,13 @@ def test_the_same_again_gives_the_same_bits(foresees: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first_gradients, second_gradients, strict=True))
 
 
+def test_what_is_foreseen_changes_no_bit_of_a_loss_and_so_none_of_the_selection() -> None:
+    case = Case(4)
+    with_foresight, without = (case.losses(chunked_losses, foresees)[0] for foresees in (True, False))
+    assert torch.equal(with_foresight.policy_loss_BTH, without.policy_loss_BTH)
+    assert torch.equal(with_foresight.loss, without.loss)
+
+
 class Watch(TorchDispatchMode):
     """Notes the shapes of all tensors that operations return, and the rows of every product with the vocabulary."""
 
@@ -158,7 +165,7 @@ def test_where_autograd_records_nothing_no_gradient_is_made() -> None:
     assert watch.product_rows == case.valid.sum()
     assert (V, D) not in watch.shapes
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
-    assert torch.equal(found.policy_loss_BTH, expected.policy_loss_BTH)
+    torch.testing.assert_close(found.policy_loss_BTH, expected.policy_loss_BTH)
     assert found.foreseen_BTK is None
 
 
