@@ -61,6 +61,7 @@ def test_the_peak_is_what_the_work_needs_above_what_was_there() -> None:
     def work() -> float:
         return torch.ones(2**23).sum().item()  # 32 MiB, let go again
 
+    assert torch.ones(2**25).all()  # 128 MiB: a higher peak, but an earlier one
     for _ in range(3):
         result, seconds, peak = timed(work, torch.device("cpu"))
         assert result == 2**23
