@@ -35,7 +35,7 @@ from pipeline.train import Run, advance, train, train_step
 
 # One head selects nothing; how the policy does is no property of the reference.
 _NO_SELECTION = TrainingSettings().model_dump(
-    include={"k_percent", "selection_pool", "selection_exchange", "selection_score", "selection_seed"}
+    include={"k_percent", "selection_pool", "selection_exchange", "selection_score", "selection_seed", "loss_phase"}
 )
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from pipeline.config import TrainingSettings
 from pipeline.data.batch import Batch, targets_and_valid
-from pipeline.model.mtp import HeadLosses
 from pipeline.model.reference import Reference, reference_losses
 from pipeline.weighting.exchange import Group
+from pipeline.weighting.loss_phase import HeadLosses
 from pipeline.weighting.objective import StepPlan, plan_step
 from pipeline.weighting.pools import SHARED_POOLS, random_scores, score, select_local, select_shared
+from pipeline.weighting.prediction import Prediction
 from pipeline.weighting.selection import Select, Selection, select_all
 
 
@@ -84,36 +85,51 @@ def plan(
 
 
 def selective_losses(
-    models: Models, micro_batches: Sequence[MicroBatch], counts: StepPlan, training: TrainingSettings
+    models: Models,
+    micro_batches: Sequence[MicroBatch],
+    counts: StepPlan,
+    training: TrainingSettings,
+    prediction: Prediction | None = None,
 ) -> Iterator[HeadLosses]:
     """The losses of each micro-batch of a step in turn, each made when it is asked for, so that its graph is used up
-    before the next one's is built."""
+    before the next one's is built. `prediction` is used by the loss phase `predicted`, and changes only how fast it is."""
     scale_H = torch.tensor(counts.scale_H, dtype=torch.float32, device=micro_batches[0].valid_BTH.device)
-    for micro, select in zip(micro_batches, _selectors(models, micro_batches, counts, training), strict=True):
-        yield models.policy(*micro.inputs, select=select, scale_H=scale_H)
+    foresees, dense = training.loss_phase == "predicted", training.loss_phase == "dense"
+    selects = _selects(models, micro_batches, counts, training, prediction)
+    for micro, select in zip(micro_batches, selects, strict=True):
+        yield models.policy(*micro.inputs, select=select if foresees else Select(select.choose), scale_H=scale_H, dense=dense)
 
 
-def _selectors(
-    models: Models, micro_batches: Sequence[MicroBatch], counts: StepPlan, training: TrainingSettings
+def _selects(
+    models: Models,
+    micro_batches: Sequence[MicroBatch],
+    counts: StepPlan,
+    training: TrainingSettings,
+    prediction: Prediction | None,
 ) -> Iterator[Select]:
     """How each micro-batch's pairs are selected, in turn; the reference runs once when each is asked for."""
     one_head = micro_batches[0].valid_BTH.shape[-1] == 1
     if one_head or (models.reference is None and training.selection_score == "excess"):
-        yield from (partial(select_all, valid_BTK=micro.valid_BTH[..., 1:]) for micro in micro_batches)
+        for micro in micro_batches:
+            yield Select(partial(select_all, valid_BTK=micro.valid_BTH[..., 1:]), _foresee_all)
     elif training.selection_pool == "step" and len(micro_batches) > 1:
         yield from _selected_beforehand(models, micro_batches, counts, training)
     else:
         for index, micro in enumerate(micro_batches):
-            valid_BTK = micro.valid_BTH[..., 1:]
+            valid_BTK, compare = micro.valid_BTH[..., 1:], _comparison(models, micro, training)
             choose: Callable[[Tensor], Selection]
+            foresee = None
             if training.selection_pool in SHARED_POOLS:
                 num_valid_K, num_selected_K = counts.num_valid_AH[index][1:], counts.pool_selected[index]
                 choose = partial(
                     _select_in_micro_step, valid_BTK, num_valid_K, num_selected_K, training.selection_exchange, models.group
                 )
+                # The pools of a rank have thresholds of its own, or of every row's: there is none to follow.
+                if prediction is not None and prediction.level_K:
+                    foresee = partial(compare.at_least, torch.tensor(prediction.limits, device=valid_BTK.device))
             else:
                 choose = partial(select_local, valid_BTK=valid_BTK, k_percent=training.k_percent, pool=training.selection_pool)
-            yield partial(_compare_and_choose, _comparison(models, micro, training), choose)
+            yield Select(partial(_compare_and_choose, compare, choose), foresee)
 
 
 def _select_in_micro_step(
@@ -138,8 +154,8 @@ def _selected_beforehand(
         # Head 0 does not compete: without valid pairs it costs the scoring pass nothing.
         scored_BTH = torch.cat([torch.zeros_like(micro.valid_BTH[..., :1]), micro.valid_BTH[..., 1:]], dim=-1)
         with torch.no_grad():
-            policy_loss_BTH = models.policy(*micro.inputs[:3], scored_BTH)
-        compared.append(compare(policy_loss_BTH[..., 1:]))
+            policy_loss_BTK = models.policy(*micro.inputs[:3], scored_BTH)[..., 1:]
+        compared.append((compare.scores(policy_loss_BTK), compare.excess(policy_loss_BTK)))
     selections = select_shared(
         torch.stack([score_BTK for score_BTK, _ in compared]),
         torch.stack([micro.valid_BTH[..., 1:] for micro in micro_batches]),
@@ -149,15 +165,43 @@ def _selected_beforehand(
         models.group,
     )
     for selection, (_, excess_BTK) in zip(selections, compared, strict=True):
-        yield partial(_already_selected, selection._replace(excess_BTK=excess_BTK))
+        selection = selection._replace(excess_BTK=excess_BTK)
+        yield Select(partial(_already_selected, selection), partial(_foresee_exactly, selection.selected_BTK))
 
 
 def _already_selected(selection: Selection, policy_loss_BTK: Tensor) -> Selection:
     return selection
 
 
-Comparison = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""From policy_loss_BTK to the scores that compete and the excess losses, 0 at invalid pairs (None: no reference)."""
+@dataclass(frozen=True)
+class Comparison:
+    """What a micro-batch's pairs compete by. score: which of the scores; reference_loss_BTK: None without a reference;
+    random_BTK: None where nothing is drawn."""
+
+    score: str
+    valid_BTK: Tensor
+    reference_loss_BTK: Tensor | None
+    random_BTK: Tensor | None
+
+    def scores(self, policy_loss_BTK: Tensor) -> Tensor:
+        return score(self.score, policy_loss_BTK, _minus(policy_loss_BTK, self.reference_loss_BTK), self.random_BTK)
+
+    def at_least(self, limit_K: Tensor, policy_loss_P: Tensor, places_P: Tensor) -> Tensor:
+        """Which of some pairs, by their places in the flattened [B, T, K], have a score of `limit_K` or more."""
+        reference_P, random_P = (
+            None if table_BTK is None else table_BTK.take(places_P) for table_BTK in (self.reference_loss_BTK, self.random_BTK)
+        )
+        score_P = score(self.score, policy_loss_P, _minus(policy_loss_P, reference_P), random_P)
+        return score_P >= limit_K[places_P % len(limit_K)]
+
+    def excess(self, policy_loss_BTK: Tensor) -> Tensor | None:
+        """The excess losses, 0 at invalid pairs; None without a reference."""
+        excess_BTK = _minus(policy_loss_BTK, self.reference_loss_BTK)
+        return None if excess_BTK is None else excess_BTK.where(self.valid_BTK, 0.0)
+
+
+def _minus(policy_loss: Tensor, reference_loss: Tensor | None) -> Tensor | None:
+    return None if reference_loss is None else policy_loss - reference_loss
 
 
 def _comparison(models: Models, micro: MicroBatch, training: TrainingSettings) -> Comparison:
@@ -168,15 +212,16 @@ def _comparison(models: Models, micro: MicroBatch, training: TrainingSettings) -
         reference_loss_BTK = reference_losses(models.reference, models.horizon, *micro.inputs)[..., 1:]
     if training.selection_score == "random":
         random_BTK = random_scores(training.selection_seed, micro.rows_B, *valid_BTK.shape[1:])
-
-    def compare(policy_loss_BTK: Tensor) -> tuple[Tensor, Tensor | None]:
-        excess_BTK = None if reference_loss_BTK is None else policy_loss_BTK - reference_loss_BTK
-        score_BTK = score(training.selection_score, policy_loss_BTK, excess_BTK, random_BTK)
-        return score_BTK, None if excess_BTK is None else excess_BTK.where(valid_BTK, 0.0)
-
-    return compare
+    return Comparison(training.selection_score, valid_BTK, reference_loss_BTK, random_BTK)
 
 
 def _compare_and_choose(compare: Comparison, choose: Callable[[Tensor], Selection], policy_loss_BTK: Tensor) -> Selection:
-    score_BTK, excess_BTK = compare(policy_loss_BTK)
-    return choose(score_BTK)._replace(excess_BTK=excess_BTK)
+    return choose(compare.scores(policy_loss_BTK))._replace(excess_BTK=compare.excess(policy_loss_BTK))
+
+
+def _foresee_all(policy_loss_P: Tensor, places_P: Tensor) -> Tensor:
+    return torch.ones_like(places_P, dtype=torch.bool)
+
+
+def _foresee_exactly(selected_BTK: Tensor, policy_loss_P: Tensor, places_P: Tensor) -> Tensor:
+    return selected_BTK.take(places_P)

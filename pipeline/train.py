@@ -110,7 +110,8 @@ def train_step(run: Run, batches: Iterator[Batch], progress: Progress) -> StepRe
     rate = learning_rate(training, progress.applied_steps)
     set_learning_rate(run.engine, rate)
     sums, applied = SelectionSums(num_heads, num_sources, run.device), False
-    for micro, losses in zip(micro_batches, selective_losses(run.models, micro_batches, counts, training), strict=True):
+    losses_of_each = selective_losses(run.models, micro_batches, counts, training, progress.prediction)
+    for micro, losses in zip(micro_batches, losses_of_each, strict=True):
         sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
         is_last = micro is micro_batches[-1]
         backward(run.engine, losses.loss * all_finite_or_nan(sums) if is_last else losses.loss)
@@ -137,6 +138,8 @@ def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
     progress.tokens += result.plan.num_tokens
     progress.skipped_steps += not result.applied
     progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
+    if result.applied and settings.training.selection_pool in SHARED_POOLS:
+        progress.prediction = progress.prediction.after([threshold_K.tolist() for threshold_K in result.sums.thresholds])
     if progress.skipped_in_a_row >= settings.training.max_skipped_steps:
         raise TrainingDivergedError(
             f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, met numbers that were not finite; in the "

@@ -1,43 +1,32 @@
 """The multi-token prediction policy (arXiv 2404.19737): a shared trunk, one block a head, one shared unembedding.
 
 `num_layers` is the depth of the next-token path, so trunk + head 0 is an ordinary causal language model and, with one
-head, the whole of it. One forward does everything that a micro-batch needs: hidden states of all heads, the losses of
-heads 1... without gradient, the selection at that fixed point (handed in as a function, so that the model knows nothing
-of ranks or references), then the loss with gradient over the selected rows alone. All of it happens inside the one
-module that owns the unembedding, because under ZeRO-3 the weight exists nowhere else.
+head, the whole of it. One forward does everything that a micro-batch needs: hidden states of all heads, their losses,
+the selection at that fixed point (handed in as functions, so that the model knows nothing of ranks or references), and the
+loss with gradient over the selected rows alone (`loss_phase`). All of it happens inside the one module that owns the
+unembedding, because under ZeRO-3 the weight exists nowhere else.
 
-Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select, D width, V vocabulary, N rows of a flat list.
+Shapes: B rows, T tokens, H heads, D width, V vocabulary.
 """
 
 import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ModelSettings
 from pipeline.model.recompute import block_runner
 from pipeline.model.transformer import Block, RMSNorm, document_mask, rotary_angles
-from pipeline.weighting.cross_entropy import rows_per_chunk, token_losses, weighted_cross_entropy
-from pipeline.weighting.selection import Select, Selection
+from pipeline.weighting.loss_phase import HeadLosses, chunked_losses, dense_losses, score_tokens
+from pipeline.weighting.selection import Select
 
 INIT_STD = 0.02
 
 Gather = Callable[[nn.Parameter], AbstractContextManager[bool]]
 """Makes a parameter whole for the length of a `with`; yields whether this process's changes to it count."""
-
-
-class HeadLosses(NamedTuple):
-    """loss: float32 scalar, this rank's part of the objective. policy_loss_BTH: float32, 0 at invalid pairs, without
-    gradient. selection: what was selected for heads 1..., as the selecting function returned it."""
-
-    loss: Tensor
-    policy_loss_BTH: Tensor
-    selection: Selection
 
 
 class Unembedding(nn.Module):
@@ -48,7 +37,6 @@ class Unembedding(nn.Module):
         assert settings.vocab_size is not None
         self.norm = RMSNorm(settings.dim, settings.norm_eps)
         self.weight = embedding if settings.tied_embeddings else _matrix(settings.vocab_size, settings.dim)
-        self.vocab_size = settings.vocab_size
 
     def forward(
         self,
@@ -57,28 +45,13 @@ class Unembedding(nn.Module):
         valid_BTH: Tensor,
         select: Select | None,
         scale_H: Tensor | None,
+        dense: bool,
     ) -> Tensor | HeadLosses:
         hidden_BTHD = self.norm(hidden_BTHD)
-        chunk_rows = rows_per_chunk(targets_BTH[..., 0].numel(), self.vocab_size)
         if select is None or scale_H is None:
-            return self._score(hidden_BTHD, targets_BTH, valid_BTH, chunk_rows)
-        later_loss_BTK = self._score(hidden_BTHD[:, :, 1:].detach(), targets_BTH[..., 1:], valid_BTH[..., 1:], chunk_rows)
-        selection = select(later_loss_BTK)
-        selected_BTH = torch.cat([valid_BTH[..., :1], selection.selected_BTK], dim=-1)
-        loss, loss_N = weighted_cross_entropy(
-            hidden_BTHD[selected_BTH],
-            self.weight,
-            targets_BTH[selected_BTH],
-            scale_H.expand(targets_BTH.shape)[selected_BTH],
-            chunk_rows,
-        )
-        policy_loss_BTH = F.pad(later_loss_BTK, (1, 0))
-        return HeadLosses(loss, policy_loss_BTH.masked_scatter(selected_BTH, loss_N), selection)
-
-    def _score(self, hidden_BTHD: Tensor, targets_BTH: Tensor, valid_BTH: Tensor, chunk_rows: int) -> Tensor:
-        loss_N = token_losses(hidden_BTHD[valid_BTH], self.weight, targets_BTH[valid_BTH], chunk_rows)
-        losses_BTH = torch.zeros(targets_BTH.shape, dtype=torch.float32, device=loss_N.device)
-        return losses_BTH.masked_scatter(valid_BTH, loss_N)
+            return score_tokens(hidden_BTHD, self.weight, targets_BTH, valid_BTH)
+        losses = dense_losses if dense else chunked_losses
+        return losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, select, scale_H)
 
 
 class MTPModel(nn.Module):
@@ -103,14 +76,16 @@ class MTPModel(nn.Module):
         valid_BTH: Tensor,
         select: Select | None = None,
         scale_H: Tensor | None = None,
+        dense: bool = False,
     ) -> Tensor | HeadLosses:
         """Without `select` the losses of all heads, float32 [B, T, H] without gradient, 0 at invalid pairs; with it
-        the objective over what it selects, each pair's loss times `scale_H` (float32) of its head.
+        the objective over what it selects, each pair's loss times `scale_H` (float32) of its head, by the `dense` oracle
+        or in chunks.
 
         tokens_BT and targets_BTH are int64, document_ids_BT int32 with -1 on padding, valid_BTH bool.
         """
         hidden_BTHD = self.hidden_states(tokens_BT, document_ids_BT)
-        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, select, scale_H)
+        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, select, scale_H, dense)
 
     def hidden_states(self, tokens_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
         """[B, T, H, D], each head's output before the final norm."""

@@ -8,7 +8,7 @@ job is one integer, samples consumed; nothing in training draws random numbers, 
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from pipeline.config import POSITION, ConfigError, differences_that_matter
 from pipeline.runtime.distributed import World, from_first
 from pipeline.runtime.engine import Engine
+from pipeline.weighting.prediction import Prediction
 
 REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"
 
@@ -25,17 +26,26 @@ REMEDY = "remove that checkpoint to continue from an older one, or choose anothe
 class Progress:
     """Where a run is. step: optimiser steps done, skipped ones among them; samples and tokens: consumed so far, over
     all ranks, tokens without padding; skipped_steps: steps whose gradient was discarded; skipped_in_a_row: those of
-    them since the last step that was applied."""
+    them since the last step that was applied. prediction: of the next step's thresholds; with another one the same
+    gradient would be summed in another order."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    prediction: Prediction = field(default_factory=Prediction)
 
     @property
     def applied_steps(self) -> int:
         return self.step - self.skipped_steps
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """What `asdict` and JSON made of it; JSON has no tuples."""
+        known = {known.name: values[known.name] for known in fields(cls) if known.name in values}
+        prediction = {key: tuple(numbers) for key, numbers in known.get("prediction", {}).items()}
+        return cls(**known | {"prediction": Prediction(**prediction)})
 
 
 class Checkpoints:
@@ -79,8 +89,7 @@ class Checkpoints:
         loaded, _ = engine.load_checkpoint(str(self.directory), tag=name)
         if loaded is None:
             raise ConfigError([f"{self.directory / name}: DeepSpeed could not load it"])
-        known = {field.name for field in fields(Progress)}
-        return Progress(**{key: value for key, value in state["progress"].items() if key in known})
+        return Progress.from_json(state["progress"])
 
     def newest(self) -> str | None:
         """The checkpoint that a run continues from; None where the run directory has none at all. One that has only

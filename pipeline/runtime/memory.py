@@ -20,6 +20,17 @@ def peak_bytes(device: torch.device) -> int:
     """Bytes at the highest point since `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return _resident_bytes("VmHWM")
+
+
+def current_bytes(device: torch.device) -> int:
+    """Bytes in use now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _resident_bytes("VmRSS")
+
+
+def _resident_bytes(kind: str) -> int:
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.mtp import HeadLosses
 from pipeline.weighting.exchange import Group, all_reduce_sum
+from pipeline.weighting.loss_phase import HeadLosses
 
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -41,6 +41,8 @@ class SelectionSums:
         self.threshold_K = zeros(num_heads - 1)
         self.threshold_weight_K = zeros(num_heads - 1)
         self.compared_K = zeros(num_heads - 1)
+        self.foreseen_rightly_K = zeros(num_heads - 1)
+        self.foreseen_or_selected_K = zeros(num_heads - 1)
         self.excess_KV = zeros(num_heads - 1, EXCESS_BINS)
         self.both_selected_KK = zeros(num_heads - 1, num_heads - 1)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
@@ -59,6 +61,10 @@ class SelectionSums:
         self.selected_loss_H += (policy_loss_BTH * selected_BTH).sum((0, 1))
         chosen_NK = losses.selection.selected_BTK.flatten(0, 1).double()
         self.both_selected_KK += chosen_NK.T @ chosen_NK
+        if losses.foreseen_BTK is not None:
+            selected_BTK = losses.selection.selected_BTK
+            self.foreseen_rightly_K += (losses.foreseen_BTK & selected_BTK).sum((0, 1))
+            self.foreseen_or_selected_K += (losses.foreseen_BTK | selected_BTK).sum((0, 1))
         weight_K, threshold_K = losses.selection.threshold_weight_K, losses.selection.threshold_K
         self.threshold_K += torch.where(weight_K > 0, threshold_K.double() * weight_K, 0.0)
         self.threshold_weight_K += weight_K
@@ -81,13 +87,15 @@ class SelectionSums:
         by_source = [self.valid_SH, self.selected_SH]
         by_head = [self.policy_loss_H, self.selected_loss_H]
         by_selecting_head = [self.excess_K, self.compared_K, self.threshold_K, self.threshold_weight_K]
+        by_selecting_head += [self.foreseen_rightly_K, self.foreseen_or_selected_K]
         distributions = [self.excess_KV, self.both_selected_KK]
         parts = [*by_source, *by_head, *by_selecting_head, *distributions]
         flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]), group).cpu()
         reduced = flat.split([part.numel() for part in parts])
         valid_SH, selected_SH = (part.view(self.valid_SH.shape) for part in reduced[:2])
         loss_H, selected_loss_H, excess_K, compared_K, threshold_K, weight_K = (part.tolist() for part in reduced[2:8])
-        excess_KV, both_KK = (part.view(like.shape) for part, like in zip(reduced[8:], distributions, strict=True))
+        rightly_K, foreseen_K = (part.tolist() for part in reduced[8:10])
+        excess_KV, both_KK = (part.view(like.shape) for part, like in zip(reduced[10:], distributions, strict=True))
         valid_H, selected_H = valid_SH.sum(0).tolist(), selected_SH.sum(0).tolist()
         record: Record = {"loss": sum(scale * loss for scale, loss in zip(scale_H, selected_loss_H, strict=True))}
         for head, (valid, selected) in enumerate(zip(valid_H, selected_H, strict=True)):
@@ -98,6 +106,7 @@ class SelectionSums:
         for index, head in enumerate(range(1, len(loss_H))):
             record[f"threshold_head_{head}"] = ratio(threshold_K[index], weight_K[index])
             record[f"excess_mean_head_{head}"] = ratio(excess_K[index], compared_K[index])
+            record[f"prediction_hit_rate_head_{head}"] = ratio(rightly_K[index], foreseen_K[index])
             record |= {f"excess_p{p}_head_{head}": percentile(excess_KV[index].tolist(), p) for p in PERCENTILES}
             record[f"selected_loss_head_{head}"] = ratio(selected_loss_H[head], selected_H[head])
             rejected = valid_H[head] - selected_H[head]

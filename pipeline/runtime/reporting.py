@@ -63,6 +63,7 @@ _TAGS = {
     "selected_loss": "selection/loss_of_selected",
     "rejected_loss": "selection/loss_of_rejected",
     "agreement": "selection/agreement",
+    "prediction_hit_rate": "selection/prediction_hit_rate",
 }
 
 

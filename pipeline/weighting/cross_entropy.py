@@ -1,21 +1,28 @@
 """Cross-entropy over a vocabulary in chunks of rows: no [rows, vocabulary] tensor beyond one chunk ever exists.
 
-Two functions: `token_losses` scores rows without gradient; `weighted_cross_entropy` gives sum(row_weight * loss) with
-gradients for the hidden rows and the unembedding. The latter makes its gradients while each chunk's logits are at hand
-(so they are computed once) and scales both by the upstream gradient in backward, so that whatever multiplies the loss
-later, as accumulation and world size do, stays exact. Losses are float32 whatever the dtype of the inputs; the
-weight's gradient is accumulated in float32 over all chunks and cast once.
+`token_losses` scores rows without gradient. `WeightedCrossEntropy` gathers sum(row_weight * loss) over rows that become
+known bit by bit, and its gradients with it: they are made while a chunk's log-probabilities are at hand, in place, and
+a row can be taken back. Gradients that exist before autograd asks for them must be scaled by whatever multiplies the loss
+later, as accumulation and world size do; `with_gradients` does that for both, so any such factor stays exact.
 
-Shapes: N rows, D width, V vocabulary.
+Logits and losses are float32 whatever the dtype of the inputs; the weight's gradient is accumulated in float32 over all
+chunks and cast once. A row's weight multiplies its hidden state rather than its V logit gradients, which saves a pass
+over the chunk.
+
+Shapes: N rows, C rows of a chunk, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Take = Callable[[Tensor, Tensor], Tensor]
+"""(losses of some rows, float32 [C], and their numbers, int64 [C]) -> whose gradient to make at once, bool [C]."""
+
 CHUNK_ELEMENTS = 2**24
-"""Most logits of one chunk: 64 MiB in float32."""
+"""Most logits of one chunk: 64 MiB in float32. Matrix products want a few hundred rows to run at full speed."""
 
 
 def rows_per_chunk(num_rows: int, vocab_size: int) -> int:
@@ -24,66 +31,125 @@ def rows_per_chunk(num_rows: int, vocab_size: int) -> int:
     return max(1, min(CHUNK_ELEMENTS // vocab_size, -(-num_rows // 4)))
 
 
-def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_rows: int) -> Tensor:
-    """Cross-entropy of each row, float32 [N], without gradient. `targets_N` is int64 in [0, V)."""
-    loss_N = torch.empty(targets_N.shape, dtype=torch.float32, device=hidden_ND.device)
+def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: Tensor, chunk_rows: int) -> Tensor:
+    """Cross-entropy of the rows numbered `rows` (int64) in float32 [N], 0 for all others, without gradient. `targets_N`
+    is int64 in [0, V)."""
     with torch.no_grad():
-        for rows in _chunks(len(targets_N), chunk_rows):
-            loss_N[rows] = _chunk_losses(hidden_ND[rows], weight_VD, targets_N[rows])[0]
-    return loss_N
+        loss_N = torch.zeros(targets_N.shape, dtype=torch.float32, device=hidden_ND.device)
+        buffer_CV = _chunk_buffer(weight_VD, chunk_rows)
+        for rows_C in _chunks(rows, chunk_rows):
+            log_probability_CV = _log_probabilities(hidden_ND[rows_C], weight_VD, buffer_CV)
+            loss_N[rows_C] = _losses(log_probability_CV, targets_N[rows_C])
+        return loss_N
 
 
-def weighted_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, row_weight_N: Tensor, chunk_rows: int
-) -> tuple[Tensor, Tensor]:
-    """(sum of row_weight * loss as a float32 scalar with gradient, loss of each row as float32 [N] without).
+class WeightedCrossEntropy:
+    """The losses of rows, and the gradients of sum(row_weight * loss) over those of them that were taken.
 
-    Rows whose loss is not finite count as zero in the sum (their gradient does not: it must be discarded, and is, by
-    the step that sees them). With no rows at all the sum is zero and both gradients are zeros, so that every rank's
-    graph has the same shape.
+    `row_weight_N` is float32. The gradients are of the detached inputs; `with_gradients` gives them to autograd.
+    loss_N: float32, 0 for rows that were not scored; taken_N: bool.
     """
-    return _WeightedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, row_weight_N, chunk_rows)
+
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, row_weight_N: Tensor, chunk_rows: int):
+        self.hidden_ND, self.weight_VD = hidden_ND.detach(), weight_VD.detach()
+        self.targets_N, self.row_weight_N, self.chunk_rows = targets_N, row_weight_N, chunk_rows
+        self.loss_N = torch.zeros(targets_N.shape, dtype=torch.float32, device=hidden_ND.device)
+        self.taken_N = torch.zeros(targets_N.shape, dtype=torch.bool, device=hidden_ND.device)
+        self.hidden_grad_ND = torch.zeros_like(self.hidden_ND)
+        self.weight_grad_VD = torch.zeros_like(self.weight_VD, dtype=torch.float32)
+        self._buffer_CV = _chunk_buffer(weight_VD, chunk_rows)
+
+    def score(self, rows: Tensor, take: Take | bool) -> None:
+        """The losses of `rows` (int64), and at once the gradients of all of them, of none, or of those that `take` wants;
+        only the last waits for the device, once a chunk."""
+        for rows_C in _chunks(rows, self.chunk_rows):
+            log_probability_CV = _log_probabilities(self.hidden_ND[rows_C], self.weight_VD, self._buffer_CV)
+            self.loss_N[rows_C] = loss_C = _losses(log_probability_CV, self.targets_N[rows_C])
+            if take is False:
+                continue
+            if take is not True:
+                places = take(loss_C, rows_C).nonzero()[:, 0]
+                log_probability_CV, rows_C = _moved_to_front(log_probability_CV, places), rows_C[places]
+            self.taken_N[rows_C] = True
+            self._add(log_probability_CV, rows_C, self.row_weight_N[rows_C], self.row_weight_N[rows_C])
+
+    def repair(self, wanted_N: Tensor) -> None:
+        """Make the sums those of the rows in `wanted_N`. Rows missed are added; rows taken wrongly are subtracted from
+        the weight's gradient and zeroed in the hidden one. Where that is more work than all the wanted rows are, and
+        would leave more rounding than gradient, everything starts from zero."""
+        rows, all_wanted = (self.taken_N != wanted_N).nonzero()[:, 0], wanted_N.nonzero()[:, 0]
+        if len(rows) > len(all_wanted):
+            rows = all_wanted
+            self.hidden_grad_ND.zero_()
+            self.weight_grad_VD.zero_()
+        for rows_C in _chunks(rows, self.chunk_rows):
+            log_probability_CV = _log_probabilities(self.hidden_ND[rows_C], self.weight_VD, self._buffer_CV)
+            weight_C, wanted_C = self.row_weight_N[rows_C], wanted_N[rows_C]
+            self._add(log_probability_CV, rows_C, weight_C * wanted_C, torch.where(wanted_C, weight_C, -weight_C))
+
+    def with_gradients(self, loss: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        """The scalar `loss` as a function of the two, with these gradients; this object is used up. With no rows at all
+        both are zeros, so that every rank's graph has the same shape."""
+        loss = _WithGradients.apply(hidden_ND, weight_VD, loss, self.hidden_grad_ND, self.weight_grad_VD)
+        del self.hidden_grad_ND, self.weight_grad_VD, self._buffer_CV
+        return loss
+
+    def _add(self, log_probability_CV: Tensor, rows_C: Tensor, hidden_weight_C: Tensor, weight_C: Tensor) -> None:
+        """Set the hidden gradient of some rows and add to the weight's; turns the log-probabilities into gradients."""
+        logit_grad_CV, target_C1 = log_probability_CV.exp_(), self.targets_N[rows_C, None]
+        logit_grad_CV.scatter_(1, target_C1, logit_grad_CV.gather(1, target_C1) - 1)
+        logit_grad_CV = logit_grad_CV.to(self.hidden_ND.dtype)
+        hidden_grad_CD = (logit_grad_CV @ self.weight_VD).mul_(hidden_weight_C[:, None])
+        self.hidden_grad_ND.index_copy_(0, rows_C, hidden_grad_CD)
+        weighted_CD = (self.hidden_ND[rows_C] * weight_C[:, None]).to(logit_grad_CV.dtype)
+        if logit_grad_CV.dtype == torch.float32:
+            self.weight_grad_VD.addmm_(logit_grad_CV.T, weighted_CD)
+        else:
+            self.weight_grad_VD += logit_grad_CV.T @ weighted_CD
 
 
-def _chunks(num_rows: int, chunk_rows: int) -> list[slice]:
-    return [slice(start, start + chunk_rows) for start in range(0, num_rows, chunk_rows)]
+def _chunks(rows: Tensor, chunk_rows: int) -> list[Tensor]:
+    return [rows[start : start + chunk_rows] for start in range(0, len(rows), chunk_rows)]
 
 
-def _chunk_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits_NV = (hidden_ND @ weight_VD.T).float()
-    log_normalizer_N = torch.logsumexp(logits_NV, dim=1)
-    loss_N = log_normalizer_N - logits_NV.gather(1, targets_N[:, None])[:, 0]
-    return loss_N, logits_NV, log_normalizer_N
+def _chunk_buffer(weight_VD: Tensor, chunk_rows: int) -> Tensor:
+    return torch.empty(chunk_rows, len(weight_VD), dtype=torch.float32, device=weight_VD.device)
 
 
-class _WeightedCrossEntropy(torch.autograd.Function):
+def _moved_to_front(rows_CV: Tensor, places: Tensor) -> Tensor:
+    """The rows at `places`, which ascend, in the first rows of the same memory. A few at a time: no row moves to a place
+    that a later one is still read from."""
+    step = -(-len(rows_CV) // 16)
+    for start in range(0, len(places), step):
+        moved_CV = rows_CV[places[start : start + step]]
+        rows_CV[start : start + len(moved_CV)] = moved_CV
+    return rows_CV[: len(places)]
+
+
+def _log_probabilities(hidden_CD: Tensor, weight_VD: Tensor, buffer_CV: Tensor) -> Tensor:
+    """float32 [C, V], in the buffer."""
+    logits_CV = buffer_CV[: len(hidden_CD)]
+    if hidden_CD.dtype == torch.float32:
+        torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
+    else:
+        logits_CV.copy_(hidden_CD @ weight_VD.T)
+    return torch.log_softmax(logits_CV, dim=1, out=logits_CV)
+
+
+def _losses(log_probability_CV: Tensor, targets_C: Tensor) -> Tensor:
+    return -log_probability_CV.gather(1, targets_C[:, None])[:, 0]
+
+
+class _WithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, row_weight_N: Tensor, chunk_rows: int
-    ) -> tuple[Tensor, Tensor]:
-        with_gradient = any(ctx.needs_input_grad[:2])
-        loss_N = torch.empty(targets_N.shape, dtype=torch.float32, device=hidden_ND.device)
-        if with_gradient:
-            hidden_grad_ND = torch.zeros_like(hidden_ND)
-            weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for rows in _chunks(len(targets_N), chunk_rows):
-            loss_N[rows], logits_NV, log_normalizer_N = _chunk_losses(hidden_ND[rows], weight_VD, targets_N[rows])
-            if with_gradient:
-                logit_grad_NV = logits_NV.sub_(log_normalizer_N[:, None]).exp_()
-                logit_grad_NV.scatter_add_(1, targets_N[rows, None], -torch.ones_like(log_normalizer_N)[:, None])
-                logit_grad_NV = logit_grad_NV.mul_(row_weight_N[rows, None]).to(hidden_ND.dtype)
-                hidden_grad_ND[rows] = logit_grad_NV @ weight_VD
-                weight_grad_VD += logit_grad_NV.T @ hidden_ND[rows]
-        if with_gradient:
-            ctx.save_for_backward(hidden_grad_ND, weight_grad_VD)
-            ctx.weight_dtype = weight_VD.dtype
-        ctx.mark_non_differentiable(loss_N)
-        counted_N = torch.where(torch.isfinite(loss_N), loss_N, 0.0)
-        return (row_weight_N * counted_N).sum(), loss_N
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, loss: Tensor, *gradients: Tensor) -> Tensor:
+        ctx.gradients, ctx.weight_dtype = gradients, weight_VD.dtype
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
-        scale = upstream[0]
-        weight_grad_VD = (weight_grad_VD * scale).to(ctx.weight_dtype)
-        return (hidden_grad_ND * scale).to(hidden_grad_ND.dtype), weight_grad_VD, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("this loss keeps its gradients for one backward only; compute it again for another")
+        hidden_grad_ND, weight_grad_VD = ctx.gradients
+        ctx.gradients = None  # They are scaled in place: a copy of the weight's would be a second [V, D] in float32.
+        return hidden_grad_ND.mul_(upstream[0]), weight_grad_VD.mul_(upstream[0]).to(ctx.weight_dtype), None, None, None

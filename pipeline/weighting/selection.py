@@ -13,6 +13,7 @@ Shapes: M micro-steps of a pool, B rows, T tokens, K the heads that select (1...
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -43,8 +44,18 @@ class Selection(NamedTuple):
     finite: Tensor
 
 
-Select = Callable[[Tensor], Selection]
-"""From policy_loss_BTK (float32) to the selection; what the model calls at its fixed point."""
+@dataclass(frozen=True)
+class Select:
+    """What the model calls at its fixed point.
+
+    choose: from policy_loss_BTK (float32) to the selection, exactly.
+    foresee: from some pairs' policy losses (float32 [P]) and their places in the flattened [B, T, K] (int64 [P]) to
+        whether they will probably be selected (bool [P]); a guess, that costs only time where it is wrong. None:
+        nothing is known beforehand.
+    """
+
+    choose: Callable[[Tensor], Selection]
+    foresee: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def num_selected(k_percent: float, num_valid: int) -> int:

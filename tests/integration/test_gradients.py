@@ -1,10 +1,12 @@
-"""I3: R ranks and A micro-steps under ZeRO-3 give the gradient that one dense process gives for the whole batch."""
+"""I3: R ranks and A micro-steps under any stage of ZeRO give the gradient that one dense process gives for the whole batch."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,10 +16,10 @@ import torch.nn.functional as F
 from pipeline.config import Settings
 from pipeline.data.batch import Batch
 from pipeline.model.mtp import MTPModel, initialize_weights
+from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks
 
 ROWS, TOKENS, HEADS, VOCAB = 8, 14, 4, 37
-CASES = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
 
 
 def settings_for(world_size: int, micro_steps: int, **training: Any) -> Settings:
@@ -72,7 +74,7 @@ def dense_gradient(settings: Settings, world_size: int) -> dict[str, torch.Tenso
     rows_a_pool = {"global": world_size * micro_batch, "step": ROWS, "rank": micro_batch, "row": 1}
     num_pools = ROWS // rows_a_pool[settings.training.selection_pool]
     batch, policy = whole_batch(), dense_model(settings)
-    reference = dense_model(settings, num_prediction_heads=1, seed=1)
+    reference = dense_model(settings, num_prediction_heads=1, seed=1, tied_embeddings=False)
     policy_loss = all_losses(policy, batch)
     with torch.no_grad():
         next_token = all_losses(reference, batch)[..., 0]
@@ -102,57 +104,99 @@ def dense_gradient(settings: Settings, world_size: int) -> dict[str, torch.Tenso
     return {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None}
 
 
-def sharded_gradient(settings: Settings, sharding: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The same from the training's own step on this job's ranks, read just before the optimiser would use it."""
-    from deepspeed.utils import safe_get_full_grad
+class Case(NamedTuple):
+    """One step: under which stage of ZeRO and how many micro-steps, with what settings of training and what expected of
+    its thresholds; how the reference lies, and whether embedding and unembedding are one matrix."""
 
-    from pipeline.micro_step import Models
-    from pipeline.runtime.checkpoint import Progress
-    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
-    from pipeline.runtime.distributed import World
-    from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
-    from pipeline.train import Run, train_step
+    stage: int
+    micro_steps: int
+    training: dict[str, Any]
+    prediction: Prediction = Prediction()
+    sharding: str = "zero3"
+    tied: bool = False
+
+    def settings(self, world_size: int) -> Settings:
+        # With this rate a step leaves every weight as it is, to the bit: one engine serves many cases.
+        training = {"learning_rate": 1e-20} | self.training
+        return settings_for(world_size, self.micro_steps, model={"tied_embeddings": self.tied}, **training)
+
+
+Answer = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+
+def sharded_gradients(cases: Sequence[Case]) -> list[Answer]:
+    """For each case the gradient from the training's own step on this job's ranks, read just before the optimiser would
+    use it, and the step's metrics."""
+    from pipeline.runtime.engine import build_reference, initialize_distributed
 
     initialize_distributed(torch.device("cpu"), "error")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    micro_batch = settings.data.micro_batch
-    micro_steps = ROWS // (world_size * micro_batch)
-    content = {
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-    config = resolve_deepspeed_json(content, settings, world_size)
-    engine = build_policy(settings, config)
-    reference_shape = settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1})
-    reference = build_reference(reference_shape, None, sharding, config)
-    run = Run(
-        settings=settings,
-        world=World(rank, world_size, rank, world_size),
-        device=torch.device("cpu"),
-        run_dir=Path(),
-        engine=engine,
-        models=Models(engine, reference, "shifted", dist.group.WORLD),
-        stream=SimpleNamespace(micro_steps=micro_steps, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
-        validation=None,
-        checkpoints=None,  # type: ignore[arg-type]
-    )
-    starts = [(step * world_size + rank) * micro_batch for step in range(micro_steps)]
-    batches = [part_of(whole_batch(), slice(start, start + micro_batch)) for start in starts]
-    gradients: dict[str, torch.Tensor] = {}
-    take_step = engine.step
+    engines: dict[tuple[int, int, bool], Any] = {}
+    references: dict[str, Any] = {}
+    answers = []
+    for case in cases:
+        settings = case.settings(dist.get_world_size())
+        config = engine_config(case.stage, settings)
+        if case.sharding not in references:
+            shape = settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1, "tied_embeddings": False})
+            references[case.sharding] = build_reference(shape, None, case.sharding, config)
+        key = (case.stage, case.micro_steps, case.tied)
+        if key not in engines:
+            engines[key] = WatchedEngine(settings, config)
+        answers.append(engines[key].step(settings, references[case.sharding], case.prediction))
+    return answers
 
-    def read_then_step() -> None:
-        if engine.is_gradient_accumulation_boundary():
-            for name, parameter in engine.module.named_parameters():
+
+def engine_config(stage: int, settings: Settings) -> dict[str, Any]:
+    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
+
+    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    return resolve_deepspeed_json({"zero_optimization": zero}, settings, dist.get_world_size())
+
+
+class WatchedEngine:
+    """The policy's engine; remembers the gradient of a step before it is used."""
+
+    def __init__(self, settings: Settings, config: dict[str, Any]):
+        from pipeline.runtime.engine import build_policy
+
+        self.engine = build_policy(settings, config)
+        self.take_step, self.engine.step = self.engine.step, self.read_then_step
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def read_then_step(self) -> None:
+        from deepspeed.utils import safe_get_full_grad
+
+        if self.engine.is_gradient_accumulation_boundary():
+            for name, parameter in self.engine.module.named_parameters():
                 gradient = safe_get_full_grad(parameter)
-                assert gradient is not None
-                gradients[name] = gradient.clone()
-        take_step()
+                assert gradient is not None, name
+                self.gradients[name] = gradient.clone()
+        self.take_step()
 
-    engine.step = read_then_step
-    result = train_step(run, iter(batches), Progress())
-    return gradients, result.sums.record(result.plan.scale_H, ("",), dist.group.WORLD)
+    def step(self, settings: Settings, reference: Any, prediction: Prediction) -> Answer:
+        from pipeline.micro_step import Models
+        from pipeline.runtime.checkpoint import Progress
+        from pipeline.runtime.distributed import World
+        from pipeline.train import Run, train_step
+
+        rank, world_size, micro_batch = dist.get_rank(), dist.get_world_size(), settings.data.micro_batch
+        micro_steps = ROWS // (world_size * micro_batch)
+        run = Run(
+            settings=settings,
+            world=World(rank, world_size, rank, world_size),
+            device=torch.device("cpu"),
+            run_dir=Path(),
+            engine=self.engine,
+            models=Models(self.engine, reference, "shifted", dist.group.WORLD),
+            stream=SimpleNamespace(micro_steps=micro_steps, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
+            validation=None,
+            checkpoints=None,  # type: ignore[arg-type]
+        )
+        starts = [(step * world_size + rank) * micro_batch for step in range(micro_steps)]
+        batches = [part_of(whole_batch(), slice(start, start + micro_batch)) for start in starts]
+        self.gradients = {}
+        result = train_step(run, iter(batches), Progress(prediction=prediction))
+        return self.gradients, result.sums.record(result.plan.scale_H, ("",), dist.group.WORLD)
 
 
 def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -161,30 +205,56 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     return float((difference / sum(gradient.double().pow(2).sum() for gradient in expected.values())).sqrt())
 
 
-@pytest.mark.parametrize(("world_size", "micro_steps"), CASES)
-def test_the_gradient_of_ranks_and_micro_steps_is_that_of_one_dense_process(world_size: int, micro_steps: int) -> None:
-    settings = settings_for(world_size, micro_steps)
-    expected = dense_gradient(settings, world_size)
-    answers = run_ranks(sharded_gradient, world_size, settings, "zero3")
-    for gradients, record in answers:
-        assert relative_error(gradients, expected) < 1e-5
-        assert record["selected_ratio_head_0"] == 1.0
-    assert all(record == answers[0][1] for _, record in answers)
-
-
-OTHERS = {
-    "selected-replicate": ({"normalize_by": "selected"}, "replicate"),
-    "tied-few": ({"model": {"tied_embeddings": True}, "k_percent": 0.05}, "zero3"),
-    "radix": ({"selection_exchange": "radix"}, "zero3"),
-    "step": ({"selection_pool": "step", "normalize_by": "selected"}, "zero3"),
-    "rank": ({"selection_pool": "rank", "normalize_by": "selected"}, "zero3"),
-    "row": ({"selection_pool": "row", "normalize_by": "selected"}, "zero3"),
+FORMS = {
+    "two_pass": ("two_pass", Prediction()),
+    "dense": ("dense", Prediction()),
+    "nothing foreseen": ("predicted", Prediction()),
+    "some foreseen, some wrongly": ("predicted", Prediction((-0.02,) * 3, (0.01,) * 3)),
+    "all foreseen": ("predicted", Prediction((-1e6,) * 3, (0.0,) * 3)),
 }
 
 
-@pytest.mark.parametrize(("changes", "sharding"), OTHERS.values(), ids=OTHERS)
-def test_the_gradient_is_exact_for_the_other_settings_too(changes: dict[str, Any], sharding: str) -> None:
-    settings = settings_for(2, 2, **changes)
-    expected = dense_gradient(settings, world_size=2)
-    for gradients, _ in run_ranks(sharded_gradient, 2, settings, sharding):
-        assert relative_error(gradients, expected) < 1e-5
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_gradient_of_ranks_and_micro_steps_is_that_of_one_dense_process(world_size: int) -> None:
+    """For every stage of ZeRO, accumulation and form of the loss phase. The first ranks have nothing but padding."""
+    cases, names = [], []
+    for stage, micro_steps in itertools.product((3, 2, 1, 0), (1, 2)):
+        for name, (loss_phase, prediction) in FORMS.items():
+            names.append((name, stage, micro_steps))
+            cases.append(Case(stage, micro_steps, {"loss_phase": loss_phase}, prediction))
+    expected = {steps: dense_gradient(settings_for(world_size, steps), world_size) for steps in (1, 2)}
+    by_rank = run_ranks(sharded_gradients, world_size, cases)
+    for (name, stage, micro_steps), *answers in zip(names, *by_rank, strict=True):
+        for gradients, record in answers:
+            assert relative_error(gradients, expected[micro_steps]) < 1e-5, (name, stage, micro_steps)
+            assert record["selected_ratio_head_0"] == 1.0
+            assert record == answers[0][1]
+            for head in range(1, HEADS):
+                hit_rate = record[f"prediction_hit_rate_head_{head}"]
+                if name == "all foreseen":
+                    assert hit_rate == record[f"selected_ratio_head_{head}"]
+                elif name == "some foreseen, some wrongly":
+                    assert 0.5 < hit_rate < 1.0
+                else:
+                    assert hit_rate is None
+
+
+OTHERS = {
+    "selected-replicate": Case(3, 2, {"normalize_by": "selected"}, sharding="replicate"),
+    "tied-few": Case(3, 2, {"k_percent": 0.05}, tied=True),
+    "radix": Case(3, 2, {"selection_exchange": "radix"}),
+    "step": Case(3, 2, {"selection_pool": "step", "normalize_by": "selected"}),
+    "step-two_pass": Case(3, 2, {"selection_pool": "step", "loss_phase": "two_pass"}),
+    "rank": Case(3, 2, {"selection_pool": "rank", "normalize_by": "selected"}),
+    "row": Case(3, 2, {"selection_pool": "row", "normalize_by": "selected"}),
+}
+
+
+def test_the_gradient_is_exact_for_the_other_settings_too() -> None:
+    by_rank = run_ranks(sharded_gradients, 2, list(OTHERS.values()))
+    for name, case, *answers in zip(OTHERS, OTHERS.values(), *by_rank, strict=True):
+        expected = dense_gradient(case.settings(2), world_size=2)
+        for gradients, record in answers:
+            assert relative_error(gradients, expected) < 1e-5, name
+            # What a whole step chose together is known before its first micro-step: nothing is left to repair.
+            assert record["prediction_hit_rate_head_1"] == (1.0 if name == "step" else None), name

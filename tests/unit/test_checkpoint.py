@@ -10,8 +10,10 @@ import torch.distributed as dist
 from pipeline.config import ConfigError
 from pipeline.runtime.checkpoint import Checkpoints, Progress
 from pipeline.runtime.distributed import World
+from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks
 
+EXPECTED = Prediction((1 / 3, None), (0.1, 0.0))
 IDENTITY = {
     "data.global_batch": 8,
     "data.lanes": 8,
@@ -46,7 +48,7 @@ def checkpoints(run_dir: Path, size: int, identity: dict[str, Any] = IDENTITY, k
 def save_three(run_dir: Path, keep: int | None) -> None:
     store = checkpoints(run_dir, dist.get_world_size(), keep=keep)
     for step in (2, 10, 4):
-        store.save(FileEngine(f"{dist.get_rank()} at {step}"), Progress(step, 8 * step, 100 * step, 1, 0))  # type: ignore[arg-type]
+        store.save(FileEngine(f"{dist.get_rank()} at {step}"), Progress(step, 8 * step, 100 * step, 1, 0, EXPECTED))  # type: ignore[arg-type]
     (run_dir / "checkpoints" / "step-00000012.partial").mkdir(exist_ok=True)
 
 
@@ -60,7 +62,7 @@ def test_a_run_continues_from_the_checkpoint_that_latest_names(tmp_path: Path) -
     run_ranks(save_three, 2, tmp_path, None)
     for rank, (content, progress) in enumerate(run_ranks(resume_content, 2, tmp_path)):
         assert content == f"{rank} at 4"
-        assert progress == Progress(4, 32, 400, 1, 0)
+        assert progress == Progress(4, 32, 400, 1, 0, EXPECTED)
         assert progress.applied_steps == 3
     (tmp_path / "checkpoints" / "latest").unlink()
     assert checkpoints(tmp_path, 2).newest() == "step-00000010"

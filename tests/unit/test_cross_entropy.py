@@ -3,96 +3,127 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.weighting.cross_entropy import rows_per_chunk, token_losses, weighted_cross_entropy
+from pipeline.weighting.cross_entropy import WeightedCrossEntropy, rows_per_chunk, token_losses
 
 N, D, V = 23, 8, 31
+EVERY_ROW = torch.arange(N)
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, D, generator=generator, requires_grad=True)
-    weight = torch.randn(V, D, generator=generator, requires_grad=True)
+    hidden = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(V, (N,), generator=generator)
     return hidden, weight, targets, torch.rand(N, generator=generator)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.num_elements = max(self.num_elements, tensor.numel())
-        return result
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 5, 23, 100])
-def test_losses_and_gradients_equal_full_logits(chunk_rows: int) -> None:
+def full_logits(taken: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(losses, the gradients of the weighted sum over the rows in `taken`)."""
     hidden, weight, targets, row_weight = inputs()
-    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
-    (expected_hidden, expected_weight) = torch.autograd.grad((row_weight * expected).sum(), (hidden, weight))
+    losses = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    return losses.detach(), *torch.autograd.grad((row_weight * losses)[taken].sum(), (hidden, weight))
 
-    total, losses = weighted_cross_entropy(hidden, weight, targets, row_weight, chunk_rows)
-    (found_hidden, found_weight) = torch.autograd.grad(total, (hidden, weight))
 
-    torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(total, (row_weight * expected).sum())
-    torch.testing.assert_close(found_hidden, expected_hidden)
-    torch.testing.assert_close(found_weight, expected_weight)
-    torch.testing.assert_close(token_losses(hidden, weight, targets, chunk_rows), expected)
+def gathered(taken: torch.Tensor, chunk_rows: int) -> WeightedCrossEntropy:
+    sums = WeightedCrossEntropy(*inputs(), chunk_rows)
+    sums.score(EVERY_ROW, lambda loss, rows: taken[rows])
+    return sums
+
+
+def some_rows(seed: int) -> torch.Tensor:
+    return torch.rand(N, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, 20, 23, 100])
+def test_losses_and_the_gradients_of_the_rows_taken_equal_full_logits(chunk_rows: int) -> None:
+    taken = some_rows(1)
+    expected, expected_hidden, expected_weight = full_logits(taken)
+    sums = gathered(taken, chunk_rows)
+    torch.testing.assert_close(sums.loss_N, expected)
+    assert torch.equal(sums.taken_N, taken)
+    torch.testing.assert_close(sums.hidden_grad_ND, expected_hidden)
+    torch.testing.assert_close(sums.weight_grad_VD, expected_weight)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, 100])
+@pytest.mark.parametrize("wanted", ["others", "all", "none", "the same"])
+def test_a_repair_adds_what_was_missed_and_takes_back_what_was_wrong(chunk_rows: int, wanted: str) -> None:
+    taken = some_rows(1)
+    rows = {"others": some_rows(2), "all": EVERY_ROW >= 0, "none": EVERY_ROW < 0, "the same": taken}[wanted]
+    sums = gathered(taken, chunk_rows)
+    sums.repair(rows)
+    _, expected_hidden, expected_weight = full_logits(rows)
+    torch.testing.assert_close(sums.hidden_grad_ND, expected_hidden)
+    torch.testing.assert_close(sums.weight_grad_VD, expected_weight, rtol=1e-5, atol=1e-6)
+    assert not sums.hidden_grad_ND[~rows].any()
+
+
+def test_a_repair_of_more_than_there_is_leaves_no_rounding_behind() -> None:
+    nothing = EVERY_ROW < 0
+    sums = gathered(EVERY_ROW >= 0, 5)
+    sums.repair(nothing)
+    assert not sums.weight_grad_VD.any()
+    assert not sums.hidden_grad_ND.any()
+
+
+def test_rows_that_are_not_scored_have_no_loss_and_no_gradient() -> None:
+    hidden, weight, targets, row_weight = inputs()
+    rows = torch.tensor([1, 4, 22])
+    sums = WeightedCrossEntropy(hidden, weight, targets, row_weight, 2)
+    sums.score(rows, lambda loss, rows: rows > 1)
+    assert sums.loss_N.nonzero().flatten().tolist() == [1, 4, 22]
+    assert sums.taken_N.nonzero().flatten().tolist() == [4, 22]
+    assert sums.hidden_grad_ND.any(1).nonzero().flatten().tolist() == [4, 22]
+    assert token_losses(hidden, weight, targets, rows, 2).tolist() == sums.loss_N.tolist()
+
+
+@pytest.mark.parametrize("take", [True, False])
+def test_all_rows_or_none_are_taken_without_asking(take: bool) -> None:
+    sums = WeightedCrossEntropy(*inputs(), 5)
+    sums.score(EVERY_ROW, take)
+    losses, hidden_grad, weight_grad = full_logits(EVERY_ROW >= 0 if take else EVERY_ROW < 0)
+    torch.testing.assert_close(sums.loss_N, losses)
+    torch.testing.assert_close(sums.hidden_grad_ND, hidden_grad)
+    torch.testing.assert_close(sums.weight_grad_VD, weight_grad)
+    assert sums.taken_N.tolist() == [take] * N
 
 
 def test_whatever_multiplies_the_loss_later_multiplies_both_gradients() -> None:
-    hidden, weight, targets, row_weight = inputs()
-    once = torch.autograd.grad(weighted_cross_entropy(hidden, weight, targets, row_weight, 5)[0], (hidden, weight))
-    total, _ = weighted_cross_entropy(hidden, weight, targets, row_weight, 5)
-    thrice = torch.autograd.grad(total * 3.0, (hidden, weight))
-    torch.testing.assert_close(thrice[0], 3 * once[0])
-    torch.testing.assert_close(thrice[1], 3 * once[1])
+    taken = some_rows(1)
+    hidden, weight, _, _ = inputs()
+    _, expected_hidden, expected_weight = full_logits(taken)
+    loss = gathered(taken, 5).with_gradients(torch.tensor(2.5), hidden, weight)
+    assert loss.item() == 2.5
+    hidden_grad, weight_grad = torch.autograd.grad(loss * 3.0, (hidden, weight))
+    torch.testing.assert_close(hidden_grad, 3 * expected_hidden)
+    torch.testing.assert_close(weight_grad, 3 * expected_weight)
 
 
-def test_no_rows_give_a_loss_of_zero_and_gradients_of_zeros() -> None:
-    hidden, weight, targets, row_weight = inputs()
-    total, losses = weighted_cross_entropy(hidden[:0], weight, targets[:0], row_weight[:0], 5)
-    hidden_grad, weight_grad = torch.autograd.grad(total, (hidden, weight))
-    assert total.item() == 0.0
-    assert losses.shape == (0,)
-    assert not hidden_grad.any()
-    assert weight_grad.shape == weight.shape
-    assert not weight_grad.any()
+def test_a_second_backward_is_refused_and_not_scaled_twice() -> None:
+    hidden, weight, _, _ = inputs()
+    loss = gathered(some_rows(1), 5).with_gradients(torch.tensor(2.5), hidden, weight)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward only; compute it again"):
+        loss.backward()
 
 
-def test_half_precision_inputs_give_float32_losses() -> None:
-    hidden, weight, targets, row_weight = inputs()
-    total, losses = weighted_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets, row_weight, 5)
-    expected = F.cross_entropy((hidden.bfloat16() @ weight.bfloat16().T).float(), targets, reduction="none")
-    assert losses.dtype == total.dtype == torch.float32
-    torch.testing.assert_close(losses, expected)
-
-
-def test_a_loss_that_is_not_finite_counts_as_zero_in_the_sum() -> None:
-    hidden, weight, targets, row_weight = inputs()
-    with torch.no_grad():
-        hidden[3] = torch.nan
-        total, losses = weighted_cross_entropy(hidden, weight, targets, row_weight, 5)
-    assert losses.isnan().nonzero().flatten().tolist() == [3]
-    torch.testing.assert_close(total, (row_weight * losses)[losses.isfinite()].sum())
-
-
-def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
-    hidden, weight, targets, row_weight = inputs()
-    with LargestTensor() as largest:
-        total, _ = weighted_cross_entropy(hidden, weight, targets, row_weight, 9)
-        total.backward()
-        token_losses(hidden, weight, targets, 9)
-    assert largest.num_elements == 9 * V
+def test_half_precision_inputs_give_float32_losses_and_a_weight_gradient_summed_in_float32() -> None:
+    hidden, weight, targets, row_weight = inputs(torch.bfloat16)
+    sums = WeightedCrossEntropy(hidden, weight, targets, row_weight, 5)
+    sums.score(EVERY_ROW, take=True)
+    losses = sums.loss_N
+    logits = (hidden @ weight.T).float()
+    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
+    assert losses.dtype == sums.weight_grad_VD.dtype == torch.float32
+    loss = sums.with_gradients(losses.sum(), hidden, weight)
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    logit_grad = row_weight[:, None] * (logits.softmax(-1) - F.one_hot(targets, V))
+    torch.testing.assert_close(hidden.grad.float(), logit_grad @ weight.float(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(weight.grad.float(), logit_grad.T @ hidden.float(), rtol=0.02, atol=0.02)
 
 
 def test_a_chunk_is_at_most_a_quarter_of_the_rows() -> None:

@@ -20,6 +20,7 @@ ALLOWED = {
     "evaluate": {"config", "data", "weighting", "model", "runtime", "micro_step"},
     "train": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate"},
     "command_line": {"config", "recipe", "data", "model", "runtime", "checks", "train", "job"},
+    "benchmark": {"weighting", "runtime", "micro_step"},
     "job": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
 }
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.model.mtp import HeadLosses
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, SelectionSums
+from pipeline.weighting.loss_phase import HeadLosses
 from pipeline.weighting.selection import Selection
 from tests.ranks import run_ranks
 
@@ -25,7 +25,9 @@ def micro_batch(seed: int) -> tuple[HeadLosses, torch.Tensor, torch.Tensor]:
     weight = valid[..., 1:].sum((0, 1)).double()
     selection = Selection(selected, threshold, weight, excess, torch.tensor(True))
     sources = torch.randint(2, (ROWS, TOKENS), generator=generator)
-    return HeadLosses(torch.zeros(()), policy_loss, selection), valid, sources
+    # The last micro-batch has nothing foreseen, as the first of a run has.
+    foreseen = None if seed == 3 else valid[..., 1:] & (excess > 0.3 * seed)
+    return HeadLosses(torch.zeros(()), policy_loss, selection, foreseen), valid, sources
 
 
 def record_of(seeds: list[int]) -> dict[str, Any]:
@@ -69,6 +71,13 @@ def test_the_record_is_that_of_all_pairs_of_all_ranks_and_micro_batches() -> Non
             assert abs(first[f"excess_p{percent}_head_{head}"] - exact) <= EXCESS_BIN_WIDTH / 2
         assert first[f"selected_loss_head_{head}"] == pytest.approx(loss[..., head][chosen].mean().item())
         assert first[f"rejected_loss_head_{head}"] == pytest.approx(loss[..., head][here & ~chosen].mean().item())
+        guesses = [(losses.foreseen_BTK, losses.selection.selected_BTK) for losses, _, _ in parts]
+        right, made = (
+            sum(join(foreseen, selected)[..., head - 1].sum().item() for foreseen, selected in guesses if foreseen is not None)
+            for join in (torch.logical_and, torch.logical_or)
+        )
+        assert first[f"prediction_hit_rate_head_{head}"] == pytest.approx(right / made)
+        assert 0.5 < right / made < 1
         thresholds = [(losses.selection.threshold_K[head - 1].item(), v[..., head].sum().item()) for losses, v, _ in parts]
         mean = sum(value * weight for value, weight in thresholds) / sum(weight for _, weight in thresholds)
         assert first[f"threshold_head_{head}"] == pytest.approx(mean)
@@ -95,6 +104,13 @@ def nothing_valid() -> dict[str, Any]:
 def test_where_there_is_nothing_to_divide_by_the_value_is_none() -> None:
     (record,) = run_ranks(nothing_valid, 1)
     assert record["loss"] == 0.0
-    for key in ("loss_head_0", "threshold_head_1", "excess_mean_head_2", "excess_p50_head_1", "agreement_head_1_head_2"):
+    for key in (
+        "prediction_hit_rate_head_1",
+        "loss_head_0",
+        "threshold_head_1",
+        "excess_mean_head_2",
+        "excess_p50_head_1",
+        "agreement_head_1_head_2",
+    ):
         assert record[key] is None
     assert record["selected_count_head_1"] == 0

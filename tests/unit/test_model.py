@@ -11,8 +11,8 @@ from pipeline.data.batch import targets_and_valid
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.reference import reference_losses
 from pipeline.model.transformer import document_mask
-from pipeline.weighting.selection import select_all
-from tests.unit.test_cross_entropy import LargestTensor
+from pipeline.weighting.selection import Select, select_all
+from tests.unit.test_loss_phase import Watch
 
 VOCAB = 29
 
@@ -144,7 +144,7 @@ def test_the_objective_and_its_gradient_equal_a_sum_over_pairs_written_by_hand(t
         selected = valid[..., 1:] & (torch.arange(12) % 2 == 0)[None, :, None]
         return select_all(policy_loss, selected)
 
-    found = model(tokens, documents, targets, valid, select_even, scale)
+    found = model(tokens, documents, targets, valid, Select(select_even), scale)
     found.loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -164,7 +164,7 @@ def test_nothing_selected_still_reaches_every_parameter() -> None:
     tokens, documents = rows()
     documents = torch.full_like(documents, -1)
     targets, valid = targets_and_valid(tokens, documents, 4)
-    losses = model(tokens, documents, targets, valid, lambda loss: select_all(loss, valid[..., 1:]), torch.ones(4))
+    losses = model(tokens, documents, targets, valid, Select(lambda loss: select_all(loss, valid[..., 1:])), torch.ones(4))
     losses.loss.backward()
     assert losses.loss.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
@@ -185,10 +185,12 @@ def test_no_tensor_as_large_as_all_logits_of_one_head_is_ever_made() -> None:
     model = initialized(settings)
     tokens, documents = rows()
     targets, valid = targets_and_valid(tokens, documents, 4)
-    with LargestTensor() as largest:
-        model(tokens, documents, targets, valid, lambda loss: select_all(loss, valid[..., 1:]), torch.ones(4)).loss.backward()
+    with Watch() as watch:
+        model(
+            tokens, documents, targets, valid, Select(lambda loss: select_all(loss, valid[..., 1:])), torch.ones(4)
+        ).loss.backward()
         model(tokens, documents, targets, valid)
-    assert largest.num_elements == 5000 * settings.dim < tokens.numel() * 5000
+    assert watch.largest == 5000 * settings.dim < tokens.numel() * 5000
 
 
 def test_initial_weights_have_the_stated_distribution() -> None:

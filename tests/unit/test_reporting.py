@@ -158,6 +158,7 @@ def test_the_closing_table_does_without_validation_and_with_nothing_trained(tmp_
         ("selected_ratio_head_1", None, "selection/ratio/head_1"),
         ("selected_count_head_2", None, "selection/count/head_2"),
         ("threshold_head_1", None, "selection/threshold/head_1"),
+        ("prediction_hit_rate_head_1", None, "selection/prediction_hit_rate/head_1"),
         ("excess_mean_head_3", None, "selection/excess_mean/head_3"),
         ("selection_ratio", None, "selection/selection_ratio"),
         ("selected_ratio_head_1_source_my_head_2", None, "source/my_head_2/selected_ratio/head_1"),
