@@ -186,6 +186,8 @@ class LoggingSettings(Section):
     """Steps between progress lines."""
     selection_every: Positive = 100
     """Steps between blocks of selection statistics."""
+    histogram_every: Positive | None = 100
+    """Steps between histograms of each head's excess losses in TensorBoard; null: none."""
     validation_every: Positive = 500
     """Steps between validations (there is one at the start and one at the end as well)."""
     validation_samples: Positive | None = None
