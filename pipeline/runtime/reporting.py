@@ -6,7 +6,7 @@ both, because those steps are made again.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.runtime.checkpoint import replace_text
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, EXCESS_LOWEST, Record, Totals, ratio
+from pipeline.runtime.table import aligned
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -155,7 +156,7 @@ def closing_table(records: Sequence[Record], run_dir: Path, source_names: Sequen
     first, last = last_quarter[0]["step"], last_quarter[-1]["step"]
     return "\n".join(
         [
-            _aligned(rows),
+            aligned(rows),
             f"(selection and shares: steps {first} to {last})",
             "",
             f"run directory:  {run_dir}",
@@ -207,18 +208,6 @@ def _histogram(counts: list[float], first: int, last: int) -> dict[str, Any]:
         "bucket_limits": [middle + EXCESS_BIN_WIDTH / 2 for middle in middles],
         "bucket_counts": counts,
     }
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(_aligned_row(row, widths) for row in rows)
-
-
-def _aligned_row(row: Iterable[str], widths: Sequence[int]) -> str:
-    first, *others = (
-        cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    )
-    return "  ".join([first, *others]).rstrip()
 
 
 def _number(value: float | None, digits: int) -> str:

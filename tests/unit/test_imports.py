@@ -15,6 +15,7 @@ ALLOWED = {
     "weighting": {"config"},
     "model": {"config", "weighting"},
     "runtime": {"config", "weighting", "model"},
+    "benchmark": {"config", "weighting", "model", "runtime"},
     "micro_step": {"config", "data", "weighting", "model"},
     "checks": {"config", "data", "model", "runtime"},
     "evaluate": {"config", "data", "weighting", "model", "runtime", "micro_step"},
