@@ -35,8 +35,8 @@ DIGITS = ((21, 2**11), (10, 2**11), (0, 2**10))
 GATHER_AT_MOST = 2**20
 """Bytes of a pool's keys that `auto` still gathers. From `launch/benchmark.py selection`, 2 to 8 gloo ranks on a CPU: radix
 takes 1.3 to 5 times as long as gathering at up to 0.75 MiB, as long at 1.5 MiB, 0.6 of it at 3 MiB and a quarter at 6 to 24
-MiB. On a network of 5 us a message and 50 GB/s a GPU that benchmark's model has them cross at about 10 MiB, and radix lose
-0.2 ms at most below it."""
+MiB. On a network of 5 us a message and 50 GB/s a GPU that benchmark's model has them cross at 4 to 14 MiB, below which radix
+is slower by 0.3 ms at most."""
 
 
 def all_gather(values: Tensor, group: Group) -> Tensor:

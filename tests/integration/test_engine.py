@@ -1,10 +1,12 @@
 """The engine on two ranks under ZeRO-3: initial weights, decay groups, files, and steps that must not be applied."""
 
 import hashlib
+import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -88,7 +90,16 @@ def test_matrices_decay_and_vectors_do_not_though_both_look_empty_when_partition
     assert vectors == sorted(name for name, parameter in expected.items() if parameter.ndim == 1)
 
 
-KINDS = ("reference loss", "head 0's loss", "head 2's loss", "gradient")
+class Bad(NamedTuple):
+    """What rank 1 alone meets in one of a step's micro-steps."""
+
+    where: str
+    value: float
+    micro_step: int
+
+
+PLACES = ("reference loss", "head 0's loss", "head 2's loss", "gradient")
+BAD = [Bad(*bad) for bad in itertools.product(PLACES, (math.nan, math.inf, -math.inf), (0, 1))]
 
 
 def some_steps(with_bad_ones: bool) -> list[dict[str, Any]]:
@@ -107,21 +118,37 @@ def some_steps(with_bad_ones: bool) -> list[dict[str, Any]]:
     config = resolve_deepspeed_json(CONTENT, settings, 2)
     engine = build_policy(settings, config)
     reference = build_reference(settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1}), None, "zero3", config)
-    kind: str | None = None
+    bad: Bad | None = None
+    micro_step = -1  # The reference is what runs first in each.
+
+    def is_here(where: str) -> bool:
+        return rank == 1 and bad is not None and (where, micro_step % 2) == (bad.where, bad.micro_step)
+
+    def poisoned(values: torch.Tensor) -> torch.Tensor:
+        assert bad is not None
+        return torch.full_like(values, bad.value)
 
     def maybe_poisoned_reference(*inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal micro_step
+        micro_step += 1
         losses = reference(*inputs)
-        return losses * math.nan if kind == "reference loss" and rank == 1 else losses
+        return poisoned(losses) if is_here("reference loss") else losses
 
-    def poison_head(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        poisoned = {"head 0's loss": 0, "head 2's loss": 2}.get(kind or "")
-        return output * math.inf if rank == 1 and poisoned is not None and module is engine.module.heads[poisoned] else output
+    def maybe_poisoned_policy(*inputs: torch.Tensor, select: Any, scale_H: torch.Tensor) -> Any:
+        def select_among_poisoned(policy_loss_BTK: torch.Tensor) -> Any:
+            if is_here("head 2's loss"):
+                policy_loss_BTK[..., 1][inputs[3][..., 2]] = bad.value  # type: ignore[union-attr]
+            return select(policy_loss_BTK)
+
+        return engine(*inputs, select=select_among_poisoned, scale_H=scale_H)
+
+    def poison_head_0(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * bad.value if bad and is_here("head 0's loss") else output
 
     def poison_gradient(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * math.nan if kind == "gradient" and rank == 1 else gradient
+        return poisoned(gradient) if is_here("gradient") else gradient
 
-    for head in (0, 2):
-        engine.module.heads[head].register_forward_hook(poison_head)
+    engine.module.heads[0].register_forward_hook(poison_head_0)
     engine.module.trunk[0].register_forward_hook(
         lambda module, args, output: output.register_hook(poison_gradient) and None if output.requires_grad else None
     )
@@ -131,15 +158,16 @@ def some_steps(with_bad_ones: bool) -> list[dict[str, Any]]:
         device=torch.device("cpu"),
         run_dir=Path(),
         engine=engine,
-        models=Models(engine, maybe_poisoned_reference, "shifted", dist.group.WORLD),
+        models=Models(maybe_poisoned_policy, maybe_poisoned_reference, "shifted", dist.group.WORLD),
         stream=SimpleNamespace(micro_steps=2, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
         validation=None,
         checkpoints=None,  # type: ignore[arg-type]
     )
-    batches = [part_of(whole_batch(), slice(start, start + 2)) for start in (4 + 2 * rank, 4 + 2 * rank)]
+    first = part_of(whole_batch(), slice(4 + 2 * rank, 6 + 2 * rank))
+    batches = [first, replace(first, keys=tuple(f"1{key}" for key in first.keys))]
     progress, seen = Progress(), []
-    kinds = [kind for bad in KINDS for kind in (None, bad)] if with_bad_ones else [None] * len(KINDS)
-    for step, kind in enumerate([*kinds, None]):  # noqa: B007 (the hooks read it)
+    steps = [bad for one in BAD for bad in (None, one)] if with_bad_ones else [None] * len(BAD)
+    for step, bad in enumerate([*steps, None]):  # noqa: B007 (the hooks read it)
         before = whole_weights(engine.module)
         result = train_step(run, iter(batches), progress)
         advance(progress, result, settings)
@@ -159,7 +187,7 @@ def some_steps(with_bad_ones: bool) -> list[dict[str, Any]]:
 
 
 def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_nothing_else() -> None:
-    applied = [True, *([False, True] * len(KINDS))]
+    applied = [True, *([False, True] * len(BAD))]
     clean = run_ranks(some_steps, 2, False)
     for seen, without in zip(run_ranks(some_steps, 2, True), clean, strict=True):
         # As if the bad steps had never been, but for the data they used up.
@@ -173,11 +201,10 @@ def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_no
         expected = [learning_rate(settings_for(2, 2).training, sum(applied[:step])) for step in range(len(applied))]
         assert [step["learning_rate"] for step in seen] == expected
         assert len(set(expected)) == sum(applied)
-        # The reference's loss concerns all that is compared with it; rank 1 has rows 6 and 7 in both micro-steps.
-        said = dict(zip(KINDS, (step["bad"] for step in seen[1::2]), strict=True))
-        assert [step["bad"] for step in seen[::2]] == [None] * (len(KINDS) + 1)
-        everywhere = "rank 1, head {}: 6, 7, 6, 7"
-        assert said["reference loss"] == "; ".join(everywhere.format(head) for head in (1, 2, 3))
-        assert said["head 0's loss"] == everywhere.format(0)
-        assert said["head 2's loss"] == everywhere.format(2)
-        assert said["gradient"] == "no loss, so the gradient"
+        assert [step["bad"] for step in seen[::2]] == [None] * (len(BAD) + 1)
+        # The reference's loss concerns all that is compared with it. Rank 1 has rows 6 and 7 in both micro-steps.
+        heads = {"reference loss": (1, 2, 3), "head 0's loss": (0,), "head 2's loss": (2,), "gradient": ()}
+        for bad, step in zip(BAD, seen[1::2], strict=True):
+            rows = ("6, 7", "16, 17")[bad.micro_step]
+            said = "; ".join(f"rank 1, head {head}: {rows}" for head in heads[bad.where])
+            assert step["bad"] == (said or "no loss, so the gradient"), bad
