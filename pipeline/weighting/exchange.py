@@ -107,10 +107,9 @@ def select_by_radix(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Gro
         histogram_KV = torch.zeros(num_heads, num_values, dtype=counts_dtype, device=keys_KP.device)
         histogram_KV.scatter_add_(1, digit_KP.long(), candidate_KP.to(counts_dtype))
         if lowest_bit == 21:
-            # The lowest digit of all begins with NaN's bits, and no key of a number has it: room for those that are none.
+            # No number's key has the lowest digit of all (it would begin a NaN): there is room to count those that are none.
             histogram_KV[:, 0] = (keys_KP == NON_FINITE_KEY).sum(1)
             finite = (all_reduce_sum(histogram_KV, group)[:, 0] == 0).all()
-            histogram_KV[:, 0] = 0
         else:
             all_reduce_sum(histogram_KV, group)
         digit_K, still_needed_K = _digit_of_threshold(histogram_KV, still_needed_K)
