@@ -183,9 +183,33 @@ def some_steps(with_bad_ones: bool) -> list[dict[str, Any]]:
                 "progress": (progress.step, progress.samples, progress.applied_steps, progress.skipped_in_a_row),
             }
         )
+    seen[-1]["disagreements"] = disagreements(run, progress, result)
     return seen
 
 
+def disagreements(run: Any, progress: Any, result: Any) -> list[str]:
+    """What the ranks say when they agree, then when rank 1 differs in one thing after another."""
+    from pipeline.runtime.agreement import RanksDisagreeError, check_ranks_agree
+    from pipeline.train import common_values
+
+    def said(pool: str, progress: Any, result: Any) -> str:
+        changed = replace(run, settings=run.settings.with_values(training={"selection_pool": pool}))
+        try:
+            check_ranks_agree(common_values(changed, progress, result), run.device)
+        except RanksDisagreeError as error:
+            return str(error)
+        return "agreed"
+
+    other = run.world.rank == 1
+    thresholds = [threshold_K + 1e-6 * other for threshold_K in result.sums.thresholds]
+    moved = replace(result, learning_rate=math.nextafter(result.learning_rate, 1 if other else result.learning_rate))
+    found = [said("global", progress, result), said("global", replace(progress, samples=progress.samples + other), result)]
+    found.append(said("global", progress, moved))
+    result.sums.thresholds = thresholds
+    return [*found, said("global", progress, result), said("step", progress, result), said("rank", progress, result)]
+
+
+@pytest.mark.slow
 def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_nothing_else() -> None:
     applied = [True, *([False, True] * len(BAD))]
     clean = run_ranks(some_steps, 2, False)
@@ -202,6 +226,19 @@ def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_no
         assert [step["learning_rate"] for step in seen] == expected
         assert len(set(expected)) == sum(applied)
         assert [step["bad"] for step in seen[::2]] == [None] * (len(BAD) + 1)
+        differs = "ranks that must hold the same values do not: {}: rank(s) 1 differ from the others"
+        assert (
+            seen[-1]["disagreements"]
+            == without[-1]["disagreements"]
+            == [
+                "agreed",
+                differs.format("progress"),
+                differs.format("learning rate"),
+                differs.format("thresholds"),
+                differs.format("thresholds"),
+                "agreed",  # A rank's own pool has a threshold of its own.
+            ]
+        )
         # The reference's loss concerns all that is compared with it. Rank 1 has rows 6 and 7 in both micro-steps.
         heads = {"reference loss": (1, 2, 3), "head 0's loss": (0,), "head 2's loss": (2,), "gradient": ()}
         for bad, step in zip(BAD, seen[1::2], strict=True):
