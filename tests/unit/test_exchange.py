@@ -67,13 +67,14 @@ CASES += [Case("distinct", 1, HEADS + 2), Case("all equal", 2, HEADS + 2), Case(
 
 
 def pool_of(case: Case, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Excess and validity [M, R, B, T, K]: unequal numbers of valid pairs, a rank and a head that have none."""
+    """Excess and validity [M, R, B, T, K]: unequal numbers of valid pairs, a head that has none, and a rank that
+    has none in the first micro-step: in a pool of one none at all, in a pool of two others to tie with."""
     generator = torch.Generator().manual_seed(world_size)
     shape = (case.micro_steps, world_size, ROWS, case.num_tokens, HEADS)
     excess = VALUES[case.values](shape, generator)
     valid = torch.rand(shape, generator=generator) < torch.linspace(0.3, 0.9, world_size)[None, :, None, None, None]
     if world_size > 1:
-        valid[:, world_size // 2] = False
+        valid[0, world_size // 2] = False
     valid[..., 2] = False
     return excess, valid
 
