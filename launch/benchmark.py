@@ -1,27 +1,40 @@
-"""Measure parts of the pipeline side by side with what a user would have without them.
+"""Measure this system's parts beside what one would write in their place.
 
-    python launch/benchmark.py COMMAND [options] [--json FILE]
+    python launch/benchmark.py COMMAND [--json FILE] [options of the command]
 
-Prints a table; `--json` also writes its figures. COMMAND --help lists the options of each.
+Prints a table; `--json` writes the same figures, at full precision. `pipeline.benchmark` has a module a command, which
+says what is measured and how.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.benchmark import heads
+from pipeline.benchmark import heads, selection
 
-COMMANDS = {"heads": heads}
+COMMANDS = {"selection": selection, "heads": heads}
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    command = COMMANDS[options.command]
+    figures = command.measure(options)
+    print(command.table(figures))
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, module in COMMANDS.items():
-        summary, _, _ = (module.__doc__ or "").partition("\n")
+        summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(
             name,
             help=summary,
@@ -29,16 +42,10 @@ def main(arguments: list[str]) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
         module.add_arguments(command)
-    options = parser.parse_args(arguments)
-    module = COMMANDS[options.command]
-    figures = module.measure(options)
-    print(module.table(figures))
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return 0
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -164,7 +164,8 @@ class TrainingSettings(Section):
     or each row (`row`)."""
     selection_exchange: Literal["all_gather", "radix", "auto"] = "auto"
     """How ranks that share a pool find its top; the answer is the same to the bit. `all_gather` moves 4 bytes a pair,
-    `radix` histograms whose size does not grow with tokens; `auto` gathers pools of up to 1 MiB."""
+    `radix` histograms whose size does not grow with tokens; `auto` gathers pools of up to 1 MiB of keys, where
+    `launch/benchmark.py selection` has the two cross."""
     selection_score: Literal["excess", "policy_loss", "random"] = "excess"
     """What pairs compete by: policy minus reference loss, or, as controls, the policy's loss alone or nothing."""
     selection_seed: NonNegative = 0
@@ -196,6 +197,8 @@ class LoggingSettings(Section):
     """Steps between progress lines."""
     selection_every: Positive = 100
     """Steps between blocks of selection statistics."""
+    histogram_every: Positive | None = 100
+    """Steps between histograms of each head's excess losses in TensorBoard; null: none."""
     validation_every: Positive = 500
     """Steps between validations (there is one at the start and one at the end as well)."""
     validation_samples: Positive | None = None

@@ -21,7 +21,8 @@ def evaluate(
     device: torch.device,
 ) -> Record:
     """Losses over all `batches` of all ranks, every rank having equally many. `loss_head_h` counts every valid pair,
-    `loss` is the training objective with the whole of the data as one step."""
+    `loss` is the training objective with the whole of the data as one step; what a loss that is not finite belongs to is
+    None."""
     num_heads = settings.model.num_prediction_heads
     sums = SelectionSums(num_heads, len(source_names), device)
     # A validation's micro-batches are no steps: what a step would pool is pooled by micro-batch.

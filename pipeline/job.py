@@ -5,6 +5,7 @@ corpus and a reference trained on it, lies under the run directory and is made o
 one that is there is complete.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def dry_run(job: Job) -> int:
     budget = progress.tokens * steps
     _say(
         job,
-        f"dry run: one step on {job.world.size} rank(s), loss {record['loss']:.4f}\n"
+        f"dry run: one step on {job.world.size} rank(s), loss {math.nan if record['loss'] is None else record['loss']:.4f}\n"
         f"  peak memory of the step   {peaks.item() / 2**20:,.0f} MiB on the fullest rank ({_what_is_counted(job.device)})\n"
         f"  token budget              {steps} steps × {progress.tokens:,} tokens = {budget:,} tokens, "
         f"{budget / epoch:.2f} epochs of {epoch:,}\n"

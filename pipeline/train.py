@@ -27,7 +27,7 @@ from pipeline.runtime.agreement import check_ranks_agree, who_met_bad_numbers
 from pipeline.runtime.checkpoint import Checkpoints, Progress
 from pipeline.runtime.distributed import World, any_rank
 from pipeline.runtime.engine import Engine, backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
-from pipeline.runtime.metrics import Record, SelectionSums
+from pipeline.runtime.metrics import Record, SelectionSums, Totals
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 from pipeline.runtime.reporting import Logbook, progress_line, selection_block, without_non_finite
 from pipeline.weighting.objective import StepPlan
@@ -198,17 +198,21 @@ class Reporter:
         self.recent.append((result.plan.num_tokens, result.seconds))
         if result.bad is not None:
             self.say(f"step {step}: discarded on all ranks; what was not finite: {result.bad}")
-        every = (logging.metrics_every, logging.progress_every, logging.selection_every)
-        wanted, progressed, detailed = (
-            step % interval == 0 or step in (1, self.run.settings.training.steps) for interval in every
+        every = (logging.metrics_every, logging.progress_every, logging.selection_every, logging.histogram_every)
+        wanted, progressed, detailed, drawn = (
+            interval is not None and (step % interval == 0 or step in (1, self.run.settings.training.steps))
+            for interval in every
         )
-        if not (wanted or progressed or detailed):
+        if not (wanted or progressed or detailed or drawn):
             return
-        record = self._record(progress, result)
+        totals = result.sums.over_ranks(self.run.models.group)
         if self.logbook is None:
             return
+        record = self._record(progress, result, totals)
         if wanted:
             self.logbook.write(record)
+        if drawn:
+            self.logbook.write_histograms(step, totals)
         if progressed:
             left = self.run.settings.training.steps - step
             self.say(progress_line(record, self.run.settings.training.steps, left * self._seconds_a_step(progress)))
@@ -246,9 +250,8 @@ class Reporter:
         step, moment = self.began
         return (time.perf_counter() - moment) / (progress.step - step) if progress.step > step else self.recent[-1][1]
 
-    def _record(self, progress: Progress, result: StepResult) -> Record:
-        names = self.run.stream.manifest.source_names or ("",)
-        record = result.sums.record(result.plan.scale_H, names, self.run.models.group)
+    def _record(self, progress: Progress, result: StepResult, totals: Totals) -> Record:
+        record = totals.record(result.plan.scale_H, self.run.stream.manifest.source_names or ("",))
         if not result.applied:
             record["loss"] = None
         tokens, seconds = map(sum, zip(*self.recent, strict=True))

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.benchmark.measurement import Round, in_turn, medians, timed
+from pipeline.benchmark.variants import Round, in_turn, medians, timed
 from pipeline.micro_step import Comparison
 from pipeline.weighting.loss_phase import chunked_losses
 from pipeline.weighting.pools import select_shared

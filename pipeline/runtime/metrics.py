@@ -1,29 +1,33 @@
 """What a step or a validation did, over all ranks: sums on the device, one reduction, then plain numbers.
 
 Everything is a sum divided once by a global count; a mean of ranks' means would weigh ranks with few valid pairs too
-much. Sums are float64, counts in them exact.
+much. Sums are float64, counts in them exact. A mean over losses of which one was not finite does not exist: it is None,
+and the pair is counted in no sum, so that it spoils nothing but what it belongs to.
 
-Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select, S sources.
+Distributions are histograms of `EXCESS_BINS` bins: percentiles read from them are within half a bin (1/32 nat) of the
+true ones, for values inside; what lies outside counts in the outermost bins.
+
+Shapes: B rows, T tokens, N = B * T, H heads, K = H - 1 the heads that select, P pairs of such heads, S sources, V bins
+of a histogram, C columns of sums.
 """
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.model.mtp import HeadLosses
 from pipeline.weighting.exchange import Group, all_reduce_sum
-from pipeline.weighting.loss_phase import HeadLosses
 
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
 
-
 EXCESS_LOWEST, EXCESS_BIN_WIDTH, EXCESS_BINS = -16.0, 1 / 16, 512
-"""The histogram of excess losses: 512 bins of 1/16 from -16 to 16, in nats."""
+"""The histogram of excess losses: 512 bins of 1/16 from -16 to 16, in nats; 12 KiB a source with three such heads."""
 PERCENTILES = (10, 50, 90)
 
 
@@ -32,92 +36,161 @@ class SelectionSums:
     for each micro-batch of this rank in which rows and heads, bool [B, H]; `thresholds` its thresholds, [K]."""
 
     def __init__(self, num_heads: int, num_sources: int, device: torch.device):
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.valid_SH = zeros(num_sources, num_heads)
-        self.selected_SH = zeros(num_sources, num_heads)
-        self.policy_loss_H = zeros(num_heads)
-        self.selected_loss_H = zeros(num_heads)
-        self.excess_K = zeros(num_heads - 1)
-        self.threshold_K = zeros(num_heads - 1)
-        self.threshold_weight_K = zeros(num_heads - 1)
-        self.compared_K = zeros(num_heads - 1)
-        self.foreseen_rightly_K = zeros(num_heads - 1)
-        self.foreseen_or_selected_K = zeros(num_heads - 1)
-        self.excess_KV = zeros(num_heads - 1, EXCESS_BINS)
-        self.both_selected_KK = zeros(num_heads - 1, num_heads - 1)
+        # Made here, because an index made from numbers on the host is copied, and copies wait.
+        self.pairs_2P = torch.triu_indices(num_heads - 1, num_heads - 1, offset=1, device=device)
+        self.widths = [*[num_heads] * 5, *[num_heads - 1] * 4, self.pairs_2P.shape[1]]
+        self.sources_S = torch.arange(num_sources, device=device)
+        zeros_K = torch.zeros(num_heads - 1, dtype=torch.float64, device=device)
+        self.columns_SC = zeros_K.new_zeros(num_sources, sum(self.widths))
+        self.histogram_SKV = zeros_K.new_zeros(num_sources, num_heads - 1, EXCESS_BINS)
+        self.threshold_K, self.threshold_weight_K = zeros_K, zeros_K.clone()
+        self.compared = False
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.bad_rows: list[Tensor] = []
         self.thresholds: list[Tensor] = []
 
     def add(self, losses: HeadLosses, valid_BTH: Tensor, sources_BT: Tensor) -> None:
-        """Add a rank's micro-batch."""
-        selected_BTH = torch.cat([valid_BTH[..., :1], losses.selection.selected_BTK], dim=-1)
-        finite_BTH = torch.isfinite(losses.policy_loss_BTH)
-        policy_loss_BTH = torch.where(finite_BTH, losses.policy_loss_BTH, 0.0).double()
-        source_N = sources_BT.flatten()
-        self.valid_SH.index_add_(0, source_N, valid_BTH.flatten(0, 1).double())
-        self.selected_SH.index_add_(0, source_N, selected_BTH.flatten(0, 1).double())
-        self.policy_loss_H += policy_loss_BTH.sum((0, 1))
-        self.selected_loss_H += (policy_loss_BTH * selected_BTH).sum((0, 1))
-        chosen_NK = losses.selection.selected_BTK.flatten(0, 1).double()
-        self.both_selected_KK += chosen_NK.T @ chosen_NK
-        if losses.foreseen_BTK is not None:
-            selected_BTK = losses.selection.selected_BTK
-            self.foreseen_rightly_K += (losses.foreseen_BTK & selected_BTK).sum((0, 1))
-            self.foreseen_or_selected_K += (losses.foreseen_BTK | selected_BTK).sum((0, 1))
-        weight_K, threshold_K = losses.selection.threshold_weight_K, losses.selection.threshold_K
-        self.threshold_K += torch.where(weight_K > 0, threshold_K.double() * weight_K, 0.0)
+        """Add a rank's micro-batch. Nothing here waits for the device."""
+        selection, policy_loss_BTH = losses.selection, losses.policy_loss_BTH
+        self.compared = selection.excess_BTK is not None
+        excess_BTK = torch.zeros_like(policy_loss_BTH[..., 1:]) if selection.excess_BTK is None else selection.excess_BTK
+        finite_BTH, finite_BTK = torch.isfinite(policy_loss_BTH), torch.isfinite(excess_BTK)
+        policy_loss_BTH, excess_BTK = policy_loss_BTH.where(finite_BTH, 0.0), excess_BTK.where(finite_BTK, 0.0)
+        selected_BTH = torch.cat([valid_BTH[..., :1], selection.selected_BTK], dim=-1)
+        one_BTP, other_BTP = (selection.selected_BTK.index_select(-1, heads_P) for heads_P in self.pairs_2P)
+        columns = [valid_BTH, selected_BTH, ~finite_BTH, policy_loss_BTH, policy_loss_BTH * selected_BTH]
+        foreseen_BTK = selection.selected_BTK.new_zeros(()) if losses.foreseen_BTK is None else losses.foreseen_BTK
+        columns += [~finite_BTK, excess_BTK, foreseen_BTK & selection.selected_BTK]
+        columns += [(foreseen_BTK | selection.selected_BTK) & (losses.foreseen_BTK is not None), one_BTP & other_BTP]
+        # A product with ones and zeros, not `index_add_`: its order of summation is always the same.
+        is_of_source_SN = sources_BT.flatten() == self.sources_S[:, None]
+        self.columns_SC += is_of_source_SN.double() @ torch.cat(columns, dim=-1).flatten(0, 1).double()
+        if self.compared:
+            self._add_to_histogram(excess_BTK, valid_BTH[..., 1:] & finite_BTK, sources_BT)
+        weight_K = selection.threshold_weight_K
+        self.threshold_K += torch.where(weight_K > 0, selection.threshold_K, 0.0) * weight_K
         self.threshold_weight_K += weight_K
-        self.thresholds.append(threshold_K)
-        if losses.selection.excess_BTK is not None:
-            excess_BTK = losses.selection.excess_BTK
-            usable_BTK = valid_BTH[..., 1:] & torch.isfinite(excess_BTK)
-            self.excess_K += torch.where(usable_BTK, excess_BTK, 0.0).double().sum((0, 1))
-            bins_KN = excess_bin(torch.where(usable_BTK, excess_BTK, 0.0)).flatten(0, 1).T
-            self.excess_KV.scatter_add_(1, bins_KN, usable_BTK.flatten(0, 1).T.double())
-            self.compared_K += valid_BTH[..., 1:].sum((0, 1))
-        if losses.selection.excess_BTK is not None:
-            finite_BTH = finite_BTH & F.pad(torch.isfinite(losses.selection.excess_BTK), (1, 0), value=True)
+        self.thresholds.append(selection.threshold_K)
+        finite_BTH = finite_BTH & F.pad(finite_BTK, (1, 0), value=True)
         self.bad_rows.append(~finite_BTH.all(1))
-        self.finite &= finite_BTH.all() & losses.selection.finite
+        self.finite &= finite_BTH.all() & selection.finite
+
+    def _add_to_histogram(self, excess_BTK: Tensor, counted_BTK: Tensor, sources_BT: Tensor) -> None:
+        num_heads = excess_BTK.shape[-1]
+        row_BTK = sources_BT[..., None] * num_heads + torch.arange(num_heads, device=sources_BT.device)
+        bin_BTK = row_BTK * EXCESS_BINS + excess_bin(excess_BTK)
+        self.histogram_SKV.view(-1).scatter_add_(0, bin_BTK.flatten(), counted_BTK.flatten().double())
+
+    def over_ranks(self, group: Group) -> "Totals":
+        """One collective, which every rank must join, and one copy to the host."""
+        parts = [self.columns_SC, self.histogram_SKV, self.threshold_K, self.threshold_weight_K]
+        flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]), group).cpu()
+        columns, histogram, threshold_K, weight_K = flat.split([part.numel() for part in parts])
+        by_kind = columns.view(self.columns_SC.shape).split(self.widths, dim=1)
+        histogram_SKV = histogram.view(self.histogram_SKV.shape)
+        by_source = [
+            Counted(self.compared, histogram_SKV[source], *(kind_SX[source].tolist() for kind_SX in by_kind))
+            for source in range(len(histogram_SKV))
+        ]
+        whole = Counted(self.compared, histogram_SKV.sum(0), *(kind_SX.sum(0).tolist() for kind_SX in by_kind))
+        thresholds = [ratio(*of_head) for of_head in zip(threshold_K.tolist(), weight_K.tolist(), strict=True)]
+        return Totals(whole, by_source, thresholds)
 
     def record(self, scale_H: Sequence[float], source_names: Sequence[str], group: Group) -> Record:
-        """The metrics of these sums; `scale_H` is the objective's factor for a selected loss of each head. One
-        collective, which every rank must join."""
-        by_source = [self.valid_SH, self.selected_SH]
-        by_head = [self.policy_loss_H, self.selected_loss_H]
-        by_selecting_head = [self.excess_K, self.compared_K, self.threshold_K, self.threshold_weight_K]
-        by_selecting_head += [self.foreseen_rightly_K, self.foreseen_or_selected_K]
-        distributions = [self.excess_KV, self.both_selected_KK]
-        parts = [*by_source, *by_head, *by_selecting_head, *distributions]
-        flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]), group).cpu()
-        reduced = flat.split([part.numel() for part in parts])
-        valid_SH, selected_SH = (part.view(self.valid_SH.shape) for part in reduced[:2])
-        loss_H, selected_loss_H, excess_K, compared_K, threshold_K, weight_K = (part.tolist() for part in reduced[2:8])
-        rightly_K, foreseen_K = (part.tolist() for part in reduced[8:10])
-        excess_KV, both_KK = (part.view(like.shape) for part, like in zip(reduced[10:], distributions, strict=True))
-        valid_H, selected_H = valid_SH.sum(0).tolist(), selected_SH.sum(0).tolist()
-        record: Record = {"loss": sum(scale * loss for scale, loss in zip(scale_H, selected_loss_H, strict=True))}
-        for head, (valid, selected) in enumerate(zip(valid_H, selected_H, strict=True)):
-            record[f"loss_head_{head}"] = ratio(loss_H[head], valid)
+        """The metrics of these sums; one collective, which every rank must join."""
+        return self.over_ranks(group).record(scale_H, source_names)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What was counted and summed over the pairs of a source, or all: lists of a number for each head (`excess`,
+    `bad_excess` and what was foreseen for heads 1..., `both`, pairs that two heads select, for each two of these).
+
+    `bad_loss` and `bad_excess` are numbers of valid pairs whose value is not finite; such values are in no sum.
+    `compared` is false without a reference.
+    """
+
+    compared: bool
+    histogram_KV: Tensor
+    valid: list[float]
+    selected: list[float]
+    bad_loss: list[float]
+    loss: list[float]
+    selected_loss: list[float]
+    bad_excess: list[float]
+    excess: list[float]
+    foreseen_rightly: list[float]
+    foreseen_or_selected: list[float]
+    both: list[float]
+
+    @property
+    def all_finite(self) -> bool:
+        return not any(self.bad_loss) and not any(self.bad_excess)
+
+    def statistics(self) -> Record:
+        """Of each head, of each two selecting heads, and overall."""
+        record: Record = {}
+        *percentiles, overall = excess_percentiles(torch.cat([self.histogram_KV, self.histogram_KV.sum(0, keepdim=True)]))
+        for head, (valid, selected) in enumerate(zip(self.valid, self.selected, strict=True)):
+            record[f"loss_head_{head}"] = None if self.bad_loss[head] else ratio(self.loss[head], valid)
             record[f"selected_ratio_head_{head}"] = ratio(selected, valid)
             record[f"selected_count_head_{head}"] = int(selected)
             record[f"valid_count_head_{head}"] = int(valid)
-        for index, head in enumerate(range(1, len(loss_H))):
-            record[f"threshold_head_{head}"] = ratio(threshold_K[index], weight_K[index])
-            record[f"excess_mean_head_{head}"] = ratio(excess_K[index], compared_K[index])
-            record[f"prediction_hit_rate_head_{head}"] = ratio(rightly_K[index], foreseen_K[index])
-            record |= {f"excess_p{p}_head_{head}": percentile(excess_KV[index].tolist(), p) for p in PERCENTILES}
-            record[f"selected_loss_head_{head}"] = ratio(selected_loss_H[head], selected_H[head])
-            rejected = valid_H[head] - selected_H[head]
-            record[f"rejected_loss_head_{head}"] = ratio(loss_H[head] - selected_loss_H[head], rejected)
-            for other in range(head + 1, len(loss_H)):
-                both = both_KK[index, other - 1].item()
-                record[f"agreement_head_{head}_head_{other}"] = ratio(both, selected_H[head] + selected_H[other] - both)
-        record["selection_ratio"] = ratio(sum(selected_H), sum(valid_H))
-        record["heads_per_position"] = ratio(sum(selected_H), valid_H[0])
-        if any(source_names):
-            record |= _by_source(source_names, valid_SH.tolist(), selected_SH.tolist())
+            if head > 0:
+                of_head = self._of_heads(slice(head - 1, head), percentiles[head - 1])
+                record |= {f"{name}_head_{head}": value for name, value in of_head.items()}
+        two_heads = itertools.combinations(range(1, len(self.valid)), 2)
+        for (one, other), both in zip(two_heads, self.both, strict=True):
+            record[f"agreement_head_{one}_head_{other}"] = ratio(both, self.selected[one] + self.selected[other] - both)
+        record |= self._of_heads(slice(None), overall)
+        # Each head is in as many unions as there are others, and what two share is in theirs once.
+        either = sum(self.selected[1:]) * (len(self.valid) - 2) - sum(self.both)
+        record["agreement"] = ratio(sum(self.both), either)
+        record["selected_count"], record["valid_count"] = int(sum(self.selected)), int(sum(self.valid))
+        record["selection_ratio"] = ratio(sum(self.selected), sum(self.valid))
+        record["heads_per_position"] = ratio(sum(self.selected), self.valid[0])
+        return record
+
+    def _of_heads(self, heads: slice, percentiles: Sequence[float | None]) -> Record:
+        """Means over the pairs of some selecting heads, given as a part of 1...: excess, and the policy loss of what
+        they selected and of what they rejected."""
+        valid, selected, loss, selected_loss, bad_loss = (
+            sum(numbers[1:][heads]) for numbers in (self.valid, self.selected, self.loss, self.selected_loss, self.bad_loss)
+        )
+        is_bad = bool(bad_loss or sum(self.bad_excess[heads]))
+        values = {
+            "excess_mean": ratio(sum(self.excess[heads]), valid * self.compared),
+            **{f"excess_p{percent}": value for percent, value in zip(PERCENTILES, percentiles, strict=True)},
+            "selected_loss": ratio(selected_loss, selected),
+            "rejected_loss": ratio(loss - selected_loss, valid - selected),
+        }
+        return {name: None if is_bad else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Over all ranks. thresholds: of heads 1...; a threshold belongs to a pool, so that neither a source nor several
+    heads together have one."""
+
+    whole: Counted
+    by_source: list[Counted]
+    thresholds: list[float | None]
+
+    def record(self, scale_H: Sequence[float], source_names: Sequence[str]) -> Record:
+        """The metrics; `scale_H` is the objective's factor for a selected loss of each head. Without names ("") there
+        are none by source."""
+        whole = self.whole
+        objective = sum(scale * loss for scale, loss in zip(scale_H, whole.selected_loss, strict=True))
+        record: Record = {"loss": objective if whole.all_finite else None}
+        record |= whole.statistics()
+        for index, threshold in enumerate(self.thresholds):
+            is_bad = whole.bad_loss[index + 1] or whole.bad_excess[index]
+            record[f"threshold_head_{index + 1}"] = None if is_bad else threshold
+            foreseen = whole.foreseen_or_selected[index]
+            record[f"prediction_hit_rate_head_{index + 1}"] = ratio(whole.foreseen_rightly[index], foreseen)
+        for name, counted in zip(source_names, self.by_source, strict=True):
+            if name:
+                record |= {f"{key}_source_{name}": value for key, value in counted.statistics().items()}
         return record
 
 
@@ -126,25 +199,14 @@ def excess_bin(excess: Tensor) -> Tensor:
     return ((excess - EXCESS_LOWEST) / EXCESS_BIN_WIDTH).floor().clamp(0, EXCESS_BINS - 1).long()
 
 
-def percentile(counts: Sequence[float], percent: float) -> float | None:
-    """The middle of the bin in which the value of that rank lies: within half a bin's width of the true percentile, for
-    values inside the histogram."""
-    needed = percent / 100 * sum(counts)
-    for number, reached in enumerate(itertools.accumulate(counts)):
-        if reached >= needed > 0:
-            return EXCESS_LOWEST + (number + 0.5) * EXCESS_BIN_WIDTH
-    return None
+def excess_percentiles(counts_XV: Tensor) -> list[list[float | None]]:
+    """For each histogram the middles of the bins in which the values of those ranks lie; None where it is empty."""
+    reached_XV = counts_XV.cumsum(-1)
+    # In whole numbers, so that rounding cannot make the rank one more.
+    found = [(100 * reached_XV >= percent * reached_XV[:, -1:]).int().argmax(-1) for percent in PERCENTILES]
+    middles = (EXCESS_LOWEST + (torch.stack(found, dim=-1) + 0.5) * EXCESS_BIN_WIDTH).tolist()
+    return [of_one if total else [None] * len(found) for of_one, total in zip(middles, reached_XV[:, -1].tolist(), strict=True)]
 
 
 def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _by_source(names: Sequence[str], valid_SH: list[list[float]], selected_SH: list[list[float]]) -> Record:
-    record: Record = {}
-    for name, valid_H, selected_H in zip(names, valid_SH, selected_SH, strict=True):
-        for head, (valid, selected) in enumerate(zip(valid_H, selected_H, strict=True)):
-            record[f"selected_ratio_head_{head}_source_{name}"] = ratio(selected, valid)
-            record[f"selected_count_head_{head}_source_{name}"] = int(selected)
-            record[f"valid_count_head_{head}_source_{name}"] = int(valid)
-    return record

@@ -6,14 +6,15 @@ both, because those steps are made again.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.runtime.checkpoint import replace_text
-from pipeline.runtime.metrics import Record, ratio
+from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, EXCESS_LOWEST, Record, Totals, ratio
+from pipeline.runtime.table import aligned
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -37,6 +38,15 @@ class Logbook:
             tag = tensorboard_tag(key, record.get("split"))
             if tag is not None and value is not None:
                 self.board.add_scalar(tag, value, record["step"])
+
+    def write_histograms(self, step: int, totals: Totals) -> None:
+        """The distribution of each selecting head's excess loss, as TensorBoard draws it over the steps."""
+        for head, counts_V in enumerate(totals.whole.histogram_KV, start=1):
+            filled = counts_V.nonzero().flatten().tolist()
+            if filled:
+                self.board.add_histogram_raw(
+                    f"selection/excess/head_{head}", global_step=step, **_histogram(counts_V.tolist(), filled[0], filled[-1])
+                )
 
     def close(self) -> None:
         self.file.close()
@@ -64,22 +74,26 @@ _TAGS = {
     "rejected_loss": "selection/loss_of_rejected",
     "agreement": "selection/agreement",
     "prediction_hit_rate": "selection/prediction_hit_rate",
+    "selection_ratio": "selection/selection_ratio",
+    "heads_per_position": "selection/heads_per_position",
 }
 
 
 def tensorboard_tag(key: str, split: str | None = None) -> str | None:
     """`loss_head_0` -> `loss/head_0`, `selected_ratio_head_1` -> `selection/ratio/head_1`, of one source
-    `source/NAME/selected_ratio/head_1`; `loss` -> `train/loss`; with a split `SPLIT/loss/head_0`, `SPLIT/loss`."""
+    `source/NAME/selected_ratio/head_1`; over all heads `excess_mean` -> `selection/excess_mean`; what is no statistic of
+    heads `train/`, as `loss` -> `train/loss`; with a split `SPLIT/loss/head_0`, `SPLIT/loss`."""
     if key in ("step", "split"):
         return None
-    quantity, head, rest = key.partition("_head_")
-    number, source, name = rest.partition("_source_")
+    key, source, name = key.partition("_source_")
+    quantity, head, number = key.partition("_head_")
     if source:
-        tag = f"source/{name}/{quantity}/head_{number}"
-    elif head:
-        tag = f"{_TAGS[quantity]}/head_{number}"
+        tag = f"source/{name}/{quantity}"
+    elif quantity == "loss" and not head:
+        tag = "train/loss"
     else:
-        tag = f"selection/{key}" if key in ("selection_ratio", "heads_per_position") else f"train/{key}"
+        tag = _TAGS.get(quantity, f"train/{quantity}")
+    tag += f"/head_{number}" if head else ""
     return f"{split}/{tag.removeprefix('train/')}" if split else tag
 
 
@@ -143,7 +157,7 @@ def closing_table(records: Sequence[Record], run_dir: Path, source_names: Sequen
     first, last = last_quarter[0]["step"], last_quarter[-1]["step"]
     return "\n".join(
         [
-            _aligned(rows),
+            aligned(rows),
             f"(selection and shares: over the {len(last_quarter)} logged steps from {first} to {last})",
             "",
             f"run directory:  {run_dir}",
@@ -182,16 +196,19 @@ def _layout(num_heads: int) -> dict[str, Any]:
     return {"heads": by_head, "sources": by_source}
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(_aligned_row(row, widths) for row in rows)
-
-
-def _aligned_row(row: Iterable[str], widths: Sequence[int]) -> str:
-    first, *others = (
-        cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    )
-    return "  ".join([first, *others]).rstrip()
+def _histogram(counts: list[float], first: int, last: int) -> dict[str, Any]:
+    """The bins from the first to the last filled one, for `add_histogram_raw`; moments from the bins' middles."""
+    counts = counts[first : last + 1]
+    middles = [EXCESS_LOWEST + (first + number + 0.5) * EXCESS_BIN_WIDTH for number in range(len(counts))]
+    return {
+        "min": middles[0] - EXCESS_BIN_WIDTH / 2,
+        "max": middles[-1] + EXCESS_BIN_WIDTH / 2,
+        "num": sum(counts),
+        "sum": sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+        "sum_squares": sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+        "bucket_limits": [middle + EXCESS_BIN_WIDTH / 2 for middle in middles],
+        "bucket_counts": counts,
+    }
 
 
 def _number(value: float | None, digits: int) -> str:

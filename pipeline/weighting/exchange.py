@@ -2,15 +2,16 @@
 
 `all_gather` shows every rank all keys: one collective, 4 bytes a pair, growing with the ranks and their tokens.
 `radix` never moves a pair: three all-reduced histograms (of 11, 11 and 10 bits of the keys, all heads at once) narrow
-the threshold down to its last bit, and one small gather of tie counts says which ties are whose. Its traffic depends on
-the number of heads and, in the ties, of ranks, not of tokens. Both run the same collectives in the same order on every
-rank whatever its data, and neither waits for the device.
+the threshold down to its last bit, and one all-reduced table of tie counts says which ties are whose. Its traffic
+depends on the number of heads and, in the ties, of ranks, not of tokens. Both run the same collectives in the same order
+on every rank whatever its data, and neither waits for the device. `pipeline.benchmark.selection` measures them.
 
 Shapes: R ranks, M micro-steps of the pool, B rows, T tokens, K heads that select.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,10 @@ DIGITS = ((21, 2**11), (10, 2**11), (0, 2**10))
 """(lowest bit, number of values) of the parts in which `radix` takes a key, highest first."""
 
 GATHER_AT_MOST = 2**20
-"""Bytes that `auto` still gathers: up to about there one collective's latency outweighs what it moves."""
+"""Bytes of a pool's keys that `auto` still gathers. From `launch/benchmark.py selection`, 2 to 8 gloo ranks on a CPU: radix
+takes 1.3 to 5 times as long as gathering at up to 0.75 MiB, as long at 1.5 MiB, 0.6 of it at 3 MiB and a quarter at 6 to 24
+MiB. On a network of 5 us a message and 50 GB/s a GPU that benchmark's model has them cross at 4 to 14 MiB, below which radix
+is slower by 0.3 ms at most."""
 
 
 def all_gather(values: Tensor, group: Group) -> Tensor:
@@ -55,12 +59,24 @@ def rank_in(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def ranks_of(group: Group) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def on_device(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor, without waiting for the device: a copy from memory that is not pinned would."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def suited_exchange(num_keys: int, ranks: int) -> str:
+    """What `auto` takes for `num_keys` keys on each of so many ranks; every rank has equally many, so all choose alike."""
+    return "all_gather" if 4 * num_keys * ranks <= GATHER_AT_MOST else "radix"
+
+
 def exchange_named(name: str, num_keys: int, group: Group) -> Exchange:
-    """`all_gather`, `radix`, or by `auto` whichever suits `num_keys` a rank: gathering while the whole pool's keys are
-    at most `GATHER_AT_MOST` bytes. Every rank has equally many, so all choose alike."""
-    ranks = 1 if group is None else dist.get_world_size(group)
+    """`all_gather`, `radix`, or by `auto` the one that suits `num_keys` keys a rank."""
     if name == "auto":
-        name = "all_gather" if 4 * num_keys * ranks <= GATHER_AT_MOST else "radix"
+        name = suited_exchange(num_keys, ranks_of(group))
     return {"all_gather": select_by_gathering, "radix": select_by_radix}[name]
 
 
@@ -80,26 +96,31 @@ def select_by_radix(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Gro
     """The `radix` exchange."""
     num_heads = keys_MBTK.shape[-1]
     keys_KP = keys_MBTK.movedim(-1, 0).reshape(num_heads, -1)
-    count_K = torch.tensor(num_selected_K, dtype=torch.int64, device=keys_KP.device)
+    count_K = on_device(num_selected_K, torch.int64, keys_KP.device)
+    counts_dtype = histogram_dtype(keys_KP.shape[1] * ranks_of(group))
     candidate_KP = keys_KP > NON_FINITE_KEY
     threshold_key_K = torch.zeros_like(count_K)
     still_needed_K = count_K
     for lowest_bit, num_values in DIGITS:
         # The highest digit carries the sign: shifted up by half its range it orders as the keys do.
         digit_KP = (keys_KP >> lowest_bit) + 2**10 if lowest_bit == 21 else (keys_KP >> lowest_bit) & (num_values - 1)
-        histogram_KV = torch.zeros(num_heads, num_values + 1, dtype=torch.int32, device=keys_KP.device)
-        histogram_KV.scatter_add_(1, digit_KP.long(), candidate_KP.int())
+        histogram_KV = torch.zeros(num_heads, num_values, dtype=counts_dtype, device=keys_KP.device)
+        histogram_KV.scatter_add_(1, digit_KP.long(), candidate_KP.to(counts_dtype))
         if lowest_bit == 21:
-            histogram_KV[:, -1] = (keys_KP == NON_FINITE_KEY).sum(1)
-            finite = (all_reduce_sum(histogram_KV, group)[:, -1] == 0).all()
+            # No number's key has the lowest digit of all (it would begin a NaN): there is room to count those that are none.
+            histogram_KV[:, 0] = (keys_KP == NON_FINITE_KEY).sum(1)
+            finite = (all_reduce_sum(histogram_KV, group)[:, 0] == 0).all()
         else:
             all_reduce_sum(histogram_KV, group)
-        digit_K, still_needed_K = _digit_of_threshold(histogram_KV[:, :-1], still_needed_K)
+        digit_K, still_needed_K = _digit_of_threshold(histogram_KV, still_needed_K)
         candidate_KP &= digit_KP == digit_K[:, None]
         threshold_key_K += (digit_K - 2**10 if lowest_bit == 21 else digit_K) * 2**lowest_bit
     # What is left are the pairs equal to the threshold; `still_needed_K` of them are taken, in order.
     tied_KMN = candidate_KP.view(num_heads, keys_MBTK.shape[0], -1)
-    tied_RKM = all_gather(tied_KMN.sum(-1), group)
+    # Each rank fills its own row. Gathered, the table would go round a ring of all ranks; a sum goes up and down a tree.
+    tied_RKM = torch.zeros(ranks_of(group), *tied_KMN.shape[:2], dtype=counts_dtype, device=keys_KP.device)
+    tied_RKM[rank_in(group)] = tied_KMN.sum(-1)
+    all_reduce_sum(tied_RKM, group)
     before_MK = _ties_before(tied_RKM, rank_in(group))
     place_KMN = before_MK.T[..., None] + tied_KMN.cumsum(-1)
     chosen_KMN = tied_KMN & (place_KMN <= still_needed_K[:, None, None])
@@ -107,6 +128,11 @@ def select_by_radix(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Gro
     selected_KP = above_KP | (chosen_KMN.flatten(1) & (count_K > 0)[:, None])
     selected_MBTK = selected_KP.view(num_heads, *keys_MBTK.shape[:-1]).movedim(0, -1)
     return selected_MBTK, torch.where(count_K > 0, excess_of_key(threshold_key_K.int()), math.nan), finite
+
+
+def histogram_dtype(num_pairs: int) -> torch.dtype:
+    """What counts up to `num_pairs` pairs of a pool; half the bytes while it can."""
+    return torch.int32 if num_pairs < 2**31 else torch.int64
 
 
 def _digit_of_threshold(histogram_KV: Tensor, needed_K: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.weighting.exchange import Group, exchange_named, rank_in
+from pipeline.weighting.exchange import Group, exchange_named, on_device, rank_in
 from pipeline.weighting.selection import NON_FINITE_KEY, Selection, excess_keys, nums_selected, select_top_of_rows
 
 SHARED_POOLS = ("global", "step")
@@ -39,7 +39,7 @@ def select_shared(
     keys_MBTK = excess_keys(score_MBTK, valid_MBTK)
     selected_MBTK, threshold_K, finite = exchange_named(exchange, num_keys, group)(keys_MBTK, num_selected_K, group)
     # Every rank knows the pool's threshold; in a mean over ranks it counts once, on the first.
-    weight_MK = torch.tensor(num_valid_MK, dtype=torch.float64, device=keys_MBTK.device) * (rank_in(group) == 0)
+    weight_MK = on_device(num_valid_MK, torch.float64, keys_MBTK.device) * (rank_in(group) == 0)
     return [
         Selection(selected_BTK, threshold_K, weight_K, None, finite)
         for selected_BTK, weight_K in zip(selected_MBTK, weight_MK, strict=True)

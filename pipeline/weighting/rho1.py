@@ -3,6 +3,9 @@
 It shares the selection itself with training (`select_shared`) and computes the losses in the obvious way. Labels are
 the tokens themselves, unshifted: head h at position t predicts labels[t + 1 + h]. A pair is invalid where its target
 lies beyond the row or is -100, or where its position or its target has attention mask 0.
+
+What is wrong with the inputs of one rank is an error on all ranks of its group: they tell one another before any of them
+waits for the others' numbers.
 """
 
 from typing import Any
@@ -42,9 +45,11 @@ def compute_mtp_selective_weights(
         stats: as `compute_rho1_stats` gives them, over the whole group.
 
     Raises:
-        ValueError: shapes, dtypes or ranges do not fit, or a valid pair's loss is not finite on any rank.
+        ValueError: shapes, dtypes or ranges do not fit, on any rank of the group and then on all, or a valid pair's loss
+            is not finite on any of them.
     """
-    _check_inputs(policy_logits, ref_logits, labels, attention_mask, k_percent)
+    problem = _problem_with_inputs(policy_logits, ref_logits, labels, attention_mask, k_percent)
+    _raise_on_all_ranks(problem, {"policy_logits": list(policy_logits.shape), "k_percent": k_percent}, group)
     num_heads = policy_logits.shape[2]
     targets_BTH = _shifted(labels.long(), num_heads, fill=IGNORED_LABEL)
     valid_BTH = _valid_by_mask(attention_mask, num_heads) & (targets_BTH != IGNORED_LABEL)
@@ -76,12 +81,12 @@ def compute_rho1_stats(excess_loss: Tensor, weights: Tensor, attention_mask: Ten
         head_{i}_count (selected pairs), head_{i}_ratio (of the valid pairs), head_{i}_excess_mean (over valid pairs),
         head_{i}_threshold (smallest selected excess; i >= 1), selection_ratio (over all heads) and
         avg_heads_per_position (selected pairs per valid pair of head 0). None where there is nothing to divide by.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, on any rank of the group and then on all.
     """
-    if excess_loss.ndim != 3 or excess_loss.shape != weights.shape or attention_mask.shape != weights.shape[:2]:
-        raise ValueError(
-            "expected excess_loss and weights [batch, seq, n_future] and attention_mask [batch, seq], got "
-            f"{list(excess_loss.shape)}, {list(weights.shape)} and {list(attention_mask.shape)}"
-        )
+    problem = _problem_with_selection(excess_loss, weights, attention_mask)
+    _raise_on_all_ranks(problem, {"n_future": list(weights.shape[2:])}, group)
     num_heads = weights.shape[2]
     valid_BTH = _valid_by_mask(attention_mask, num_heads) & ~excess_loss.isnan()
     selected_BTH = (weights > 0) & valid_BTH
@@ -127,9 +132,28 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(rows).view(targets.shape)
 
 
-def _check_inputs(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, attention_mask: Tensor, k_percent: float) -> None:
-    if policy_logits.ndim != 4:
-        raise ValueError(f"policy_logits: expected [batch, seq, n_future, vocab], got {list(policy_logits.shape)}")
+def _raise_on_all_ranks(problem: str | None, common: dict[str, Any], group: Group) -> None:
+    """Raise a ValueError if any rank has a problem, or if ranks differ in what they must have in common."""
+    if group is None:
+        if problem is not None:
+            raise ValueError(problem)
+        return
+    by_rank: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(by_rank, (problem, common), group=group)
+    problems = [f"rank {rank}: {found}" for rank, (found, _) in enumerate(by_rank) if found is not None]
+    for name in common if not problems else ():
+        values = [in_common[name] for _, in_common in by_rank]
+        if any(value != values[0] for value in values):
+            problems.append(f"{name}: expected the same shape or value on all ranks of the group, got {values}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _problem_with_inputs(
+    policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, attention_mask: Tensor, k_percent: float
+) -> str | None:
+    if policy_logits.ndim != 4 or 0 in policy_logits.shape:
+        return f"policy_logits: expected [batch, seq, n_future, vocab], none of them 0, got {list(policy_logits.shape)}"
     batch, seq, _, vocab = policy_logits.shape
     for name, tensor, shape in (
         ("ref_logits", ref_logits, [batch, seq, vocab]),
@@ -137,14 +161,31 @@ def _check_inputs(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, att
         ("attention_mask", attention_mask, [batch, seq]),
     ):
         if list(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape} to fit policy_logits, got {list(tensor.shape)}")
+            return f"{name}: expected shape {shape} to fit policy_logits, got {list(tensor.shape)}"
+        if tensor.device != policy_logits.device:
+            return f"{name}: expected it on {policy_logits.device}, where policy_logits are, got {tensor.device}"
     for name, tensor in (("policy_logits", policy_logits), ("ref_logits", ref_logits)):
         if not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels: expected integer token ids, got {labels.dtype}")
-    if not 0 < k_percent <= 1:
-        raise ValueError(f"k_percent: expected a fraction in (0, 1], got {k_percent}")
+            return f"{name}: expected a floating-point tensor, got {tensor.dtype}"
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        return f"labels: expected integer token ids, got {labels.dtype}"
+    if isinstance(k_percent, bool) or not isinstance(k_percent, (int, float)) or not 0 < k_percent <= 1:
+        return f"k_percent: expected a fraction in (0, 1], got {k_percent!r}"
+    neither = (attention_mask != 0) & (attention_mask != 1)
+    if neither.any():
+        return f"attention_mask: expected 1 on tokens and 0 on padding, got {attention_mask[neither][0].item()}"
     outside = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocab))
     if outside.any():
-        raise ValueError(f"labels: expected ids in [0, {vocab}) or {IGNORED_LABEL}, got {labels[outside][0].item()}")
+        return f"labels: expected ids in [0, {vocab}) or {IGNORED_LABEL}, got {labels[outside][0].item()}"
+    return None
+
+
+def _problem_with_selection(excess_loss: Tensor, weights: Tensor, attention_mask: Tensor) -> str | None:
+    if excess_loss.ndim != 3 or excess_loss.shape != weights.shape or attention_mask.shape != weights.shape[:2]:
+        return (
+            "expected excess_loss and weights [batch, seq, n_future] and attention_mask [batch, seq], got "
+            f"{list(excess_loss.shape)}, {list(weights.shape)} and {list(attention_mask.shape)}"
+        )
+    if not excess_loss.is_floating_point():
+        return f"excess_loss: expected a floating-point tensor, got {excess_loss.dtype}"
+    return None

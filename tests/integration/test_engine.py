@@ -1,11 +1,13 @@
 """The engine on two ranks under ZeRO-3: initial weights, decay groups, files, and steps that must not be applied."""
 
 import hashlib
+import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -90,10 +92,19 @@ def test_matrices_decay_and_vectors_do_not_though_both_look_empty_when_partition
     assert vectors == sorted(name for name, parameter in expected.items() if parameter.ndim == 1)
 
 
-KINDS = ("reference loss", "head 0's loss", "head 2's loss", "gradient")
+class Bad(NamedTuple):
+    """What rank 1 alone meets in one of a step's micro-steps."""
+
+    where: str
+    value: float
+    micro_step: int
 
 
-def some_steps(content: dict[str, Any], with_bad_ones: bool) -> list[dict[str, Any]]:
+PLACES = ("reference loss", "head 0's loss", "head 2's loss", "gradient")
+BAD = [Bad(*bad) for bad in itertools.product(PLACES, (math.nan, math.inf, -math.inf), (0, 1))]
+
+
+def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) -> list[dict[str, Any]]:
     """Steps of two micro-steps each, always on the same rows; with bad ones, in every second step rank 1 alone meets a
     number that is not finite."""
     from pipeline.micro_step import Models
@@ -109,21 +120,37 @@ def some_steps(content: dict[str, Any], with_bad_ones: bool) -> list[dict[str, A
     config = resolve_deepspeed_json(content, settings, 2)
     engine = build_policy(settings, config)
     reference = build_reference(settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1}), None, "zero3", config)
-    kind: str | None = None
+    bad: Bad | None = None
+    micro_step = -1  # The reference is what runs first in each.
+
+    def is_here(where: str) -> bool:
+        return rank == 1 and bad is not None and (where, micro_step % 2) == (bad.where, bad.micro_step)
+
+    def poisoned(values: torch.Tensor) -> torch.Tensor:
+        assert bad is not None
+        return torch.full_like(values, bad.value)
 
     def maybe_poisoned_reference(*inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal micro_step
+        micro_step += 1
         losses = reference(*inputs)
-        return losses * math.nan if kind == "reference loss" and rank == 1 else losses
+        return poisoned(losses) if is_here("reference loss") else losses
 
-    def poison_head(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        poisoned = {"head 0's loss": 0, "head 2's loss": 2}.get(kind or "")
-        return output * math.inf if rank == 1 and poisoned is not None and module is engine.module.heads[poisoned] else output
+    def maybe_poisoned_policy(*inputs: torch.Tensor, select: Any, scale_H: torch.Tensor) -> Any:
+        def select_among_poisoned(policy_loss_BTK: torch.Tensor) -> Any:
+            if is_here("head 2's loss"):
+                policy_loss_BTK[..., 1][inputs[3][..., 2]] = bad.value  # type: ignore[union-attr]
+            return select(policy_loss_BTK)
+
+        return engine(*inputs, select=select_among_poisoned, scale_H=scale_H)
+
+    def poison_head_0(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * bad.value if bad and is_here("head 0's loss") else output
 
     def poison_gradient(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * math.nan if kind == "gradient" and rank == 1 else gradient
+        return poisoned(gradient) if is_here("gradient") else gradient
 
-    for head in (0, 2):
-        engine.module.heads[head].register_forward_hook(poison_head)
+    engine.module.heads[0].register_forward_hook(poison_head_0)
     engine.module.trunk[0].register_forward_hook(
         lambda module, args, output: output.register_hook(poison_gradient) and None if output.requires_grad else None
     )
@@ -133,15 +160,16 @@ def some_steps(content: dict[str, Any], with_bad_ones: bool) -> list[dict[str, A
         device=torch.device("cpu"),
         run_dir=Path(),
         engine=engine,
-        models=Models(engine, maybe_poisoned_reference, "shifted", dist.group.WORLD),
+        models=Models(maybe_poisoned_policy, maybe_poisoned_reference, "shifted", dist.group.WORLD),
         stream=SimpleNamespace(micro_steps=2, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
         validation=None,
         checkpoints=None,  # type: ignore[arg-type]
     )
-    batches = [part_of(whole_batch(), slice(start, start + 2)) for start in (4 + 2 * rank, 4 + 2 * rank)]
+    first = part_of(whole_batch(), slice(4 + 2 * rank, 6 + 2 * rank))
+    batches = [first, replace(first, keys=tuple(f"1{key}" for key in first.keys))]
     progress, seen = Progress(), []
-    kinds = [kind for bad in KINDS for kind in (None, bad)] if with_bad_ones else [None] * len(KINDS)
-    for step, kind in enumerate([*kinds, None]):  # noqa: B007 (the hooks read it)
+    steps = [bad for one in bads for bad in (None, one)] if with_bad_ones else [None] * len(bads)
+    for step, bad in enumerate([*steps, None]):  # noqa: B007 (the hooks read it)
         before = whole_weights(engine.module)
         result = train_step(run, iter(batches), progress)
         advance(progress, result, settings)
@@ -157,7 +185,30 @@ def some_steps(content: dict[str, Any], with_bad_ones: bool) -> list[dict[str, A
                 "progress": (progress.step, progress.samples, progress.applied_steps, progress.skipped_in_a_row),
             }
         )
+    seen[-1]["disagreements"] = disagreements(run, progress, result)
     return seen
+
+
+def disagreements(run: Any, progress: Any, result: Any) -> list[str]:
+    """What the ranks say when they agree, then when rank 1 differs in one thing after another."""
+    from pipeline.runtime.agreement import RanksDisagreeError, check_ranks_agree
+    from pipeline.train import common_values
+
+    def said(pool: str, progress: Any, result: Any) -> str:
+        changed = replace(run, settings=run.settings.with_values(training={"selection_pool": pool}))
+        try:
+            check_ranks_agree(common_values(changed, progress, result), run.device)
+        except RanksDisagreeError as error:
+            return str(error)
+        return "agreed"
+
+    other = run.world.rank == 1
+    thresholds = [threshold_K + 1e-6 * other for threshold_K in result.sums.thresholds]
+    moved = replace(result, learning_rate=math.nextafter(result.learning_rate, 1 if other else result.learning_rate))
+    found = [said("global", progress, result), said("global", replace(progress, samples=progress.samples + other), result)]
+    found.append(said("global", progress, moved))
+    result.sums.thresholds = thresholds
+    return [*found, said("global", progress, result), said("step", progress, result), said("rank", progress, result)]
 
 
 SHIPPED = {path.stem: json.loads(path.read_text()) for path in DS_CONFIGS.glob("*.json")}
@@ -165,22 +216,28 @@ IN_BF16 = {"bf16": {"enabled": True}}
 ALL_OFFLOADED = {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
 
 
+FEW = [Bad(where, math.nan, number % 2) for number, where in enumerate(PLACES)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "content",
+    ("content", "bads"),
     [
-        *(pytest.param(content, id=name) for name, content in SHIPPED.items()),
-        pytest.param(CONTENT | {"zero_optimization": ALL_OFFLOADED}, id="zero3, all offloaded"),
+        pytest.param(CONTENT, BAD, id="every place, value and micro-step"),
+        *(pytest.param(content, FEW, id=name) for name, content in SHIPPED.items()),
+        pytest.param(CONTENT | {"zero_optimization": ALL_OFFLOADED}, FEW, id="zero3, all offloaded"),
         *(
-            pytest.param(CONTENT | IN_BF16 | {"zero_optimization": {"stage": stage}}, id=f"bf16, {stage}")
+            pytest.param(CONTENT | IN_BF16 | {"zero_optimization": {"stage": stage}}, FEW, id=f"bf16, {stage}")
             for stage in (1, 2, 3)
         ),
     ],
 )
-def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_nothing_else(content: dict[str, Any]) -> None:
-    applied = [True, *([False, True] * len(KINDS))]
-    clean = run_ranks(some_steps, 2, content, False)
-    for seen, without in zip(run_ranks(some_steps, 2, content, True), clean, strict=True):
+def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_nothing_else(
+    content: dict[str, Any], bads: list[Bad]
+) -> None:
+    applied = [True, *([False, True] * len(bads))]
+    clean = run_ranks(some_steps, 2, content, bads, False)
+    for seen, without in zip(run_ranks(some_steps, 2, content, bads, True), clean, strict=True):
         # As if the bad steps had never been, but for the data they used up.
         assert [step["weights"] for step in seen if step["applied"]] == [step["weights"] for step in without]
         assert [step["applied"] for step in seen] == applied
@@ -192,11 +249,23 @@ def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_no
         expected = [learning_rate(settings_for(2, 2).training, sum(applied[:step])) for step in range(len(applied))]
         assert [step["learning_rate"] for step in seen] == expected
         assert len(set(expected)) == sum(applied)
-        # The reference's loss concerns all that is compared with it; rank 1 has rows 6 and 7 in both micro-steps.
-        said = dict(zip(KINDS, (step["bad"] for step in seen[1::2]), strict=True))
-        assert [step["bad"] for step in seen[::2]] == [None] * (len(KINDS) + 1)
-        everywhere = "rank 1, head {}: 6, 7, 6, 7"
-        assert said["reference loss"] == "; ".join(everywhere.format(head) for head in (1, 2, 3))
-        assert said["head 0's loss"] == everywhere.format(0)
-        assert said["head 2's loss"] == everywhere.format(2)
-        assert said["gradient"] == "the gradient (every loss was finite)"
+        assert [step["bad"] for step in seen[::2]] == [None] * (len(bads) + 1)
+        differs = "ranks that must hold the same values do not: {}: rank(s) 1 differ from the others"
+        assert (
+            seen[-1]["disagreements"]
+            == without[-1]["disagreements"]
+            == [
+                "agreed",
+                differs.format("progress"),
+                differs.format("learning rate"),
+                differs.format("thresholds"),
+                differs.format("thresholds"),
+                "agreed",  # A rank's own pool has a threshold of its own.
+            ]
+        )
+        # The reference's loss concerns all that is compared with it. Rank 1 has rows 6 and 7 in both micro-steps.
+        heads = {"reference loss": (1, 2, 3), "head 0's loss": (0,), "head 2's loss": (2,), "gradient": ()}
+        for bad, step in zip(bads, seen[1::2], strict=True):
+            rows = ("6, 7", "16, 17")[bad.micro_step]
+            said = "; ".join(f"rank 1, head {head}: {rows}" for head in heads[bad.where])
+            assert step["bad"] == (said or "the gradient (every loss was finite)"), bad

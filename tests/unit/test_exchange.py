@@ -3,23 +3,24 @@
 import math
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.weighting.exchange as exchange
+from pipeline.benchmark.measurement import Collective, CollectiveRecorder
 from pipeline.weighting.exchange import exchange_named, select_by_gathering, select_by_radix
 from pipeline.weighting.pools import random_scores, score, select_local, select_shared
-from pipeline.weighting.selection import excess_keys, num_selected
+from pipeline.weighting.selection import Selection, excess_keys, num_selected
 from tests.ranks import run_ranks
-from tests.unit.test_selection import top_by_sorting
+from tests.unit.test_selection import FLOATS, top_by_sorting
 
 ROWS, HEADS = 2, 3
-EXCHANGES = ("all_gather", "radix")
+EXCHANGES, LOCAL = ("all_gather", "radix"), ("rank", "row")
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -33,6 +34,11 @@ def one_of(*values: float) -> Callable[[tuple[int, ...], torch.Generator], torch
     return draw
 
 
+def losses_in_bf16(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Differences of losses near 10, which bf16 knows to 1/16 only: thousands of them are equal."""
+    return (10 + 0.05 * normal(shape, generator)).bfloat16().float() - 9.9375
+
+
 VALUES = {
     "distinct": normal,
     "all equal": one_of(0.0),
@@ -41,40 +47,58 @@ VALUES = {
     "denormals": one_of(1e-45, -1e-45, 3e-45, 1e-40, -1e-40, 0.0),
     "large magnitudes": one_of(3.4028235e38, -3.4028235e38, 1e38, -1e30, 1.0),
     "neighbours": one_of(1.0, 1.0000001, 0.99999994, -1.0, -1.0000001),
+    "losses in bf16": losses_in_bf16,
 }
-# (values, micro-steps of the pool, tokens, k_percent); few tokens are barely more than the heads.
-CASES = [(name, micro_steps, 33, 0.6) for name in VALUES for micro_steps in (1, 2)]
-CASES += [("distinct", 1, 5, 0.6), ("rounded to bf16", 2, 33, 1.0), ("distinct", 2, 33, 1e-6), ("all equal", 2, 33, 1e-6)]
 
 
-def pool_of(case: tuple[str, int, int, float], world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Excess and validity [M, R, B, T, K]: unequal numbers of valid pairs, a rank and a head that have none."""
-    name, micro_steps, num_tokens, _ = case
+class Case(NamedTuple):
+    """micro_steps: of a shared pool. k_percent 1 takes all, 1e-6 a single pair (m = 1)."""
+
+    values: str
+    micro_steps: int = 1
+    num_tokens: int = 33
+    k_percent: float = 0.6
+
+
+CASES = [Case(values, micro_steps) for values in VALUES for micro_steps in (1, 2)]
+CASES += [Case(values, 2, 33, k_percent) for values in VALUES for k_percent in (1.0, 1e-6)]
+# Few tokens, barely more than the heads; and many that tie.
+CASES += [Case("distinct", 1, HEADS + 2), Case("all equal", 2, HEADS + 2), Case("losses in bf16", 1, 1500)]
+
+
+def pool_of(case: Case, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Excess and validity [M, R, B, T, K]: unequal numbers of valid pairs, a head that has none, and a rank that
+    has none in the first micro-step: in a pool of one none at all, in a pool of two others to tie with."""
     generator = torch.Generator().manual_seed(world_size)
-    shape = (micro_steps, world_size, ROWS, num_tokens, HEADS)
-    excess = VALUES[name](shape, generator)
+    shape = (case.micro_steps, world_size, ROWS, case.num_tokens, HEADS)
+    excess = VALUES[case.values](shape, generator)
     valid = torch.rand(shape, generator=generator) < torch.linspace(0.3, 0.9, world_size)[None, :, None, None, None]
     if world_size > 1:
-        valid[:, world_size // 2] = False
+        valid[0, world_size // 2] = False
     valid[..., 2] = False
     return excess, valid
 
 
-def counts_of(case: tuple[str, int, int, float], valid: torch.Tensor) -> list[int]:
-    return [num_selected(case[3], n) for n in valid.flatten(0, -2).sum(0).tolist()]
+def counts_of(case: Case, valid: torch.Tensor) -> list[int]:
+    return [num_selected(case.k_percent, n) for n in valid.flatten(0, -2).sum(0).tolist()]
 
 
-def select_all_cases() -> list[list[torch.Tensor]]:
-    """For each case and exchange this rank's mask and the threshold."""
+def select_all_cases() -> list[dict[str, list[list[torch.Tensor]]]]:
+    """For each case, exchange and local pool this rank's selections in each micro-step: mask, threshold, its weight,
+    whether all was finite."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     found = []
     for case in CASES:
         excess, valid = pool_of(case, world_size)
-        keys = excess_keys(excess[:, rank], valid[:, rank])
-        for name in EXCHANGES:
-            found.append(
-                list(exchange_named(name, keys.numel(), dist.group.WORLD)(keys, counts_of(case, valid), dist.group.WORLD))
-            )
+        mine, num_valid = (excess[:, rank], valid[:, rank]), valid.sum((1, 2, 3)).tolist()
+        shared = {name: select_shared(*mine, num_valid, counts_of(case, valid), name, dist.group.WORLD) for name in EXCHANGES}
+        local = {name: [select_local(*pair, case.k_percent, name) for pair in zip(*mine, strict=True)] for name in LOCAL}
+        found.append(
+            {
+                name: [[one.selected_BTK, one.threshold_K, one.threshold_weight_K, one.finite] for one in selections]
+                for name, selections in (shared | local).items()
+            }
+        )
     return found
 
 
@@ -82,61 +106,184 @@ def bits(value: float) -> bytes:
     return struct.pack("<f", value + 0.0)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_ranks_select_what_a_sort_of_the_whole_pool_selects(world_size: int) -> None:
-    answers = run_ranks(select_all_cases, world_size)
+WORLD_SIZES = (1, 2, 4, 8)
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def answers(request: pytest.FixtureRequest) -> list[list[dict[str, list[list[torch.Tensor]]]]]:
+    """What `select_all_cases` gives on each of 1, 2, 4 and 8 ranks."""
+    return run_ranks(select_all_cases, request.param)
+
+
+def test_ranks_select_what_a_sort_of_the_whole_pool_selects(answers) -> None:
     for number, case in enumerate(CASES):
-        excess, valid = pool_of(case, world_size)
-        for way in range(len(EXCHANGES)):
-            found = [answer[number * len(EXCHANGES) + way] for answer in answers]
-            masks = torch.stack([mask for mask, _, _ in found], dim=1)
-            for head, count in enumerate(counts_of(case, valid)):
-                values, are_valid = excess[..., head].flatten().tolist(), valid[..., head].flatten().tolist()
-                expected = top_by_sorting(values, are_valid, count)
-                assert masks[..., head].flatten().tolist() == expected, (case, EXCHANGES[way], head)
-                thresholds = [threshold[head].item() for _, threshold, _ in found]
+        excess, valid = pool_of(case, len(answers))
+        for head, count in enumerate(counts_of(case, valid)):
+            values, are_valid = excess[..., head].flatten().tolist(), valid[..., head].flatten().tolist()
+            expected = top_by_sorting(values, are_valid, count)
+            smallest = min((value for value, taken in zip(values, expected, strict=True) if taken), default=math.nan)
+            if case.num_tokens == 1500 and len(answers) >= 4 and count:
+                assert (excess[..., head][valid[..., head]] == smallest).sum() > 1000
+            for name in EXCHANGES:
+                found = [answer[number][name] for answer in answers]
+                masks = torch.stack([torch.stack([micro[0] for micro in of_rank]) for of_rank in found], dim=1)
+                assert masks[..., head].flatten().tolist() == expected, (case, name, head)
+                thresholds = {bits(micro[1][head].item()) for of_rank in found for micro in of_rank}
                 if count:
-                    smallest = min(value for value, taken in zip(values, expected, strict=True) if taken)
-                    assert {bits(threshold) for threshold in thresholds} == {bits(smallest)}
+                    assert thresholds == {bits(smallest)}, (case, name, head)
                 else:
-                    assert all(math.isnan(threshold) for threshold in thresholds)
-            assert all(finite for _, _, finite in found)
+                    assert all(math.isnan(micro[1][head]) for of_rank in found for micro in of_rank)
+                # The pool counts once, with all its valid pairs, on the first rank.
+                weights = [sum(micro[2][head].item() for micro in of_rank) for of_rank in found]
+                assert weights == [sum(are_valid), *[0] * (len(answers) - 1)]
+                assert all(micro[3] for of_rank in found for micro in of_rank)
 
 
-def collectives_of_one_selection(name: str, num_valid: int) -> tuple[list[str], bool]:
-    """What one selection calls, on a rank whose first `num_valid` pairs are valid; with a bad one on the last rank."""
-    calls: list[str] = []
-    all_reduce, gather = dist.all_reduce, exchange._gather_into_one
-
-    def counted(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            calls.append(kind)
-            return function(*arguments, **named)
-
-        return call
-
-    dist.all_reduce, exchange._gather_into_one = counted("all_reduce", all_reduce), counted("all_gather", gather)
-    try:
-        rank = dist.get_rank()
-        valid = (torch.arange(40) < (num_valid if rank == 0 else 40)).view(1, 1, 40, 1).expand(1, 1, 40, HEADS)
-        excess = torch.randn(1, 1, 40, HEADS, generator=torch.Generator().manual_seed(rank))
-        if rank == dist.get_world_size() - 1:
-            excess[0, 0, 3, 1] = math.nan
-        select = {"all_gather": select_by_gathering, "radix": select_by_radix}[name]
-        finite = select(excess_keys(excess, valid), [20] * HEADS, dist.group.WORLD)[2]
-    finally:
-        dist.all_reduce, exchange._gather_into_one = all_reduce, gather
-    return calls, bool(finite)
+def test_each_rank_and_each_row_selects_what_a_sort_of_its_own_pairs_selects(answers) -> None:
+    for number, case in enumerate(CASES):
+        excess, valid = pool_of(case, len(answers))
+        for name in LOCAL:
+            for rank, answer in enumerate(answers):
+                for micro_step, (mask, threshold, weight, finite) in enumerate(answer[number][name]):
+                    assert finite
+                    for head in range(HEADS):
+                        pools = [(excess[micro_step, rank, ..., head], valid[micro_step, rank, ..., head])]
+                        pools = [*zip(*pools[0], strict=True)] if name == "row" else pools
+                        expected, thresholds = [], []
+                        for values_P, valid_P in pools:
+                            values, are_valid = values_P.flatten().tolist(), valid_P.flatten().tolist()
+                            top = top_by_sorting(values, are_valid, num_selected(case.k_percent, sum(are_valid)))
+                            taken = [value for value, is_taken in zip(values, top, strict=True) if is_taken]
+                            thresholds += [(min(taken), sum(are_valid))] if taken else []
+                            expected += top
+                        assert mask[..., head].flatten().tolist() == expected, (case, name, rank, head)
+                        assert weight[head] == sum(count for _, count in thresholds)
+                        if thresholds:
+                            mean = sum(value * count for value, count in thresholds) / weight[head].item()
+                            assert threshold[head].item() == pytest.approx(mean, rel=1e-6)
 
 
-def all_collectives() -> list[tuple[list[str], bool]]:
-    return [collectives_of_one_selection(name, num_valid) for name in EXCHANGES for num_valid in (40, 0)]
+def cut(pairs: list[tuple[float, bool]], cuts: list[int], k_percent: float) -> None:
+    """Each of four ranks has what lies between two cuts."""
+    bounds = [0, *sorted(min(cut, len(pairs)) for cut in cuts), len(pairs)]
+    rank, num_tokens = dist.get_rank(), max(1, len(pairs))
+    mine = pairs[bounds[rank] : bounds[rank + 1]]
+    excess, valid = torch.zeros(1, 1, num_tokens, 1), torch.zeros(1, 1, num_tokens, 1, dtype=torch.bool)
+    excess[0, 0, : len(mine), 0] = torch.tensor([value for value, _ in mine])
+    valid[0, 0, : len(mine), 0] = torch.tensor([is_valid for _, is_valid in mine], dtype=torch.bool)
+    values, are_valid = [value for value, _ in pairs], [is_valid for _, is_valid in pairs]
+    count = num_selected(k_percent, sum(are_valid))
+    expected = top_by_sorting(values, are_valid, count)
+    smallest = min((value for value, taken in zip(values, expected, strict=True) if taken), default=math.nan)
+    for name in EXCHANGES:
+        (found,) = select_shared(excess, valid, [[sum(are_valid)]], [count], name, dist.group.WORLD)
+        assert found.selected_BTK[0, : len(mine), 0].tolist() == expected[bounds[rank] : bounds[rank + 1]]
+        assert found.selected_BTK.sum() == sum(expected[bounds[rank] : bounds[rank + 1]])
+        assert bits(found.threshold_K.item()) == bits(smallest) or not count
+
+
+def cut_all(examples: list[tuple[list[tuple[float, bool]], list[int], float]]) -> None:
+    for example in examples:
+        cut(*example)
+
+
+def test_ranks_may_be_cut_anywhere() -> None:
+    examples = []
+
+    @given(
+        st.lists(st.tuples(st.sampled_from([0.0, -0.0, 1.0]) | FLOATS, st.booleans()), max_size=40),
+        st.lists(st.integers(0, 40), min_size=3, max_size=3),
+        st.floats(0.01, 1),
+    )
+    @settings(derandomize=True, database=None, max_examples=100)
+    def draw(pairs: list[tuple[float, bool]], cuts: list[int], k_percent: float) -> None:
+        examples.append((pairs, cuts, k_percent))
+
+    draw()
+    assert len(examples) >= 100
+    run_ranks(cut_all, 4, examples)
+
+
+def collectives_of_one_selection(name: str, num_valid: int, micro_steps: int) -> tuple[list[Collective], bool]:
+    """What one selection calls, on ranks of which the first has `num_valid` valid pairs; with a bad one on the last."""
+    rank = dist.get_rank()
+    valid = (torch.arange(40) < (num_valid if rank == 0 else 40)).view(1, 1, 40, 1).expand(micro_steps, 1, 40, HEADS)
+    excess = torch.randn(micro_steps, 1, 40, HEADS, generator=torch.Generator().manual_seed(rank))
+    if rank == dist.get_world_size() - 1:
+        excess[0, 0, 3, 1] = math.nan
+    num_valid_MK = [[40 + num_valid] * HEADS] * micro_steps
+    with CollectiveRecorder() as recorder:
+        selections = select_shared(excess, valid, num_valid_MK, [20] * HEADS, name, dist.group.WORLD)
+    return recorder.collectives, any(bool(selection.finite) for selection in selections)
+
+
+def all_collectives() -> list[tuple[list[Collective], bool]]:
+    return [
+        collectives_of_one_selection(name, num_valid, micro_steps)
+        for name in EXCHANGES
+        for micro_steps in (1, 3)
+        for num_valid in (40, 0)
+    ]
 
 
 def test_every_rank_runs_the_same_collectives_whatever_its_data_and_sees_a_bad_number() -> None:
-    gathering, radix = ["all_gather"], ["all_reduce"] * 3 + ["all_gather"]
-    expected = [(gathering, False), (gathering, False), (radix, False), (radix, False)]
+    histograms = [Collective("all_reduce", 4 * HEADS * size) for size in (2048, 2048, 1024)]
+    expected = [([Collective("all_gather", 4 * HEADS * 40 * micro_steps)], False) for micro_steps in (1, 1, 3, 3)]
+    for micro_steps in (1, 1, 3, 3):
+        ties = Collective("all_reduce", 4 * HEADS * 2 * micro_steps)
+        expected.append(([*histograms, ties], False))
     assert run_ranks(all_collectives, 2) == [expected, expected]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["all_gather", "radix", "rank", "row"])
+def test_a_number_that_is_not_finite_is_seen_and_never_selected_before_one_that_is(name: str, value: float) -> None:
+    excess, valid = torch.arange(12.0).view(1, 2, 6, 1), torch.ones(1, 2, 6, 1, dtype=torch.bool)
+    excess[0, 1, 2, 0] = value
+
+    def select() -> Selection:
+        if name in LOCAL:
+            return select_local(excess[0], valid[0], 0.5, name)
+        return select_shared(excess, valid, [[int(valid.sum())]], [6], name, None)[0]
+
+    found = select()
+    assert not found.finite
+    assert not found.selected_BTK[1, 2, 0]
+    assert found.selected_BTK.sum() == 6
+    valid[0, 1, 2, 0] = False
+    assert select().finite, "outside the pool it is nobody's business"
+
+
+@pytest.mark.parametrize("select", [select_by_gathering, select_by_radix])
+def test_no_exchange_looks_at_a_value_on_the_host(select: exchange.Exchange) -> None:
+    """Tensors that have shapes and no values refuse whatever would wait for one: `item`, `nonzero`, indexing by a mask."""
+    keys = torch.empty(2, 3, 40, HEADS, dtype=torch.int32, device="meta")
+    selected, threshold, finite = select(keys, [7, 0, 30], None)
+    assert (selected.shape, threshold.shape, finite.shape) == (keys.shape, (HEADS,), ())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(finite)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["all_gather", "radix"])
+def test_no_exchange_waits_for_the_device(name: str) -> None:
+    excess, valid = pool_of(CASES[0], 1)
+    counts = counts_of(CASES[0], valid)
+    pool = (excess[:, 0].cuda(), valid[:, 0].cuda(), valid.sum((1, 2, 3)).tolist(), counts, name, None)
+    expected = select_shared(excess[:, 0], valid[:, 0], *pool[2:])[0]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (found,) = select_shared(*pool)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.selected_BTK.cpu(), expected.selected_BTK)
+    assert torch.equal(found.threshold_K.cpu(), expected.threshold_K, equal_nan=True)
+
+
+def test_counts_of_a_pool_have_room() -> None:
+    assert exchange.histogram_dtype(2**31 - 1) is torch.int32
+    assert exchange.histogram_dtype(2**31) is torch.int64
 
 
 def test_auto_gathers_small_pools_and_takes_histograms_of_large_ones() -> None:

@@ -15,12 +15,12 @@ ALLOWED = {
     "weighting": {"config"},
     "model": {"config", "weighting"},
     "runtime": {"config", "weighting", "model"},
+    "benchmark": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "train"},
     "micro_step": {"config", "data", "weighting", "model"},
     "checks": {"config", "data", "model", "runtime"},
     "evaluate": {"config", "data", "weighting", "model", "runtime", "micro_step"},
     "train": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate"},
     "command_line": {"config", "recipe", "data", "model", "runtime", "checks", "train", "job"},
-    "benchmark": {"weighting", "runtime", "micro_step"},
     "job": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
 }
 

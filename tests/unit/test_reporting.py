@@ -5,9 +5,12 @@ import math
 import re
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from pipeline.model.mtp import HeadLosses
+from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, SelectionSums
 from pipeline.runtime.reporting import (
     Logbook,
     closing_table,
@@ -17,6 +20,7 @@ from pipeline.runtime.reporting import (
     tensorboard_tag,
     without_non_finite,
 )
+from pipeline.weighting.selection import Selection
 
 # The block of the project's plan, to the character.
 EXPECTED_BLOCK = """\
@@ -162,6 +166,17 @@ def test_the_closing_table_does_without_validation_and_with_nothing_trained(tmp_
         ("excess_mean_head_3", None, "selection/excess_mean/head_3"),
         ("selection_ratio", None, "selection/selection_ratio"),
         ("selected_ratio_head_1_source_my_head_2", None, "source/my_head_2/selected_ratio/head_1"),
+        ("selected_ratio_head_1_source_my_head_2_source_x", None, "source/my_head_2_source_x/selected_ratio/head_1"),
+        ("agreement_head_1_head_2", None, "selection/agreement/head_1_head_2"),
+        ("agreement_head_1_head_2_source_web", None, "source/web/agreement/head_1_head_2"),
+        ("excess_p10_head_1", None, "selection/excess_p10/head_1"),
+        ("excess_p10", None, "selection/excess_p10"),
+        ("excess_mean_source_web", None, "source/web/excess_mean"),
+        ("selection_ratio_source_web", None, "source/web/selection_ratio"),
+        ("selected_count", None, "selection/count"),
+        ("heads_per_position", None, "selection/heads_per_position"),
+        ("tokens_per_second", None, "train/tokens_per_second"),
+        ("excess_mean", "validation", "validation/selection/excess_mean"),
         ("loss_head_0", "validation", "validation/loss/head_0"),
         ("loss", "validation", "validation/loss"),
         ("step", None, None),
@@ -187,6 +202,35 @@ def test_tensorboard_reads_back_what_metrics_jsonl_holds(tmp_path):
             tag = tensorboard_tag(key, record.get("split"))
             if tag is not None and value is not None:
                 assert dict(found[tag])[record["step"]] == pytest.approx(value)
+
+
+def test_tensorboard_draws_the_excess_of_each_selecting_head_as_a_distribution(tmp_path):
+    excess = torch.tensor([[-1.0, 0.03, 0.04], [2.5, 2.5, 2.5], [0.1, 0.1, 0.1]])
+    valid = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 0]]).bool()
+    losses = HeadLosses(
+        torch.zeros(()),
+        torch.zeros(1, 3, 4),
+        Selection(valid.T[None], torch.zeros(3), torch.ones(3).double(), (excess * valid).T[None], torch.tensor(True)),
+    )
+    sums = SelectionSums(4, 1, torch.device("cpu"))
+    sums.add(losses, torch.cat([torch.ones(1, 3, 1, dtype=torch.bool), valid.T[None]], dim=-1), torch.zeros(1, 3).long())
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    logbook.write_histograms(20, sums.over_ranks(None))
+    logbook.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    # Head 3 had no valid pair: there is nothing to draw.
+    assert events.Tags()["histograms"] == ["selection/excess/head_1", "selection/excess/head_2"]
+    (first,), (second,) = (events.Histograms(f"selection/excess/head_{head}") for head in (1, 2))
+    assert (first.step, first.histogram_value.num, second.histogram_value.num) == (20, 3, 3)
+    drawn = first.histogram_value
+    filled = [(limit, count) for limit, count in zip(drawn.bucket_limit, drawn.bucket, strict=True) if count]
+    assert filled == [(-0.9375, 1.0), (0.0625, 2.0)]
+    assert (drawn.min, drawn.max) == (-1.0, 0.0625)
+    assert drawn.sum == pytest.approx(excess[0].sum(), abs=3 * EXCESS_BIN_WIDTH / 2)
+    assert drawn.sum_squares == pytest.approx((excess[0] ** 2).sum(), abs=3 * EXCESS_BIN_WIDTH)
+    assert [count for count in second.histogram_value.bucket if count] == [3.0]
+    assert second.histogram_value.min <= 2.5 <= second.histogram_value.max
 
 
 def test_the_custom_scalars_layout_draws_the_heads_of_a_quantity_in_one_chart(tmp_path):

@@ -1,11 +1,18 @@
 """The dense API against loops written by hand."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline.config import ModelSettings, TrainingSettings
+from pipeline.data.batch import Batch
+from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
+from pipeline.model.mtp import MTPModel, initialize_weights
+from pipeline.runtime.metrics import SelectionSums
 from pipeline.weighting.rho1 import compute_mtp_selective_weights, compute_rho1_stats
 from tests.ranks import run_ranks
 
@@ -136,12 +143,25 @@ def test_a_group_shares_one_pool() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"policy_logits": torch.zeros(3, 12, 11)}, "policy_logits: expected .batch, seq, n_future, vocab., got .3, 12, 11."),
+        ({"policy_logits": torch.zeros(3, 12, 11)}, "policy_logits: expected .batch, seq, n_future, vocab.*got .3, 12, 11."),
         ({"ref_logits": torch.zeros(3, 12, 5)}, "ref_logits: expected shape .3, 12, 11.*got .3, 12, 5."),
         ({"labels": torch.zeros(3, 12)}, "labels: expected integer token ids, got torch.float32"),
         ({"labels": torch.full((3, 12), 11)}, "labels: expected ids in .0, 11. or -100, got 11"),
         ({"attention_mask": torch.ones(3, 2)}, "attention_mask: expected shape .3, 12."),
         ({"k_percent": 0.0}, "k_percent: expected a fraction in .0, 1., got 0.0"),
+        ({"k_percent": math.nan}, "k_percent: expected a fraction in .0, 1., got nan"),
+        ({"k_percent": "60%"}, "k_percent: expected a fraction in .0, 1., got '60%'"),
+        ({"policy_logits": torch.zeros(3, 12, 0, 11)}, "policy_logits: expected .*none of them 0, got .3, 12, 0, 11."),
+        (
+            {"policy_logits": torch.zeros(3, 12, 4, 11).long()},
+            "policy_logits: expected a floating-point tensor, got torch.int64",
+        ),
+        ({"ref_logits": torch.zeros(3, 12, 11).int()}, "ref_logits: expected a floating-point tensor, got torch.int32"),
+        ({"ref_logits": torch.zeros(3, 12, 11, device="meta")}, "ref_logits: expected it on cpu.*got meta"),
+        ({"labels": torch.full((3, 12), -1)}, "labels: expected ids in .0, 11. or -100, got -1"),
+        ({"labels": torch.ones(3, 12, dtype=torch.bool)}, "labels: expected integer token ids, got torch.bool"),
+        # As some libraries write masks: to be added to attention's scores.
+        ({"attention_mask": torch.full((3, 12), -math.inf)}, "attention_mask: expected 1 on tokens and 0 on padding, got -inf"),
         ({"policy_logits": torch.full((3, 12, 4, 11), math.nan)}, "NaN or infinite"),
     ],
 )
@@ -150,6 +170,118 @@ def test_inputs_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     arguments = dict(zip(names, inputs(), strict=True)) | {"k_percent": 0.6} | change
     with pytest.raises(ValueError, match=message):
         compute_mtp_selective_weights(**arguments)
+
+
+def said_on_this_rank() -> list[str]:
+    """What each call of which rank 1 alone has wrong inputs says on this rank; none of them may wait for ever."""
+    rank, said = dist.get_rank(), []
+    names = ("policy_logits", "ref_logits", "labels", "attention_mask")
+    good = dict(zip(names, inputs(), strict=True))
+    policy_logits = good["policy_logits"].clone()
+    policy_logits[1, 2, 3, 4] = math.nan
+    for wrong in (
+        {"labels": torch.full((BATCH, SEQ), VOCAB)},
+        {"labels": torch.zeros(BATCH, SEQ)},
+        {"ref_logits": good["ref_logits"][:, :5]},
+        {"k_percent": 0.7},
+        dict(zip(names, inputs(batch=BATCH + 1), strict=True)),
+        {"policy_logits": policy_logits},
+    ):
+        with pytest.raises(ValueError) as refused:  # noqa: PT011 (its text is what is compared)
+            compute_mtp_selective_weights(**(good | (wrong if rank == 1 else {})), group=dist.group.WORLD)
+        said.append(str(refused.value))
+    shape = (BATCH, SEQ, HEADS)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        compute_rho1_stats(torch.zeros(shape), torch.zeros(shape), torch.ones(BATCH, SEQ + rank), dist.group.WORLD)
+    return [*said, str(refused.value)]
+
+
+def test_wrong_inputs_of_one_rank_are_an_error_on_all() -> None:
+    first, second = run_ranks(said_on_this_rank, 2)
+    assert first == second
+    expected = [
+        "rank 1: labels: expected ids in [0, 11) or -100, got 11",
+        "rank 1: labels: expected integer token ids, got torch.float32",
+        "rank 1: ref_logits: expected shape [3, 12, 11] to fit policy_logits, got [3, 5, 11]",
+        "k_percent: expected the same shape or value on all ranks of the group, got [0.6, 0.7]",
+        "policy_logits: expected the same shape or value on all ranks of the group, got [[3, 12, 4, 11], [4, 12, 4, 11]]",
+        "policy_logits or ref_logits give a loss that is NaN or infinite on a valid pair",
+        "rank 1: expected excess_loss and weights [batch, seq, n_future] and attention_mask [batch, seq], got "
+        "[3, 12, 4], [3, 12, 4] and [3, 13]",
+    ]
+    assert first == expected
+
+
+@pytest.mark.slow
+def test_more_tokens_than_a_float_can_count_are_selected_exactly() -> None:
+    """17 equal rows of a million tokens: every excess ties, and float32 counts no further than 2**24."""
+    generator = torch.Generator().manual_seed(0)
+    rows, seq = 17, 2**20
+    policy_logits = torch.randn(1, seq, 2, 2, generator=generator).expand(rows, -1, -1, -1)
+    ref_logits = torch.randn(1, seq, 2, generator=generator).expand(rows, -1, -1)
+    labels = torch.randint(2, (1, seq), generator=generator).expand(rows, -1)
+    weights, stats = compute_mtp_selective_weights(policy_logits, ref_logits, labels, torch.ones(1, 1).expand(rows, seq))
+    valid = rows * (seq - 2)
+    count = math.floor(0.6 * valid + 0.5)
+    assert valid > 2**24
+    assert stats["head_0_count"] == rows * (seq - 1)
+    assert stats["head_1_count"] == int((weights[..., 1] != 0).sum()) == count
+    assert stats["head_1_ratio"] == count / valid
+    row = [logits.log_softmax(-1) for logits in (policy_logits[0, :-2, 1], ref_logits[0, 1:-1])]
+    policy_loss, reference_loss = (-logits.gather(1, labels[0, 2:, None])[:, 0] for logits in row)
+    excess = (policy_loss - reference_loss).numpy()
+    order = np.argsort(-np.tile(excess, rows), kind="stable")
+    expected = np.zeros(valid, dtype=bool)
+    expected[order[:count]] = True
+    assert np.array_equal(weights[:, :-2, 1].numpy().astype(bool).ravel(), expected)
+    assert stats["head_1_threshold"] == excess[order[count - 1] % (seq - 2)]
+
+
+DENSE_SETTINGS = {"dim": 16, "num_layers": 2, "num_attention_heads": 2, "vocab_size": VOCAB}
+
+
+def training_beside_dense_api() -> tuple[torch.Tensor, torch.Tensor, dict[str, Any], dict[str, Any]]:
+    """This rank's rows through the training's own path and through the API: two masks, two sets of statistics."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    policy = MTPModel(ModelSettings(**DENSE_SETTINGS))
+    reference = MTPModel(ModelSettings(**DENSE_SETTINGS, num_prediction_heads=1, seed=1))
+    for model in (policy, reference):
+        initialize_weights(model)
+        with torch.no_grad():
+            model.unembed.weight.mul_(20)
+    tokens = torch.randint(VOCAB, (8, SEQ), generator=torch.Generator().manual_seed(4))
+    documents = torch.zeros(8, SEQ, dtype=torch.int32)
+    documents[5:7, 3:] = -1  # Ranks have unequal numbers of valid pairs.
+    rows = slice(rank * 8 // dist.get_world_size(), (rank + 1) * 8 // dist.get_world_size())
+    tokens, documents = tokens[rows], documents[rows]
+    training = TrainingSettings(selection_exchange="radix")
+    batch = Batch(tokens, documents, torch.zeros_like(tokens), tuple(map(str, range(len(tokens)))))
+    micro = load_micro_batches([batch], 0, HEADS, dist.get_world_size(), rank, torch.device("cpu"))
+    counts = plan(micro, training, [1.0] * HEADS, group)
+    (losses,) = selective_losses(Models(policy, reference, "shifted", group), micro, counts, training)
+    sums = SelectionSums(HEADS, 1, torch.device("cpu"))
+    sums.add(losses, micro[0].valid_BTH, batch.sources_BT)
+    record = sums.record(counts.scale_H, ("",), group)
+    selected = torch.cat([micro[0].valid_BTH[..., :1], losses.selection.selected_BTK], dim=-1)
+    with torch.no_grad():
+        policy_logits = policy.unembed.norm(policy.hidden_states(tokens, documents)) @ policy.unembed.weight.T
+        ref_logits = (reference.unembed.norm(reference.hidden_states(tokens, documents)) @ reference.unembed.weight.T)[:, :, 0]
+    weights, stats = compute_mtp_selective_weights(policy_logits, ref_logits, tokens, documents >= 0, group=group)
+    return selected, weights, record, stats
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_dense_api_equals_the_trainings_own_path(world_size: int) -> None:
+    for selected, weights, record, stats in run_ranks(training_beside_dense_api, world_size):
+        assert torch.equal(weights, selected.float())
+        for head in range(HEADS):
+            assert stats[f"head_{head}_count"] == record[f"selected_count_head_{head}"]
+            assert stats[f"head_{head}_ratio"] == record[f"selected_ratio_head_{head}"]
+            if head:
+                assert stats[f"head_{head}_threshold"] == pytest.approx(record[f"threshold_head_{head}"], abs=1e-5)
+                assert stats[f"head_{head}_excess_mean"] == pytest.approx(record[f"excess_mean_head_{head}"], abs=1e-5)
+        assert stats["selection_ratio"] == record["selection_ratio"]
+        assert stats["avg_heads_per_position"] == record["heads_per_position"]
 
 
 def test_statistics_refuse_shapes_that_do_not_fit() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.benchmark.measurement import in_turn, timed
+from pipeline.benchmark.variants import in_turn, timed
 
 ROOT = Path(__file__).parents[2]
 
