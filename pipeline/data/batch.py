@@ -7,14 +7,14 @@ counts and thresholds of the project stand on `targets_and_valid`, so nothing el
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.data.shards import Sample
+from pipeline.data.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,24 @@ class Batch:
     document_ids_BT: int32; 0, 1, 2 … within each row, −1 on padding.
     sources_BT: int64 index into the manifest's sources; 0 on padding and where sources have no names.
     keys: for each row `SHARD/KEY`.
+    damage: what was wrong with rows that are here replaced by padding, one message a row.
+    failure: why no rows came and all of these are padding; None if they did.
     """
 
     tokens_BT: Tensor
     document_ids_BT: Tensor
     sources_BT: Tensor
     keys: tuple[str, ...]
+    damage: tuple[str, ...] = ()
+    failure: str | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return Batch(
-            self.tokens_BT.to(device, non_blocking=non_blocking),
-            self.document_ids_BT.to(device, non_blocking=non_blocking),
-            self.sources_BT.to(device, non_blocking=non_blocking),
-            self.keys,
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT.to(device, non_blocking=non_blocking),
+            document_ids_BT=self.document_ids_BT.to(device, non_blocking=non_blocking),
+            sources_BT=self.sources_BT.to(device, non_blocking=non_blocking),
         )
 
 
@@ -55,7 +59,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
         document_ids_BT=torch.from_numpy(np.repeat(document_ids, lengths).reshape(tokens_BT.shape)),
         sources_BT=torch.from_numpy(np.repeat(sources, lengths).reshape(tokens_BT.shape)),
         keys=tuple(sample.key for sample in samples),
+        damage=tuple(sample.damage for sample in samples if sample.damage is not None),
     )
+
+
+def blank_batch(num_rows: int, sequence_length: int, failure: str) -> Batch:
+    """Rows of padding in the place of rows that do not come."""
+    zeros_BT = torch.zeros(num_rows, sequence_length, dtype=torch.int64)
+    padding_BT = torch.full((num_rows, sequence_length), -1, dtype=torch.int32)
+    return Batch(zeros_BT, padding_BT, zeros_BT, ("(not read)",) * num_rows, failure=failure)
 
 
 def _with_padding(sample: Sample, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,50 +1,67 @@
 """The rows of one rank, as micro-batches, from any position of the run.
 
-The position of the whole job is one integer, samples consumed, and what comes at a position is `order`'s pure function of
-it. This module only says who reads what. A *round* is one sample of each of the L lanes; a step of G rows is G / L rounds,
-and micro-step a of a step holds its rows [a·R·B, (a+1)·R·B), of which rank r has a·R·B + r·B + [0, B). L is a multiple of
-R·B, so each lane is read by one rank for as long as the number of ranks stays.
+The position of the whole job is one integer, samples consumed, and what comes at a position is a pure function of it
+(`order`, `mixture`). This module only says who reads what. A *round* is one sample of each of the L lanes; a step of G rows
+is G / L rounds, and micro-step a of a step holds its rows [a·R·B, (a+1)·R·B), of which rank r has a·R·B + r·B + [0, B). L is
+a multiple of R·B, so each lane is read by one rank for as long as the number of ranks stays.
 
-A rank's lanes are split over its DataLoader workers, which own lanes and not batches: each yields its piece of every round,
-the DataLoader hands the pieces out in turn, and their concatenation is the rank's part of the round in the order of its
-rows. So the number of workers changes nothing but speed. Pieces travel as numpy arrays through a pipe, and not as
-tensors through /dev/shm, which containers keep small.
+A rank's lanes are split over its DataLoader workers, which own lanes and not batches: each yields its pieces of the rounds,
+the DataLoader hands the pieces out in turn, and put together they are the rank's part of the rounds in the order of its
+rows. So the number of workers changes nothing but speed. A worker reads a window of rounds at a time, and hands on a few
+rounds at a time; pieces travel as few large numpy arrays through a pipe, and not as tensors through /dev/shm, which
+containers keep small.
+
+A sample that is damaged is replaced by a row of padding that says so, and data that cannot be reached by such rows for
+ever: where the ranks have to go on together until they agree, the batches carry the bad news; elsewhere it is raised.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pipeline.data.batch import Batch, collate
-from pipeline.data.manifest import DataError, Manifest, read_manifest
-from pipeline.data.order import EpochOrder, default_lanes, too_few_samples
-from pipeline.data.shards import Sample, ShardReader
+from pipeline.data.batch import Batch, blank_batch, collate
+from pipeline.data.manifest import DataError, read_manifest
+from pipeline.data.mixture import DataSet, join, order_of
+from pipeline.data.order import default_lanes
+from pipeline.data.sample import Sample, SampleDecoder
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.sizes import check_sizes
+from pipeline.storage.files import DIRECT, Access
+from pipeline.storage.location import Place, Url
 
 __all__ = ["Stream", "check_sizes", "default_lanes", "rank_lanes"]
 
-_MAX_LISTED = 12
+# Of a worker's memory: what is read at a time, and what is handed on at a time.
+_WINDOW_BYTES = 8 * 2**20
+_PIECE_BYTES, _PIECE_ROWS = 2**20, 64
 
 
 class Stream:
-    """One rank's view of a prepared folder.
+    """One rank's view of a prepared folder, or of several.
 
     Args:
-        directory: the prepared folder.
+        data: the prepared folder, or the sets of a mixture.
         lanes: L. global_batch: G, rows a step. micro_batch: B, rows a rank and micro-step.
         rank, world_size: of this process, R.
         seed, shuffle_block: of the order; both are part of what a run is.
         num_workers: DataLoader processes; 0 reads in this process.
+        access: how data that is not on this machine is reached.
+        raises: whether damage and data out of reach are raised by `iterate`. If not, `Batch.damage` and `Batch.failure` say
+            so, and the rows concerned are padding.
 
     Raises:
-        DataError: the folder is not a prepared one, or the sizes do not fit (all problems at once).
+        DataError: a folder is not a prepared one, or the sizes do not fit (all problems at once).
     """
 
     def __init__(
         self,
-        directory: Path,
+        data: Place | Sequence[DataSet],
         *,
         lanes: int,
         global_batch: int,
@@ -54,16 +71,19 @@ class Stream:
         seed: int,
         shuffle_block: int,
         num_workers: int = 0,
+        access: Access = DIRECT,
+        raises: bool = True,
     ) -> None:
-        self.directory = Path(directory)
-        self.manifest: Manifest = read_manifest(self.directory)
+        self.sets = [DataSet(data)] if isinstance(data, Path | Url) else list(data)
+        self.manifests = [read_manifest(each.place, access) for each in self.sets]
+        self.manifest, self.source_maps = join(self.manifests, self.sets)
         problems = check_sizes(
             lanes=lanes,
             global_batch=global_batch,
             micro_batch=micro_batch,
             world_size=world_size,
             num_workers=num_workers,
-            num_samples=self.manifest.num_samples,
+            num_samples=min(manifest.num_samples for manifest in self.manifests),
         )
         if problems:
             raise DataError("\n".join(problems))
@@ -74,9 +94,9 @@ class Stream:
         self.rank = rank
         self.world_size = world_size
         self.num_workers = num_workers
-        self.order = EpochOrder(
-            [shard.samples for shard in self.manifest.shards], lanes=lanes, seed=seed, shuffle_block=shuffle_block
-        )
+        self.access = access
+        self.raises = raises
+        self.order = order_of(self.manifests, self.sets, lanes=lanes, seed=seed, shuffle_block=shuffle_block)
 
     @property
     def lanes(self) -> int:
@@ -85,13 +105,13 @@ class Stream:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Rows that an epoch uses, over all ranks."""
-        return self.order.samples_per_epoch
+        """Rows that an epoch of every set uses, over all ranks."""
+        return sum(order.samples_per_epoch for order in self.order.orders)
 
     @property
     def dropped_per_epoch(self) -> int:
-        """Samples that an epoch leaves out, fewer than L."""
-        return self.order.dropped_per_epoch
+        """Samples that an epoch leaves out, fewer than L of each set."""
+        return sum(order.dropped_per_epoch for order in self.order.orders)
 
     @property
     def micro_steps(self) -> int:
@@ -102,7 +122,7 @@ class Stream:
         """This rank's micro-batches of the rows [start_sample, end_sample), in order; without an end, for ever.
 
         Raises:
-            DataError: a sample is damaged; the message names it.
+            DataError: a sample is damaged, the message names it; or data cannot be reached. Only if `raises`.
             ValueError: `start_sample` is not a multiple of G, or `end_sample` none of R·B.
         """
         micro_step = self.micro_batch * self.world_size
@@ -120,16 +140,25 @@ class Stream:
         return itertools.islice(self._micro_batches(start_sample // self.lanes, end_round), num_micro_batches)
 
     def _micro_batches(self, start_round: int, end_round: int | None) -> Iterator[Batch]:
-        for samples in self._rounds(start_round, end_round):
-            for start in range(0, len(samples), self.micro_batch):
-                yield collate(samples[start : start + self.micro_batch])
+        try:
+            for samples in self._rounds(start_round, end_round):
+                for start in range(0, len(samples), self.micro_batch):
+                    batch = collate(samples[start : start + self.micro_batch])
+                    if batch.damage and self.raises:
+                        raise DataError(batch.damage[0])
+                    yield batch
+        except DataError as error:
+            if self.raises:
+                raise
+            while True:
+                yield blank_batch(self.micro_batch, self.manifest.sequence_length, str(error))
 
     def _rounds(self, start_round: int, end_round: int | None) -> Iterator[list[Sample]]:
-        """This rank's samples of each round, in the order of the rows."""
+        """This rank's samples of a few rounds after the other, in the order of the rows."""
         lanes = rank_lanes(self.lanes, self.micro_batch, self.rank, self.world_size)
-        dataset = _LaneRounds(self.directory, self.manifest, self.order, lanes, start_round, end_round)
+        dataset = _LaneRounds(self, lanes, start_round, end_round)
         if self.num_workers == 0:
-            yield from map(_raise_if_error, dataset)
+            yield from (_put_together([piece]) for piece in map(_raise_if_error, dataset))
             return
         # The loader draws a seed for its workers; from a generator of its own, lest it move the job's random state.
         loader = DataLoader(
@@ -139,7 +168,7 @@ class Stream:
         try:
             while first := next(pieces, None):
                 rest = [next(pieces) for _ in range(self.num_workers - 1)]
-                yield list(itertools.chain(first, *rest))
+                yield _put_together([first, *rest])
         finally:
             # Stops the workers here. Left to the garbage collector, which closes their queues before it asks them to stop,
             # an error would cost five seconds a worker.
@@ -152,44 +181,134 @@ def rank_lanes(lanes: int, micro_batch: int, rank: int, world_size: int) -> list
     return [lane for start in range(rank * micro_batch, lanes, micro_step) for lane in range(start, start + micro_batch)]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A worker's samples of a few rounds, round after round, in few arrays: `tokens` [N, T], `keys` and `damage` [N],
+    `counts` int64 [N], the documents of each, whose lengths and sources follow one another in `lengths` and `sources`."""
+
+    num_rounds: int
+    tokens: np.ndarray
+    counts: np.ndarray
+    lengths: np.ndarray
+    sources: np.ndarray | None
+    keys: list[str]
+    damage: dict[int, str]
+
+    @classmethod
+    def of(cls, num_rounds: int, samples: Sequence[Sample]) -> "_Piece":
+        return cls(
+            num_rounds,
+            np.stack([sample.tokens for sample in samples]),
+            np.array([len(sample.lengths) for sample in samples]),
+            np.concatenate([sample.lengths for sample in samples]),
+            None
+            if samples[0].sources is None
+            else np.concatenate([sample.sources for sample in samples if sample.sources is not None]),
+            [sample.key for sample in samples],
+            {number: sample.damage for number, sample in enumerate(samples) if sample.damage is not None},
+        )
+
+    def samples_by_round(self) -> list[list[Sample]]:
+        ends = np.cumsum(self.counts).tolist()
+        samples = [
+            Sample(
+                key,
+                self.tokens[number],
+                self.lengths[start:end],
+                None if self.sources is None else self.sources[start:end],
+                self.damage.get(number),
+            )
+            for number, (key, start, end) in enumerate(zip(self.keys, [0, *ends], ends, strict=False))
+        ]
+        in_round = len(samples) // self.num_rounds
+        return [samples[start : start + in_round] for start in range(0, len(samples), in_round)]
+
+
+def _put_together(pieces: Sequence[_Piece]) -> list[Sample]:
+    """The samples of the workers' pieces of the same rounds, round by round in the order of the workers."""
+    by_round = zip(*(piece.samples_by_round() for piece in pieces), strict=True)
+    return [sample for parts in by_round for part in parts for sample in part]
+
+
 class _LaneRounds(IterableDataset):
     """A rank's samples of round after round: in a DataLoader worker those of its contiguous share of the lanes.
 
-    What is passed to the workers is small and holds no open file.
+    What is passed to the workers holds no open file.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        order: EpochOrder,
-        lanes: Sequence[int],
-        start_round: int,
-        end_round: int | None,
-    ) -> None:
-        self.directory = directory
-        self.manifest = manifest
-        self.order = order
+    def __init__(self, stream: Stream, lanes: Sequence[int], start_round: int, end_round: int | None) -> None:
+        self.sets = stream.sets
+        self.manifests = stream.manifests
+        self.source_maps = stream.source_maps
+        self.access = stream.access
+        self.order = stream.order
         self.lanes = lanes
         self.start_round = start_round
         self.end_round = end_round
+        row_bytes = SampleDecoder(stream.manifest).max_bytes
+        self.piece_rounds = max(1, min(_PIECE_ROWS, _PIECE_BYTES // row_bytes) // len(lanes))
+        self.window_rounds = max(1, _WINDOW_BYTES // row_bytes // len(lanes))
 
-    def __iter__(self) -> Iterator[list[Sample] | DataError]:
+    def __iter__(self) -> Iterator[_Piece | DataError]:
         # An error goes out as a value: raised here, the DataLoader would bury its message in a traceback.
-        reader = ShardReader(self.directory, self.manifest)
+        readers = [
+            ShardReader(each.place, manifest, self.access) for each, manifest in zip(self.sets, self.manifests, strict=True)
+        ]
+        lanes = _worker_share(self.lanes)
         try:
-            for number in itertools.count(self.start_round):
-                if number == self.end_round:
-                    return
-                yield [self._read(reader, number * self.order.lanes + lane) for lane in _worker_share(self.lanes)]
+            for num_rounds, samples in self._windows(readers, lanes):
+                for first in range(0, num_rounds, self.piece_rounds):
+                    in_piece = min(self.piece_rounds, num_rounds - first)
+                    yield _Piece.of(in_piece, samples[first * len(lanes) : (first + in_piece) * len(lanes)])
         except DataError as error:
             yield error
         finally:
-            reader.close()
+            for reader in readers:
+                reader.close()
 
-    def _read(self, reader: ShardReader, row: int) -> Sample:
-        _, shard, sample = self.order.locate_row(row)
-        return reader.read(shard, sample)
+    def _windows(self, readers: Sequence[ShardReader], lanes: Sequence[int]) -> Iterator[tuple[int, list[Sample]]]:
+        """Window after window: its number of rounds, and its samples round by round. While one is handed on the next one is
+        fetched, if that means to wait."""
+        if not any(isinstance(each.place, Url) for each in self.sets):
+            yield from ((num_rounds, self._read(readers, lanes, first, num_rounds)) for first, num_rounds in self._spans())
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            fetched = None
+            for first, num_rounds in self._spans():
+                following = num_rounds, ahead.submit(self._read, readers, lanes, first, num_rounds)
+                if fetched is not None:
+                    yield fetched[0], fetched[1].result()
+                fetched = following
+            if fetched is not None:
+                yield fetched[0], fetched[1].result()
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """(first round, number of rounds) of window after window: small ones at first, since somebody is waiting."""
+        first, num_rounds = self.start_round, self.piece_rounds
+        while self.end_round is None or first < self.end_round:
+            yield first, num_rounds if self.end_round is None else min(num_rounds, self.end_round - first)
+            first += num_rounds
+            if 2 * num_rounds <= self.window_rounds:
+                num_rounds *= 2
+
+    def _read(self, readers: Sequence[ShardReader], lanes: Sequence[int], first: int, num_rounds: int) -> list[Sample]:
+        located = [self.order.locate_lane(lane, first, num_rounds) for lane in lanes]
+        # [rounds, lanes], flat: round by round.
+        sets, shards, samples = (np.stack(columns, axis=1).ravel() for columns in zip(*located, strict=True))
+        found: list[Sample] = [None] * len(sets)  # type: ignore[list-item]
+        for number, reader in enumerate(readers):
+            places = np.flatnonzero(sets == number).tolist()
+            read = reader.read_many(shards[places].tolist(), samples[places].tolist())
+            for place, sample in zip(places, read, strict=True):
+                found[place] = sample if len(readers) == 1 else self._joined(sample, number)
+        return found
+
+    def _joined(self, sample: Sample, number: int) -> Sample:
+        """A sample of one set of a mixture, as a sample of the mixture."""
+        source_map = self.source_maps[number]
+        assert source_map is not None
+        own = np.zeros(len(sample.lengths), np.uint8) if sample.sources is None else sample.sources
+        return replace(sample, key=f"{self.sets[number].name}:{sample.key}", sources=source_map[own])
 
 
 def _worker_share(lanes: Sequence[int]) -> Sequence[int]:
@@ -199,7 +318,7 @@ def _worker_share(lanes: Sequence[int]) -> Sequence[int]:
     return lanes[len(lanes) * worker.id // worker.num_workers : len(lanes) * (worker.id + 1) // worker.num_workers]
 
 
-def _raise_if_error(piece: list[Sample] | DataError) -> list[Sample]:
+def _raise_if_error(piece: _Piece | DataError) -> _Piece:
     if isinstance(piece, DataError):
         raise piece
     return piece
@@ -207,63 +326,3 @@ def _raise_if_error(piece: list[Sample] | DataError) -> list[Sample]:
 
 def _as_it_is(piece: object) -> object:
     return piece
-
-
-def check_sizes(
-    *,
-    lanes: int,
-    global_batch: int,
-    micro_batch: int,
-    world_size: int,
-    num_workers: int = 0,
-    num_samples: int | None = None,
-) -> list[str]:
-    """What does not fit, as sentences that say what would; empty if all fits."""
-    sizes = {
-        "data.lanes": lanes,
-        "data.global_batch": global_batch,
-        "data.micro_batch": micro_batch,
-        "the number of ranks": world_size,
-    }
-    problems = [f"{name} = {size}: expected at least 1" for name, size in sizes.items() if size < 1]
-    if num_workers < 0:
-        problems.append(f"data.num_workers = {num_workers}: expected at least 0")
-    if problems:
-        return problems
-    if global_batch % lanes:
-        problems.append(
-            f"data.global_batch = {global_batch} is not a multiple of data.lanes = {lanes}; "
-            f"lanes that fit: {_listed(_divisors(global_batch), near=lanes)}"
-        )
-    problems += _rank_problems(lanes, micro_batch, world_size, num_workers)
-    if num_samples is not None and num_samples < lanes:
-        problems.append(too_few_samples(num_samples, lanes))
-    return problems
-
-
-def _rank_problems(lanes: int, micro_batch: int, world_size: int, num_workers: int) -> list[str]:
-    if lanes % (world_size * micro_batch):
-        return [
-            f"data.lanes = {lanes} is not a multiple of ranks × data.micro_batch = {world_size} × {micro_batch}; "
-            f"with micro-batches of {micro_batch}, numbers of ranks that fit: "
-            f"{_listed(_divisors(lanes // micro_batch) if lanes % micro_batch == 0 else [], near=world_size)}; "
-            f"with {world_size} ranks, micro-batches that fit: "
-            f"{_listed(_divisors(lanes // world_size) if lanes % world_size == 0 else [], near=micro_batch)}"
-        ]
-    own_lanes = lanes // world_size
-    if num_workers > own_lanes:
-        return [
-            f"data.num_workers = {num_workers}, but each of the {world_size} ranks has {own_lanes} of the {lanes} lanes and a "
-            f"worker needs one of its own: expected at most {own_lanes}"
-        ]
-    return []
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _listed(numbers: list[int], near: int) -> str:
-    """The numbers, of many those nearest to `near`."""
-    nearest = sorted(sorted(numbers, key=lambda number: abs(number - near))[:_MAX_LISTED])
-    return ", ".join(map(str, nearest)) or "none"
