@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.data.cache import LeastRecentlyUsed
 from pipeline.data.manifest import DataError, Manifest
 from pipeline.data.sample import DamageError, Sample, SampleDecoder
+from pipeline.data.shard_table import Shard, ShardTable
 from pipeline.data.shards import CRC, OFFSET
 from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, open_file
 from pipeline.storage.location import Place, Url
@@ -52,12 +53,12 @@ class _Run:
 class _OpenShard:
     """The three files of a shard."""
 
-    def __init__(self, place: Place, name: str, num_samples: int, num_bytes: int, access: Access) -> None:
+    def __init__(self, place: Place, shard: Shard, access: Access) -> None:
         self.files: list[OpenFile] = []
-        sizes = {"tar": num_bytes, "tar.idx": OFFSET.itemsize * (num_samples + 1), "tar.crc32": CRC.itemsize * num_samples}
+        indices = {"tar.idx": OFFSET.itemsize * (shard.samples + 1), "tar.crc32": CRC.itemsize * shard.samples}
         try:
-            for suffix, size in sizes.items():
-                self.files.append(open_file(place / f"{name}.{suffix}", size, access))
+            for suffix, size in ({"tar": shard.bytes} | indices).items():
+                self.files.append(open_file(place / f"{shard.name}.{suffix}", size, access))
         except OSError:
             self.close()
             raise
@@ -75,6 +76,7 @@ class ShardReader:
     ) -> None:
         self.directory = directory
         self.manifest = manifest
+        self._table = ShardTable.of(manifest.shards)
         self._access = access
         self._decoder = SampleDecoder(manifest)
         self._open: LeastRecentlyUsed[int, _OpenShard] = LeastRecentlyUsed(max_open_shards, _OpenShard.close)
@@ -167,10 +169,7 @@ class ShardReader:
         return _whole_items(offsets, OFFSET), _whole_items(checksums, CRC)
 
     def _files(self, shard: int) -> list[OpenFile]:
-        entry = self.manifest.shards[shard]
-        return self._open.get(
-            shard, lambda: _OpenShard(self.directory, entry.name, entry.samples, entry.bytes, self._access)
-        ).files
+        return self._open.get(shard, lambda: _OpenShard(self.directory, self.manifest.shards[shard], self._access)).files
 
     def _runs(
         self,
@@ -204,7 +203,7 @@ class ShardReader:
         if isinstance(piece, OSError):
             raise piece
         offsets, checksums = piece
-        within, num_bytes = sample % _INDEX_SAMPLES, self.manifest.shards[shard].bytes
+        within, num_bytes = sample % _INDEX_SAMPLES, self._table.sizes[shard]
         if within + 1 >= len(offsets) or within >= len(checksums):
             raise DamageError(f"its .{'idx' if within + 1 >= len(offsets) else 'crc32'} ends before it")
         start, end = int(offsets[within]), int(offsets[within + 1])
@@ -218,14 +217,17 @@ class ShardReader:
         start, size = run.offsets[0], run.offsets[-1] - run.offsets[0]
         try:
             tar = self._files(run.shard)[0]
-            data = tar.read(start, size)
+            read = self._decode_all(tar.read(start, size), run)
             # A copy in the cache may be the damaged one.
-            if not _is_intact(data, run) and tar.forget(start, size):
-                data = tar.read(start, size)
+            if any(sample.damage is not None for sample in read) and tar.forget(start, size):
+                read = self._decode_all(tar.read(start, size), run)
+            return read
         except StorageError:
             raise
         except OSError as error:
             return [self._blank(run.shard, sample, error) for sample in run.samples]
+
+    def _decode_all(self, data: bytes, run: _Run) -> list[Sample]:
         return [self._decode(data, run, index) for index in range(len(run.samples))]
 
     def _decode(self, data: bytes, run: _Run, index: int) -> Sample:
@@ -236,12 +238,12 @@ class ShardReader:
                 raise DamageError(f"expected {end - start} bytes at {run.offsets[index]} of the tar, got {len(own)}")
             if zlib.crc32(own) != run.checksums[index]:
                 raise DamageError(f"its CRC-32 is {zlib.crc32(own):08x}, expected {run.checksums[index]:08x}")
-            return self._decoder.decode(own, self.manifest.shards[run.shard].name)
+            return self._decoder.decode(own, self._table.names[run.shard])
         except DamageError as damage:
             return self._blank(run.shard, run.samples[index], damage)
 
     def _blank(self, shard: int, sample: int, damage: Exception) -> Sample:
-        name = self.manifest.shards[shard].name
+        name = self._table.names[shard]
         message = (
             f"shard {name}, sample {sample}, in {self.directory} is damaged: {damage}; "
             "copy the shard and its .idx and .crc32 again from where the data was prepared, or prepare again"
@@ -251,9 +253,3 @@ class ShardReader:
 
 def _whole_items(data: bytes, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(data[: len(data) - len(data) % dtype.itemsize], dtype)
-
-
-def _is_intact(data: bytes, run: _Run) -> bool:
-    first = run.offsets[0]
-    checks = zip(run.offsets, run.offsets[1:], run.checksums, strict=False)
-    return all(zlib.crc32(data[start - first : end - first]) == checksum for start, end, checksum in checks)
