@@ -89,7 +89,8 @@ def train(options: argparse.Namespace, settings, problems: list[str]) -> int:
     try:
         exit_code = dry_run(job) if options.dry_run else run_job(job)
     except (DataError, ModelFilesError) as error:
-        return fail(error, EXIT_USAGE, is_first=True)
+        # Where all ranks raise the same one says it.
+        return fail(error, EXIT_USAGE, world.is_first or not getattr(error, "agreed", False))
     except (TrainingDivergedError, RanksDisagreeError) as error:
         return fail(error, EXIT_DIVERGED, world.is_first)
     dist.barrier()

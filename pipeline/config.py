@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+)
+
+from pipeline.storage.files import Access
+from pipeline.storage.location import Place, place_of
 
 
 class ConfigError(ValueError):
@@ -42,6 +54,10 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+Location = Annotated[Place, PlainValidator(place_of), PlainSerializer(str, return_type=str, when_used="json")]
+"""A folder, or a URL; it stays what it was written as, where `Path` would make https:/HOST of https://HOST."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
@@ -60,10 +76,22 @@ class RunSettings(Section):
     """Name of the run; without --run-dir the run directory is runs/NAME."""
 
 
+class MixtureSet(Section):
+    path: Location
+    """Folder or URL of prepared shards."""
+    weight: PositiveFloat
+    """Its part of the rows, in proportion to the weights of the others; exact as written in decimals."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+    """What metrics and messages call it; also its source's name where its inputs had none."""
+
+
 class DataSettings(Section):
-    path: Path | None = None
-    """Directory of prepared shards (launch/prepare.py makes it)."""
-    validation_path: Path | None = None
+    path: Location | None = None
+    """Folder of prepared shards (launch/prepare.py makes it): a path, https://HOST/FOLDER, s3://BUCKET/FOLDER, or, with
+    `allow_pipe`, pipe:COMMAND in which {} is the name of a file."""
+    mixture: Annotated[list[MixtureSet], Field(min_length=1)] | None = None
+    """In place of `path`: several data sets, each with `path`, `weight` and `name`, mixed by weight."""
+    validation_path: Location | None = None
     """Directory of held-out prepared shards; null: no validation."""
     builtin: bool = False
     """Where `path` is null: prepare the embedded corpus (Python's own documentation and source, and noise) under the
@@ -82,6 +110,23 @@ class DataSettings(Section):
     """Samples of a shard that are permuted among themselves."""
     num_workers: NonNegative = 2
     """Loader processes a rank; 0 reads in the training process."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """What a damaged sample does: end the job on all ranks, or give its place to a row without valid pairs."""
+    max_corrupt: NonNegative = 100
+    """Damaged samples, over all ranks and the whole run, that `skip` puts up with."""
+    retry_seconds: PositiveFloat = 120.0
+    """Time over which a read of remote data is repeated, with growing pauses, before the job ends."""
+    cache_dir: Path | None = None
+    """Folder of this machine that keeps what was read of remote data, shared by all its ranks; null: nothing is kept."""
+    cache_bytes: Annotated[int, Field(ge=2**20)] = 64 * 2**30
+    """Size that `cache_dir` may reach, in bytes; what was used longest ago goes first."""
+    allow_pipe: bool = False
+    """Whether a `pipe:` may run its command, which is a shell's."""
+
+    @property
+    def access(self) -> Access:
+        """How remote data is reached."""
+        return Access(self.retry_seconds, self.cache_dir, self.cache_bytes, self.allow_pipe)
 
 
 class ModelSettings(Section):
@@ -128,7 +173,7 @@ class ReferenceSettings(Section):
     """How the reference lies on the ranks: partitioned by ZeRO-3, or whole on each."""
     training_steps: Positive | None = None
     """Where `path` is null: first train a next-token reference of the policy's shape for so many steps."""
-    training_data: Path | None = None
+    training_data: Location | None = None
     """Prepared shards to train that reference on; null: the built-in corpus without its noise."""
 
 
@@ -229,7 +274,8 @@ class Settings(Section):
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 # Directories may move; the fingerprints of what is in them are compared instead.
 FREE_TO_CHANGE = (
-    "run.", "logging.", "checkpoint.", "data.num_workers", "data.path", "data.builtin", "data.validation_path",
+    "run.", "logging.", "checkpoint.", "data.num_workers", "data.path", "data.mixture", "data.builtin", "data.validation_path",
+    "data.on_corrupt", "data.retry_seconds", "data.cache_", "data.allow_pipe",
     "reference.", "model.pretrained",
 )  # fmt: skip
 

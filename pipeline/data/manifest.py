@@ -32,7 +32,10 @@ _MAX_SHARDS_LOOKED_AT = 4096
 
 
 class DataError(ValueError):
-    """Something about the data that a user caused or can mend; one message, ready to be shown."""
+    """Something about the data that a user caused or can mend; one message, ready to be shown. `agreed`: all ranks raise
+    it, with the same message."""
+
+    agreed = False
 
 
 class Source(Record):

@@ -20,7 +20,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.data.manifest import DataError, Manifest, Source
+from pipeline.config import DataSettings
+from pipeline.data.manifest import DataError, Manifest, Source, read_manifest
 from pipeline.data.order import EpochOrder
 from pipeline.data.shard_table import ShardTable
 from pipeline.data.shards import MAX_SOURCES
@@ -140,6 +141,24 @@ class MixtureOrder:
         rounds, beyond = divmod(num_rows, self.lanes)
         by_lane = (self.schedule.counts(lane, rounds + (lane < beyond)) for lane in range(self.lanes))
         return [sum(counts) for counts in zip(*by_lane, strict=True)]
+
+
+def sets_of(settings: DataSettings) -> list[DataSet]:
+    """The training data that was asked for."""
+    if settings.mixture is not None:
+        return [DataSet(each.path, each.weight, each.name) for each in settings.mixture]
+    assert settings.path is not None
+    return [DataSet(settings.path)]
+
+
+def read_joined(settings: DataSettings) -> Manifest:
+    """The manifest of the training data that was asked for.
+
+    Raises:
+        DataError: a folder is not a prepared one, or the sets do not go together.
+    """
+    sets = sets_of(settings)
+    return join([read_manifest(each.place, settings.access) for each in sets], sets)[0]
 
 
 def order_of(

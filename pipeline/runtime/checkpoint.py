@@ -8,7 +8,7 @@ job is one integer, samples consumed; nothing in training draws random numbers, 
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ REMEDY = "remove that checkpoint to continue from an older one, or choose anothe
 class Progress:
     """Where a run is. step: optimiser steps done, skipped ones among them; samples and tokens: consumed so far, over
     all ranks, tokens without padding; skipped_steps: steps whose gradient was discarded; skipped_in_a_row: those of
-    them since the last step that was applied."""
+    them since the last step that was applied; corrupt_samples: damaged ones that were replaced by padding; by source:
+    tokens, and samples that hold any."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    corrupt_samples: int = 0
+    tokens_by_source: list[int] = field(default_factory=list)
+    samples_by_source: list[int] = field(default_factory=list)
 
     @property
     def applied_steps(self) -> int:

@@ -68,9 +68,12 @@ _TAGS = {
 
 def tensorboard_tag(key: str, split: str | None = None) -> str | None:
     """`loss_head_0` -> `loss/head_0`, `selected_ratio_head_1` -> `selection/ratio/head_1`, of one source
-    `source/NAME/selected_ratio/head_1`; `loss` -> `train/loss`; with a split `SPLIT/loss/head_0`, `SPLIT/loss`."""
+    `source/NAME/selected_ratio/head_1`; `data_tokens_source_NAME` -> `data/tokens/source_NAME`; `loss` -> `train/loss`; with a split `SPLIT/loss/head_0`, `SPLIT/loss`."""
     if key in ("step", "split"):
         return None
+    if key.startswith("data_") or key == "corrupt_samples":
+        tag = f"data/{key.removeprefix('data_').replace('_source_', '/source_', 1).replace('_set_', '/set_', 1)}"
+        return f"{split}/{tag}" if split else tag
     quantity, head, rest = key.partition("_head_")
     number, source, name = rest.partition("_source_")
     if source:
