@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from pipeline.runtime.preemption import StopRequest
+
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
 
@@ -37,6 +39,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    stop = StopRequest()
     if is_first and not options.print_config:
         print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
 
@@ -57,7 +60,7 @@ def main(arguments: list[str]) -> int:
         if options.print_config:
             print(settings.to_yaml(), end="") if is_first else None
             return 0
-        return train(options, settings, problems)
+        return train(options, settings, problems, stop)
     except ConfigError as error:
         return fail(error, EXIT_USAGE, is_first)
     except KeyboardInterrupt:
@@ -67,7 +70,7 @@ def main(arguments: list[str]) -> int:
         return EXIT_INTERRUPTED
 
 
-def train(options: argparse.Namespace, settings, problems: list[str]) -> int:
+def train(options: argparse.Namespace, settings, problems: list[str], stop: StopRequest) -> int:
     import torch.distributed as dist
 
     from pipeline.checks import check_before_start
@@ -87,7 +90,7 @@ def train(options: argparse.Namespace, settings, problems: list[str]) -> int:
     initialize_distributed(device, settings.logging.deepspeed_level)
     job = Job(settings, content, run_dir, world, device, options.allow_changed)
     try:
-        exit_code = dry_run(job) if options.dry_run else run_job(job)
+        exit_code = dry_run(job) if options.dry_run else run_job(job, stop)
     except (DataError, ModelFilesError) as error:
         # Where all ranks raise the same one says it.
         return fail(error, EXIT_USAGE, world.is_first or not getattr(error, "agreed", False))

@@ -14,7 +14,7 @@ from pipeline.data.manifest import DataError, Manifest, read_manifest
 from pipeline.data.order import too_few_samples
 from pipeline.data.stream import check_sizes, default_lanes
 from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, load_tokenizer
-from pipeline.model.huggingface import ModelFilesError, read_model_settings
+from pipeline.model.huggingface import ModelFilesError, read_model_settings, weight_problems
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 from pipeline.runtime.deepspeed_json import read_deepspeed_json
 from pipeline.runtime.distributed import World
@@ -32,13 +32,10 @@ def check_before_start(
         ConfigError: all problems of settings, DeepSpeed JSON, sizes, data and reference at once.
     """
     content, found = read_deepspeed_json(deepspeed_json, settings)
-    manifests, unreadable = _read_manifests(settings)
-    found += [*unreadable, *_run_dir_problems(run_dir)]
+    found += _run_dir_problems(run_dir)
     if problems:
-        raise ConfigError([*problems, *found, *_reference_problems(settings, None)])
-    first = next(iter(manifests.values()), None)
-    for path, manifest in manifests.items():
-        found += _manifest_problems(manifest, path, settings, first)
+        _, unreadable = _read_manifests(settings)
+        raise ConfigError([*problems, *found, *unreadable, *_reference_problems(settings, None)])
     found += check_sizes(
         lanes=lanes_of(settings),
         global_batch=settings.data.global_batch,
@@ -46,21 +43,29 @@ def check_before_start(
         world_size=world.size,
         num_workers=settings.data.num_workers,
     )
-    found += _model_problems(settings, first)
+    found += _data_problems(settings)
     if found:
         raise ConfigError(found)
     return content
 
 
-def check_data(manifest: Manifest, path: Place, settings: Settings) -> None:
-    """The same for data that the job has made itself.
+def check_data(settings: Settings) -> None:
+    """The same of the data alone, once the job has made what it makes itself.
 
     Raises:
-        ConfigError: data, sizes and model do not fit.
+        ConfigError: data sets, sizes and model do not fit each other.
     """
-    problems = [*_manifest_problems(manifest, path, settings, None), *_model_problems(settings, manifest)]
+    problems = _data_problems(settings)
     if problems:
         raise ConfigError(problems)
+
+
+def _data_problems(settings: Settings) -> list[str]:
+    manifests, problems = _read_manifests(settings)
+    first = next(iter(manifests.values()), None)
+    for path, manifest in manifests.items():
+        problems += _manifest_problems(manifest, path, settings, first)
+    return problems + _model_problems(settings, first)
 
 
 def lanes_of(settings: Settings) -> int:
@@ -119,9 +124,12 @@ def _model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
         except ModelFilesError as error:
             return [*problems, f"model.pretrained: {error}"]
         own = settings.model.model_copy(update={"vocab_size": settings.model.vocab_size or needed or found.vocab_size})
-        problems += [
+        differences = [
             f"model.{key}: {mine!r}, but {settings.model.pretrained} has {theirs!r}; they must be equal"
             for key, mine, theirs in _shape_differences(own, found)
+        ]
+        problems += differences or [
+            f"model.pretrained: {problem}" for problem in weight_problems(own, settings.model.pretrained)
         ]
     return problems
 
@@ -136,6 +144,8 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
     except (ModelFilesError, DataError) as error:
         yield f"reference.path: {error}"
         return
+    needed = shape if settings.reference.horizon == "matched" else next_token_model(shape)
+    yield from (f"reference.path: {problem}" for problem in weight_problems(needed, directory))
     if settings.reference.horizon == "matched" and shape.num_prediction_heads != num_heads:
         yield (
             f"reference.horizon: 'matched' needs a reference with the policy's {num_heads} heads, {directory} has "
@@ -151,6 +161,11 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
             f"(sha256 of the id-to-token map {tokenizer[:12]}… and {manifest.tokenizer_sha256[:12]}…); prepare the data "
             "with the reference's tokenizer.json"
         )
+
+
+def next_token_model(shape: ModelSettings) -> ModelSettings:
+    """The same model without its further heads."""
+    return shape.model_copy(update={"num_prediction_heads": 1})
 
 
 def _shape_differences(own: ModelSettings, found: ModelSettings) -> Iterator[tuple[str, Any, Any]]:

@@ -276,7 +276,8 @@ class Settings(Section):
 FREE_TO_CHANGE = (
     "run.", "logging.", "checkpoint.", "data.num_workers", "data.path", "data.mixture", "data.builtin", "data.validation_path",
     "data.on_corrupt", "data.retry_seconds", "data.cache_", "data.allow_pipe",
-    "reference.", "model.pretrained",
+    "reference.", "model.pretrained", "training.selection_exchange", "training.check_ranks_every",
+    "training.max_skipped_steps",
 )  # fmt: skip
 
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.checks import check_data, lanes_of
+from pipeline.checks import check_data, lanes_of, next_token_model
 from pipeline.config import ConfigError, ModelSettings, Settings, TrainingSettings
 from pipeline.data.builtin import prepare_builtin
-from pipeline.data.manifest import read_manifest
 from pipeline.data.mixture import DataSet, read_joined, sets_of
 from pipeline.data.stream import Stream
 from pipeline.data.tokenizer import TOKENIZER_FILE
@@ -54,9 +53,16 @@ class Job:
     allow_changed: bool = False
 
 
-def run_job(job: Job) -> int:
+def run_job(job: Job, stop: StopRequest) -> int:
     """Make what is missing, train, close with a table; returns the exit code."""
-    stop = StopRequest(job.run_dir, job.world)
+    if job.world.is_first:
+        stop.watch(job.run_dir)
+    exit_code = _make_and_train(job, stop)
+    stop.settle()
+    return exit_code
+
+
+def _make_and_train(job: Job, stop: StopRequest) -> int:
     _say(job, f"run directory {job.run_dir}; {job.world.size} rank{'s' if job.world.size > 1 else ''} on {job.device.type}")
     settings = with_builtin_data(job)
     if settings.reference.path is None and settings.reference.training_steps is not None:
@@ -115,7 +121,7 @@ def with_builtin_data(job: Job) -> Settings:
         if settings.reference.training_steps is None
         else {"training_data": settings.reference.training_data or directory / "library"},
     )
-    check_data(read_manifest(directory / "mix"), directory / "mix", settings)
+    check_data(settings)
     return settings
 
 
@@ -142,9 +148,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
 def _refuse_another_reference(job: Job, settings: Settings, directory: Path) -> None:
     """A reference that is there already must be the one that these settings would train, if it is known how it was."""
     _, _, checkpoints = _resolved(job, settings, directory / "training")
-    newest = checkpoints.newest()
-    state = checkpoints.state_of(newest) if newest is not None else None
-    changed = checkpoints.changes(state) if state is not None else []
+    changed = checkpoints.changed()
     if changed:
         remedy = f"remove {directory} to train it again, or pass --allow-changed to use it as it is"
         raise ConfigError([*(f"reference in {directory}: {change}" for change in changed), remedy])
@@ -253,9 +257,9 @@ def _reference_settings(settings: Settings, stand_in: bool) -> ModelSettings | N
     for a run without."""
     if settings.reference.path is not None and settings.model.num_prediction_heads > 1:
         shape = read_model_settings(settings.reference.path)
-        return shape if settings.reference.horizon == "matched" else shape.model_copy(update={"num_prediction_heads": 1})
+        return shape if settings.reference.horizon == "matched" else next_token_model(shape)
     if stand_in and settings.reference.training_steps is not None:
-        return settings.model.model_copy(update={"num_prediction_heads": 1})
+        return next_token_model(settings.model)
     return None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pipeline.config import ConfigError, MixtureSet, Settings, did_you_mean
 
@@ -57,13 +57,26 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
     if not recipe.is_file():
         raise ConfigError([f"--config: no such file: {recipe}"])
     try:
-        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        values = yaml.load(recipe.read_text(encoding="utf-8"), _SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"--config: {recipe} is not valid YAML: {error}"]) from None
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(keys, dict | None) for keys in values.values()):
         raise ConfigError([f"--config: {recipe}: expected sections of keys ({', '.join(Settings.model_fields)})"])
     return {section: dict(keys or {}) for section, keys in values.items()}
+
+
+class _SafeLoader(yaml.SafeLoader):
+    """YAML's safe loader, but for a key that comes twice: YAML forbids that, and the loader takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{', '.join(map(str, twice))} given twice in one section", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
@@ -100,9 +113,9 @@ def _without(values: dict[str, Any], refused: set[str]) -> dict[str, Any]:
 def _sentence(detail: Any) -> str:
     place = _place(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        owner: type[BaseModel] = Settings
-        for part in detail["loc"][:-1]:
-            owner = MixtureSet if part == "mixture" else owner.model_fields[part].annotation if isinstance(part, str) else owner
+        owner: Any = Settings
+        for part in filter(lambda part: isinstance(part, str), detail["loc"][:-1]):
+            owner = MixtureSet if part == "mixture" else owner.model_fields[part].annotation
         kind = "setting" if len(detail["loc"]) > 1 else "section"
         return f"{place}: unknown {kind}; {did_you_mean(str(detail['loc'][-1]), owner.model_fields)}"
     return f"{place}: got {detail['input']!r}; {detail['msg'].removeprefix('Value error, ')}"

@@ -27,7 +27,7 @@ from pipeline.evaluate import evaluate
 from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
 from pipeline.runtime.agreement import check_ranks_agree, who_met_bad_numbers
 from pipeline.runtime.checkpoint import Checkpoints, Progress
-from pipeline.runtime.distributed import World, largest
+from pipeline.runtime.distributed import World, any_rank, largest
 from pipeline.runtime.engine import Engine, backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
 from pipeline.runtime.metrics import Record, SelectionSums
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
@@ -57,7 +57,8 @@ class Run:
 
 @dataclass(frozen=True)
 class StepResult:
-    """sums: this rank's. applied: False where all ranks discarded the step; `bad` then says who met what on which
+    """consumed: what the data was, over all ranks. replaced: what was wrong with the samples whose places padding took.
+    sums: this rank's. applied: False where all ranks discarded the step; `bad` then says who met what on which
     samples. seconds: wall time; waited: those of them in which this rank waited for data."""
 
     plan: StepPlan
@@ -94,12 +95,10 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         finished = progress.step == training.steps
         if progress.step % logging.validation_every == 0 or finished:
             reporter.validate(progress)
-        stopping = stop.agreed(run.device)
+        stopping = any_rank(stop.is_made, run.device)
         if progress.step % run.settings.checkpoint.every == 0 or finished or stopping:
             run.checkpoints.save(run.engine, progress)
     reporter.close()
-    if stopping:
-        stop.obeyed()
     if progress.step < training.steps:
         reporter.say(f"stopped on request after step {progress.step}; run the same command again to continue")
         return EXIT_TRY_AGAIN

@@ -98,13 +98,18 @@ def read_manifest(directory: Place, access: Access = DIRECT) -> Manifest:
     read, because nothing is used that does not have its checksum.
 
     Raises:
-        DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or a
-            shard or one of its index files is missing or has the wrong size.
+        DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or the
+            tokenizer, a shard or one of its index files is missing or has the wrong size.
     """
     manifest = _parse(_manifest_text(directory, access), str(directory / MANIFEST_FILE))
     if manifest.num_samples == 0:
         raise DataError(f"{directory / MANIFEST_FILE} lists no samples; prepare the data again with more documents")
     if isinstance(directory, Path):
+        if not (directory / manifest.tokenizer_file).is_file():
+            raise DataError(
+                f"{directory / manifest.tokenizer_file} cannot be found, but {MANIFEST_FILE} names it as the data's tokenizer; "
+                "copy it again from where the data was prepared"
+            )
         for number in range(0, len(manifest.shards), -(-len(manifest.shards) // _MAX_SHARDS_LOOKED_AT)):
             _check_sizes_on_disk(directory, manifest.shards[number])
     return manifest

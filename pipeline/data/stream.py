@@ -16,6 +16,9 @@ ever: where the ranks have to go on together until they agree, the batches carry
 """
 
 import itertools
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -162,7 +165,12 @@ class Stream:
             return
         # The loader draws a seed for its workers; from a generator of its own, lest it move the job's random state.
         loader = DataLoader(
-            dataset, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is, generator=torch.Generator()
+            dataset,
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
+            worker_init_fn=_end_only_with_the_rank,
         )
         pieces = map(_raise_if_error, loader)
         try:
@@ -309,6 +317,20 @@ class _LaneRounds(IterableDataset):
         assert source_map is not None
         own = np.zeros(len(sample.lengths), np.uint8) if sample.sources is None else sample.sources
         return replace(sample, key=f"{self.sets[number].name}:{sample.key}", sources=source_map[own])
+
+
+def _end_only_with_the_rank(worker: int) -> None:
+    """Schedulers signal every process of a job, and Ctrl-C every process of a terminal. The rank finishes its step and
+    saves; a loader worker that died of the signal meanwhile would take it along. So a worker heeds its rank alone."""
+    asked = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    threading.Thread(target=_wait_for_the_rank, args=(asked,), daemon=True).start()
+
+
+def _wait_for_the_rank(asked: set[signal.Signals]) -> None:
+    while signal.sigwaitinfo(asked).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _worker_share(lanes: Sequence[int]) -> Sequence[int]:

@@ -7,7 +7,7 @@ Only safetensors is read: pickled checkpoints run code.
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.model.transformer import attention_head_dim, ffn_dim
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+_MAX_LISTED = 8
 
 _TOP_NAMES = {
     "embed.weight": "model.embed_tokens.weight",
@@ -106,24 +107,49 @@ def load_weights(model: MTPModel, directory: Path, gather: Gather = whole) -> No
     """Fill `model` from `directory`, tensor by tensor. Heads that the files lack start as copies of their last block.
 
     Raises:
-        ModelFilesError: a tensor is missing or has another shape.
+        ModelFilesError: a tensor is missing or has another shape; found before the first is loaded, so that the ranks of a
+            partitioned model all raise together.
     """
+    problems = weight_problems(model.settings, directory)
+    if problems:
+        raise ModelFilesError("; ".join(problems))
+    with _opened_tensors(directory) as tensors:
+        for name, parameter in model.named_parameters():
+            with gather(parameter) as counts, torch.no_grad():
+                if counts:
+                    source = _source_name(name, model.settings, tensors)
+                    parameter.copy_(tensors[source].get_tensor(source))
+
+
+def weight_problems(settings: ModelSettings, directory: Path) -> list[str]:
+    """What is missing in `directory`, or of another shape, for a model of `settings`, one sentence each; reads headers.
+
+    Raises:
+        ModelFilesError: the files cannot be opened.
+    """
+    with torch.device("meta"):
+        expected = MTPModel(settings)
+    problems = []
+    with _opened_tensors(directory) as tensors:
+        for name, parameter in expected.named_parameters():
+            source = _source_name(name, settings, tensors)
+            shape = tensors[source].get_slice(source).get_shape() if source in tensors else None
+            if shape is None:
+                problems.append(f"{directory}: no tensor '{source}' for the model's '{name}'")
+            elif shape != list(parameter.shape):
+                problems.append(f"{directory}: '{source}' is {shape}, expected {list(parameter.shape)}")
+    return problems[:_MAX_LISTED] + [f"… and {len(problems) - _MAX_LISTED} more"] * (len(problems) > _MAX_LISTED)
+
+
+@contextmanager
+def _opened_tensors(directory: Path) -> Iterator[dict[str, Any]]:
+    """The open file that holds each tensor, by the tensor's name."""
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}
         for file in _weight_files(directory):
             opened = stack.enter_context(safe_open(file, framework="pt"))
             tensors |= dict.fromkeys(opened.keys(), opened)
-        for name, parameter in model.named_parameters():
-            with gather(parameter) as counts, torch.no_grad():
-                if not counts:
-                    continue
-                source = _source_name(name, model.settings, tensors)
-                if source not in tensors:
-                    raise ModelFilesError(f"{directory}: no tensor '{source}' for the model's '{name}'")
-                loaded = tensors[source].get_tensor(source)
-                if loaded.shape != parameter.shape:
-                    raise ModelFilesError(f"{directory}: '{source}' is {list(loaded.shape)}, expected {list(parameter.shape)}")
-                parameter.copy_(loaded)
+        yield tensors
 
 
 def save_model(model: MTPModel, directory: Path, gather: Gather = whole, writes: bool = True) -> None:

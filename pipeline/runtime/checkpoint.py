@@ -67,7 +67,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             replace_text(self.directory / "latest", name + "\n")
-            self._forget_old()
+            self._forget_all_but_the_newest_and(name)
         dist.barrier()
 
     def resume(self, engine: Engine, allow_changed: bool) -> Progress:
@@ -101,19 +101,16 @@ class Checkpoints:
     def check(self, allow_changed: bool) -> dict[str, Any]:
         """The newest checkpoint's state, if this run may continue from it (ConfigError otherwise); {} if there is none.
         The first rank looks for all: a shared file system may show the others something older."""
-        name, broken = from_first(self._look() if self.world.is_first else None)
-        if broken:
-            raise ConfigError(broken)
-        if name is None:
+        state = self._newest_state()
+        if not state:
             return {}
-        state = self.state_of(name)
-        problems = []
+        name, problems = step_name(state["progress"]["step"]), []
         if state["world_size"] != self.world.size:
             problems.append(
                 f"number of ranks: {name} was written by {state['world_size']}, this job has {self.world.size}; "
                 f"start it with {state['world_size']}"
             )
-        changed = self.changes(state)
+        changed = differences_that_matter(state["identity"], self.identity)
         if changed and not allow_changed:
             problems += [f"{change} ({name} was trained with the former)" for change in changed]
             problems.append("to continue all the same pass --allow-changed; to start anew choose another --run-dir")
@@ -121,30 +118,39 @@ class Checkpoints:
             raise ConfigError(problems)
         return state
 
-    def state_of(self, name: str) -> dict[str, Any]:
-        """Our own part of a checkpoint (ConfigError where it cannot be read)."""
-        try:
-            return json.loads((self.directory / name / "state.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError([f"{self.directory / name}: state.json cannot be read ({error}); {REMEDY}"]) from None
+    def changed(self) -> list[str]:
+        """What of this run's identity differs from that of the newest checkpoint, one sentence each; none without one."""
+        state = self._newest_state()
+        return differences_that_matter(state["identity"], self.identity) if state else []
 
-    def _look(self) -> tuple[str | None, list[str]]:
+    def _newest_state(self) -> dict[str, Any]:
+        """Our own part of the newest checkpoint as the first rank reads it, on every rank; {} if there is none."""
+        state, broken = from_first(self._look() if self.world.is_first else None)
+        if broken:
+            raise ConfigError(broken)
+        return state
+
+    def _look(self) -> tuple[dict[str, Any], list[str]]:
         try:
-            return self.newest(), []
+            name = self.newest()
         except ConfigError as error:
-            return None, error.problems
-
-    def changes(self, state: dict[str, Any]) -> list[str]:
-        """What of this run's identity differs from that of a checkpoint's state, one sentence each."""
-        return differences_that_matter(state["identity"], self.identity)
+            return {}, error.problems
+        if name is None:
+            return {}, []
+        try:
+            return json.loads((self.directory / name / "state.json").read_text()), []
+        except (OSError, ValueError) as error:
+            return {}, [f"{self.directory / name}: state.json cannot be read ({error}); {REMEDY}"]
 
     def _complete(self) -> list[str]:
         found = (path for path in self.directory.glob("step-*") if (path / "state.json").is_file())
         return sorted(path.name for path in found if path.suffix != ".partial")
 
-    def _forget_old(self) -> None:
+    def _forget_all_but_the_newest_and(self, current: str) -> None:
+        # After a return to an older checkpoint the one just written is not the one with the highest number.
         if self.keep is not None:
-            for name in self._complete()[: -self.keep]:
+            others = [name for name in self._complete() if name != current]
+            for name in others[: max(0, len(others) + 1 - self.keep)]:
                 shutil.rmtree(self.directory / name)
 
 

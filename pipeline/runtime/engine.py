@@ -142,8 +142,17 @@ def gradient_norm(engine: Engine) -> float | None:
 
 
 def release(engine: Engine) -> None:
-    """Give back what an engine that is no longer needed holds."""
+    """Give back the memory of an engine that is no longer needed: weights, gradients, optimiser state."""
+    parameters = list(engine.module.parameters())
     engine.destroy()
+    # Hooks of DeepSpeed's that last as long as the process name the engine and its model, so neither is ever collected:
+    # what they hold has to be emptied.
+    for optimizer in (engine.optimizer, engine.basic_optimizer):
+        vars(optimizer).clear()
+    for parameter in parameters:
+        parameter.grad = None
+        for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            held.data = held.data.new_empty(0)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -68,7 +68,8 @@ _TAGS = {
 
 def tensorboard_tag(key: str, split: str | None = None) -> str | None:
     """`loss_head_0` -> `loss/head_0`, `selected_ratio_head_1` -> `selection/ratio/head_1`, of one source
-    `source/NAME/selected_ratio/head_1`; `data_tokens_source_NAME` -> `data/tokens/source_NAME`; `loss` -> `train/loss`; with a split `SPLIT/loss/head_0`, `SPLIT/loss`."""
+    `source/NAME/selected_ratio/head_1`; `data_tokens_source_NAME` ->
+    `data/tokens/source_NAME`; `loss` -> `train/loss`; with a split `SPLIT/loss/head_0`, `SPLIT/loss`."""
     if key in ("step", "split"):
         return None
     if key.startswith("data_") or key == "corrupt_samples":

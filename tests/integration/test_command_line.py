@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.data.packing import Row
@@ -64,6 +65,7 @@ def refused(arguments, tmp_path, capsys, monkeypatch):
         monkeypatch.delenv(name)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
+    listening = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     spec = importlib.util.spec_from_file_location("launch_train", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -76,7 +78,9 @@ def refused(arguments, tmp_path, capsys, monkeypatch):
         assert not (tmp_path / "run").exists(), "nothing may be made before everything is checked"
         return problems_in(shown.err)
 
-    return call
+    yield call
+    for number, handler in listening.items():
+        signal.signal(number, handler)
 
 
 def problems_in(stderr):
@@ -218,7 +222,27 @@ def test_a_vocabulary_that_does_not_fit_the_model_is_refused_with_both_sizes(ref
 def test_a_vocabulary_that_does_not_fit_the_reference_is_refused_with_both_sizes(refused, tiny_reference, tmp_path):
     reference = shutil.copytree(tiny_reference, tmp_path / "reference")
     edited(reference / "config.json", vocab_size=299)
-    assert refused(f"reference.path={reference}") == [f"reference.path: {reference} knows 299 ids, the data has 300"]
+    embedding, _, problem = refused(f"reference.path={reference}")
+    assert problem == f"reference.path: {reference} knows 299 ids, the data has 300"
+    assert embedding == f"reference.path: {reference}: 'model.embed_tokens.weight' is [300, 16], expected [299, 16]"
+
+
+def test_a_reference_that_lacks_a_tensor_is_refused_by_its_name(refused, tiny_reference, tmp_path):
+    reference = shutil.copytree(tiny_reference, tmp_path / "reference")
+    tensors = load_file(reference / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, reference / "model.safetensors")
+    lacking = f"{reference}: no tensor 'model.layers.1.mlp.up_proj.weight' for the model's 'heads.0.ffn.up.weight'"
+    assert refused(f"reference.path={reference}") == [f"reference.path: {lacking}"]
+    pretrained = refused(f"model.pretrained={reference}")
+    assert pretrained[0] == f"model.pretrained: {lacking}"
+
+
+def test_data_without_its_tokenizer_is_refused_by_its_name(refused, tiny_data, tmp_path):
+    data = shutil.copytree(tiny_data / "train", tmp_path / "data")
+    (data / TOKENIZER_FILE).unlink()
+    (problem,) = refused(f"data.path={data}")
+    assert problem.startswith(f"data.path: {data / TOKENIZER_FILE} cannot be found")
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -360,13 +384,19 @@ def test_a_run_that_is_asked_to_stop_saves_and_the_same_command_finishes_it(argu
     assert checkpoints(run_dir) == ["step-00000001"]
     assert (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip() == "step-00000001"
 
-    # SIGTERM, once the second process has made a step: the step is finished and saved.
-    exit_code, printed = run_until_a_step_then_terminate(arguments)
+    # SIGTERM to every process of the job, loader workers among them, once it has made a step: the step is finished and saved.
+    exit_code, printed = run_until_then_terminate_all(r"step +\d+/40 ", [*arguments, "data.num_workers=2"])
     assert exit_code == 75, printed
     assert "continuing from step 1" in printed
     last = int(re.search(r"stopped on request after step (\d+)", printed)[1])
     assert 2 <= last < 40
     assert checkpoints(run_dir)[-1] == f"step-{last:08d}"
+
+    # SIGTERM while torch and DeepSpeed are still being loaded.
+    exit_code, printed = run_until_then_terminate_all("selective multi-token prediction: loading", arguments)
+    assert exit_code == 75, printed
+    assert f"stopped on request after step {last + 1}" in printed
+    last += 1
 
     finished = run(*arguments)
     assert finished.returncode == 0, finished.stderr
@@ -382,12 +412,14 @@ def checkpoints(run_dir):
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
 
 
-def run_until_a_step_then_terminate(arguments):
-    command = [sys.executable, str(SCRIPT), *arguments]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        printed = []
+def run_until_then_terminate_all(line_begins, arguments):
+    """Exit code and output of a job whose whole process group gets SIGTERM at the first line that begins so."""
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, str(SCRIPT), *arguments], env=ENVIRONMENT, **piped) as process:
+        printed, terminated = [], False
         for line in process.stdout:
             printed.append(line)
-            if re.match(r"step +\d+/40 ", line) and sum("step " in seen and "/40 " in seen for seen in printed) == 1:
-                process.send_signal(signal.SIGTERM)
+            if re.match(line_begins, line) and not terminated:
+                os.killpg(process.pid, signal.SIGTERM)
+                terminated = True
     return process.returncode, "".join(printed)

@@ -83,7 +83,7 @@ def run_pipeline(settings: Settings, run_dir: Path) -> dict[str, Any]:
     run.models.reference.module.register_forward_hook(count_reference)  # type: ignore[attr-defined]
     run.engine.module.register_forward_pre_hook(watch_policy, with_kwargs=True)
     run.engine.module.heads[0].register_forward_hook(watch_head_0)
-    exit_code = train(run, StopRequest(run_dir, job.world))
+    exit_code = train(run, StopRequest())
     reached = [gradient.abs().sum(-1) > 0 for gradient in gradients]
     return {
         "exit_code": exit_code,
@@ -170,8 +170,9 @@ def test_the_run_directory_explains_itself(pipeline) -> None:
 
 def resume(settings: Settings, run_dir: Path) -> int:
     from pipeline.job import run_job
+    from pipeline.runtime.preemption import StopRequest
 
-    return run_job(job_on_this_rank(settings, run_dir))
+    return run_job(job_on_this_rank(settings, run_dir), StopRequest())
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pipeline, tiny_data, tiny_reference, tmp_path) -> None:

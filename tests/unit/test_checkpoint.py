@@ -12,7 +12,7 @@ from pipeline.runtime.checkpoint import Checkpoints, Progress
 from pipeline.runtime.distributed import World
 from tests.ranks import run_ranks
 
-IDENTITY = {"training.k_percent": 0.6, "logging.metrics_every": 1, "data": "abc"}
+IDENTITY = {"training.k_percent": 0.6, "logging.metrics_every": 1, "training.check_ranks_every": 9, "data": "abc"}
 
 
 class FileEngine:
@@ -64,6 +64,21 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert names == ["step-00000004", "step-00000010"]
 
 
+def save_after_a_return(run_dir: Path, keep: int) -> list[str]:
+    store = checkpoints(run_dir, 1, keep=keep)
+    found = []
+    for step in (10, 20, 30, 4, 6):
+        store.save(FileEngine(), Progress(step))  # type: ignore[arg-type]
+        assert store.newest() == f"step-{step:08d}"
+        found.append(" ".join(str(int(path.name[5:])) for path in sorted(store.directory.glob("step-*"))))
+    return found
+
+
+def test_the_one_just_written_is_kept_though_others_have_higher_numbers(tmp_path: Path) -> None:
+    assert run_ranks(save_after_a_return, 1, tmp_path / "a", 2) == [["10", "10 20", "20 30", "4 30", "6 30"]]
+    assert run_ranks(save_after_a_return, 1, tmp_path / "b", 4) == [["10", "10 20", "10 20 30", "4 10 20 30", "6 10 20 30"]]
+
+
 def with_state(run_dir: Path, size: int = 2) -> Path:
     directory = run_dir / "checkpoints" / "step-00000007"
     directory.mkdir(parents=True)
@@ -79,13 +94,14 @@ def test_an_empty_run_directory_starts_from_nothing(tmp_path: Path) -> None:
 
 def test_settings_that_change_the_result_are_refused_with_a_list(tmp_path: Path) -> None:
     with_state(tmp_path)
-    changed = {"training.k_percent": 0.5, "logging.metrics_every": 7, "data": "xyz"}
+    changed = {"training.k_percent": 0.5, "logging.metrics_every": 7, "training.check_ranks_every": None, "data": "xyz"}
     with pytest.raises(ConfigError) as caught:
         checkpoints(tmp_path, 2, changed).check(allow_changed=False)
     text = str(caught.value)
     assert "training.k_percent: was 0.6, is now 0.5" in text
     assert "data: was 'abc', is now 'xyz'" in text
     assert "metrics_every" not in text
+    assert "check_ranks_every" not in text
     assert "--allow-changed" in text
     assert checkpoints(tmp_path, 2, changed).check(allow_changed=True)["progress"] == {"step": 7}
 

@@ -130,6 +130,12 @@ def test_a_setting_in_the_wrong_section_is_refused_with_what_is_known_there():
     assert problem == "checkpoint.micro_batch: unknown setting; known are: every, keep"
 
 
+def test_a_key_that_comes_twice_is_refused_with_its_line(tmp_path):
+    recipe = written(tmp_path, "data: {path: a}\nreference: {path: b}\ntraining:\n  steps: 3\n  k_percent: 1\n  steps: 4\n")
+    with pytest.raises(ConfigError, match=r"steps given twice in one section\s+in .*, line 4"):
+        load_settings(recipe)
+
+
 def test_a_name_like_no_other_gets_the_list_of_known_ones():
     assert did_you_mean("zzz", ["beta", "alpha"]) == "known are: alpha, beta"
     assert did_you_mean("alhpa", ["beta", "alpha"]) == "did you mean 'alpha'?"

@@ -26,6 +26,7 @@ def folder(tmp_path):
         shards=tuple(shards),
     )
     write_manifest(directory, manifest)
+    (directory / manifest.tokenizer_file).touch()
     return directory
 
 
@@ -40,7 +41,13 @@ def test_a_manifest_comes_back_as_it_was_written(folder):
     assert [shard.name for shard in manifest.shards] == ["shard-00000", "shard-00001"]
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
-    assert {path.name for path in folder.iterdir() if "shard" not in path.name} == {MANIFEST_FILE}
+    assert {path.name for path in folder.iterdir() if "shard" not in path.name} == {MANIFEST_FILE, "tokenizer.json"}
+
+
+def test_a_missing_tokenizer_is_named(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer.json cannot be found, but manifest.json names it as the data's tokenizer"):
+        read_manifest(folder)
 
 
 def test_the_keys_of_the_json_are_the_documented_ones(folder):

@@ -44,6 +44,7 @@ def data_set(directory, num_samples, samples_per_shard=11):
         shards=tuple(shards),
     )
     write_manifest(directory, manifest)
+    (directory / manifest.tokenizer_file).touch()
     return directory
 
 

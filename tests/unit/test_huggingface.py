@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import pipeline.model.huggingface as huggingface
 from pipeline.model.huggingface import ModelFilesError, load_weights, read_model_settings, save_model
@@ -99,6 +100,18 @@ def test_missing_and_broken_files_are_named(tmp_path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ModelFilesError, match="not a safetensors file"):
         read_model_settings(tmp_path)
+
+
+def test_a_missing_tensor_is_named_before_anything_is_loaded(tmp_path) -> None:
+    save_model(initialized(small()), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = MTPModel(small())
+    before = model.embed.weight.clone()
+    with pytest.raises(ModelFilesError, match=r"no tensor 'model.norm.weight' for the model's 'unembed.norm.weight'"):
+        load_weights(model, tmp_path)
+    assert torch.equal(model.embed.weight, before)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path) -> None:

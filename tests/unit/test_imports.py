@@ -1,4 +1,4 @@
-"""Imports point one way: train -> {evaluate, micro_step} -> {model, weighting, data, runtime} -> config."""
+"""Imports point one way: train -> {evaluate, micro_step} -> {model, weighting, data, runtime} -> config -> storage."""
 
 import ast
 from collections.abc import Iterator
@@ -9,17 +9,18 @@ PACKAGE = Path(__file__).parents[2] / "pipeline"
 # What a room may import of the package. Among the middle rooms: the model computes its losses with the weighting's
 # functions, the runtime carries models.
 ALLOWED = {
-    "config": set(),
+    "storage": set(),
+    "config": {"storage"},
     "recipe": {"config"},
-    "data": {"config"},
+    "data": {"config", "storage"},
     "weighting": {"config"},
     "model": {"config", "weighting"},
-    "runtime": {"config", "weighting", "model"},
+    "runtime": {"config", "storage", "weighting", "model"},
     "micro_step": {"config", "data", "weighting", "model"},
-    "checks": {"config", "data", "model", "runtime"},
+    "checks": {"config", "storage", "data", "model", "runtime"},
     "evaluate": {"config", "data", "weighting", "model", "runtime", "micro_step"},
     "train": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate"},
-    "job": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
+    "job": {"config", "storage", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
 }
 
 
