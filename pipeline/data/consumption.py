@@ -49,11 +49,9 @@ def count(batches: Sequence[Batch], num_sources: int) -> Tensor:
         rows_BS.scatter_add_(1, batch.sources_BT, held_BT.long())
         tokens_S += rows_BS.sum(0)
         samples_S += (rows_BS > 0).sum(0)
-        positions, damaged, failed = (
-            positions + held_BT.numel(),
-            damaged + len(batch.damage),
-            failed + (batch.failure is not None),
-        )
+        positions += held_BT.numel()
+        damaged += len(batch.damage)
+        failed += batch.failure is not None
     totals = torch.tensor([positions, damaged, failed], dtype=torch.int64, device=device)
     return torch.cat([tokens_S.sum().reshape(1), totals, tokens_S, samples_S])
 
@@ -69,10 +67,9 @@ def settle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSe
     """
     if not consumed.damaged and not consumed.failed:
         return []
-    damage = [
-        message for messages in _from_all_ranks([each for batch in batches for each in batch.damage]) for message in messages
-    ]
-    failures = [message for message in _from_all_ranks(next((b.failure for b in batches if b.failure), None)) if message]
+    own = [message for batch in batches for message in batch.damage]
+    damage = [message for messages in _from_all_ranks(own) for message in messages]
+    failures = list(filter(None, _from_all_ranks(next((batch.failure for batch in batches if batch.failure), None))))
     if failures:
         raise _agreed(failures[0])
     if settings.on_corrupt == "error":

@@ -20,6 +20,7 @@ ALLOWED = {
     "checks": {"config", "storage", "data", "model", "runtime"},
     "evaluate": {"config", "data", "weighting", "model", "runtime", "micro_step"},
     "train": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate"},
+    "benchmark": {"data"},
     "job": {"config", "storage", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
 }
 
