@@ -111,15 +111,14 @@ def members_of(data: bytes) -> tuple[str, dict[str, bytes]]:
         if size > len(data) - start:
             raise DamageError(f"a member claims {size} bytes, {len(data) - start} are there")
         position = start + -(-size // _BLOCK) * _BLOCK
-        if kind not in _PLAIN:
-            is_plain = False
-            continue
-        name = _name_of(header)
-        own_key, member = _split(name)
-        if key is not None and own_key != key and is_plain:
+        is_plain = is_plain and kind in _PLAIN
+        if not is_plain:
+            continue  # its name may be a stand-in for a longer one
+        own_key, member = _split(_name_of(header))
+        if key is not None and own_key != key:
             raise DamageError(f"expected one sample between its offsets, got the keys {key} and {own_key}")
         key = own_key
-        if member in members and is_plain:
+        if member in members:
             raise DamageError(f"the member {member} is there twice")
         members[member] = data[start : start + size]
     if position != len(data):
@@ -164,7 +163,7 @@ def _split(name: str) -> tuple[str, str]:
     base, dot, member = file.partition(".")
     if not base or not dot:
         raise DamageError(f"a member named {name!r}, expected KEY.NAME")
-    if slash and (not folder or ".." in folder.split("/")):
+    if name.startswith("/") or ".." in folder.split("/"):
         raise DamageError(f"a member whose name points outside: {name!r}")
     return folder + slash + base, member.lower()
 
