@@ -4,7 +4,7 @@ Row n of a run is sample n div L of lane n mod L; a lane takes its samples now f
 shares w and 1 − w alternate by Beatty's rule: of its first n samples a lane has taken floor(φ + n·w) from the first one,
 so that no prefix of any lane is off by a whole sample, and how far each set has been consumed at any position is a
 product and not a replay. More sets are split two by two, by a tree that joins the two lightest again and again (Huffman);
-then a prefix of a lane is off by less than two samples. All arithmetic is in integers: shares are exact for ever.
+then a prefix of a lane is off by fewer samples than the tree is deep. All arithmetic is in integers: shares are exact for ever.
 
 The phase φ differs from lane to lane and is spread evenly over [0, 1), so that a round of the lanes is a mixture as well:
 at the root of the tree the whole job is off by less than one sample after any round (Hermite's identity). Each set has

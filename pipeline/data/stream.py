@@ -32,7 +32,8 @@ from pipeline.data.batch import Batch, blank_batch, collate
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.mixture import DataSet, join, order_of
 from pipeline.data.order import default_lanes
-from pipeline.data.sample import Sample, SampleDecoder
+from pipeline.data.sample import Sample
+from pipeline.data.shard_table import ShardTable
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.sizes import check_sizes
 from pipeline.storage.files import DIRECT, Access
@@ -41,7 +42,7 @@ from pipeline.storage.location import Place, Url
 __all__ = ["Stream", "check_sizes", "default_lanes", "rank_lanes"]
 
 # Of a worker's memory: what is read at a time, and what is handed on at a time.
-_WINDOW_BYTES = 8 * 2**20
+_WINDOW_BYTES = 16 * 2**20
 _PIECE_BYTES, _PIECE_ROWS = 2**20, 64
 
 
@@ -253,7 +254,7 @@ class _LaneRounds(IterableDataset):
         self.lanes = lanes
         self.start_round = start_round
         self.end_round = end_round
-        row_bytes = SampleDecoder(stream.manifest).max_bytes
+        row_bytes = max(1, int(ShardTable.of(stream.manifest.shards).sizes.sum()) // stream.manifest.num_samples)
         self.piece_rounds = max(1, min(_PIECE_ROWS, _PIECE_BYTES // row_bytes) // len(lanes))
         self.window_rounds = max(1, _WINDOW_BYTES // row_bytes // len(lanes))
 
