@@ -33,8 +33,8 @@ from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.mixture import DataSet, join, order_of
 from pipeline.data.order import default_lanes
 from pipeline.data.sample import Sample
-from pipeline.data.shard_table import ShardTable
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shard_table import ShardTable
 from pipeline.data.sizes import check_sizes
 from pipeline.storage.files import DIRECT, Access
 from pipeline.storage.location import Place, Url

@@ -166,7 +166,7 @@ def fetch(url: Url, start: int, size: int | None, access: Access) -> bytes:
         StorageError: it did not come in time, or cannot come.
         FileNotFoundError: there is no such file.
     """
-    system, path = _file_system(url)
+    system, path = _file_system(url, access)
     wanted = {} if size is None else {"start": start, "end": start + size}
     began, attempts, answers, pause = time.monotonic(), 0, 0, _FIRST_PAUSE
     while True:
@@ -207,17 +207,19 @@ def _final(error: Exception, url: Url) -> OSError:
     return StorageError(f"{url}: {error}") if not isinstance(error, OSError) or isinstance(error, PermissionError) else error
 
 
-_open_systems: dict[tuple[int, str], Any] = {}
+_open_systems: dict[tuple[int, str, float], Any] = {}
 
 
-def _file_system(url: Url) -> tuple[Any, str]:
+def _file_system(url: Url, access: Access) -> tuple[Any, str]:
     """fsspec's file system, one a process (its threads do not survive a fork), and the URL as it wants it."""
     import fsspec
 
-    key = (os.getpid(), url.scheme)
+    # Long enough for a busy server, short enough to be tried again in time.
+    silent_seconds = min(_SILENT_SECONDS, max(1.0, access.retry_seconds / 4))
+    key = (os.getpid(), url.scheme, silent_seconds)
     try:
         if key not in _open_systems:
-            _open_systems[key] = fsspec.filesystem(url.scheme, **_options(url.scheme))
+            _open_systems[key] = fsspec.filesystem(url.scheme, **_options(url.scheme, silent_seconds))
         return _open_systems[key], _open_systems[key]._strip_protocol(str(url))
     except ImportError as error:
         raise StorageError(f"{url}: {error}; {_remedy(url.scheme)}") from None
@@ -229,11 +231,11 @@ def _remedy(scheme: str) -> str:
     return "pip install 'selective-mtp[remote]'" if scheme in ("http", "https", "s3") else f"install what {scheme}:// needs"
 
 
-def _options(scheme: str) -> dict[str, Any]:
+def _options(scheme: str, silent_seconds: float) -> dict[str, Any]:
     if scheme not in ("http", "https"):
         return {}
     import aiohttp
 
     # By default a silent connection is given five minutes.
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=silent_seconds)
     return {"client_kwargs": {"timeout": timeout}}
