@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch.distributed as dist
 
 from pipeline.config import Settings
 from pipeline.data.manifest import DataError
+from tests.integration.test_command_line import ZERO3, run
 from tests.integration.test_pipeline_rho1 import job_on_this_rank, settings_for
 from tests.ranks import run_ranks
+from tests.unit.test_storage import Server
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "shards.py"
 SIZES = ["--global-batch", "16", "--ranks", "2", "--micro-batch", "4", "--seed", "3"]
@@ -130,3 +133,26 @@ def damage(folder: Path, shard: str, key: str) -> None:
     assert start[0] <= place < start[-1]
     data[place + 512 + 130] ^= 1
     path.write_bytes(data)
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_on_a_mixture_of_a_server_and_a_folder(tiny_data, tmp_path):
+    recipe = tmp_path / "mixture.yaml"
+    with Server(tiny_data / "train") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.faults = ["truncate", "drop", 503] * 3
+        recipe.write_text(
+            f"data:\n  mixture:\n    - {{path: '{server.url}', weight: 0.75, name: far}}\n"
+            f"    - {{path: {tiny_data}/validation, weight: 0.25, name: near}}\n"
+            f"  sequence_length: 16\n  global_batch: 4\n  micro_batch: 2\n  num_workers: 1\n  cache_dir: {tmp_path}/cache\n"
+            "model: {dim: 16, num_layers: 2, num_attention_heads: 2}\n"
+            "training: {steps: 4, k_percent: 1}\nlogging: {metrics_every: 1}\n",
+            encoding="utf-8",
+        )
+        finished = run("--deepspeed", ZERO3, "--config", recipe, "--run-dir", tmp_path / "run")
+        server.shutdown()
+    assert finished.returncode == 0, finished.stderr
+    assert server.faults == []
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["data_samples_set_far"], last["data_samples_set_near"]) == (12, 4)
+    assert list((tmp_path / "cache").glob("*-000000"))
