@@ -8,6 +8,7 @@ Every mistake a user can make with data is a `DataError`, whose message says wha
 to do.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,8 +155,8 @@ def _parse(text: bytes, path: str) -> Manifest:
         parsed = parse_with_table(text)
         if parsed is not None and parsed[0].get("format_version") == FORMAT_VERSION:
             content, shards = parsed
-            content["sources"] = tuple(map(Source.model_validate, content.get("sources", ())))
-            return Manifest(**content, shards=shards)
+            checked = Manifest.model_validate_json(json.dumps(content | {"shards": []}))
+            return Manifest.model_validate(dict(checked) | {"shards": shards})
         version = _Version.model_validate_json(text).format_version
         if version != FORMAT_VERSION:
             raise DataError(

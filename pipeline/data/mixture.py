@@ -197,8 +197,8 @@ def join(manifests: Sequence[Manifest], sets: Sequence[DataSet]) -> tuple[Manife
         np.array([names.index(name) for name in _source_names(*pair)], np.uint8) for pair in zip(manifests, sets, strict=True)
     ]
     sources = tuple(_joined_source(name, manifests, sets) for name in names)
-    shards = [shard for manifest in manifests for shard in manifest.shards]
-    return first.model_copy(update={"sources": sources, "shards": ShardTable.of(shards)}), list(maps)
+    shards = ShardTable.joined([ShardTable.of(manifest.shards) for manifest in manifests])
+    return first.model_copy(update={"sources": sources, "shards": shards}), list(maps)
 
 
 def _source_names(manifest: Manifest, of: DataSet) -> tuple[str, ...]:

@@ -60,6 +60,17 @@ class ShardTable(Sequence[Shard]):
         )
 
     @classmethod
+    def joined(cls, tables: Sequence["ShardTable"]) -> "ShardTable":
+        """The shards of all these tables, one after the other."""
+        return cls(
+            [name for table in tables for name in table.names],
+            np.concatenate([table.samples for table in tables]),
+            np.concatenate([table.tokens for table in tables]),
+            np.concatenate([table.sizes for table in tables]),
+            b"".join(table.digests for table in tables),
+        )
+
+    @classmethod
     def _from_columns(
         cls, names: Sequence[str], samples: Sequence[int], tokens: Sequence[int], sizes: Sequence[int], sha256: Sequence[str]
     ) -> "ShardTable":

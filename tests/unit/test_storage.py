@@ -228,6 +228,15 @@ def test_an_unknown_scheme_and_a_missing_package_are_named(monkeypatch):
         read_manifest(Url("s3://bucket/data"))
 
 
+def test_any_file_system_that_fsspec_knows_will_do(folder):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        memory.pipe_file(f"/bucket/data/{path.name}", path.read_bytes())
+    assert rows(Url("memory://bucket/data")) == rows(folder)
+
+
 # The cache.
 
 
