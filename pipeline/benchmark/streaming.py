@@ -22,7 +22,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.data.manifest import Manifest, Source, read_manifest, write_manifest
 from pipeline.data.packing import Row
-from pipeline.data.shards import write_shards
+from pipeline.data.shards import token_dtype, write_shards
 from pipeline.data.stream import Stream
 
 _VOCAB_SIZE, _DOCUMENTS = 50_257, 4
@@ -112,15 +112,17 @@ def _stream(directory: Path, options: argparse.Namespace, num_workers: int) -> i
 
 
 def _rows_as_arrays(directory: Path) -> Iterator[np.ndarray]:
-    size = read_manifest(directory).num_samples
+    manifest = read_manifest(directory)
+    size, dtype = manifest.num_samples, token_dtype(manifest.vocab_size)
     stream = Stream(directory, lanes=1, global_batch=1, micro_batch=1, rank=0, world_size=1, seed=0, shuffle_block=size)
-    yield from (batch.tokens_BT[0].numpy().astype(np.uint16) for batch in stream.iterate(0, end_sample=size))
+    yield from (batch.tokens_BT[0].numpy().astype(dtype) for batch in stream.iterate(0, end_sample=size))
 
 
 def _write_mosaic(directory: Path, output: Path) -> None:
     from streaming import MDSWriter
 
-    with MDSWriter(out=str(output), columns={"tokens": "ndarray:uint16"}) as writer:
+    column = f"ndarray:{token_dtype(read_manifest(directory).vocab_size).name}"
+    with MDSWriter(out=str(output), columns={"tokens": column}) as writer:
         for tokens in _rows_as_arrays(directory):
             writer.write({"tokens": tokens})
 
