@@ -11,19 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from pipeline.storage.files import Access
-from pipeline.storage.location import Place, place_of
+from pipeline.storage.location import Location
 
 
 class ConfigError(ValueError):
@@ -52,10 +43,6 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, AfterValidator(_above_zero_up_to_one)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-Location = Annotated[Place, PlainValidator(place_of), PlainSerializer(str, return_type=str, when_used="json")]
-"""A folder, or a URL; it stays what it was written as, where `Path` would make https:/HOST of https://HOST."""
 
 
 class Section(BaseModel):

@@ -7,8 +7,10 @@ A folder is a `Path`; everything else a `Url`, which is joined with a file's nam
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
+
+from pydantic import PlainSerializer, PlainValidator
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):(?!\\)")
 PIPE = "pipe:"
@@ -60,6 +62,10 @@ def place_of(value: Any) -> Place:
     if "://" not in value:
         raise ValueError(f"expected {scheme[1]}://…, file:PATH, pipe:COMMAND or a folder")
     return Url(value)
+
+
+Location = Annotated[Place, PlainValidator(place_of), PlainSerializer(str, return_type=str, when_used="json")]
+"""A setting that is a `Place`."""
 
 
 def _file_path(value: str) -> Path:
