@@ -46,6 +46,9 @@ def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any],
     for section, model in JSON_SECTIONS.items():
         problems += _section_problems(section, model, content.get(section, {}))
     problems += _precision_problems(content) + _zero_problems(content.get("zero_optimization", {}))
+    bf16 = content.get("bf16", {})
+    if isinstance(bf16, dict) and bf16.get("check_grad_overflow", True) is not True:
+        problems.append("deepspeed bf16.check_grad_overflow: a gradient that is not finite must be seen; remove the key")
     problems += [
         f"deepspeed {place}: 'auto' is not resolved here; write a value or leave the key out"
         for place in _autos(content)
@@ -63,6 +66,9 @@ def resolve_deepspeed_json(content: dict[str, Any], settings: Settings, world_si
     for place in _autos(resolved):
         section, key = place.split(".")
         resolved[section] = resolved[section] | {key: _AUTO[place](settings)}
+    if resolved.get("zero_optimization", {}).get("offload_optimizer"):
+        # DeepSpeed insists on an Adam of its own, which it compiles at first use; torch's fused one runs on a CPU as well.
+        resolved["zero_force_ds_cpu_optimizer"] = False
     return resolved | {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -130,14 +136,20 @@ def _zero_problems(zero: Any) -> list[str]:
     if not isinstance(zero, dict):
         return []
     problems = []
-    if zero.get("stage") not in (3, "auto"):
+    stage = zero.get("stage")
+    if stage not in (1, 2, 3, "auto"):
         problems.append(
-            f"deepspeed zero_optimization.stage: got {zero.get('stage')!r}; expected 3. Not every other stage and precision "
-            "discards a step whose gradient is not finite"
+            f"deepspeed zero_optimization.stage: got {stage!r}; expected 1, 2 or 3 (without ZeRO a step whose gradient is not "
+            "finite would be applied)"
         )
+    if zero.get("compute_grad_norm", True) is not True:
+        problems.append("deepspeed zero_optimization.compute_grad_norm: only by the norm is a gradient known to be finite")
     for key in ("offload_optimizer", "offload_param"):
-        if isinstance(zero.get(key), dict) and zero[key].get("device", "none") != "none":
-            problems.append(f"deepspeed zero_optimization.{key}: offloading is not supported; remove the key")
+        device = zero[key].get("device", "none") if isinstance(zero.get(key), dict) else "none"
+        if device not in ("none", "cpu"):
+            problems.append(f"deepspeed zero_optimization.{key}.device: got {device!r}; expected 'cpu' or 'none'")
+        elif device == "cpu" and key == "offload_param" and stage in (1, 2):
+            problems.append(f"deepspeed zero_optimization.{key}: needs stage 3, which alone partitions parameters; got {stage}")
     return problems
 
 
@@ -156,6 +168,7 @@ _SMALLEST_BUCKET = 2**22
 _AUTO = {
     "bf16.enabled": lambda settings: torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
     "zero_optimization.reduce_bucket_size": lambda settings: max(settings.model.dim**2, _SMALLEST_BUCKET),
+    "zero_optimization.allgather_bucket_size": lambda settings: max(settings.model.dim**2, _SMALLEST_BUCKET),
     "zero_optimization.stage3_prefetch_bucket_size": lambda settings: int(0.9 * settings.model.dim**2),
     "zero_optimization.stage3_param_persistence_threshold": lambda settings: 10 * settings.model.dim,
 }

@@ -78,7 +78,7 @@ def build_policy(settings: Settings, config: dict[str, Any]) -> Engine:
         lr=settings.training.learning_rate,
         betas=(settings.training.beta1, settings.training.beta2),
         eps=settings.training.adam_eps,
-        fused=torch.cuda.is_available(),
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
     return engine

@@ -1,6 +1,7 @@
 """The engine on two ranks under ZeRO-3: initial weights, decay groups, files, and steps that must not be applied."""
 
 import hashlib
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from pipeline.train import learning_rate
 from tests.integration.test_gradients import dense_model, part_of, settings_for, whole_batch
 from tests.ranks import run_ranks
 
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 CONTENT = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "communication_data_type": "fp32",
@@ -91,7 +93,7 @@ def test_matrices_decay_and_vectors_do_not_though_both_look_empty_when_partition
 KINDS = ("reference loss", "head 0's loss", "head 2's loss", "gradient")
 
 
-def some_steps(with_bad_ones: bool) -> list[dict[str, Any]]:
+def some_steps(content: dict[str, Any], with_bad_ones: bool) -> list[dict[str, Any]]:
     """Steps of two micro-steps each, always on the same rows; with bad ones, in every second step rank 1 alone meets a
     number that is not finite."""
     from pipeline.micro_step import Models
@@ -104,7 +106,7 @@ def some_steps(with_bad_ones: bool) -> list[dict[str, Any]]:
     initialize_distributed(torch.device("cpu"), "error")
     rank = dist.get_rank()
     settings = settings_for(2, 2)
-    config = resolve_deepspeed_json(CONTENT, settings, 2)
+    config = resolve_deepspeed_json(content, settings, 2)
     engine = build_policy(settings, config)
     reference = build_reference(settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1}), None, "zero3", config)
     kind: str | None = None
@@ -151,17 +153,34 @@ def some_steps(with_bad_ones: bool) -> list[dict[str, Any]]:
                 "finite": all(bool(weight.isfinite().all()) for weight in after.values()),
                 "learning_rate": result.learning_rate,
                 "bad": result.bad,
-                "weights": hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in after.values())).hexdigest(),
+                "weights": hashlib.sha256(b"".join(weight.float().numpy().tobytes() for weight in after.values())).hexdigest(),
                 "progress": (progress.step, progress.samples, progress.applied_steps, progress.skipped_in_a_row),
             }
         )
     return seen
 
 
-def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_nothing_else() -> None:
+SHIPPED = {path.stem: json.loads(path.read_text()) for path in DS_CONFIGS.glob("*.json")}
+IN_BF16 = {"bf16": {"enabled": True}}
+ALL_OFFLOADED = {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(pytest.param(content, id=name) for name, content in SHIPPED.items()),
+        pytest.param(CONTENT | {"zero_optimization": ALL_OFFLOADED}, id="zero3, all offloaded"),
+        *(
+            pytest.param(CONTENT | IN_BF16 | {"zero_optimization": {"stage": stage}}, id=f"bf16, {stage}")
+            for stage in (1, 2, 3)
+        ),
+    ],
+)
+def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_nothing_else(content: dict[str, Any]) -> None:
     applied = [True, *([False, True] * len(KINDS))]
-    clean = run_ranks(some_steps, 2, False)
-    for seen, without in zip(run_ranks(some_steps, 2, True), clean, strict=True):
+    clean = run_ranks(some_steps, 2, content, False)
+    for seen, without in zip(run_ranks(some_steps, 2, content, True), clean, strict=True):
         # As if the bad steps had never been, but for the data they used up.
         assert [step["weights"] for step in seen if step["applied"]] == [step["weights"] for step in without]
         assert [step["applied"] for step in seen] == applied

@@ -48,7 +48,7 @@ def all_values(content):
 
 
 def test_there_is_a_json_to_ship():
-    assert "zero3.json" in [path.name for path in SHIPPED]
+    assert [path.name for path in SHIPPED] == ["zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -209,9 +209,21 @@ def test_a_file_that_is_not_an_object_is_refused_and_named(problems_of, tmp_path
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"zero_optimization": {"stage": 2}}, "deepspeed zero_optimization.stage: got 2; expected 3"),
+        ({"zero_optimization": {"stage": 0}}, "deepspeed zero_optimization.stage: got 0; expected 1, 2 or 3"),
         ({"zero_optimization": {"stage": 7}}, "deepspeed zero_optimization.stage: got 7"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "deepspeed zero_optimization.offload_optimizer: "),
+        (
+            {"zero_optimization": {"compute_grad_norm": False}},
+            "deepspeed zero_optimization.compute_grad_norm: only by the norm",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "deepspeed zero_optimization.offload_optimizer.device: got 'nvme'; expected 'cpu'",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "deepspeed zero_optimization.offload_param: needs stage 3",
+        ),
+        ({"bf16": {"check_grad_overflow": False}}, "deepspeed bf16.check_grad_overflow: a gradient that is not finite"),
         ({"bf16": {"enabeld": True}}, "deepspeed bf16.enabeld: unknown key; did you mean 'enabled'?"),
         ({"communication_data_type": "float32"}, "deepspeed communication_data_type: got 'float32'; expected one of fp32"),
         ({"data_types": {"grad_dtype": "fp32"}}, "deepspeed data_types.grad_dtype: unknown key"),
