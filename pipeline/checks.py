@@ -18,6 +18,7 @@ from pipeline.model.huggingface import ModelFilesError, read_model_settings, wei
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 from pipeline.runtime.deepspeed_json import read_deepspeed_json
 from pipeline.runtime.distributed import World
+from pipeline.storage.location import Place
 
 
 def check_before_start(
@@ -71,10 +72,10 @@ def lanes_of(settings: Settings) -> int:
     return settings.data.lanes or default_lanes(settings.data.global_batch)
 
 
-def _read_manifests(settings: Settings) -> tuple[dict[Path, Manifest], list[str]]:
+def _read_manifests(settings: Settings) -> tuple[dict[Place, Manifest], list[str]]:
     """The manifests of the data that is named, the training data's first, and what is wrong with those not read."""
     manifests, problems = {}, []
-    named = {
+    named = {f"data.mixture {each.name}": each.path for each in settings.data.mixture or ()} | {
         "data.path": settings.data.path,
         "data.validation_path": settings.data.validation_path,
         "reference.training_data": settings.reference.training_data,
@@ -82,7 +83,7 @@ def _read_manifests(settings: Settings) -> tuple[dict[Path, Manifest], list[str]
     for key, path in named.items():
         try:
             if path is not None:
-                manifests[path] = read_manifest(path)
+                manifests[path] = read_manifest(path, settings.data.access)
         except DataError as error:
             problems.append(f"{key}: {error}")
     return manifests, problems
@@ -96,7 +97,7 @@ def _run_dir_problems(run_dir: Path) -> Iterator[str]:
         yield f"--run-dir: {existing} cannot be written to; choose another one"
 
 
-def _manifest_problems(found: Manifest, path: Path, settings: Settings, first: Manifest | None) -> Iterator[str]:
+def _manifest_problems(found: Manifest, path: Place, settings: Settings, first: Manifest | None) -> Iterator[str]:
     if found.sequence_length != settings.data.sequence_length:
         yield (
             f"data.sequence_length: {settings.data.sequence_length}, but {path} holds rows of {found.sequence_length} "

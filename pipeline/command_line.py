@@ -109,7 +109,8 @@ def _run_on_all_ranks(
     try:
         exit_code = work(job, options, stop)
     except (DataError, ModelFilesError) as error:
-        return _fail(prog, error, EXIT_USAGE, is_first=True)
+        # Where all ranks raise the same one says it.
+        return _fail(prog, error, EXIT_USAGE, world.is_first or not getattr(error, "agreed", False))
     except (TrainingDivergedError, RanksDisagreeError) as error:
         return _fail(prog, error, EXIT_DIVERGED, world.is_first)
     dist.barrier()

@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from pipeline.storage.files import Access
+from pipeline.storage.location import Location
+
 
 class ConfigError(ValueError):
     """Everything that is wrong with a run's settings, one sentence a problem."""
@@ -61,10 +64,22 @@ class RunSettings(Section):
     """Name of the run; without --run-dir the run directory is runs/NAME."""
 
 
+class MixtureSet(Section):
+    path: Location
+    """Folder or URL of prepared shards."""
+    weight: PositiveFloat
+    """Its part of the rows, in proportion to the weights of the others; exact as written in decimals."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+    """What metrics and messages call it; also its source's name where its inputs had none."""
+
+
 class DataSettings(Section):
-    path: Path | None = None
-    """Directory of prepared shards (launch/prepare.py makes it)."""
-    validation_path: Path | None = None
+    path: Location | None = None
+    """Folder of prepared shards (launch/prepare.py makes it): a path, https://HOST/FOLDER, s3://BUCKET/FOLDER, or, with
+    `allow_pipe`, pipe:COMMAND in which {} is the name of a file."""
+    mixture: Annotated[list[MixtureSet], Field(min_length=1)] | None = None
+    """In place of `path`: several data sets, each with `path`, `weight` and `name`, mixed by weight."""
+    validation_path: Location | None = None
     """Directory of held-out prepared shards; null: no validation."""
     builtin: bool = False
     """Where `path` is null: prepare the embedded corpus (Python's own documentation and source, and noise) under the
@@ -83,6 +98,23 @@ class DataSettings(Section):
     """Samples of a shard that are permuted among themselves."""
     num_workers: NonNegative = 2
     """Loader processes a rank; 0 reads in the training process."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """What a damaged sample does: end the job on all ranks, or give its place to a row without valid pairs."""
+    max_corrupt: NonNegative = 100
+    """Damaged samples, over all ranks and the whole run, that `skip` puts up with."""
+    retry_seconds: PositiveFloat = 120.0
+    """Time over which a read of remote data is repeated, with growing pauses, before the job ends."""
+    cache_dir: Path | None = None
+    """Folder of this machine that keeps what was read of remote data, shared by all its ranks; null: nothing is kept."""
+    cache_bytes: Annotated[int, Field(ge=2**20)] = 64 * 2**30
+    """Size that `cache_dir` may reach, in bytes; what was used longest ago goes first."""
+    allow_pipe: bool = False
+    """Whether a `pipe:` may run its command, which is a shell's."""
+
+    @property
+    def access(self) -> Access:
+        """How remote data is reached."""
+        return Access(self.retry_seconds, self.cache_dir, self.cache_bytes, self.allow_pipe)
 
 
 class ModelSettings(Section):
@@ -129,7 +161,7 @@ class ReferenceSettings(Section):
     """How the reference lies on the ranks: partitioned by ZeRO-3, or whole on each."""
     training_steps: Positive | None = None
     """Where `path` is null: first train a next-token reference of the policy's shape for so many steps."""
-    training_data: Path | None = None
+    training_data: Location | None = None
     """Prepared shards to train that reference on; null: the built-in corpus without its noise."""
 
 
@@ -245,9 +277,9 @@ POSITION = ("data.global_batch", "data.lanes")
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 # Directories may move; the fingerprints of what is in them are compared instead.
 FREE_TO_CHANGE = (
-    "run.", "logging.", "checkpoint.", "data.num_workers", "data.path", "data.builtin", "data.validation_path",
-    "reference.path", "reference.sharding", "reference.training_", "model.pretrained", "training.selection_exchange",
-    "training.check_ranks_every",
+    "run.", "logging.", "checkpoint.", "data.num_workers", "data.path", "data.mixture", "data.builtin", "data.validation_path",
+    "data.on_corrupt", "data.retry_seconds", "data.cache_", "data.allow_pipe", "reference.path", "reference.sharding",
+    "reference.training_", "model.pretrained", "training.selection_exchange", "training.check_ranks_every",
     "training.max_skipped_steps", "training.activation_checkpointing",
 )  # fmt: skip
 

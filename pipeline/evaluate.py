@@ -6,6 +6,7 @@ import torch
 
 from pipeline.config import Settings
 from pipeline.data.batch import Batch
+from pipeline.data.consumption import settle_damage
 from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
 from pipeline.runtime.distributed import World
 from pipeline.runtime.metrics import Record, SelectionSums
@@ -28,15 +29,17 @@ def evaluate(
     # A validation's micro-batches are no steps: what a step would pool is pooled by micro-batch.
     pool = "global" if settings.training.selection_pool == "step" else settings.training.selection_pool
     training = settings.training.model_copy(update={"selection_pool": pool})
-    num_pairs_H, first_sample = [0] * num_heads, 0
+    num_pairs_H, first_sample, num_corrupt = [0] * num_heads, 0, 0
     # Not inference_mode: its tensors would poison the trained engine's next step.
     with torch.no_grad():
         for batch in batches:
             micro_batches = load_micro_batches([batch], first_sample, num_heads, world.size, world.rank, device)
             first_sample += len(batch.tokens_BT) * world.size
-            counts = plan(micro_batches, training, settings.head_weights, models.group)
+            counts, consumed = plan(micro_batches, training, settings.head_weights, len(source_names), models.group)
+            num_corrupt += len(settle_damage(consumed, [batch], settings.data, num_corrupt))
             (losses,) = selective_losses(models, micro_batches, counts, training)
             sums.add(losses, micro_batches[0].valid_BTH, micro_batches[0].batch.sources_BT)
             counted_H = counts.num_valid if training.normalize_by == "valid" else counts.num_selected_H
             num_pairs_H = [total + count for total, count in zip(num_pairs_H, counted_H, strict=True)]
-    return sums.record(loss_scale(num_pairs_H, settings.head_weights), source_names, models.group)
+    record = sums.record(loss_scale(num_pairs_H, settings.head_weights), source_names, models.group)
+    return record | {"corrupt_samples": num_corrupt}

@@ -7,6 +7,7 @@ one that is there is complete.
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from pipeline.checks import check_data, lanes_of, next_token_model
 from pipeline.config import ConfigError, ModelSettings, Settings, TrainingSettings
 from pipeline.data.builtin import prepare_builtin
-from pipeline.data.manifest import read_manifest
+from pipeline.data.mixture import DataSet, read_joined, sets_of
 from pipeline.data.stream import Stream
 from pipeline.data.tokenizer import TOKENIZER_FILE
 from pipeline.micro_step import Models
@@ -32,6 +33,8 @@ from pipeline.runtime.memory import peak_bytes, reset_peak
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.reporting import closing_table, read_records
 from pipeline.runtime.run_lock import RunLock
+from pipeline.storage.files import read_whole
+from pipeline.storage.location import Place
 from pipeline.train import Run, advance, train, train_step
 
 # One head selects nothing; how the policy does is no property of the reference.
@@ -78,8 +81,7 @@ def _make_and_train(job: Job, stop: StopRequest) -> int:
     _say(job, f"training the policy for {settings.training.steps} steps")
     exit_code = train_in(job, settings, job.run_dir, stop)
     if exit_code == 0 and job.world.is_first:
-        assert settings.data.path is not None
-        names = read_manifest(settings.data.path).source_names
+        names = read_joined(settings.data).source_names
         print("\n" + closing_table(read_records(job.run_dir), job.run_dir, names), flush=True)
     return exit_code
 
@@ -137,7 +139,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
     """Train the reference with the same code (one head) in RUN/reference/training, export it to RUN/reference."""
     directory = job.run_dir / "reference"
     one_head = settings.with_values(
-        data={"path": settings.reference.training_data},
+        data={"path": settings.reference.training_data, "mixture": None},
         model={"num_prediction_heads": 1},
         reference={"training_steps": None, "training_data": None},
         training={"steps": settings.reference.training_steps, "head_weights": None} | _NO_SELECTION,
@@ -190,10 +192,9 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
 
     A `dry` run looks at no checkpoints, and draws a reference that is still to be trained.
     """
-    data_path, validation_path = settings.data.path, settings.data.validation_path
-    assert data_path is not None
+    validation_path = settings.data.validation_path
     settings, config, checkpoints = _resolved(job, settings, run_dir)
-    stream = open_stream(data_path, settings, job.world, settings.data.num_workers)
+    stream = open_stream(sets_of(settings.data), settings, job.world, settings.data.num_workers)
     if not dry:
         checkpoints.check(job.allow_changed)
     engine = build_policy(settings, config)
@@ -217,8 +218,7 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
 
 def _resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dict[str, Any], Checkpoints]:
     """Settings with what depends on the data filled in, the DeepSpeed configuration, and the run's checkpoints."""
-    assert settings.data.path is not None
-    manifest = read_manifest(settings.data.path)
+    manifest = read_joined(settings.data)
     settings = settings.with_values(
         data={"lanes": lanes_of(settings)}, model={"vocab_size": settings.model.vocab_size or manifest.vocab_size}
     )
@@ -227,9 +227,9 @@ def _resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, di
     return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint.keep)
 
 
-def open_stream(path: Path, settings: Settings, world: World, num_workers: int) -> Stream:
+def open_stream(data: Place | Sequence[DataSet], settings: Settings, world: World, num_workers: int) -> Stream:
     return Stream(
-        path,
+        data,
         lanes=lanes_of(settings),
         global_batch=settings.data.global_batch,
         micro_batch=settings.data.micro_batch,
@@ -238,6 +238,9 @@ def open_stream(path: Path, settings: Settings, world: World, num_workers: int) 
         seed=settings.data.seed,
         shuffle_block=settings.data.shuffle_block,
         num_workers=num_workers,
+        access=settings.data.access,
+        # A rank that raised alone would leave the others waiting: `settle_damage` raises on all.
+        raises=False,
     )
 
 
@@ -251,9 +254,8 @@ def export(run: Run, directory: Path) -> None:
     assert isinstance(model, MTPModel)
     save_model(model, partial, gathered, writes=run.world.is_first)
     if run.world.is_first:
-        assert run.settings.data.path is not None
-        tokenizer = run.settings.data.path / run.stream.manifest.tokenizer_file
-        (directory / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
+        tokenizer = run.stream.sets[0].place / run.stream.manifest.tokenizer_file
+        (directory / TOKENIZER_FILE).write_bytes(read_whole(tokenizer, run.settings.data.access))
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, directory / file.name)
         partial.rmdir()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.config import TrainingSettings
 from pipeline.data.batch import Batch, targets_and_valid
+from pipeline.data.consumption import Consumed, count
 from pipeline.model.reference import Reference, reference_losses
 from pipeline.weighting.exchange import Group
 from pipeline.weighting.loss_phase import HeadLosses
@@ -69,19 +70,23 @@ def load_micro_batches(
 
 
 def plan(
-    micro_batches: Sequence[MicroBatch], training: TrainingSettings, head_weights: Sequence[float], group: Group
-) -> StepPlan:
-    """What the data of these micro-batches determines of their loss, over all ranks; one all-reduce."""
-    num_tokens = torch.stack([(micro.batch.document_ids_BT >= 0).sum() for micro in micro_batches]).sum()
-    return plan_step(
+    micro_batches: Sequence[MicroBatch],
+    training: TrainingSettings,
+    head_weights: Sequence[float],
+    num_sources: int,
+    group: Group,
+) -> tuple[StepPlan, Consumed]:
+    """What the data of these micro-batches determines of their loss, and what it was, over all ranks; one all-reduce."""
+    step = plan_step(
         [micro.valid_BTH for micro in micro_batches],
-        num_tokens,
+        count([micro.batch for micro in micro_batches], num_sources),
         pool=training.selection_pool,
         k_percent=training.k_percent,
         normalize_by=training.normalize_by,
         head_weights=head_weights,
         group=group,
     )
+    return step, Consumed.of(step.data)
 
 
 def selective_losses(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from pipeline.config import ConfigError, Settings, did_you_mean
+from pipeline.config import ConfigError, MixtureSet, Settings, did_you_mean
 
 TEMPERATURE_REMOVED = (
     "training.temperature: removed. Softmax weighting of excess losses gave way to an exact top-k selection; "
@@ -113,9 +113,9 @@ def _without(values: dict[str, Any], refused: set[str]) -> dict[str, Any]:
 def _sentence(detail: Any) -> str:
     place = _place(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        owner: type[BaseModel] = Settings
-        for part in detail["loc"][:-1]:
-            owner = Settings.model_fields[part].annotation  # type: ignore[assignment]
+        owner: Any = Settings
+        for part in filter(lambda part: isinstance(part, str), detail["loc"][:-1]):
+            owner = MixtureSet if part == "mixture" else owner.model_fields[part].annotation
         kind = "setting" if len(detail["loc"]) > 1 else "section"
         return f"{place}: unknown {kind}; {did_you_mean(str(detail['loc'][-1]), owner.model_fields)}"
     return f"{place}: got {detail['input']!r}; {detail['msg'].removeprefix('Value error, ')}"
@@ -163,11 +163,16 @@ def _head_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
 def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
     """Where training data and reference come from: exactly one answer each."""
     data, reference = settings.data, settings.reference
-    both = {"data.path", "data.builtin"}
-    if data.path is None and not data.builtin:
+    both = {"data.path", "data.builtin", "data.mixture"}
+    if data.path is None and data.mixture is None and not data.builtin:
         yield both, "data.path: not set; name a directory of prepared shards (launch/prepare.py makes one)"
     if data.path is not None and data.builtin:
         yield both, "data.builtin: true and data.path is set; only one of them can be the training data"
+    if data.mixture is not None and (data.path is not None or data.builtin):
+        yield both, f"data.mixture: set, and so is data.{'builtin' if data.builtin else 'path'}; only one of them can be meant"
+    names = [each.name for each in data.mixture or ()]
+    if len(set(names)) != len(names):
+        yield {"data.mixture"}, f"data.mixture: two sets have the same name; expected different ones, got {', '.join(names)}"
     training = settings.training
     compares = settings.model.num_prediction_heads > 1 and training.k_percent < 1 and training.selection_score == "excess"
     if compares and reference.path is None and reference.training_steps is None:

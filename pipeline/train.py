@@ -20,12 +20,13 @@ from torch import Tensor
 
 from pipeline.config import Settings, TrainingSettings
 from pipeline.data.batch import Batch
+from pipeline.data.consumption import Consumed, curves, settle_damage
 from pipeline.data.stream import Stream
 from pipeline.evaluate import evaluate
 from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
 from pipeline.runtime.agreement import check_ranks_agree, who_met_bad_numbers
 from pipeline.runtime.checkpoint import Checkpoints, Progress
-from pipeline.runtime.distributed import World, any_rank
+from pipeline.runtime.distributed import World, any_rank, largest
 from pipeline.runtime.engine import Engine, backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
 from pipeline.runtime.metrics import Record, SelectionSums, Totals
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
@@ -55,16 +56,20 @@ class Run:
 
 @dataclass(frozen=True)
 class StepResult:
-    """sums: this rank's. applied: False where all ranks discarded the step; `bad` then says who met what on which
-    samples. seconds: wall time."""
+    """consumed: what the data was, over all ranks. replaced: what was wrong with the samples whose places padding took.
+    sums: this rank's. applied: False where all ranks discarded the step; `bad` then says who met what on which
+    samples. seconds: wall time; waited: those of them in which this rank waited for data."""
 
     plan: StepPlan
+    consumed: Consumed
+    replaced: list[str]
     sums: SelectionSums
     learning_rate: float
     grad_norm: float | None
     applied: bool
     bad: str | None
     seconds: float
+    waited: float
 
 
 def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
@@ -105,8 +110,10 @@ def train_step(run: Run, batches: Iterator[Batch], progress: Progress) -> StepRe
     settings, training = run.settings, run.settings.training
     num_heads, num_sources = settings.model.num_prediction_heads, len(run.stream.manifest.source_names) or 1
     fetched = list(itertools.islice(batches, run.stream.micro_steps))
+    waited = time.perf_counter() - started
     micro_batches = load_micro_batches(fetched, progress.samples, num_heads, run.world.size, run.world.rank, run.device)
-    counts = plan(micro_batches, training, settings.head_weights, run.models.group)
+    counts, consumed = plan(micro_batches, training, settings.head_weights, num_sources, run.models.group)
+    replaced = settle_damage(consumed, fetched, settings.data, progress.corrupt_samples)
     rate = learning_rate(training, progress.applied_steps)
     set_learning_rate(run.engine, rate)
     sums, applied = SelectionSums(num_heads, num_sources, run.device), False
@@ -117,7 +124,9 @@ def train_step(run: Run, batches: Iterator[Batch], progress: Progress) -> StepRe
         backward(run.engine, losses.loss * all_finite_or_nan(sums) if is_last else losses.loss)
         applied = end_micro_step(run.engine)
     bad = None if applied else who_met_bad_numbers(sums.bad_rows, [micro.batch.keys for micro in micro_batches])
-    return StepResult(counts, sums, rate, gradient_norm(run.engine), applied, bad, time.perf_counter() - started)
+    norm = gradient_norm(run.engine)
+    seconds = time.perf_counter() - started
+    return StepResult(counts, consumed, replaced, sums, rate, norm, applied, bad, seconds, waited)
 
 
 def all_finite_or_nan(sums: SelectionSums) -> Tensor:
@@ -135,7 +144,7 @@ def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
     """Count a step; its samples are consumed whether or not it was applied."""
     progress.step += 1
     progress.samples += settings.data.global_batch
-    progress.tokens += result.plan.num_tokens
+    count_consumed(progress, result.consumed)
     progress.skipped_steps += not result.applied
     progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
     if result.applied and settings.training.selection_pool in SHARED_POOLS:
@@ -145,6 +154,18 @@ def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
             f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, met numbers that were not finite; in the "
             f"last of them {result.bad}. The last checkpoint is untouched. Lower training.learning_rate, or look at the samples"
         )
+
+
+def count_consumed(progress: Progress, consumed: Consumed) -> None:
+    progress.tokens += consumed.tokens
+    progress.corrupt_samples += consumed.damaged
+    progress.tokens_by_source = add_up(progress.tokens_by_source, consumed.tokens_by_source)
+    progress.samples_by_source = add_up(progress.samples_by_source, consumed.samples_by_source)
+
+
+def add_up(before: list[int], more: list[int]) -> list[int]:
+    """Their sums; `before` is empty at the start of a run."""
+    return [sum(pair) for pair in itertools.zip_longest(before, more, fillvalue=0)]
 
 
 def common_values(run: Run, progress: Progress, result: StepResult) -> dict[str, Any]:
@@ -185,7 +206,8 @@ class Reporter:
         self.logbook = None
         if run.world.is_first:
             self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads)
-        self.recent: deque[tuple[int, float]] = deque(maxlen=20)  # tokens and seconds of the last steps
+        # Of the last steps: tokens, seconds, and those of them in which the data was waited for.
+        self.recent: deque[tuple[int, float, float]] = deque(maxlen=20)
         self.began: tuple[int, float] | None = None  # The end of this process's first step: its number, and the time.
         if first_step >= run.settings.training.steps:
             self.say(f"already at step {first_step} of {run.settings.training.steps}; to train on raise training.steps")
@@ -195,7 +217,9 @@ class Reporter:
     def step(self, progress: Progress, result: StepResult) -> None:
         logging, step = self.run.settings.logging, progress.step
         self.began = self.began or (step, time.perf_counter())
-        self.recent.append((result.plan.num_tokens, result.seconds))
+        self.recent.append((result.consumed.tokens, result.seconds, result.waited))
+        for message in result.replaced:
+            self.say(f"step {step}: replaced by a row of padding: {message}")
         if result.bad is not None:
             self.say(f"step {step}: discarded on all ranks; what was not finite: {result.bad}")
         every = (logging.metrics_every, logging.progress_every, logging.selection_every, logging.histogram_every)
@@ -206,9 +230,10 @@ class Reporter:
         if not (wanted or progressed or detailed or drawn):
             return
         totals = result.sums.over_ranks(self.run.models.group)
+        data_wait = largest(self._share_waited(), self.run.device)
         if self.logbook is None:
             return
-        record = self._record(progress, result, totals)
+        record = self._record(progress, result, totals) | {"data_wait": data_wait}
         if wanted:
             self.logbook.write(record)
         if drawn:
@@ -250,11 +275,15 @@ class Reporter:
         step, moment = self.began
         return (time.perf_counter() - moment) / (progress.step - step) if progress.step > step else self.recent[-1][1]
 
+    def _share_waited(self) -> float:
+        _, seconds, waited = map(sum, zip(*self.recent, strict=True))
+        return waited / seconds
+
     def _record(self, progress: Progress, result: StepResult, totals: Totals) -> Record:
         record = totals.record(result.plan.scale_H, self.run.stream.manifest.source_names or ("",))
         if not result.applied:
             record["loss"] = None
-        tokens, seconds = map(sum, zip(*self.recent, strict=True))
+        tokens, seconds, _ = map(sum, zip(*self.recent, strict=True))
         position = {"step": progress.step, "samples": progress.samples, "tokens": progress.tokens}
         more = {
             "learning_rate": result.learning_rate,
@@ -262,7 +291,8 @@ class Reporter:
             "tokens_per_second": tokens / seconds,
             "skipped_steps": progress.skipped_steps,
         }
-        return without_non_finite(position | record | more)
+        data = curves(self.run.stream, progress.samples, progress, result.consumed)
+        return without_non_finite(position | record | more | data)
 
 
 def validation_rows(stream: Stream, settings: Settings) -> int:

@@ -7,14 +7,16 @@ counts and thresholds of the project stand on `targets_and_valid`, so nothing el
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.data.shards import Sample
+from pipeline.data.sample import Sample
+
+_NO_DOCUMENT, _NO_SOURCE = np.array([-1], np.int32), np.array([0], np.uint8)
 
 
 @dataclass(frozen=True)
@@ -25,20 +27,24 @@ class Batch:
     document_ids_BT: int32; 0, 1, 2 … within each row, −1 on padding.
     sources_BT: int64 index into the manifest's sources; 0 on padding and where sources have no names.
     keys: for each row `SHARD/KEY`.
+    damage: what was wrong with rows that are here replaced by padding, one message a row.
+    failure: why no rows came and all of these are padding; None if they did.
     """
 
     tokens_BT: Tensor
     document_ids_BT: Tensor
     sources_BT: Tensor
     keys: tuple[str, ...]
+    damage: tuple[str, ...] = ()
+    failure: str | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return Batch(
-            self.tokens_BT.to(device, non_blocking=non_blocking),
-            self.document_ids_BT.to(device, non_blocking=non_blocking),
-            self.sources_BT.to(device, non_blocking=non_blocking),
-            self.keys,
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT.to(device, non_blocking=non_blocking),
+            document_ids_BT=self.document_ids_BT.to(device, non_blocking=non_blocking),
+            sources_BT=self.sources_BT.to(device, non_blocking=non_blocking),
         )
 
 
@@ -46,27 +52,33 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of the same T into a batch."""
     tokens_BT = np.stack([sample.tokens for sample in samples])
     sequence_length = tokens_BT.shape[1]
-    runs = [_with_padding(sample, sequence_length) for sample in samples]
-    lengths = np.concatenate([lengths for lengths, _, _ in runs])
-    document_ids = np.concatenate([document_ids for _, document_ids, _ in runs])
-    sources = np.concatenate([sources for _, _, sources in runs])
+    # Each row's padding, which may have length 0, follows its documents as one more of them.
+    parts = [(sample, sum(sample.lengths.tolist())) for sample in samples]
+    lengths = np.concatenate([part for sample, used in parts for part in (sample.lengths, [sequence_length - used])])
+    counting = np.arange(max(len(sample.lengths) for sample in samples), dtype=np.int32)
+    document_ids = np.concatenate([part for sample in samples for part in (counting[: len(sample.lengths)], _NO_DOCUMENT)])
+    document_ids_BT = np.repeat(document_ids, lengths.astype(np.int64)).reshape(tokens_BT.shape)
     return Batch(
         tokens_BT=torch.from_numpy(tokens_BT.astype(np.int64)),
-        document_ids_BT=torch.from_numpy(np.repeat(document_ids, lengths).reshape(tokens_BT.shape)),
-        sources_BT=torch.from_numpy(np.repeat(sources, lengths).reshape(tokens_BT.shape)),
+        document_ids_BT=torch.from_numpy(document_ids_BT),
+        sources_BT=_sources(samples, lengths.astype(np.int64), tokens_BT.shape),
         keys=tuple(sample.key for sample in samples),
+        damage=tuple(sample.damage for sample in samples if sample.damage is not None),
     )
 
 
-def _with_padding(sample: Sample, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths, document ids and sources of a row's documents and, last, of its padding (which may have length 0)."""
-    count = len(sample.lengths)
-    lengths = np.append(sample.lengths.astype(np.int64), sequence_length - int(sample.lengths.sum()))
-    document_ids = np.append(np.arange(count, dtype=np.int32), np.int32(-1))
-    sources = np.zeros(count + 1, np.int64)
-    if sample.sources is not None:
-        sources[:count] = sample.sources
-    return lengths, document_ids, sources
+def _sources(samples: Sequence[Sample], lengths: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    if all(sample.sources is None for sample in samples):
+        return torch.zeros(shape, dtype=torch.int64)
+    sources = [part for sample in samples if sample.sources is not None for part in (sample.sources, _NO_SOURCE)]
+    return torch.from_numpy(np.repeat(np.concatenate(sources).astype(np.int64), lengths).reshape(shape))
+
+
+def blank_batch(num_rows: int, sequence_length: int, failure: str) -> Batch:
+    """Rows of padding in the place of rows that do not come."""
+    zeros_BT = torch.zeros(num_rows, sequence_length, dtype=torch.int64)
+    padding_BT = torch.full((num_rows, sequence_length), -1, dtype=torch.int32)
+    return Batch(zeros_BT, padding_BT, zeros_BT, ("(not read)",) * num_rows, failure=failure)
 
 
 def targets_and_valid(tokens_BT: Tensor, document_ids_BT: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:

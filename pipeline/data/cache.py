@@ -28,6 +28,16 @@ class LeastRecentlyUsed(Generic[Key, Value]):
         value = self._values[key] = make()
         return value
 
+    def find(self, key: Key) -> Value | None:
+        """The value of `key`, if it is there."""
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def put(self, key: Key, value: Value) -> None:
+        """Keep a value."""
+        self.get(key, lambda: value)
+
     def clear(self) -> None:
         """Forget everything."""
         self._shrink_to(0)

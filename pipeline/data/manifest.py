@@ -1,38 +1,45 @@
 """The manifest: what a folder of prepared shards holds.
 
 A tar reader cannot tell a complete shard from one that was cut between two members, so every count, size and hash is
-written down when the shards are made. `read_manifest` makes the checks that cost only a `stat` per file; the CRC-32 of each
+written down when the shards are made. `read_manifest` makes the checks that cost only a `stat` a file; the CRC-32 of each
 sample is checked when the sample is read (`shards`), and the sha256 of a whole shard is there for whoever copies data.
 
 Every mistake a user can make with data is a `DataError`, whose message says what was expected, what was found, and what
 to do.
 """
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    PlainSerializer,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from pipeline.data.shard_table import Count, FileName, Positive, Record, Sha256, Shard, ShardTable, parse_with_table
+from pipeline.storage.files import DIRECT, Access, StorageError, read_whole
+from pipeline.storage.location import Place, Url
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-
-# Names become file names: a manifest from elsewhere must not be able to point outside its folder.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_MAX_SHARDS_LOOKED_AT = 4096
 
 
 class DataError(ValueError):
-    """Something about the data that a user caused or can mend; one message, ready to be shown."""
+    """Something about the data that a user caused or can mend; one message, ready to be shown. `agreed`: all ranks raise
+    it, with the same message."""
+
+    agreed = False
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Source(_Record):
+class Source(Record):
     """A named input: its whole documents, and their tokens with the end-of-document tokens."""
 
     name: str
@@ -40,17 +47,11 @@ class Source(_Record):
     tokens: Count
 
 
-class Shard(_Record):
-    """One tar, `NAME.tar`, of `bytes` bytes; `tokens` are without padding."""
-
-    name: FileName
-    samples: Positive
-    tokens: Count
-    bytes: Positive
-    sha256: Sha256
+def _as_table(shards: Any, validate: ValidatorFunctionWrapHandler) -> ShardTable:
+    return shards if isinstance(shards, ShardTable) else ShardTable.of(validate(shards))
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """What `manifest.json` says; the JSON's keys are the names of the fields.
 
     `sources` is empty where the inputs had no names; otherwise a document's source index points into it.
@@ -63,17 +64,17 @@ class Manifest(_Record):
     tokenizer_file: FileName
     tokenizer_sha256: Sha256
     sources: tuple[Source, ...]
-    shards: tuple[Shard, ...]
+    shards: Annotated[Sequence[Shard], WrapValidator(_as_table), PlainSerializer(list)]
 
     @property
     def num_samples(self) -> int:
         """Rows in all shards."""
-        return sum(shard.samples for shard in self.shards)
+        return int(ShardTable.of(self.shards).samples.sum())
 
     @property
     def num_tokens(self) -> int:
         """Tokens in all shards, without padding."""
-        return sum(shard.tokens for shard in self.shards)
+        return int(ShardTable.of(self.shards).tokens.sum())
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -84,30 +85,34 @@ class Manifest(_Record):
     def _is_consistent(self) -> "Manifest":
         if self.end_of_document_id >= self.vocab_size:
             raise ValueError(f"end_of_document_id {self.end_of_document_id} is not below vocab_size {self.vocab_size}")
-        for kind, names in (("source", self.source_names), ("shard", [shard.name for shard in self.shards])):
+        for kind, names in (("source", self.source_names), ("shard", ShardTable.of(self.shards).names)):
             if len(set(names)) != len(names):
                 raise ValueError(f"two {kind}s have the same name")
         return self
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Place, access: Access = DIRECT) -> Manifest:
     """Read a folder's manifest and check that its files are there and have their sizes.
+
+    The files are looked at where that is quick: in a folder of this machine's file systems with up to a few thousand
+    shards, of a larger one those of some shards, spread evenly. Whatever is missing or cut beyond that is found when it is
+    read, because nothing is used that does not have its checksum.
 
     Raises:
         DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or the
             tokenizer, a shard or one of its index files is missing or has the wrong size.
     """
-    directory = Path(directory)
-    manifest = _parse(_manifest_text(directory), directory / MANIFEST_FILE)
+    manifest = _parse(_manifest_text(directory, access), str(directory / MANIFEST_FILE))
     if manifest.num_samples == 0:
         raise DataError(f"{directory / MANIFEST_FILE} lists no samples; prepare the data again with more documents")
-    if not (directory / manifest.tokenizer_file).is_file():
-        raise DataError(
-            f"{directory / manifest.tokenizer_file} cannot be found, but {MANIFEST_FILE} names it as the data's tokenizer; "
-            "copy it again from where the data was prepared"
-        )
-    for shard in manifest.shards:
-        _check_sizes_on_disk(directory, shard)
+    if isinstance(directory, Path):
+        if not (directory / manifest.tokenizer_file).is_file():
+            raise DataError(
+                f"{directory / manifest.tokenizer_file} cannot be found, but {MANIFEST_FILE} names it as the data's tokenizer; "
+                "copy it again from where the data was prepared"
+            )
+        for number in range(0, len(manifest.shards), -(-len(manifest.shards) // _MAX_SHARDS_LOOKED_AT)):
+            _check_sizes_on_disk(directory, manifest.shards[number])
     return manifest
 
 
@@ -119,8 +124,15 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     os.replace(temporary, path)
 
 
-def _manifest_text(directory: Path) -> bytes:
+def _manifest_text(directory: Place, access: Access) -> bytes:
     remedy = "make it with `python launch/prepare.py --input PATH --output DIR …`"
+    if isinstance(directory, Url):
+        try:
+            return read_whole(directory / MANIFEST_FILE, access)
+        except StorageError as error:
+            raise DataError(str(error)) from None
+        except OSError as error:
+            raise DataError(f"{directory / MANIFEST_FILE} cannot be read: {error.strerror or error}; {remedy}") from None
     if not directory.is_dir():
         raise DataError(f"expected a folder of prepared shards at {directory}, but there is no such folder; {remedy}")
     try:
@@ -138,8 +150,13 @@ def _prepared_subfolders(directory: Path) -> str:
     return f"did you mean {' or '.join(prepared[:4])}?" if prepared else ""
 
 
-def _parse(text: bytes, path: Path) -> Manifest:
+def _parse(text: bytes, path: str) -> Manifest:
     try:
+        parsed = parse_with_table(text)
+        if parsed is not None and parsed[0].get("format_version") == FORMAT_VERSION:
+            content, shards = parsed
+            checked = Manifest.model_validate_json(json.dumps(content | {"shards": []}))
+            return Manifest.model_validate(dict(checked) | {"shards": shards})
         version = _Version.model_validate_json(text).format_version
         if version != FORMAT_VERSION:
             raise DataError(

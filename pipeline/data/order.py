@@ -9,7 +9,7 @@ Blocks bound what shuffling costs: a lane walks through one block after the othe
 takes one search and one block's permutation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class EpochOrder:
         DataError: fewer samples than lanes.
     """
 
-    def __init__(self, shard_samples: Sequence[int], *, lanes: int, seed: int, shuffle_block: int) -> None:
+    def __init__(self, shard_samples: Sequence[int] | np.ndarray, *, lanes: int, seed: int, shuffle_block: int) -> None:
         self._shard_samples = np.array(shard_samples, dtype=np.int64)
         self.num_samples = int(self._shard_samples.sum())
         if self.num_samples < lanes:
@@ -62,19 +62,43 @@ class EpochOrder:
 
     def locate(self, epoch: int, position: int) -> tuple[int, int]:
         """Shard and sample at `position` (below S) of the epoch's permuted sequence."""
-        shards, ends = self._epochs.get(epoch, lambda: self._permuted_shards(epoch))
-        slot = int(np.searchsorted(ends, position, side="right"))
-        shard = int(shards[slot])
-        within_shard = position - (int(ends[slot]) - int(self._shard_samples[shard]))
-        block, within_block = divmod(within_shard, self.shuffle_block)
-        block_order = self._blocks.get((epoch, shard, block), lambda: self._permuted_block(epoch, shard, block))
-        return shard, block * self.shuffle_block + int(block_order[within_block])
+        ((shard, samples),) = self._stretches(epoch, position, 1)
+        return shard, int(samples[0])
 
     def locate_row(self, row: int) -> tuple[int, int, int]:
         """Epoch, shard and sample of row `row` of the run."""
         consumed_rounds, lane = divmod(row, self.lanes)
         epoch, within_lane = divmod(consumed_rounds, self.samples_per_lane)
         return epoch, *self.locate(epoch, lane * self.samples_per_lane + within_lane)
+
+    def locate_lane(self, lane: int, first_round: int, num_rounds: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards and samples, int64 [num_rounds], of one lane in consecutive rounds."""
+        shards, samples = np.empty(num_rounds, np.int64), np.empty(num_rounds, np.int64)
+        done = 0
+        while done < num_rounds:
+            epoch, within_lane = divmod(first_round + done, self.samples_per_lane)
+            in_epoch = min(num_rounds - done, self.samples_per_lane - within_lane)
+            for shard, found in self._stretches(epoch, lane * self.samples_per_lane + within_lane, in_epoch):
+                shards[done : done + len(found)] = shard
+                samples[done : done + len(found)] = found
+                done += len(found)
+        return shards, samples
+
+    def _stretches(self, epoch: int, position: int, length: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The samples at `length` positions from `position` on, block by block: (shard, samples)."""
+        shards, ends = self._epochs.get(epoch, lambda: self._permuted_shards(epoch))
+        slot = int(np.searchsorted(ends, position, side="right"))
+        while length:
+            shard = int(shards[slot])
+            within_shard = position - (int(ends[slot]) - int(self._shard_samples[shard]))
+            block, within_block = divmod(within_shard, self.shuffle_block)
+            found = self._block(epoch, shard, block)[within_block : within_block + length]
+            yield shard, found.astype(np.int64) + block * self.shuffle_block
+            position, length = position + len(found), length - len(found)
+            slot += position == ends[slot]
+
+    def _block(self, epoch: int, shard: int, block: int) -> np.ndarray:
+        return self._blocks.get((epoch, shard, block), lambda: self._permuted_block(epoch, shard, block))
 
     def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shards = permutation(len(self._shard_samples), SHARDS, self.seed, epoch)

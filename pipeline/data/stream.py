@@ -1,14 +1,17 @@
 """The rows of one rank, as micro-batches, from any position of the run.
 
-The position of the whole job is one integer, samples consumed, and what comes at a position is `order`'s pure function of
-it. This module only says who reads what. A *round* is one sample of each of the L lanes; a step of G rows is G / L rounds,
-and micro-step a of a step holds its rows [a·R·B, (a+1)·R·B), of which rank r has a·R·B + r·B + [0, B). L is a multiple of
-R·B, so each lane is read by one rank for as long as the number of ranks stays.
+The position of the whole job is one integer, samples consumed, and what comes at a position is a pure function of it
+(`order`, `mixture`). This module only says who reads what. A *round* is one sample of each of the L lanes; a step of G rows
+is G / L rounds, and micro-step a of a step holds its rows [a·R·B, (a+1)·R·B), of which rank r has a·R·B + r·B + [0, B). L is
+a multiple of R·B, so each lane is read by one rank for as long as the number of ranks stays.
 
-A rank's lanes are split over its DataLoader workers, which own lanes and not batches: each yields its piece of every round,
-the DataLoader hands the pieces out in turn, and their concatenation is the rank's part of the round in the order of its
-rows. So the number of workers changes nothing but speed. Pieces travel as numpy arrays through a pipe, and not as
-tensors through /dev/shm, which containers keep small.
+A rank's lanes are split over its DataLoader workers, which own lanes and not batches: each yields its pieces of the rounds,
+the DataLoader hands the pieces out in turn, and put together they are the rank's part of the rounds in the order of its
+rows. So the number of workers changes nothing but speed. Pieces travel as numpy arrays through a pipe, and not as tensors
+through /dev/shm, which containers keep small.
+
+A sample that is damaged is replaced by a row of padding that says so, and data that cannot be reached by such rows for
+ever: where the ranks have to go on together until they agree, the batches carry the bad news; elsewhere it is raised.
 """
 
 import itertools
@@ -20,36 +23,43 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from pipeline.data.batch import Batch, collate
-from pipeline.data.manifest import DataError, Manifest, read_manifest
-from pipeline.data.order import EpochOrder, default_lanes, too_few_samples
-from pipeline.data.shards import Sample, ShardReader
+from pipeline.data.batch import Batch, blank_batch, collate
+from pipeline.data.lane_reader import LaneRounds, Piece, put_together, rank_lanes
+from pipeline.data.manifest import DataError, read_manifest
+from pipeline.data.mixture import DataSet, join, order_of
+from pipeline.data.order import default_lanes
+from pipeline.data.sample import Sample
+from pipeline.data.sizes import check_sizes
+from pipeline.storage.files import DIRECT, Access
+from pipeline.storage.location import Place, Url
 
 __all__ = ["Stream", "check_sizes", "default_lanes", "rank_lanes"]
 
-_MAX_LISTED = 12
 _ASKED_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stream:
-    """One rank's view of a prepared folder.
+    """One rank's view of a prepared folder, or of several.
 
     Args:
-        directory: the prepared folder.
+        data: the prepared folder, or the sets of a mixture.
         lanes: L. global_batch: G, rows a step. micro_batch: B, rows a rank and micro-step.
         rank, world_size: of this process, R.
         seed, shuffle_block: of the order; both are part of what a run is.
         num_workers: DataLoader processes; 0 reads in this process.
+        access: how data that is not on this machine is reached.
+        raises: whether damage and data out of reach are raised by `iterate`. If not, `Batch.damage` and `Batch.failure` say
+            so, and the rows concerned are padding.
 
     Raises:
-        DataError: the folder is not a prepared one, or the sizes do not fit (all problems at once).
+        DataError: a folder is not a prepared one, or the sizes do not fit (all problems at once).
     """
 
     def __init__(
         self,
-        directory: Path,
+        data: Place | Sequence[DataSet],
         *,
         lanes: int,
         global_batch: int,
@@ -59,16 +69,19 @@ class Stream:
         seed: int,
         shuffle_block: int,
         num_workers: int = 0,
+        access: Access = DIRECT,
+        raises: bool = True,
     ) -> None:
-        self.directory = Path(directory)
-        self.manifest: Manifest = read_manifest(self.directory)
+        self.sets = [DataSet(data)] if isinstance(data, Path | Url) else list(data)
+        self.manifests = [read_manifest(each.place, access) for each in self.sets]
+        self.manifest, self.source_maps = join(self.manifests, self.sets)
         problems = check_sizes(
             lanes=lanes,
             global_batch=global_batch,
             micro_batch=micro_batch,
             world_size=world_size,
             num_workers=num_workers,
-            num_samples=self.manifest.num_samples,
+            num_samples=min(manifest.num_samples for manifest in self.manifests),
         )
         if problems:
             raise DataError("\n".join(problems))
@@ -79,9 +92,9 @@ class Stream:
         self.rank = rank
         self.world_size = world_size
         self.num_workers = num_workers
-        self.order = EpochOrder(
-            [shard.samples for shard in self.manifest.shards], lanes=lanes, seed=seed, shuffle_block=shuffle_block
-        )
+        self.access = access
+        self.raises = raises
+        self.order = order_of(self.manifests, self.sets, lanes=lanes, seed=seed, shuffle_block=shuffle_block)
 
     @property
     def lanes(self) -> int:
@@ -90,13 +103,13 @@ class Stream:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Rows that an epoch uses, over all ranks."""
-        return self.order.samples_per_epoch
+        """Rows that an epoch of every set uses, over all ranks."""
+        return sum(order.samples_per_epoch for order in self.order.orders)
 
     @property
     def dropped_per_epoch(self) -> int:
-        """Samples that an epoch leaves out, fewer than L."""
-        return self.order.dropped_per_epoch
+        """Samples that an epoch leaves out, fewer than L of each set."""
+        return sum(order.dropped_per_epoch for order in self.order.orders)
 
     @property
     def micro_steps(self) -> int:
@@ -107,7 +120,7 @@ class Stream:
         """This rank's micro-batches of the rows [start_sample, end_sample), in order; without an end, for ever.
 
         Raises:
-            DataError: a sample is damaged; the message names it.
+            DataError: a sample is damaged, the message names it; or data cannot be reached. Only if `raises`.
             ValueError: `start_sample` is not a multiple of G, or `end_sample` none of R·B.
         """
         micro_step = self.micro_batch * self.world_size
@@ -125,16 +138,33 @@ class Stream:
         return itertools.islice(self._micro_batches(start_sample // self.lanes, end_round), num_micro_batches)
 
     def _micro_batches(self, start_round: int, end_round: int | None) -> Iterator[Batch]:
-        for samples in self._rounds(start_round, end_round):
-            for start in range(0, len(samples), self.micro_batch):
-                yield collate(samples[start : start + self.micro_batch])
+        try:
+            for samples in self._rounds(start_round, end_round):
+                for start in range(0, len(samples), self.micro_batch):
+                    batch = collate(samples[start : start + self.micro_batch])
+                    if batch.damage and self.raises:
+                        raise DataError(batch.damage[0])
+                    yield batch
+        except DataError as error:
+            if self.raises:
+                raise
+            while True:
+                yield blank_batch(self.micro_batch, self.manifest.sequence_length, str(error))
 
     def _rounds(self, start_round: int, end_round: int | None) -> Iterator[list[Sample]]:
-        """This rank's samples of each round, in the order of the rows."""
-        lanes = rank_lanes(self.lanes, self.micro_batch, self.rank, self.world_size)
-        dataset = _LaneRounds(self.directory, self.manifest, self.order, lanes, start_round, end_round)
+        """This rank's samples of a few rounds after the other, in the order of the rows."""
+        dataset = LaneRounds(
+            self.sets,
+            self.manifests,
+            self.source_maps,
+            self.order,
+            self.access,
+            lanes=rank_lanes(self.lanes, self.micro_batch, self.rank, self.world_size),
+            start_round=start_round,
+            end_round=end_round,
+        )
         if self.num_workers == 0:
-            yield from map(_raise_if_error, dataset)
+            yield from (put_together([piece]) for piece in map(_raise_if_error, dataset))
             return
         # The loader draws a seed for its workers; from a generator of its own, lest it move the job's random state.
         loader = DataLoader(
@@ -152,57 +182,11 @@ class Stream:
         try:
             while first := next(pieces, None):
                 rest = [next(pieces) for _ in range(self.num_workers - 1)]
-                yield list(itertools.chain(first, *rest))
+                yield put_together([first, *rest])
         finally:
             # Stops the workers here. Left to the garbage collector, which closes their queues before it asks them to stop,
             # an error would cost five seconds a worker.
             del pieces
-
-
-def rank_lanes(lanes: int, micro_batch: int, rank: int, world_size: int) -> list[int]:
-    """The lanes of a rank, in the order of their rows within a round: L / R of them."""
-    micro_step = micro_batch * world_size
-    return [lane for start in range(rank * micro_batch, lanes, micro_step) for lane in range(start, start + micro_batch)]
-
-
-class _LaneRounds(IterableDataset):
-    """A rank's samples of round after round: in a DataLoader worker those of its contiguous share of the lanes.
-
-    What is passed to the workers is small and holds no open file.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        order: EpochOrder,
-        lanes: Sequence[int],
-        start_round: int,
-        end_round: int | None,
-    ) -> None:
-        self.directory = directory
-        self.manifest = manifest
-        self.order = order
-        self.lanes = lanes
-        self.start_round = start_round
-        self.end_round = end_round
-
-    def __iter__(self) -> Iterator[list[Sample] | DataError]:
-        # An error goes out as a value: raised here, the DataLoader would bury its message in a traceback.
-        reader = ShardReader(self.directory, self.manifest)
-        try:
-            for number in itertools.count(self.start_round):
-                if number == self.end_round:
-                    return
-                yield [self._read(reader, number * self.order.lanes + lane) for lane in _worker_share(self.lanes)]
-        except DataError as error:
-            yield error
-        finally:
-            reader.close()
-
-    def _read(self, reader: ShardReader, row: int) -> Sample:
-        _, shard, sample = self.order.locate_row(row)
-        return reader.read(shard, sample)
 
 
 def _end_only_with_the_rank(worker: int) -> None:
@@ -227,14 +211,7 @@ def _deaf_to(signals: Iterable[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _worker_share(lanes: Sequence[int]) -> Sequence[int]:
-    worker = get_worker_info()
-    if worker is None:
-        return lanes
-    return lanes[len(lanes) * worker.id // worker.num_workers : len(lanes) * (worker.id + 1) // worker.num_workers]
-
-
-def _raise_if_error(piece: list[Sample] | DataError) -> list[Sample]:
+def _raise_if_error(piece: Piece | DataError) -> Piece:
     if isinstance(piece, DataError):
         raise piece
     return piece
@@ -242,63 +219,3 @@ def _raise_if_error(piece: list[Sample] | DataError) -> list[Sample]:
 
 def _as_it_is(piece: object) -> object:
     return piece
-
-
-def check_sizes(
-    *,
-    lanes: int,
-    global_batch: int,
-    micro_batch: int,
-    world_size: int,
-    num_workers: int = 0,
-    num_samples: int | None = None,
-) -> list[str]:
-    """What does not fit, as sentences that say what would; empty if all fits."""
-    sizes = {
-        "data.lanes": lanes,
-        "data.global_batch": global_batch,
-        "data.micro_batch": micro_batch,
-        "the number of ranks": world_size,
-    }
-    problems = [f"{name} = {size}: expected at least 1" for name, size in sizes.items() if size < 1]
-    if num_workers < 0:
-        problems.append(f"data.num_workers = {num_workers}: expected at least 0")
-    if problems:
-        return problems
-    if global_batch % lanes:
-        problems.append(
-            f"data.global_batch = {global_batch} is not a multiple of data.lanes = {lanes}; "
-            f"lanes that fit: {_listed(_divisors(global_batch), near=lanes)}"
-        )
-    problems += _rank_problems(lanes, micro_batch, world_size, num_workers)
-    if num_samples is not None and num_samples < lanes:
-        problems.append(too_few_samples(num_samples, lanes))
-    return problems
-
-
-def _rank_problems(lanes: int, micro_batch: int, world_size: int, num_workers: int) -> list[str]:
-    if lanes % (world_size * micro_batch):
-        return [
-            f"data.lanes = {lanes} is not a multiple of ranks × data.micro_batch = {world_size} × {micro_batch}; "
-            f"with micro-batches of {micro_batch}, numbers of ranks that fit: "
-            f"{_listed(_divisors(lanes // micro_batch) if lanes % micro_batch == 0 else [], near=world_size)}; "
-            f"with {world_size} ranks, micro-batches that fit: "
-            f"{_listed(_divisors(lanes // world_size) if lanes % world_size == 0 else [], near=micro_batch)}"
-        ]
-    own_lanes = lanes // world_size
-    if num_workers > own_lanes:
-        return [
-            f"data.num_workers = {num_workers}, but each of the {world_size} ranks has {own_lanes} of the {lanes} lanes and a "
-            f"worker needs one of its own: expected at most {own_lanes}"
-        ]
-    return []
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _listed(numbers: list[int], near: int) -> str:
-    """The numbers, of many those nearest to `near`."""
-    nearest = sorted(sorted(numbers, key=lambda number: abs(number - near))[:_MAX_LISTED])
-    return ", ".join(map(str, nearest)) or "none"

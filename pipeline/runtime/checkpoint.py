@@ -26,8 +26,9 @@ REMEDY = "remove that checkpoint to continue from an older one, or choose anothe
 class Progress:
     """Where a run is. step: optimiser steps done, skipped ones among them; samples and tokens: consumed so far, over
     all ranks, tokens without padding; skipped_steps: steps whose gradient was discarded; skipped_in_a_row: those of
-    them since the last step that was applied. prediction: of the next step's thresholds; with another one the same
-    gradient would be summed in another order."""
+    them since the last step that was applied; corrupt_samples: damaged ones that were replaced by padding; by source:
+    tokens, and samples that hold any. prediction: of the next step's thresholds; with another one the same gradient would be
+    summed in another order."""
 
     step: int = 0
     samples: int = 0
@@ -35,6 +36,9 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     prediction: Prediction = field(default_factory=Prediction)
+    corrupt_samples: int = 0
+    tokens_by_source: list[int] = field(default_factory=list)
+    samples_by_source: list[int] = field(default_factory=list)
 
     @property
     def applied_steps(self) -> int:

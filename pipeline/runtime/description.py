@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Settings, flatten
+from pipeline.config import DataSettings, Settings, flatten
 from pipeline.runtime.checkpoint import replace_text
 from pipeline.runtime.distributed import World
+from pipeline.storage.files import read_whole
+from pipeline.storage.location import Place
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "tokenizers", "safetensors", "numpy")
 
@@ -41,10 +43,9 @@ def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], w
 def identity_of(settings: Settings, deepspeed: dict[str, Any]) -> dict[str, Any]:
     """What must be the same when a run continues: settings, data, reference, and what of the (resolved) DeepSpeed JSON
     decides how weights lie and in which precision they are."""
-    data, reference = settings.data.path, settings.reference.path
-    assert data is not None
+    reference = settings.reference.path
     return flatten(settings) | {
-        "data": hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest(),
+        "data": _data_fingerprint(settings.data),
         "reference model": _model_fingerprint(reference) if reference is not None else None,
         "deepspeed stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
         "deepspeed bf16": deepspeed.get("bf16", {}).get("enabled", False),
@@ -60,6 +61,18 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def _data_fingerprint(data: DataSettings) -> str | list[Any]:
+    """Of the manifest; of a mixture, each set's name, weight and manifest."""
+
+    def of(place: Place) -> str:
+        return hashlib.sha256(read_whole(place / "manifest.json", data.access)).hexdigest()
+
+    if data.mixture is not None:
+        return [[each.name, each.weight, of(each.path)] for each in data.mixture]
+    assert data.path is not None
+    return of(data.path)
 
 
 def _model_fingerprint(directory: Path) -> str:

@@ -90,6 +90,13 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(agreed.item())
 
 
+def largest(value: float, device: torch.device) -> float:
+    """The largest of the ranks' values; one collective."""
+    found = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
+
+
 def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """The first rank's `value`, on every rank; one collective."""
     values = [value]

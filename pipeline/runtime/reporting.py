@@ -81,10 +81,14 @@ _TAGS = {
 
 def tensorboard_tag(key: str, split: str | None = None) -> str | None:
     """`loss_head_0` -> `loss/head_0`, `selected_ratio_head_1` -> `selection/ratio/head_1`, of one source
-    `source/NAME/selected_ratio/head_1`; over all heads `excess_mean` -> `selection/excess_mean`; what is no statistic of
-    heads `train/`, as `loss` -> `train/loss`; with a split `SPLIT/loss/head_0`, `SPLIT/loss`."""
+    `source/NAME/selected_ratio/head_1`; over all heads `excess_mean` -> `selection/excess_mean`; `data_tokens_source_NAME` ->
+    `data/tokens/source_NAME`; what is no statistic of heads `train/`, as `loss` -> `train/loss`; with a split
+    `SPLIT/loss/head_0`, `SPLIT/loss`."""
     if key in ("step", "split"):
         return None
+    if key.startswith("data_") or key == "corrupt_samples":
+        tag = f"data/{key.removeprefix('data_').replace('_source_', '/source_', 1).replace('_set_', '/set_', 1)}"
+        return f"{split}/{tag}" if split else tag
     key, source, name = key.partition("_source_")
     quantity, head, number = key.partition("_head_")
     if source:

@@ -26,14 +26,14 @@ class StepPlan:
     num_valid_AH: valid pairs of each micro-step and head. num_selected_H: pairs that the step will select.
     pool_selected: m of each head for each shared pool of the step, that is one list for each micro-step (pool
     `global`), a single one (`step`) or none (`rank`, `row`). scale_H: what a selected pair's loss is multiplied by.
-    num_tokens: tokens without padding.
+    data: sums of whatever else was to be counted.
     """
 
     num_valid_AH: list[list[int]]
     num_selected_H: list[int]
     pool_selected: list[list[int]]
     scale_H: list[float]
-    num_tokens: int
+    data: list[int]
 
     @property
     def num_valid(self) -> list[int]:
@@ -43,7 +43,7 @@ class StepPlan:
 
 def plan_step(
     valid_ABTH: Sequence[Tensor],
-    num_tokens: Tensor,
+    data: Tensor,
     *,
     pool: str,
     k_percent: float,
@@ -55,24 +55,23 @@ def plan_step(
 
     Args:
         valid_ABTH: for each micro-step bool [B, T, H], this rank's valid pairs.
-        num_tokens: int64 scalar, this rank's tokens in the step.
+        data: int64 [C], anything else of this rank to be added up over all.
     """
     valid_AH = torch.stack([valid_BTH.sum((0, 1)) for valid_BTH in valid_ABTH])
     local_selected_H = torch.stack([_selected_locally(valid_BTH, pool, k_percent) for valid_BTH in valid_ABTH]).sum(0)
-    parts = [valid_AH.flatten(), local_selected_H, num_tokens.reshape(1)]
-    counts = all_reduce_sum(torch.cat(parts), group).tolist()
-    num_heads = len(local_selected_H)
-    num_valid_AH = [counts[start : start + num_heads] for start in range(0, valid_AH.numel(), num_heads)]
+    parts = [valid_AH.flatten(), local_selected_H, data]
+    summed = all_reduce_sum(torch.cat(parts), group).split([part.numel() for part in parts])
+    num_valid_AH = summed[0].view(valid_AH.shape).tolist()
     pools = {"global": num_valid_AH, "step": [_sum_of_columns(num_valid_AH)]}.get(pool, [])
     pool_selected = [[num_selected(k_percent, count) for count in valid_H[1:]] for valid_H in pools]
     num_valid_H = _sum_of_columns(num_valid_AH)
-    num_selected_H = [num_valid_H[0], *(_sum_of_columns(pool_selected) or counts[-num_heads:-1])]
+    num_selected_H = [num_valid_H[0], *(_sum_of_columns(pool_selected) or summed[1][1:].tolist())]
     return StepPlan(
         num_valid_AH=num_valid_AH,
         num_selected_H=num_selected_H,
         pool_selected=pool_selected,
         scale_H=loss_scale(num_valid_H if normalize_by == "valid" else num_selected_H, head_weights),
-        num_tokens=counts[-1],
+        data=summed[2].tolist(),
     )
 
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.data.packing import Row
-from pipeline.data.shards import ShardReader, write_shards
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shards import write_shards
 from pipeline.data.tokenizer import TOKENIZER_FILE, train_bpe
 from pipeline.recipe import load_settings
 from pipeline.runtime.reporting import read_records

@@ -11,7 +11,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.data.manifest import DataError, Manifest, Source
 from pipeline.data.packing import Row
-from pipeline.data.shards import ShardReader, write_shards
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shards import write_shards
 
 T = 8
 

@@ -86,7 +86,7 @@ def job_rows(ranks):
 def expected_rows(folder, start, end, **sizes):
     reader = stream(folder, **sizes)
     first_of_shard = np.cumsum([0, *(shard.samples for shard in reader.manifest.shards)])
-    located = (reader.order.locate_row(row) for row in range(start, end))
+    located = (reader.order.orders[0].locate_row(row) for row in range(start, end))
     return [int(first_of_shard[shard]) + sample for _, shard, sample in located]
 
 

@@ -1,4 +1,4 @@
-"""Imports point one way: train -> {evaluate, micro_step} -> {model, weighting, data, runtime} -> config."""
+"""Imports point one way: train -> {evaluate, micro_step} -> {model, weighting, data, runtime} -> config -> storage."""
 
 import ast
 from collections.abc import Iterator
@@ -9,19 +9,20 @@ PACKAGE = Path(__file__).parents[2] / "pipeline"
 # What a room may import of the package. Among the middle rooms: the model computes its losses with the weighting's
 # functions, the runtime carries models.
 ALLOWED = {
-    "config": set(),
+    "storage": set(),
+    "config": {"storage"},
     "recipe": {"config"},
-    "data": {"config"},
+    "data": {"config", "storage"},
     "weighting": {"config"},
     "model": {"config", "weighting"},
-    "runtime": {"config", "weighting", "model"},
-    "benchmark": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "train"},
+    "runtime": {"config", "storage", "weighting", "model"},
+    "benchmark": {"config", "storage", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "train"},
     "micro_step": {"config", "data", "weighting", "model"},
-    "checks": {"config", "data", "model", "runtime"},
+    "checks": {"config", "storage", "data", "model", "runtime"},
     "evaluate": {"config", "data", "weighting", "model", "runtime", "micro_step"},
     "train": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate"},
-    "command_line": {"config", "recipe", "data", "model", "runtime", "checks", "train", "job"},
-    "job": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
+    "command_line": {"config", "recipe", "storage", "data", "model", "runtime", "checks", "train", "job"},
+    "job": {"config", "storage", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
 }
 
 

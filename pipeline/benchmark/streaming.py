@@ -1,0 +1,134 @@
+"""How fast rows come from prepared shards, beside a bare webdataset loop over the same tars.
+
+The bare loop reads and decodes (`np.load`) every sample in the order of the files, and checks, shuffles and remembers
+nothing. The stream reads in a run's order, holds every sample against checksum and manifest, and hands out batches of a
+position that can be resumed. Loops take turns, so that a busy machine is busy for all of them; the figures are medians.
+"""
+
+import argparse
+import importlib.util
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pipeline.data.manifest import Manifest, Source, read_manifest, write_manifest
+from pipeline.data.packing import Row
+from pipeline.data.shards import token_dtype, write_shards
+from pipeline.data.stream import Stream
+
+_VOCAB_SIZE, _DOCUMENTS = 50_257, 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared shards (default: random rows are written)")
+    parser.add_argument("--rows", type=int, default=16_384, help="of the random rows")
+    parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="of the random rows")
+    parser.add_argument("--lanes", type=int, default=64, metavar="L")
+    parser.add_argument("--micro-batch", type=int, default=8, metavar="B")
+    parser.add_argument("--repeat", type=int, default=5, help="turns of each loop")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of each loop, and the stream's with one worker as a multiple of webdataset's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = options.data or _random_rows(Path(scratch), options.rows, options.sequence_length)
+        loops: dict[str, Callable[[], int]] = {
+            "webdataset, bare": lambda: _webdataset(directory),
+            "stream, 1 worker": lambda: _stream(directory, options, 1),
+            "stream, no worker": lambda: _stream(directory, options, 0),
+        }
+        if importlib.util.find_spec("streaming") is not None:
+            _write_mosaic(directory, Path(scratch) / "mosaic")
+            loops["MosaicML Streaming, 1 worker"] = lambda: _mosaic(Path(scratch) / "mosaic", options.micro_batch)
+        load_before = os.getloadavg()[0]
+        speeds: dict[str, list[float]] = {name: [] for name in loops}
+        for name in [*loops, *list(loops) * options.repeat]:  # the first turn warms the disk's cache
+            started = time.perf_counter()
+            tokens = loops[name]()
+            speeds[name].append(tokens / (time.perf_counter() - started))
+    medians = {name: statistics.median(values[1:]) for name, values in speeds.items()}
+    return {
+        "tokens_per_second": medians,
+        "stream_over_webdataset": medians["stream, 1 worker"] / medians["webdataset, bare"],
+        "load_average": load_before,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    lines = [f"{name:30} {speed / 1e6:8.1f}M tokens/s" for name, speed in figures["tokens_per_second"].items()]
+    lines.append(f"{'stream, 1 worker / webdataset':30} {figures['stream_over_webdataset']:8.2f}   (goal: 2)")
+    lines.append(f"(load average {figures['load_average']:.1f} on {figures['cores']} cores)")
+    if "MosaicML Streaming, 1 worker" not in figures["tokens_per_second"]:
+        lines.append("(MosaicML Streaming is not installed)")
+    return "\n".join(lines)
+
+
+def _random_rows(directory: Path, num_rows: int, sequence_length: int) -> Path:
+    draw = np.random.default_rng(0)
+    lengths = np.full(_DOCUMENTS, sequence_length // _DOCUMENTS, np.uint32)
+    rows = (
+        Row(draw.integers(0, _VOCAB_SIZE, sequence_length, np.uint32), lengths, np.zeros(_DOCUMENTS, np.uint8))
+        for _ in range(num_rows)
+    )
+    shards = write_shards(rows, directory, vocab_size=_VOCAB_SIZE, samples_per_shard=4096, named_sources=True)
+    (directory / "tokenizer.json").touch()
+    manifest = Manifest(
+        sequence_length=sequence_length,
+        vocab_size=_VOCAB_SIZE,
+        end_of_document_id=0,
+        tokenizer_file="tokenizer.json",
+        tokenizer_sha256="0" * 64,
+        sources=(Source(name="random", documents=num_rows * _DOCUMENTS, tokens=num_rows * sequence_length),),
+        shards=tuple(shards),
+    )
+    write_manifest(directory, manifest)
+    return directory
+
+
+def _webdataset(directory: Path) -> int:
+    tokens = 0
+    for path in sorted(directory.glob("*.tar")):
+        with path.open("rb") as file:
+            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
+                arrays = {name: np.load(io.BytesIO(data)) for name, data in sample.items() if name.endswith(".npy")}
+                tokens += len(arrays["tokens.npy"])
+    return tokens
+
+
+def _stream(directory: Path, options: argparse.Namespace, num_workers: int) -> int:
+    sizes = {"lanes": options.lanes, "global_batch": options.lanes, "micro_batch": options.micro_batch}
+    stream = Stream(directory, **sizes, rank=0, world_size=1, seed=0, shuffle_block=1024, num_workers=num_workers)
+    return sum(batch.tokens_BT.numel() for batch in stream.iterate(0, end_sample=stream.samples_per_epoch))
+
+
+def _rows_as_arrays(directory: Path) -> Iterator[np.ndarray]:
+    manifest = read_manifest(directory)
+    size, dtype = manifest.num_samples, token_dtype(manifest.vocab_size)
+    stream = Stream(directory, lanes=1, global_batch=1, micro_batch=1, rank=0, world_size=1, seed=0, shuffle_block=size)
+    yield from (batch.tokens_BT[0].numpy().astype(dtype) for batch in stream.iterate(0, end_sample=size))
+
+
+def _write_mosaic(directory: Path, output: Path) -> None:
+    from streaming import MDSWriter
+
+    column = f"ndarray:{token_dtype(read_manifest(directory).vocab_size).name}"
+    with MDSWriter(out=str(output), columns={"tokens": column}) as writer:
+        for tokens in _rows_as_arrays(directory):
+            writer.write({"tokens": tokens})
+
+
+def _mosaic(directory: Path, micro_batch: int) -> int:
+    from streaming import StreamingDataset
+
+    dataset = StreamingDataset(local=str(directory), batch_size=micro_batch, shuffle=True, shuffle_seed=0)
+    return sum(batch["tokens"].numel() for batch in DataLoader(dataset, batch_size=micro_batch, num_workers=1))

@@ -1,0 +1,255 @@
+"""Reads samples of a prepared folder, from any place in any shard, and believes nothing.
+
+Tar readers pass over a cut between members and a flipped bit without a word. Here a sample's bytes are those between two
+offsets of the shard's `.idx`, all of them, with the CRC-32 written when the shard was made; only then are they decoded
+and held against the manifest.
+
+Samples are asked for many at a time. Those that lie side by side in a shard come by one read, those of remote shards by
+requests side by side. Of the indices only what belongs to a thousand samples is kept at a time, and shards are closed
+again, so memory and open files grow neither with a shard nor with their number.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.data.cache import LeastRecentlyUsed
+from pipeline.data.manifest import DataError, Manifest
+from pipeline.data.sample import DamageError, Sample, SampleDecoder
+from pipeline.data.shard_table import Shard, ShardTable
+from pipeline.data.shards import CRC, OFFSET
+from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, open_file
+from pipeline.storage.location import Place, Url
+
+_MAX_OPEN_SHARDS = 64
+_INDEX_SAMPLES = 1024
+_MAX_INDEX_PIECES = 1024
+_MAX_RUN_BYTES = 8 * 2**20
+_REQUESTS_AT_ONCE = 32
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class DamagedSampleError(DataError):
+    """A sample that is damaged, missing or does not fit the manifest; the message names shard and sample."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Samples side by side in a shard: their places in the caller's list, numbers, offsets (one more) and checksums."""
+
+    shard: int
+    places: list[int]
+    samples: list[int]
+    offsets: list[int]
+    checksums: list[int]
+
+
+class _OpenShard:
+    """The three files of a shard."""
+
+    def __init__(self, place: Place, shard: Shard, access: Access) -> None:
+        self.files: list[OpenFile] = []
+        indices = {"tar.idx": OFFSET.itemsize * (shard.samples + 1), "tar.crc32": CRC.itemsize * shard.samples}
+        try:
+            for suffix, size in ({"tar": shard.bytes} | indices).items():
+                self.files.append(open_file(place / f"{shard.name}.{suffix}", size, access))
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        while self.files:
+            self.files.pop().close()
+
+
+class ShardReader:
+    """Reads samples by shard and sample index, from at most `max_open_shards` shards (3 files each)."""
+
+    def __init__(
+        self, directory: Place, manifest: Manifest, access: Access = DIRECT, max_open_shards: int = _MAX_OPEN_SHARDS
+    ) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._table = ShardTable.of(manifest.shards)
+        self._access = access
+        self._decoder = SampleDecoder(manifest)
+        self._open: LeastRecentlyUsed[int, _OpenShard] = LeastRecentlyUsed(max_open_shards, _OpenShard.close)
+        self._indices: LeastRecentlyUsed[tuple[int, int], tuple[np.ndarray, np.ndarray]] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
+        self._is_remote = isinstance(directory, Url) and not directory.is_pipe
+        self._pool: ThreadPoolExecutor | None = None
+
+    def read(self, shard_index: int, sample_index: int) -> Sample:
+        """Read and check one sample.
+
+        Raises:
+            DamagedSampleError: the sample is damaged or does not fit the manifest.
+            DataError: it cannot be reached.
+            IndexError: the manifest has no such sample.
+        """
+        shard = self.manifest.shards[shard_index]
+        if not 0 <= sample_index < shard.samples:
+            raise IndexError(f"shard {shard.name} has samples 0 to {shard.samples - 1}, not {sample_index}")
+        (sample,) = self.read_many([shard_index], [sample_index])
+        if sample.damage is not None:
+            raise DamagedSampleError(sample.damage)
+        return sample
+
+    def read_many(self, shards: Sequence[int], samples: Sequence[int]) -> list[Sample]:
+        """Read and check many samples, each named by shard and sample index. In the place of one that is damaged comes a
+        row without valid pairs, whose `damage` is the message.
+
+        Raises:
+            DataError: data cannot be reached.
+        """
+        found: list[Sample | None] = [None] * len(shards)
+        try:
+            for places_of_shards in self._together(shards):
+                wanted = {shard: [samples[place] for place in places] for shard, places in places_of_shards.items()}
+                runs = list(self._runs(places_of_shards, wanted, self._index_pieces(wanted), found))
+                for run, read in zip(runs, self._map(self._read_run, runs), strict=True):
+                    for place, sample in zip(run.places, read, strict=True):
+                        found[place] = sample
+        except StorageError as error:
+            raise DataError(str(error)) from None
+        return found  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Close all files and end all threads; reading starts them again."""
+        self._open.clear()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _together(self, shards: Sequence[int]) -> Iterator[dict[int, list[int]]]:
+        """Places in the caller's list by shard: remote shards all at once; others one by one, lest one be closed, to keep
+        open files bounded, while it is read."""
+        places: dict[int, list[int]] = {}
+        for place, shard in enumerate(shards):
+            places.setdefault(int(shard), []).append(place)
+        if self._is_remote:
+            yield places
+        else:
+            yield from ({shard: of_shard} for shard, of_shard in places.items())
+
+    def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterable[Result]:
+        if not self._is_remote or len(items) < 2:
+            return map(function, items)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
+        return self._pool.map(function, items)
+
+    def _index_pieces(self, wanted: dict[int, list[int]]) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray] | OSError]:
+        """Offsets and checksums of the thousands of samples that hold the wanted ones, by (shard, thousand)."""
+        names = {(shard, sample // _INDEX_SAMPLES) for shard, samples in wanted.items() for sample in samples}
+        known = {name: self._indices.find(name) for name in sorted(names)}
+        pieces = {name: piece for name, piece in known.items() if piece is not None}
+        missing = [name for name in known if name not in pieces]
+        read = dict(zip(missing, self._map(self._read_index, missing), strict=True))
+        for name, piece in read.items():
+            if not isinstance(piece, OSError):
+                self._indices.put(name, piece)
+        return pieces | read
+
+    def _read_index(self, name: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | OSError:
+        shard, piece = name
+        try:
+            _, idx, crc32 = self._files(shard)
+            offsets = idx.read(OFFSET.itemsize * piece * _INDEX_SAMPLES, OFFSET.itemsize * (_INDEX_SAMPLES + 1))
+            checksums = crc32.read(CRC.itemsize * piece * _INDEX_SAMPLES, CRC.itemsize * _INDEX_SAMPLES)
+        except StorageError:
+            raise
+        except OSError as error:
+            return error
+        return _whole_items(offsets, OFFSET), _whole_items(checksums, CRC)
+
+    def _files(self, shard: int) -> list[OpenFile]:
+        return self._open.get(shard, lambda: _OpenShard(self.directory, self.manifest.shards[shard], self._access)).files
+
+    def _runs(
+        self,
+        places_of_shards: dict[int, list[int]],
+        wanted: dict[int, list[int]],
+        pieces: dict[tuple[int, int], tuple[np.ndarray, np.ndarray] | OSError],
+        found: list[Sample | None],
+    ) -> Iterator[_Run]:
+        """The wanted samples as runs; those that the index does not place go to `found` as damaged."""
+        for shard, samples in wanted.items():
+            run: _Run | None = None
+            for sample, place in sorted(zip(samples, places_of_shards[shard], strict=True)):
+                try:
+                    start, end, checksum = self._extent(shard, sample, pieces[shard, sample // _INDEX_SAMPLES])
+                except (DamageError, OSError) as damage:
+                    found[place] = self._blank(shard, sample, damage)
+                    continue
+                if run is not None and run.offsets[-1] == start and end - run.offsets[0] <= _MAX_RUN_BYTES:
+                    run.places.append(place)
+                    run.samples.append(sample)
+                    run.offsets.append(end)
+                    run.checksums.append(checksum)
+                    continue
+                if run is not None:
+                    yield run
+                run = _Run(shard, [place], [sample], [start, end], [checksum])
+            if run is not None:
+                yield run
+
+    def _extent(self, shard: int, sample: int, piece: tuple[np.ndarray, np.ndarray] | OSError) -> tuple[int, int, int]:
+        if isinstance(piece, OSError):
+            raise piece
+        offsets, checksums = piece
+        within, num_bytes = sample % _INDEX_SAMPLES, self._table.sizes[shard]
+        if within + 1 >= len(offsets) or within >= len(checksums):
+            raise DamageError(f"its .{'idx' if within + 1 >= len(offsets) else 'crc32'} ends before it")
+        start, end = int(offsets[within]), int(offsets[within + 1])
+        if not start < end <= num_bytes:
+            raise DamageError(f"its .idx puts it at bytes {start} to {end} of {num_bytes}")
+        if end - start > self._decoder.max_bytes:
+            raise DamageError(f"its .idx gives it {end - start} bytes, a row has at most {self._decoder.max_bytes}")
+        return start, end, int(checksums[within])
+
+    def _read_run(self, run: _Run) -> list[Sample]:
+        start, size = run.offsets[0], run.offsets[-1] - run.offsets[0]
+        try:
+            tar = self._files(run.shard)[0]
+            read = self._decode_all(tar.read(start, size), run)
+            # A copy in the cache may be the damaged one.
+            if any(sample.damage is not None for sample in read) and tar.forget(start, size):
+                read = self._decode_all(tar.read(start, size), run)
+            return read
+        except StorageError:
+            raise
+        except OSError as error:
+            return [self._blank(run.shard, sample, error) for sample in run.samples]
+
+    def _decode_all(self, data: bytes, run: _Run) -> list[Sample]:
+        return [self._decode(data, run, index) for index in range(len(run.samples))]
+
+    def _decode(self, data: bytes, run: _Run, index: int) -> Sample:
+        start, end = (offset - run.offsets[0] for offset in run.offsets[index : index + 2])
+        own = data[start:end]
+        try:
+            if len(own) != end - start:
+                raise DamageError(f"expected {end - start} bytes at {run.offsets[index]} of the tar, got {len(own)}")
+            if zlib.crc32(own) != run.checksums[index]:
+                raise DamageError(f"its CRC-32 is {zlib.crc32(own):08x}, expected {run.checksums[index]:08x}")
+            return self._decoder.decode(own, self._table.names[run.shard])
+        except DamageError as damage:
+            return self._blank(run.shard, run.samples[index], damage)
+
+    def _blank(self, shard: int, sample: int, damage: Exception) -> Sample:
+        name = self._table.names[shard]
+        message = (
+            f"shard {name}, sample {sample}, in {self.directory} is damaged: {damage}; "
+            "copy the shard and its .idx and .crc32 again from where the data was prepared, or prepare again"
+        )
+        return self._decoder.blank(f"{name}/(damaged: sample {sample})", message)
+
+
+def _whole_items(data: bytes, dtype: np.dtype) -> np.ndarray:
+    return np.frombuffer(data[: len(data) - len(data) % dtype.itemsize], dtype)

@@ -1,0 +1,117 @@
+"""Parts of remote files in a folder of this machine, of bounded size, shared by all processes that name it.
+
+A file is kept in parts of 1 MiB, each a file of its own that appears by a rename, so one that is there is complete. Room
+is taken before a part is written: under the folder's lock the bytes in use are added up and, where they would be too
+many, the parts that were used longest ago go. A reader whose part goes meanwhile fetches it again. Two processes that
+want the same part at once fetch it once.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PART = 2**20
+_NUM_LOCKS = 64
+# What an eviction leaves: making room for many parts at once spares listing the folder for each.
+_LEFT = 0.9
+
+
+class DiskCache:
+    """At most `capacity` bytes of parts in `directory`."""
+
+    def __init__(self, directory: Path, capacity: int) -> None:
+        self.directory = directory
+        self.capacity = capacity
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def read(self, url: str, start: int, size: int, file_size: int, fetch: Callable[[int, int], bytes]) -> bytes:
+        """`size` bytes from `start` of the file behind `url`; `fetch(start, size)` gets those that are not here."""
+        parts = range(start // PART, (start + size - 1) // PART + 1)
+        data = b"".join(self._part(url, part, file_size, fetch) for part in parts)
+        return data[start - parts.start * PART :][:size]
+
+    def forget(self, url: str, start: int, size: int) -> bool:
+        """Remove the parts that hold these bytes; True if there were any."""
+        paths = [self._path(url, part) for part in range(start // PART, (start + size - 1) // PART + 1)]
+        return sum(map(_removed, paths)) > 0
+
+    def _part(self, url: str, part: int, file_size: int, fetch: Callable[[int, int], bytes]) -> bytes:
+        path = self._path(url, part)
+        data = _read(path)
+        if data is None:
+            with self._locked(f"lock-{int(path.name[:8], 16) % _NUM_LOCKS:02d}"):
+                data = _read(path)
+                if data is None:
+                    data = fetch(part * PART, min(PART, file_size - part * PART))
+                    self._add(path, data)
+        return data
+
+    def _add(self, path: Path, data: bytes) -> None:
+        if len(data) > self.capacity:
+            return
+        temporary = path.with_name(f"{path.name}.partial")
+        with self._locked("lock"), suppress(OSError):  # a full disk costs only the copy
+            self._make_room(len(data))
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+
+    def _make_room(self, size: int) -> None:
+        """Called under the lock. The sum of sizes is kept in a file; a kill can leave it wrong, an eviction makes it right."""
+        count = self.directory / "bytes"
+        try:
+            used = int(count.read_text())
+        except (OSError, ValueError):
+            used = self._evict(size)
+        if used + size > self.capacity:
+            used = self._evict(size)
+        count.write_text(str(used + size))
+
+    def _evict(self, size: int) -> int:
+        """Remove what was used longest ago, until `size` more bytes fit; returns the bytes that are left."""
+        parts = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in self._entries())
+        used = sum(bytes_ for _, bytes_, _ in parts)
+        goal = self.capacity - size
+        if used > goal:
+            goal = min(goal, int(self.capacity * _LEFT))
+        for _, bytes_, path in parts:
+            if used <= goal:
+                break
+            used -= bytes_ if _removed(Path(path)) else 0
+        return used
+
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        with os.scandir(self.directory) as entries:
+            yield from (entry for entry in entries if entry.name.partition(".")[0].count("-") == 1 and len(entry.name) > 20)
+
+    def _path(self, url: str, part: int) -> Path:
+        return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}-{part:06d}"
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        # Opened anew each time: a lock belongs to the opened file, so it holds between threads too.
+        descriptor = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        data = path.read_bytes()
+        os.utime(path)
+    except OSError:
+        return None
+    return data
+
+
+def _removed(path: Path) -> bool:
+    try:
+        path.unlink()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,75 @@
+"""Where data lies: a folder of this machine, a URL that fsspec knows, or a command that prints a file.
+
+A folder is a `Path`; everything else a `Url`, which is joined with a file's name by `/` as a path is. `Path` would make
+`https:/host` of `https://host`. In `pipe:COMMAND` the file's name takes the place of `{}`.
+"""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from pydantic import PlainSerializer, PlainValidator
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):(?!\\)")
+PIPE = "pipe:"
+
+
+class Url(str):
+    """`https://host/folder`, `s3://bucket/folder`, `pipe:aws s3 cp s3://bucket/folder/{} -`."""
+
+    __slots__ = ()
+
+    def __truediv__(self, name: str) -> "Url":
+        if self.is_pipe:
+            return Url(self.replace("{}", shlex.quote(name)))
+        scheme, host, path, query, _ = urlsplit(self)
+        return Url(urlunsplit((scheme, host, f"{path.rstrip('/')}/{name}", query, "")))
+
+    @property
+    def is_pipe(self) -> bool:
+        return self.startswith(PIPE)
+
+    @property
+    def scheme(self) -> str:
+        return self.partition(":")[0]
+
+
+Place = Path | Url
+"""A folder or file, wherever it is."""
+
+
+def place_of(value: Any) -> Place:
+    """A path, `file:PATH` or `file://PATH` as a `Path`, any other `SCHEME:…` as a `Url`.
+
+    Raises:
+        ValueError: it is neither, names another machine's file, or is a pipe without `{}`.
+    """
+    if isinstance(value, Path | Url):
+        return value
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected a folder, or a URL such as https://HOST/FOLDER or s3://BUCKET/FOLDER")
+    scheme = _SCHEME.match(value)
+    if scheme is None:
+        return Path(value)
+    if scheme[1].lower() == "file":
+        return _file_path(value)
+    if value.startswith(PIPE):
+        if "{}" not in value:
+            raise ValueError("expected {} in a pipe: the place of a file's name, as in pipe:aws s3 cp s3://BUCKET/DIR/{} -")
+        return Url(value)
+    if "://" not in value:
+        raise ValueError(f"expected {scheme[1]}://…, file:PATH, pipe:COMMAND or a folder")
+    return Url(value)
+
+
+Location = Annotated[Place, PlainValidator(place_of), PlainSerializer(str, return_type=str, when_used="json")]
+"""A setting that is a `Place`."""
+
+
+def _file_path(value: str) -> Path:
+    parts = urlsplit(value)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(f"file://{parts.netloc}/… is a file of another machine; expected file:///PATH")
+    return Path(unquote(parts.path))

@@ -1,0 +1,26 @@
+"""launch/benchmark.py data: what it measures and prints."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "benchmark.py"
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_the_stream_is_measured_beside_a_bare_loop_on_the_same_rows(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("launch_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    figures_file = tmp_path / "figures.json"
+    sizes = ["--rows", "64", "--sequence-length", "32", "--lanes", "8", "--repeat", "1"]
+    assert module.main(["data", *sizes, "--json", str(figures_file)]) == 0
+    figures = json.loads(figures_file.read_text())
+    speeds = figures["tokens_per_second"]
+    assert set(speeds) >= {"webdataset, bare", "stream, 1 worker", "stream, no worker"}
+    assert all(speed > 0 for speed in speeds.values())
+    assert figures["stream_over_webdataset"] == speeds["stream, 1 worker"] / speeds["webdataset, bare"]
+    printed = capsys.readouterr().out
+    assert f"{figures['stream_over_webdataset']:.2f}   (goal: 2)" in printed

@@ -1,0 +1,248 @@
+"""Damage of every kind: an error that names shard and sample, or a row of padding in the sample's place; nothing else."""
+
+import io
+import itertools
+import os
+import shutil
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.manifest import DataError, read_manifest, write_manifest
+from pipeline.data.shard_reader import DamagedSampleError, ShardReader
+from pipeline.data.stream import Stream
+from tests.data_sets import numbered_data
+
+SIZES = {"lanes": 4, "global_batch": 4, "micro_batch": 2, "rank": 0, "world_size": 1, "seed": 5, "shuffle_block": 16}
+NUM_SAMPLES = 24
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Three shards of 8 samples of 4 tokens."""
+    return numbered_data(tmp_path_factory.mktemp("whole") / "data", NUM_SAMPLES, samples_per_shard=8)
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "data")
+
+
+def offsets(folder, shard=1):
+    return np.fromfile(folder / f"shard-{shard:05d}.tar.idx", "<u8").tolist()
+
+
+def rewrite(folder, sample, members=None, edit=None, **tar_info):
+    """Put another sample in the place of one of shard 1, with offsets and checksums that fit; an attacker can do that."""
+    path, bounds = folder / "shard-00001.tar", offsets(folder)
+    data = path.read_bytes()
+    blocks = [data[start:end] for start, end in itertools.pairwise(bounds)]
+    if members is not None:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as tar:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                for key, value in tar_info.items():
+                    setattr(info, key, value)
+                tar.addfile(info, io.BytesIO(content) if info.isreg() else None)
+            end = tar.offset
+        blocks[sample] = stream.getvalue()[:end]
+    if edit is not None:
+        blocks[sample] = edit(blocks[sample])
+    rest = -sum(map(len, blocks)) % 10240
+    path.write_bytes(b"".join(blocks) + bytes(rest))
+    np.cumsum([0, *map(len, blocks)]).astype("<u8").tofile(f"{path}.idx")
+    np.array([zlib.crc32(block) for block in blocks], "<u4").tofile(f"{path}.crc32")
+    manifest = read_manifest_of_any_size(folder)
+    shards = list(manifest.shards)
+    shards[1] = shards[1].model_copy(update={"bytes": path.stat().st_size})
+    write_manifest(folder, manifest.model_copy(update={"shards": tuple(shards)}))
+
+
+def read_manifest_of_any_size(folder):
+    import pipeline.data.manifest as module
+
+    return module._parse((folder / "manifest.json").read_bytes(), "")
+
+
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def members(**changes):
+    arrays = {"documents": np.array([3], "<u4"), "sources": np.zeros(1, "u1"), "tokens": np.arange(4, dtype="<u2")} | changes
+    return [(f"000000011.{name}.npy", npy(array)) for name, array in arrays.items()]
+
+
+def flip(position, bit=1):
+    def edit(data):
+        return data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :]
+
+    return edit
+
+
+def change_file(folder, name, edit):
+    (folder / name).write_bytes(edit((folder / name).read_bytes()))
+
+
+def at(folder, within):
+    return offsets(folder)[3] + within
+
+
+# Each: what is done to the folder (sample 3 of shard 1 is the victim), which samples of the shard are lost, what is said.
+CASES = {
+    "cut at a member's boundary": (lambda f: os.truncate(f / "shard-00001.tar", at(f, 1024)), range(3, 8), "expected .* bytes"),
+    "cut in a header": (lambda f: os.truncate(f / "shard-00001.tar", at(f, 1024 + 200)), range(3, 8), "expected .* bytes"),
+    "cut in a payload": (lambda f: os.truncate(f / "shard-00001.tar", at(f, 512 + 60)), range(3, 8), "expected .* bytes"),
+    "a bit of a header": (lambda f: change_file(f, "shard-00001.tar", flip(at(f, 130))), [3], "CRC-32"),
+    "a bit of a payload": (lambda f: change_file(f, "shard-00001.tar", flip(at(f, 512 + 129))), [3], "CRC-32"),
+    "a missing shard": (lambda f: (f / "shard-00001.tar").unlink(), range(8), "No such file"),
+    "a missing index": (lambda f: (f / "shard-00001.tar.idx").unlink(), range(8), "No such file"),
+    "a swapped shard": (lambda f: shutil.copy(f / "shard-00002.tar", f / "shard-00001.tar"), range(8), "CRC-32"),
+    "an index of another shard": (
+        lambda f: change_file(f, "shard-00001.tar.crc32", lambda data: (f / "shard-00002.tar.crc32").read_bytes()),
+        range(8),
+        "CRC-32",
+    ),
+    "a wrong dtype": (lambda f: rewrite(f, 3, members(tokens=np.arange(4, dtype="<i8"))), [3], "'<i8'.*expected '<u2'"),
+    "an id beyond V": (
+        lambda f: rewrite(f, 3, members(tokens=np.full(4, 60_000, "<u2"))),
+        [3],
+        "60000 is not below",
+    ),
+    "lengths beyond the row": (lambda f: rewrite(f, 3, members(documents=np.array([5], "<u4"))), [3], "5 tokens in a row of 4"),
+    "a row of another length": (lambda f: rewrite(f, 3, members(tokens=np.arange(5, dtype="<u2"))), [3], "expected 4 tokens"),
+    "a member twice": (lambda f: rewrite(f, 3, [*members(), members()[0]]), [3], "twice"),
+    "an evil pyd": (lambda f: rewrite(f, 3, [*members(), ("000000011.pyd", b"import os")]), [3], "expected the members"),
+    "an evil pickle": (
+        lambda f: rewrite(f, 3, [*members(), ("000000011.pkl", b"cos\nsystem\n.")]),
+        [3],
+        "expected the members",
+    ),
+    "a symbolic link": (
+        lambda f: rewrite(f, 3, [("000000011.tokens.npy", b"")], type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        [3],
+        "a member that is no file",
+    ),
+    "a name that points outside": (
+        lambda f: rewrite(f, 3, [(f"../../{name}", data) for name, data in members()]),
+        [3],
+        "points outside",
+    ),
+    "a gigabyte that is not there": (
+        lambda f: rewrite(f, 3, edit=lambda block: claim(block, 2**30)),
+        [3],
+        "claims 1073741824 bytes",
+    ),
+    "a member that is far too large": (
+        lambda f: rewrite(f, 3, [*members(), ("000000011.evil", bytes(2**20))]),
+        [3],
+        "a row has at most",
+    ),
+}
+
+
+def claim(block, size):
+    header = bytearray(block[:512])
+    header[124:136] = b"%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + block[512:]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_damage_is_an_error_that_names_shard_and_sample_and_costs_nothing_else(folder, whole, case):
+    damage, lost, message = CASES[case]
+    damage(folder)
+    reader, right = ShardReader(folder, read_manifest_of_any_size(folder)), ShardReader(whole, read_manifest(whole))
+    for shard in range(3):
+        for sample in range(8):
+            if shard == 1 and sample in lost:
+                with pytest.raises(
+                    DamagedSampleError, match=f"^shard shard-00001, sample {sample}, in .* is damaged: .*{message}"
+                ):
+                    reader.read(shard, sample)
+            else:
+                assert reader.read(shard, sample).tokens.tolist() == right.read(shard, sample).tokens.tolist()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("case", ["a bit of a payload", "a wrong dtype", "cut in a payload", "a missing shard"])
+def test_a_row_of_padding_takes_the_place_of_a_damaged_sample_and_all_others_stay_where_they_were(
+    folder, whole, case, num_workers
+):
+    damage, lost, _ = CASES[case]
+    stream = Stream(folder, **SIZES, raises=False, num_workers=num_workers)
+    damage(folder)  # after the start: what is missing before is refused
+    right = list(Stream(whole, **SIZES).iterate(0, end_sample=24))
+    found = list(stream.iterate(0, end_sample=24))
+    messages = [message for batch in found for message in batch.damage]
+    assert len(messages) == len(lost)
+    for batch, expected in zip(found, right, strict=True):
+        for row, key in enumerate(expected.keys):
+            if key in {f"shard-00001/{8 + sample:09d}" for sample in lost}:
+                assert batch.keys[row].startswith("shard-00001/(damaged: sample ")
+                assert (batch.document_ids_BT[row] == -1).all()
+                assert not batch.tokens_BT[row].any()
+            else:
+                assert batch.keys[row] == key
+                assert batch.tokens_BT[row].tolist() == expected.tokens_BT[row].tolist()
+
+
+def test_what_is_missing_at_the_start_is_refused_at_the_start(folder):
+    (folder / "shard-00001.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-00001.tar cannot be found"):
+        Stream(folder, **SIZES, raises=False)
+
+
+edits = st.lists(
+    st.one_of(
+        st.tuples(st.just("flip"), st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
+        st.tuples(st.just("cut"), st.floats(0, 1), st.just(0)),
+        st.tuples(st.just("insert"), st.floats(0, 1), st.integers(1, 1024)),
+        st.tuples(st.just("delete"), st.floats(0, 1), st.integers(1, 2048)),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=edits, suffix=st.sampled_from(["tar", "tar", "tar", "tar.idx", "tar.crc32"]))
+def test_any_mutation_of_a_shard_is_refused_or_gives_the_right_tokens(whole, tmp_path, edits, suffix):
+    folder = tmp_path / "fuzzed"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole, folder)
+    path = folder / f"shard-00001.{suffix}"
+    data = bytearray(path.read_bytes())
+    for kind, where, amount in edits:
+        position = int(where * len(data))
+        if kind == "flip" and data:
+            data[position] ^= amount
+        elif kind == "cut":
+            del data[position:]
+        elif kind == "insert":
+            data[position:position] = bytes(amount)
+        elif kind == "delete":
+            del data[position : position + amount]
+    path.write_bytes(data)
+    right = ShardReader(whole, read_manifest(whole))
+    reader = ShardReader(folder, read_manifest(whole))
+    for sample, found in enumerate(reader.read_many([1] * 8, list(range(8)))):
+        expected = right.read(1, sample)
+        if found.damage is None:
+            assert (found.key, found.tokens.tolist(), found.lengths.tolist()) == (
+                expected.key,
+                expected.tokens.tolist(),
+                expected.lengths.tolist(),
+            )
+        else:
+            assert found.damage.startswith(f"shard shard-00001, sample {sample}, in ")
+            assert (len(found.tokens), len(found.lengths)) == (4, 0)

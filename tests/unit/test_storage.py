@@ -1,0 +1,336 @@
+"""Remote data: read over a real HTTP server that drops, truncates, delays and fails; cached within bounds; and pipes."""
+
+import http.server
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import DataSettings
+from pipeline.data.manifest import DataError, read_manifest
+from pipeline.data.mixture import DataSet
+from pipeline.data.stream import Stream
+from pipeline.storage.disk_cache import PART, DiskCache
+from pipeline.storage.files import Access, StorageError, fetch, read_whole
+from pipeline.storage.location import Url, place_of
+from tests.data_sets import numbered_data
+
+SIZES = {"lanes": 6, "global_batch": 12, "micro_batch": 2, "rank": 0, "world_size": 1, "seed": 5, "shuffle_block": 16}
+
+pytest.importorskip("aiohttp")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data/mix", Path("data/mix")),
+        ("/data/mix", Path("/data/mix")),
+        ("file:/data/mix", Path("/data/mix")),
+        ("file:///data/my%20mix", Path("/data/my mix")),
+        ("https://host/data", Url("https://host/data")),
+        ("s3://bucket/data", Url("s3://bucket/data")),
+        ("pipe:cat /data/{}", Url("pipe:cat /data/{}")),
+    ],
+)
+def test_a_place_is_a_path_or_a_url_and_stays_as_it_was_written(text, expected):
+    place = place_of(text)
+    assert (place, type(place)) == (expected, type(expected))
+    assert DataSettings(path=text).path == expected
+    assert yaml.safe_load(yaml.safe_dump(DataSettings(path=text).model_dump(mode="json")))["path"] == str(expected)
+
+
+@pytest.mark.parametrize("text", ["", "pipe:cat data.tar", "file://host/data", "https:host/data"])
+def test_what_is_no_place_is_refused(text):
+    with pytest.raises(ValueError, match="expected"):
+        place_of(text)
+
+
+def test_a_name_is_joined_to_a_url_before_its_query_and_quoted_in_a_pipe():
+    assert Url("https://host/data/?key=1") / "a.tar" == "https://host/data/a.tar?key=1"
+    assert Url("pipe:cat /x/{}") / "a; rm b" == "pipe:cat /x/'a; rm b'"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder by ranges. `faults` are done to one request each: drop, truncate, delay, a status; or `always`."""
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.always, self.requests, self.sent = folder, [], None, [], 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self):
+        return Url(f"http://127.0.0.1:{self.server_port}/data")
+
+    def next_fault(self, path):
+        with self.lock:
+            self.requests.append(path)
+            if self.always is not None:
+                return self.always
+            return self.faults.pop(0) if self.faults else None
+
+    def handle_error(self, request, client_address):
+        pass  # a connection that was dropped on purpose
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        fault = self.server.next_fault(self.path)
+        if fault == "drop":
+            self.hang_up()
+            return
+        if isinstance(fault, int):
+            self.send_error(fault)
+            return
+        if fault == "delay":
+            time.sleep(0.3)
+        path = self.server.folder / self.path.rpartition("/")[2]
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, end = (int(wanted[1]), min(int(wanted[2]) + 1, len(data))) if wanted else (0, len(data))
+        if start >= len(data):
+            self.send_error(416)
+            return
+        self.send_response(206 if wanted else 200)
+        body = data[start:end]
+        if fault == "lie":
+            body = body[: len(body) // 2]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if fault == "truncate" else body)
+        with self.server.lock:
+            self.server.sent += len(body)
+        if fault == "truncate":
+            self.wfile.flush()
+            self.hang_up()
+
+    def hang_up(self):
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return numbered_data(tmp_path_factory.mktemp("remote") / "data", 60)
+
+
+@pytest.fixture
+def server(folder):
+    with Server(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def rows(data, start=0, end=60, **changes):
+    batches = Stream(data, **SIZES | changes).iterate(start, end_sample=end)
+    return [row for batch in batches for row in batch.tokens_BT[:, 0].tolist()]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_remote_folder_gives_the_rows_of_the_local_one(server, folder, num_workers):
+    assert rows(server.url, num_workers=num_workers) == rows(folder)
+
+
+def test_a_server_that_drops_truncates_delays_and_fails_changes_nothing(server, folder):
+    server.faults = ["drop", "truncate", "delay", 500, "truncate", 503, "drop", 429, "lie", "delay"] * 3
+    assert rows(server.url, end=120, access=Access(retry_seconds=30)) == rows(folder, end=120)
+    assert server.faults == []
+
+
+def test_resuming_asks_for_a_few_ranges_only(server, tmp_path):
+    server.folder = numbered_data(tmp_path / "data", 2400, samples_per_shard=600)
+    stream = Stream(server.url, **SIZES)
+    sent, before = server.sent, time.process_time()
+    batch = next(stream.iterate(1800))
+    assert time.process_time() - before < 0.5
+    assert batch.tokens_BT[:, 0].tolist() == rows(server.folder, 1800, 1812)[:2]
+    assert server.sent - sent < sum(shard.bytes for shard in stream.manifest.shards) / 8
+
+
+def test_an_epoch_without_a_cache_asks_for_its_bytes_about_once(server):
+    stream = Stream(server.url, **SIZES)
+    sent = server.sent
+    assert sum(len(batch.keys) for batch in stream.iterate(0, end_sample=60)) == 60
+    assert server.sent - sent <= 1.05 * sum(shard.bytes for shard in stream.manifest.shards)
+
+
+def test_a_server_that_stays_away_is_an_error_after_the_stated_time(server):
+    stream = Stream(server.url, **SIZES, access=Access(retry_seconds=0.5))
+    server.always = 503
+    before = time.monotonic()
+    with pytest.raises(DataError, match=r"not read in 0.5 s \(data.retry_seconds\), \d+ attempts; .*503"):
+        next(stream.iterate(0))
+    assert time.monotonic() - before < 30
+    # Where ranks have to agree the batches say so, for ever.
+    carried = Stream.__new__(Stream)
+    carried.__dict__ |= stream.__dict__ | {"raises": False}
+    first, second = (batch for batch, _ in zip(carried.iterate(0), range(2), strict=False))
+    assert "not read in 0.5 s" in first.failure
+    assert second.failure == first.failure
+    assert (first.document_ids_BT == -1).all()
+
+
+def test_what_no_repetition_can_mend_is_said_at_once(server):
+    for status, kind in ((404, FileNotFoundError), (403, StorageError)):
+        server.always, count = status, len(server.requests)
+        with pytest.raises(kind):
+            fetch(server.url / "manifest.json", 0, 10, Access(retry_seconds=60))
+        assert len(server.requests) == count + 1
+    server.always = None
+    with pytest.raises(OSError, match="ends before"):
+        fetch(server.url / "manifest.json", 10**6, 10, Access())
+    server.always = "lie"
+    with pytest.raises(OSError, match=r"had 5, 4 times; the file is cut, or its server ignores range requests"):
+        fetch(server.url / "manifest.json", 0, 10, Access())
+    server.always = 404
+    with pytest.raises(DataError, match=r"manifest.json cannot be read: No such file"):
+        read_manifest(server.url)
+
+
+def test_a_remote_shard_that_is_cut_or_missing_is_damage_that_names_it(tmp_path, folder):
+    copy = shutil.copytree(folder, tmp_path / "data")
+    (copy / "shard-00001.tar").unlink()
+    os.truncate(copy / "shard-00002.tar", 3 * 2048)
+    with Server(copy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        batches = list(Stream(server.url, **SIZES, raises=False).iterate(0, end_sample=60))
+        server.shutdown()
+    damage = [message for batch in batches for message in batch.damage]
+    assert sum("shard shard-00001, sample" in message and "No such file" in message for message in damage) == 11
+    assert all("shard-00001" in message or "shard-00002" in message for message in damage)
+    assert 11 + 6 <= len(damage) <= 22
+    assert all(batch.failure is None for batch in batches)
+
+
+def test_an_unknown_scheme_and_a_missing_package_are_named(monkeypatch):
+    with pytest.raises(DataError, match=r"nosuch://host/data.*expected a folder, https://, http:// or s3://"):
+        read_manifest(Url("nosuch://host/data"))
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(DataError, match=r"s3://bucket/data.*pip install 'selective-mtp\[remote\]'"):
+        read_manifest(Url("s3://bucket/data"))
+
+
+def test_any_file_system_that_fsspec_knows_will_do(folder):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        memory.pipe_file(f"/bucket/data/{path.name}", path.read_bytes())
+    assert rows(Url("memory://bucket/data")) == rows(folder)
+
+
+# The cache.
+
+
+def test_what_is_in_the_cache_is_not_asked_for_again(server, folder, tmp_path):
+    access = Access(cache_dir=tmp_path / "cache", cache_bytes=64 * 2**20)
+    assert rows(server.url, access=access) == rows(folder)
+    sent = server.sent
+    assert rows(server.url, access=access, num_workers=2) == rows(folder)
+    assert server.sent - sent == (folder / "manifest.json").stat().st_size
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(server, folder, tmp_path):
+    access = Access(cache_dir=tmp_path / "cache", cache_bytes=64 * 2**20)
+    rows(server.url, access=access)
+    for copy in (tmp_path / "cache").glob("*-000000"):
+        if copy.stat().st_size > 10_000:  # a tar
+            data = bytearray(copy.read_bytes())
+            data[len(data) // 3] ^= 1
+            copy.write_bytes(data)
+    assert rows(server.url, access=access) == rows(folder)
+
+
+def size_of(directory):
+    return sum(path.stat().st_size for path in directory.glob("*-*") if not path.name.startswith("lock"))
+
+
+def test_the_cache_keeps_what_was_used_last_within_its_bound(tmp_path):
+    cache, asked = DiskCache(tmp_path, 4 * PART), []
+
+    def fetched(start, size):
+        asked.append(start // PART)
+        return bytes([start // PART]) * size
+
+    def read(part):
+        data = cache.read("u", part * PART + 5, 10, 100 * PART, fetched)
+        assert data == bytes([part]) * 10
+        assert size_of(tmp_path) <= 4 * PART
+
+    for part in (0, 1, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0):
+        read(part)
+        time.sleep(0.01)
+    assert asked == [0, 1, 2, 3, 4, 5, 6]
+    read(1)
+    assert asked[-1] == 1
+    across = cache.read("u", 7 * PART - 3, 6, 100 * PART, fetched)
+    assert across == bytes([6]) * 3 + bytes([7]) * 3
+    # The end of a file: a part that is shorter.
+    assert cache.read("v", 3, 4, 7, lambda start, size: b"0123456"[start : start + size]) == b"3456"
+
+
+def hammer(directory, seed, answers):
+    import random
+
+    draw, cache = random.Random(seed), DiskCache(directory, 6 * PART)
+    for _ in range(25):
+        part = draw.randrange(12)
+        data = cache.read("u", part * PART, PART, 12 * PART, lambda start, size: bytes([start // PART]) * size)
+        answers.put(data == bytes([part]) * PART and size_of(directory) <= 6 * PART)
+
+
+def test_several_processes_share_a_cache_and_its_bound(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [context.Process(target=hammer, args=(tmp_path, seed, answers)) for seed in range(2)]
+    for process in processes:
+        process.start()
+    assert all(answers.get(timeout=120) for _ in range(50))
+    for process in processes:
+        process.join()
+
+
+# Pipes.
+
+
+def test_a_pipe_runs_only_if_it_is_allowed_and_gives_the_same_rows(folder, tmp_path):
+    marker = tmp_path / "ran"
+    pipe = Url(f"pipe:touch {marker}; cat {folder}/{{}}")
+    with pytest.raises(DataError, match=r"data.allow_pipe=true"):
+        Stream(pipe, **SIZES)
+    assert not marker.exists()
+    assert rows(pipe, 12, 60, access=Access(allow_pipe=True)) == rows(folder, 12, 60)
+    assert marker.exists()
+
+
+def test_a_pipe_that_fails_is_damage_with_what_it_said(folder):
+    pipe = Url(f"pipe:case {{}} in *1.tar) echo no way >&2; exit 3;; *) cat {folder}/{{}};; esac")
+    batches = Stream(pipe, **SIZES, access=Access(allow_pipe=True), raises=False).iterate(0, end_sample=60)
+    damage = [message for batch in batches for message in batch.damage]
+    assert len(damage) == 11
+    assert all("shard-00001" in message and "ended with code 3: no way" in message for message in damage)
+
+
+def test_sets_of_a_mixture_may_lie_anywhere(server, folder):
+    remote = [DataSet(server.url, 1, "far"), DataSet(folder, 1, "near")]
+    local = [DataSet(folder, 1, "far"), DataSet(folder, 1, "near")]
+    assert rows(remote, end=120) == rows(local, end=120)
+    assert read_whole(server.url / "manifest.json", Access()) == (folder / "manifest.json").read_bytes()
