@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NoReturn
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 
 if TYPE_CHECKING:
+    from pipeline.assembly import Job
     from pipeline.config import Settings
-    from pipeline.job import Job
 
 EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
 
@@ -90,9 +90,9 @@ def _run_on_all_ranks(
 ) -> int:
     import torch.distributed as dist
 
+    from pipeline.assembly import Job
     from pipeline.checks import check_before_start
     from pipeline.data.manifest import DataError
-    from pipeline.job import Job
     from pipeline.model.huggingface import ModelFilesError
     from pipeline.runtime.agreement import RanksDisagreeError
     from pipeline.runtime.distributed import device_of, find_world, share_cores

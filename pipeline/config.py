@@ -157,8 +157,12 @@ class ReferenceSettings(Section):
     horizon: Literal["shifted", "matched"] = "shifted"
     """What head h is compared with: the next-token loss of its target (`shifted`), or the loss of the reference's own
     head h (`matched`; the reference then needs all heads)."""
-    sharding: Literal["zero3", "replicate"] = "zero3"
-    """How the reference lies on the ranks: partitioned by ZeRO-3, or whole on each."""
+    sharding: Literal["auto", "zero3", "replicate"] = "auto"
+    """How the reference lies on the ranks: partitioned by ZeRO-3, or whole on each; `auto`: whole where it takes at most a
+    quarter of the memory that is free once the policy is built."""
+    cached: Path | None = None
+    """Directory of losses that launch/score.py computed: no reference model runs or is in memory. In float32 the selection
+    is that of the live reference, to the bit."""
     training_steps: Positive | None = None
     """Where `path` is null: first train a next-token reference of the policy's shape for so many steps."""
     training_data: Location | None = None
@@ -279,6 +283,7 @@ POSITION = ("data.global_batch", "data.lanes")
 FREE_TO_CHANGE = (
     "run.", "logging.", "checkpoint.", "data.num_workers", "data.path", "data.mixture", "data.builtin", "data.validation_path",
     "data.on_corrupt", "data.retry_seconds", "data.cache_", "data.allow_pipe", "reference.path", "reference.sharding",
+    "reference.cached",
     "reference.training_", "model.pretrained", "training.selection_exchange", "training.check_ranks_every",
     "training.max_skipped_steps", "training.activation_checkpointing",
 )  # fmt: skip

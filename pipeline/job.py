@@ -7,52 +7,34 @@ one that is there is complete.
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.checks import check_data, lanes_of, next_token_model
-from pipeline.config import ConfigError, ModelSettings, Settings, TrainingSettings
+from pipeline.assembly import Job, build_run, resolved
+from pipeline.checks import check_data, is_compared
+from pipeline.config import ConfigError, Settings, TrainingSettings
 from pipeline.data.builtin import prepare_builtin
-from pipeline.data.mixture import DataSet, read_joined, sets_of
-from pipeline.data.stream import Stream
+from pipeline.data.mixture import read_joined
 from pipeline.data.tokenizer import TOKENIZER_FILE
-from pipeline.micro_step import Models
-from pipeline.model.huggingface import read_model_settings, save_model
+from pipeline.model.huggingface import save_model
 from pipeline.model.mtp import MTPModel
-from pipeline.runtime.checkpoint import Checkpoints, Progress
-from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
-from pipeline.runtime.description import describe_run, identity_of
-from pipeline.runtime.distributed import World, any_rank, from_first, made_once
-from pipeline.runtime.engine import build_policy, build_reference, gathered, release
+from pipeline.runtime.checkpoint import Progress
+from pipeline.runtime.description import describe_run
+from pipeline.runtime.distributed import any_rank, from_first, made_once
+from pipeline.runtime.engine import gathered, release
 from pipeline.runtime.memory import peak_bytes, reset_peak
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.reporting import closing_table, read_records
 from pipeline.runtime.run_lock import RunLock
 from pipeline.storage.files import read_whole
-from pipeline.storage.location import Place
 from pipeline.train import Run, advance, train, train_step
 
 # One head selects nothing; how the policy does is no property of the reference.
 _NO_SELECTION = TrainingSettings().model_dump(
     include={"k_percent", "selection_pool", "selection_exchange", "selection_score", "selection_seed", "loss_phase"}
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the command line asked for, and where it runs. deepspeed: the JSON's content."""
-
-    settings: Settings
-    deepspeed: dict[str, Any]
-    run_dir: Path
-    world: World
-    device: torch.device
-    allow_changed: bool = False
 
 
 def run_job(job: Job, stop: StopRequest) -> int:
@@ -141,7 +123,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
     one_head = settings.with_values(
         data={"path": settings.reference.training_data, "mixture": None},
         model={"num_prediction_heads": 1},
-        reference={"training_steps": None, "training_data": None},
+        reference={"training_steps": None, "training_data": None, "cached": None},
         training={"steps": settings.reference.training_steps, "head_weights": None} | _NO_SELECTION,
     )
     # Agreed, because every rank must take the same way and shared file systems show a new file to some before others.
@@ -157,7 +139,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
 
 def _refuse_another_reference(job: Job, settings: Settings, directory: Path) -> None:
     """A reference that is there already must be the one that these settings would train, if it is known how it was."""
-    _, _, checkpoints = _resolved(job, settings, directory / "training")
+    _, _, checkpoints = resolved(job, settings, directory / "training")
     changed = checkpoints.changed()
     if changed:
         remedy = f"remove {directory} to train it again, or pass --allow-changed to use it as it is"
@@ -187,63 +169,6 @@ def describe(job: Job, run: Run) -> None:
     )
 
 
-def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) -> Run:
-    """Open the data, refuse to continue what is there with other settings, then build the engines.
-
-    A `dry` run looks at no checkpoints, and draws a reference that is still to be trained.
-    """
-    validation_path = settings.data.validation_path
-    settings, config, checkpoints = _resolved(job, settings, run_dir)
-    stream = open_stream(sets_of(settings.data), settings, job.world, settings.data.num_workers)
-    if not dry:
-        checkpoints.check(job.allow_changed)
-    engine = build_policy(settings, config)
-    reference_shape = _reference_settings(settings, stand_in=dry)
-    reference = None
-    if reference_shape is not None:
-        reference = build_reference(reference_shape, settings.reference.path, settings.reference.sharding, config)
-    return Run(
-        settings=settings,
-        world=job.world,
-        device=job.device,
-        run_dir=run_dir,
-        engine=engine,
-        models=Models(engine, reference, settings.reference.horizon, dist.group.WORLD),
-        stream=stream,
-        # A validation is short and every worker's start is not: it reads in the training process.
-        validation=open_stream(validation_path, settings, job.world, num_workers=0) if validation_path else None,
-        checkpoints=checkpoints,
-    )
-
-
-def _resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dict[str, Any], Checkpoints]:
-    """Settings with what depends on the data filled in, the DeepSpeed configuration, and the run's checkpoints."""
-    manifest = read_joined(settings.data)
-    settings = settings.with_values(
-        data={"lanes": lanes_of(settings)}, model={"vocab_size": settings.model.vocab_size or manifest.vocab_size}
-    )
-    config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
-    identity = identity_of(settings, config)
-    return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint.keep)
-
-
-def open_stream(data: Place | Sequence[DataSet], settings: Settings, world: World, num_workers: int) -> Stream:
-    return Stream(
-        data,
-        lanes=lanes_of(settings),
-        global_batch=settings.data.global_batch,
-        micro_batch=settings.data.micro_batch,
-        rank=world.rank,
-        world_size=world.size,
-        seed=settings.data.seed,
-        shuffle_block=settings.data.shuffle_block,
-        num_workers=num_workers,
-        access=settings.data.access,
-        # A rank that raised alone would leave the others waiting: `settle_damage` raises on all.
-        raises=False,
-    )
-
-
 def export(run: Run, directory: Path) -> None:
     """Write the policy as a model directory; config.json appears last, so its presence means that all is there."""
     partial = directory / "export.partial"
@@ -260,24 +185,6 @@ def export(run: Run, directory: Path) -> None:
             os.replace(file, directory / file.name)
         partial.rmdir()
     dist.barrier()
-
-
-def _reference_settings(settings: Settings, stand_in: bool) -> ModelSettings | None:
-    """The shape of the frozen reference: that of its files, with the next-token head alone unless all are asked; None
-    for a run without."""
-    if not is_compared(settings):
-        return None
-    if settings.reference.path is not None:
-        shape = read_model_settings(settings.reference.path)
-        return shape if settings.reference.horizon == "matched" else next_token_model(shape)
-    if stand_in and settings.reference.training_steps is not None:
-        return next_token_model(settings.model)
-    return None
-
-
-def is_compared(settings: Settings) -> bool:
-    """Whether there is anything to compare with a reference: one head selects nothing."""
-    return settings.model.num_prediction_heads > 1
 
 
 def _what_is_counted(device: torch.device) -> str:

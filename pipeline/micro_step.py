@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.config import TrainingSettings
 from pipeline.data.batch import Batch, targets_and_valid
 from pipeline.data.consumption import Consumed, count
-from pipeline.model.reference import Reference, reference_losses
+from pipeline.model.reference import Reference, losses_by_head, reference_columns
 from pipeline.weighting.exchange import Group
 from pipeline.weighting.loss_phase import HeadLosses
 from pipeline.weighting.objective import StepPlan, plan_step
@@ -45,8 +45,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Models:
-    """The trained policy, the frozen reference (None: nothing is compared), how far ahead it is asked (`shifted` or
-    `matched`), and the ranks that share a pool."""
+    """The trained policy, the frozen reference (None: nothing is compared, or its losses come with the data), how far ahead
+    it is asked (`shifted` or `matched`), and the ranks that share a pool."""
 
     policy: Callable[..., Any]
     reference: Reference | None
@@ -114,7 +114,8 @@ def _selects(
 ) -> Iterator[Select]:
     """How each micro-batch's pairs are selected, in turn; the reference runs once when each is asked for."""
     one_head = micro_batches[0].valid_BTH.shape[-1] == 1
-    if one_head or (models.reference is None and training.selection_score == "excess"):
+    compared = models.reference is not None or micro_batches[0].batch.reference_losses_BTC is not None
+    if one_head or (training.selection_score == "excess" and not compared):
         for micro in micro_batches:
             yield Select(partial(select_all, valid_BTK=micro.valid_BTH[..., 1:]), _foresee_all)
     elif training.selection_pool == "step" and len(micro_batches) > 1:
@@ -210,11 +211,14 @@ def _minus(policy_loss: Tensor, reference_loss: Tensor | None) -> Tensor | None:
 
 
 def _comparison(models: Models, micro: MicroBatch, training: TrainingSettings) -> Comparison:
-    """Runs the reference on a micro-batch."""
+    """Runs the reference on a micro-batch, unless its losses came with it."""
     valid_BTK = micro.valid_BTH[..., 1:]
     reference_loss_BTK = random_BTK = None
+    columns_BTC = micro.batch.reference_losses_BTC
     if models.reference is not None:
-        reference_loss_BTK = reference_losses(models.reference, models.horizon, *micro.inputs)[..., 1:]
+        columns_BTC = reference_columns(models.reference, models.horizon, *micro.inputs)
+    if columns_BTC is not None:
+        reference_loss_BTK = losses_by_head(columns_BTC, models.horizon, micro.valid_BTH.shape[-1])[..., 1:]
     if training.selection_score == "random":
         random_BTK = random_scores(training.selection_seed, micro.rows_B, *valid_BTK.shape[1:])
     return Comparison(training.selection_score, valid_BTK, reference_loss_BTK, random_BTK)

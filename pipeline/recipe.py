@@ -175,10 +175,11 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
         yield {"data.mixture"}, f"data.mixture: two sets have the same name; expected different ones, got {', '.join(names)}"
     training = settings.training
     compares = settings.model.num_prediction_heads > 1 and training.k_percent < 1 and training.selection_score == "excess"
-    if compares and reference.path is None and reference.training_steps is None:
+    if compares and reference.path is None and reference.training_steps is None and reference.cached is None:
         yield (
             {
                 "reference.path",
+                "reference.cached",
                 "reference.training_steps",
                 "model.num_prediction_heads",
                 "training.k_percent",
@@ -192,6 +193,8 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
             {"reference.training_data", "reference.training_steps"},
             "reference.training_data: set, but no reference is trained; set reference.training_steps as well, or remove it",
         )
+    if reference.cached is not None and reference.training_steps is not None:
+        yield set(), "reference.training_steps: set, and so is reference.cached; only one of them can be meant"
     if reference.path is not None and reference.training_steps is not None:
         yield set(), "reference.training_steps: set, and so is reference.path; only one of them can be meant"
     if reference.training_steps is not None and reference.horizon == "matched":

@@ -27,6 +27,7 @@ class Batch:
     document_ids_BT: int32; 0, 1, 2 … within each row, −1 on padding.
     sources_BT: int64 index into the manifest's sources; 0 on padding and where sources have no names.
     keys: for each row `SHARD/KEY`.
+    reference_losses_BTC: float32, cached losses of the frozen reference; None where they are computed.
     damage: what was wrong with rows that are here replaced by padding, one message a row.
     failure: why no rows came and all of these are padding; None if they did.
     """
@@ -37,6 +38,7 @@ class Batch:
     keys: tuple[str, ...]
     damage: tuple[str, ...] = ()
     failure: str | None = None
+    reference_losses_BTC: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -45,6 +47,9 @@ class Batch:
             tokens_BT=self.tokens_BT.to(device, non_blocking=non_blocking),
             document_ids_BT=self.document_ids_BT.to(device, non_blocking=non_blocking),
             sources_BT=self.sources_BT.to(device, non_blocking=non_blocking),
+            reference_losses_BTC=None
+            if self.reference_losses_BTC is None
+            else self.reference_losses_BTC.to(device, non_blocking=non_blocking),
         )
 
 
@@ -64,7 +69,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
         sources_BT=_sources(samples, lengths.astype(np.int64), tokens_BT.shape),
         keys=tuple(sample.key for sample in samples),
         damage=tuple(sample.damage for sample in samples if sample.damage is not None),
+        reference_losses_BTC=_reference_losses(samples),
     )
+
+
+def _reference_losses(samples: Sequence[Sample]) -> Tensor | None:
+    losses = [sample.reference_losses for sample in samples if sample.reference_losses is not None]
+    return torch.from_numpy(np.stack(losses)) if losses else None
 
 
 def _sources(samples: Sequence[Sample], lengths: np.ndarray, shape: tuple[int, ...]) -> Tensor:

@@ -14,11 +14,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.data.manifest import DataError, Manifest
 from pipeline.data.mixture import DataSet, MixtureOrder
+from pipeline.data.reference_losses import ReaderWithLosses
 from pipeline.data.sample import Sample
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.shard_table import ShardTable
 from pipeline.storage.files import Access
 from pipeline.storage.location import Url
+
+Reader = ShardReader | ReaderWithLosses
 
 # Of a worker's memory: what is read at a time, and what is handed on at a time.
 _WINDOW_BYTES = 16 * 2**20
@@ -34,13 +37,15 @@ def rank_lanes(lanes: int, micro_batch: int, rank: int, world_size: int) -> list
 @dataclass(frozen=True)
 class Piece:
     """A worker's samples of a few rounds, round after round, in few arrays: `tokens` [N, T], `keys` and `damage` [N],
-    `counts` int64 [N], the documents of each, whose lengths and sources follow one another in `lengths` and `sources`."""
+    `counts` int64 [N], the documents of each, whose lengths and sources follow one another in `lengths` and `sources`;
+    `reference_losses` [N, T, C]."""
 
     num_rounds: int
     tokens: np.ndarray
     counts: np.ndarray
     lengths: np.ndarray
     sources: np.ndarray | None
+    reference_losses: np.ndarray | None
     keys: list[str]
     damage: dict[int, str]
 
@@ -54,6 +59,9 @@ class Piece:
             None
             if samples[0].sources is None
             else np.concatenate([sample.sources for sample in samples if sample.sources is not None]),
+            None
+            if samples[0].reference_losses is None
+            else np.stack([sample.reference_losses for sample in samples if sample.reference_losses is not None]),
             [sample.key for sample in samples],
             {number: sample.damage for number, sample in enumerate(samples) if sample.damage is not None},
         )
@@ -67,6 +75,7 @@ class Piece:
                 self.lengths[start:end],
                 None if self.sources is None else self.sources[start:end],
                 self.damage.get(number),
+                None if self.reference_losses is None else self.reference_losses[number],
             )
             for number, (key, start, end) in enumerate(zip(self.keys, [0, *ends], ends, strict=False))
         ]
@@ -118,9 +127,7 @@ class LaneRounds(IterableDataset):
 
     def __iter__(self) -> Iterator[Piece | DataError]:
         # An error goes out as a value: raised here, the DataLoader would bury its message in a traceback.
-        readers = [
-            ShardReader(each.place, manifest, self.access) for each, manifest in zip(self.sets, self.manifests, strict=True)
-        ]
+        readers = [_reader(each, manifest, self.access) for each, manifest in zip(self.sets, self.manifests, strict=True)]
         lanes = _worker_share(self.lanes)
         try:
             for num_rounds, samples in self._windows(readers, lanes):
@@ -133,7 +140,7 @@ class LaneRounds(IterableDataset):
             for reader in readers:
                 reader.close()
 
-    def _windows(self, readers: Sequence[ShardReader], lanes: Sequence[int]) -> Iterator[tuple[int, list[Sample]]]:
+    def _windows(self, readers: Sequence[Reader], lanes: Sequence[int]) -> Iterator[tuple[int, list[Sample]]]:
         """Window after window: its number of rounds, and its samples round by round. While one is handed on the next one is
         fetched, if that means to wait."""
         if not any(isinstance(each.place, Url) for each in self.sets):
@@ -158,7 +165,7 @@ class LaneRounds(IterableDataset):
             if 2 * num_rounds <= self.window_rounds:
                 num_rounds *= 2
 
-    def _read(self, readers: Sequence[ShardReader], lanes: Sequence[int], first: int, num_rounds: int) -> list[Sample]:
+    def _read(self, readers: Sequence[Reader], lanes: Sequence[int], first: int, num_rounds: int) -> list[Sample]:
         located = [self.order.locate_lane(lane, first, num_rounds) for lane in lanes]
         # [rounds, lanes], flat: round by round.
         sets, shards, samples = (np.stack(columns, axis=1).ravel() for columns in zip(*located, strict=True))
@@ -176,6 +183,11 @@ class LaneRounds(IterableDataset):
         assert source_map is not None
         own = np.zeros(len(sample.lengths), np.uint8) if sample.sources is None else sample.sources
         return replace(sample, key=f"{self.sets[number].name}:{sample.key}", sources=source_map[own])
+
+
+def _reader(each: DataSet, manifest: Manifest, access: Access) -> Reader:
+    reader = ShardReader(each.place, manifest, access)
+    return reader if each.losses is None else ReaderWithLosses(reader, each.losses)
 
 
 def _worker_share(lanes: Sequence[int]) -> Sequence[int]:

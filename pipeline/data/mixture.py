@@ -23,6 +23,7 @@ import numpy as np
 from pipeline.config import DataSettings
 from pipeline.data.manifest import DataError, Manifest, Source, read_manifest
 from pipeline.data.order import EpochOrder
+from pipeline.data.reference_losses import CachedLosses
 from pipeline.data.shard_table import ShardTable
 from pipeline.data.shards import MAX_SOURCES
 from pipeline.storage.location import Place
@@ -32,11 +33,13 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class DataSet:
-    """A prepared folder, its part of the rows in proportion to the others' weights, and its name ("" for the only one)."""
+    """A prepared folder, its part of the rows in proportion to the others' weights, its name ("" for the only one), and the
+    cached reference losses that are read along (None: none)."""
 
     place: Place
     weight: float = 1.0
     name: str = ""
+    losses: CachedLosses | None = None
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class Sample:
     """One row as stored: `key` is `SHARD/KEY`; `tokens` uint16 or uint32 [T]; `lengths` uint32 and `sources` uint8 [D].
 
     `sources` is None where the data has no named sources. The arrays are read-only. `damage` is None, or says what was
-    wrong with the row in whose place this one stands, which is all padding.
+    wrong with the row in whose place this one stands, which is all padding. `reference_losses`, float32 [T, C], are those of
+    `pipeline.data.reference_losses`, where they are read along.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Sample:
     lengths: np.ndarray
     sources: np.ndarray | None
     damage: str | None = None
+    reference_losses: np.ndarray | None = None
 
 
 class SampleDecoder:

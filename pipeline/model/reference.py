@@ -20,13 +20,18 @@ Reference = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """A scoring forward: (tokens_BT, document_ids_BT, targets, valid) -> losses, [B, T, 1] or with all heads [B, T, H]."""
 
 
-def reference_losses(
+def reference_columns(
     reference: Reference, horizon: str, tokens_BT: Tensor, document_ids_BT: Tensor, targets_BTH: Tensor, valid_BTH: Tensor
 ) -> Tensor:
-    """float32 [B, T, H]; meaningful at valid pairs. `horizon` is `shifted` or `matched`."""
+    """What the reference computes, float32 [B, T, C]: each token's loss (`shifted`, C = 1), or the losses of its own heads
+    (`matched`, C = H)."""
     with torch.inference_mode():
         if horizon == "matched":
             return reference(tokens_BT, document_ids_BT, targets_BTH, valid_BTH)
-        next_token_BT = reference(tokens_BT, document_ids_BT, targets_BTH[..., :1], valid_BTH[..., :1])[..., 0]
-        token_loss_BT = F.pad(next_token_BT[:, :-1], (1, 0))
-        return shifted_reference_loss(token_loss_BT, targets_BTH.shape[-1])
+        next_token_BT1 = reference(tokens_BT, document_ids_BT, targets_BTH[..., :1], valid_BTH[..., :1])
+        return F.pad(next_token_BT1[:, :-1], (0, 0, 1, 0))
+
+
+def losses_by_head(columns_BTC: Tensor, horizon: str, num_heads: int) -> Tensor:
+    """float32 [B, T, H] from `reference_columns`; meaningful at valid pairs."""
+    return columns_BTC if horizon == "matched" else shifted_reference_loss(columns_BTC[..., 0], num_heads)

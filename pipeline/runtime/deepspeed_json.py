@@ -77,6 +77,11 @@ def resolve_deepspeed_json(content: dict[str, Any], settings: Settings, world_si
     }
 
 
+def precision_of(config: dict[str, Any]) -> str:
+    """In which models run under a resolved configuration: `bfloat16` or `float32`."""
+    return "bfloat16" if config.get("bf16", {}).get("enabled") else "float32"
+
+
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):

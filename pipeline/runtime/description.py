@@ -7,6 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,16 @@ def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], w
     replace_text(run_dir / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
-def identity_of(settings: Settings, deepspeed: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same when a run continues: settings, data, reference, and what of the (resolved) DeepSpeed JSON
-    decides how weights lie and in which precision they are."""
+def identity_of(settings: Settings, deepspeed: dict[str, Any], cached: Sequence[Any] = ()) -> dict[str, Any]:
+    """What must be the same when a run continues: settings, data, reference (`cached`: the manifests of its cached losses,
+    which in float32 are as good as itself), and what of the (resolved) DeepSpeed JSON decides how weights lie and in which
+    precision they are."""
     reference = settings.reference.path
+    fingerprint = model_fingerprint(reference) if reference is not None else None
     return flatten(settings) | {
         "data": _data_fingerprint(settings.data),
-        "reference model": _model_fingerprint(reference) if reference is not None else None,
+        "reference model": cached[0].reference_sha256 if cached else fingerprint,
+        "reference losses": cached[0].dtype if cached else "float32",
         "deepspeed stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
         "deepspeed bf16": deepspeed.get("bf16", {}).get("enabled", False),
         "deepspeed communication_data_type": deepspeed.get("communication_data_type"),
@@ -75,7 +79,7 @@ def _data_fingerprint(data: DataSettings) -> str | list[Any]:
     return of(data.path)
 
 
-def _model_fingerprint(directory: Path) -> str:
+def model_fingerprint(directory: Path) -> str:
     """Of a model's files: their sizes, and their first and last MiB. A whole hash of a large model takes minutes."""
     digest = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):

@@ -97,6 +97,11 @@ def largest(value: float, device: torch.device) -> float:
     return found.item()
 
 
+def smallest(value: float, device: torch.device) -> float:
+    """The smallest of the ranks' values; one collective."""
+    return -largest(-value, device)
+
+
 def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """The first rank's `value`, on every rank; one collective."""
     values = [value]

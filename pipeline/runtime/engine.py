@@ -70,6 +70,12 @@ def sample_parameter(engine: Engine, turn: int, num_values: int = 4096) -> tuple
         return name, values[:: -(-values.numel() // num_values)].float().cpu().numpy().tobytes()
 
 
+def num_parameters(settings: ModelSettings) -> int:
+    """Parameters of a model of this shape."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MTPModel(settings).parameters())
+
+
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of the whole parameter; a partitioned one's own shape is (0,) (`ds_shape` has the truth)."""
     return getattr(parameter, "ds_shape", parameter.shape)

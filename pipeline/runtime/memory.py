@@ -30,6 +30,15 @@ def current_bytes(device: torch.device) -> int:
     return _resident_bytes("VmRSS")
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that could still be had, by all processes that share the device or this machine's memory together."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
 def _resident_bytes(kind: str) -> int:
     found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None

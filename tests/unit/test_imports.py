@@ -21,8 +21,22 @@ ALLOWED = {
     "checks": {"config", "storage", "data", "model", "runtime"},
     "evaluate": {"config", "data", "weighting", "model", "runtime", "micro_step"},
     "train": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate"},
-    "command_line": {"config", "recipe", "storage", "data", "model", "runtime", "checks", "train", "job"},
-    "job": {"config", "storage", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
+    "command_line": {"config", "recipe", "storage", "data", "model", "runtime", "checks", "train", "assembly", "job"},
+    "assembly": {"config", "storage", "data", "weighting", "model", "runtime", "micro_step", "checks", "train"},
+    "scoring": {"config", "storage", "data", "model", "runtime", "checks", "assembly"},
+    "job": {
+        "config",
+        "storage",
+        "data",
+        "weighting",
+        "model",
+        "runtime",
+        "micro_step",
+        "evaluate",
+        "checks",
+        "train",
+        "assembly",
+    },
 }
 
 

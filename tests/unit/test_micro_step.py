@@ -30,7 +30,7 @@ def collectives_of_a_step() -> list[list[Collective]]:
         training = TrainingSettings(selection_pool=pool, selection_exchange=exchange)  # type: ignore[arg-type]
         with CollectiveRecorder() as recorder:
             micro_batches = load_micro_batches(batches, 0, HEADS, 2, rank, torch.device("cpu"))
-            counts = plan(micro_batches, training, [1.0] * HEADS, group)
+            counts, _ = plan(micro_batches, training, [1.0] * HEADS, 2, group)
             sums = SelectionSums(HEADS, 2, torch.device("cpu"))
             losses = selective_losses(Models(policy, reference, "shifted", group), micro_batches, counts, training)
             for micro, of_micro in zip(micro_batches, losses, strict=True):
@@ -54,7 +54,8 @@ def test_a_step_runs_one_plan_one_exchange_a_pool_and_one_reduction_of_metrics()
 
     for (pool, name), collectives in zip(WAYS, padded, strict=True):
         planning, *exchanges, metrics = collectives
-        assert planning == Collective("all_reduce", 8 * (MICRO_STEPS * HEADS + HEADS + 1))
+        # What the data was is counted along: tokens, positions, damage, and two numbers for each of two sources.
+        assert planning == Collective("all_reduce", 8 * (MICRO_STEPS * HEADS + HEADS + 4 + 2 * 2))
         expected = {"global": 2 * exchanged(name, 1), "step": exchanged(name, 2)}.get(pool, [])
         assert exchanges == expected, (pool, name)
         assert metrics.kind == "all_reduce"

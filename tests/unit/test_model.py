@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pipeline.config import ModelSettings
 from pipeline.data.batch import targets_and_valid
 from pipeline.model.mtp import MTPModel, initialize_weights
-from pipeline.model.reference import reference_losses
+from pipeline.model.reference import losses_by_head, reference_columns
 from pipeline.model.transformer import document_mask
 from pipeline.weighting.selection import Select, select_all
 from tests.unit.test_loss_phase import Watch
@@ -174,7 +174,8 @@ def test_the_reference_is_compared_at_the_token_each_head_predicts() -> None:
     reference = initialized(small(num_prediction_heads=1))
     tokens, documents = rows()
     targets, valid = targets_and_valid(tokens, documents, 4)
-    found = reference_losses(reference, "shifted", tokens, documents, targets, valid)
+    columns = reference_columns(reference, "shifted", tokens, documents, targets, valid)
+    found = losses_by_head(columns, "shifted", 4)
     by_hand = losses_by_hand(reference, tokens, documents)
     for b, t, h in valid.nonzero().tolist():
         assert found[b, t, h].item() == pytest.approx(by_hand[b, t + h, 0].item(), rel=1e-4)

@@ -1,0 +1,41 @@
+"""Score prepared data with a frozen reference once, so that training needs no reference model.
+
+    deepspeed launch/score.py --deepspeed ds_configs/zero3.json --config launch/recipes/NAME.yaml --output DIR
+    deepspeed launch/train.py --deepspeed ds_configs/zero3.json --config launch/recipes/NAME.yaml reference.cached=DIR
+
+Takes data, reference, precision and micro-batch from the same recipe as training, runs on any number of ranks, and goes on
+where it was when it is run again.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.command_line import end_process, job_parser, run_command
+
+DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = job_parser("score.py", __doc__, DEMO)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="what reference.cached will name")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16"],
+        default="float32",
+        help="of the stored losses; float16 is half the size and rounds a loss by at most one part in 2,048",
+    )
+    return run_command(parser, arguments, score)
+
+
+def score(job, options: argparse.Namespace, stop) -> int:
+    from pipeline.job import with_builtin_data
+    from pipeline.scoring import score
+
+    score(job, with_builtin_data(job), options.output, options.dtype)
+    return 0
+
+
+if __name__ == "__main__":
+    end_process(main(sys.argv[1:]))

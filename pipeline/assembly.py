@@ -1,0 +1,113 @@
+"""From a job's settings to everything that a run works with: data, engines, checkpoints.
+
+What is refused here is refused on every rank alike, before an engine is built.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.checks import cached_losses, is_compared, lanes_of, reference_shape
+from pipeline.config import ModelSettings, Settings
+from pipeline.data.mixture import DataSet, read_joined, sets_of
+from pipeline.data.stream import Stream
+from pipeline.micro_step import Models
+from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
+from pipeline.runtime.description import identity_of
+from pipeline.runtime.distributed import World, smallest
+from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
+from pipeline.runtime.memory import free_bytes
+from pipeline.train import Run
+
+# The largest part of the free memory that `reference.sharding: auto` gives to a whole reference: the rest is activations'.
+_PART_FOR_REFERENCE = 0.25
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line asked for, and where it runs. deepspeed: the JSON's content."""
+
+    settings: Settings
+    deepspeed: dict[str, Any]
+    run_dir: Path
+    world: World
+    device: torch.device
+    allow_changed: bool = False
+
+
+def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) -> Run:
+    """Open the data, refuse to continue what is there with other settings, then build the engines.
+
+    A `dry` run looks at no checkpoints, and draws a reference that is still to be trained.
+    """
+    validation_path = settings.data.validation_path
+    settings, config, checkpoints = resolved(job, settings, run_dir)
+    stream = open_stream(sets_of(settings.data), settings, config, job.world, settings.data.num_workers)
+    validation = None
+    if validation_path is not None:
+        # A validation is short and every worker's start is not: it reads in the training process.
+        validation = open_stream([DataSet(validation_path)], settings, config, job.world, num_workers=0)
+    if not dry:
+        checkpoints.check(job.allow_changed)
+    engine = build_policy(settings, config)
+    shape = reference_shape(settings, stand_in=dry)
+    reference = None if shape is None else frozen_reference(job, settings, config, shape)
+    return Run(
+        settings=settings,
+        world=job.world,
+        device=job.device,
+        run_dir=run_dir,
+        engine=engine,
+        models=Models(engine, reference, settings.reference.horizon, dist.group.WORLD),
+        stream=stream,
+        validation=validation,
+        checkpoints=checkpoints,
+    )
+
+
+def frozen_reference(job: Job, settings: Settings, config: dict[str, Any], shape: ModelSettings) -> Engine:
+    """The reference under its engine; `auto` keeps it whole on every rank where it takes little of the memory that is free
+    on the fullest one, which saves its collectives."""
+    sharding: str = settings.reference.sharding
+    if sharding == "auto":
+        needed = num_parameters(shape) * (2 if config["bf16"]["enabled"] else 4)
+        free = smallest(free_bytes(job.device) / job.world.local_size, job.device)
+        sharding = "replicate" if needed <= _PART_FOR_REFERENCE * free else "zero3"
+    return build_reference(shape, settings.reference.path, sharding, config)
+
+
+def resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dict[str, Any], Checkpoints]:
+    """Settings with what depends on the data filled in, the DeepSpeed configuration, and the run's checkpoints."""
+    manifest = read_joined(settings.data)
+    settings = settings.with_values(
+        data={"lanes": lanes_of(settings)}, model={"vocab_size": settings.model.vocab_size or manifest.vocab_size}
+    )
+    config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
+    cached = [cached_losses(settings, each.place, config) for each in sets_of(settings.data)] if is_compared(settings) else []
+    identity = identity_of(settings, config, [each.manifest for each in cached if each is not None])
+    return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint.keep)
+
+
+def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:
+    """The rows of this rank, with the reference losses that are cached for them, if the settings name a cache."""
+    if is_compared(settings):
+        sets = [replace(each, losses=cached_losses(settings, each.place, config)) for each in sets]
+    return Stream(
+        sets,
+        lanes=lanes_of(settings),
+        global_batch=settings.data.global_batch,
+        micro_batch=settings.data.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        seed=settings.data.seed,
+        shuffle_block=settings.data.shuffle_block,
+        num_workers=num_workers,
+        access=settings.data.access,
+        # A rank that raised alone would leave the others waiting: `settle_damage` raises on all.
+        raises=False,
+    )

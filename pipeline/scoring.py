@@ -1,0 +1,144 @@
+"""Run a frozen reference once over prepared data and keep its losses (`data.reference_losses`), on all ranks of a job.
+
+The model runs exactly as it would while training, in the same precision and on micro-batches of the same shape, so that
+the kept losses are those of the live reference. The ranks take a piece of the data each, round after round; in every round
+all run the same number of forwards, because a partitioned reference needs all of them. What is finished survives a kill.
+"""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.assembly import Job, frozen_reference, resolved
+from pipeline.checks import data_places, reference_shape
+from pipeline.config import ConfigError, Settings
+from pipeline.data.batch import collate, targets_and_valid
+from pipeline.data.manifest import MANIFEST_FILE, DataError, read_manifest
+from pipeline.data.reference_losses import LossesManifest, LossesWriter, Piece, data_fingerprint
+from pipeline.data.sample import Sample
+from pipeline.data.shard_reader import ShardReader
+from pipeline.model.reference import Reference, reference_columns
+from pipeline.runtime.deepspeed_json import precision_of
+from pipeline.runtime.description import model_fingerprint
+from pipeline.runtime.distributed import any_rank, from_first
+from pipeline.storage.files import read_whole
+from pipeline.storage.location import Place
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def score(job: Job, settings: Settings, cache: Path, dtype: str) -> None:
+    """Score every data set that the settings name with the reference that they name.
+
+    Raises:
+        ConfigError: no reference is named, or nothing selects.
+        DataError: data is damaged, or `cache` holds losses of another reference.
+    """
+    if settings.reference.path is None:
+        raise ConfigError(["reference.path: not set; name the directory of the reference that is to score the data"])
+    settings = settings.with_values(reference={"cached": None})
+    settings, config, _ = resolved(job, settings, job.run_dir)
+    shape = reference_shape(settings)
+    if shape is None:
+        raise ConfigError(["model.num_prediction_heads: 1, so nothing selects and there is nothing to score for"])
+    reference = frozen_reference(job, settings, config, shape)
+    for place in data_places(settings):
+        _score_data_set(job, settings, place, reference, cache, precision_of(config), dtype)
+
+
+def _score_data_set(
+    job: Job, settings: Settings, place: Place, reference: Reference, cache: Path, precision: str, dtype: str
+) -> None:
+    manifest, model = read_manifest(place, settings.data.access), settings.reference.path
+    assert model is not None
+    horizon, num_heads = settings.reference.horizon, settings.model.num_prediction_heads
+    losses = LossesManifest.model_validate(
+        {
+            "data_sha256": data_fingerprint(read_whole(place / MANIFEST_FILE, settings.data.access)),
+            "reference_sha256": model_fingerprint(model),
+            "reference": str(model.absolute()),
+            "precision": precision,
+            "horizon": horizon,
+            "dtype": dtype,
+            "sequence_length": manifest.sequence_length,
+            "columns": num_heads if horizon == "matched" else 1,
+        }
+    )
+    writer, world = LossesWriter(cache, losses, manifest), job.world
+    missing, failure = from_first(_begin(writer) if world.is_first else None)
+    if failure is not None:
+        raise DataError(failure)
+    if missing is None:
+        _say(job, f"{place}: scored already, in {writer.folder}")
+        return
+    reader = ShardReader(place, manifest, settings.data.access)
+    run = partial(_losses_of, reference, horizon, num_heads, settings.data.micro_batch, job.device)
+    started = said = time.monotonic()
+    for first in range(0, len(missing), world.size):
+        # Where there are fewer pieces than ranks some run one that another writes.
+        mine = missing[min(first + world.rank, len(missing) - 1)]
+        samples, damage = _read(reader, mine)
+        if any_rank(damage is not None, job.device):
+            raise DataError(damage or "another rank met damaged data, which it names")
+        losses_NTC = np.concatenate(list(run(samples, _piece_rows(missing, first, world.size))))[: len(samples)]
+        if first + world.rank < len(missing):
+            writer.write(mine, losses_NTC)
+        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+            said, done = time.monotonic(), min(first + world.size, len(missing))
+            left = (said - started) / done * (len(missing) - done)
+            _say(job, f"{place}: {done:,} of {len(missing):,} pieces scored, about {left:,.0f} s left")
+    dist.barrier()
+    for shard in range(world.rank, len(manifest.shards), world.size):
+        writer.join(shard)
+    dist.barrier()
+    if world.is_first:
+        writer.finish()
+    dist.barrier()
+    _say(job, f"{place}: reference losses of {manifest.num_samples:,} rows in {writer.folder}")
+
+
+def _begin(writer: LossesWriter) -> tuple[list[Piece] | None, str | None]:
+    try:
+        return writer.begin(), None
+    except DataError as error:
+        return [], str(error)
+
+
+def _read(reader: ShardReader, piece: Piece) -> tuple[list[Sample], str | None]:
+    shard, first, end = piece
+    samples = reader.read_many([shard] * (end - first), list(range(first, end)))
+    return samples, next((sample.damage for sample in samples if sample.damage is not None), None)
+
+
+def _piece_rows(missing: list[Piece], first: int, world_size: int) -> int:
+    """Rows that every rank runs in a round: those of its largest piece."""
+    return max(end - begin for _, begin, end in missing[first : first + world_size])
+
+
+def _losses_of(
+    reference: Reference,
+    horizon: str,
+    num_heads: int,
+    micro_batch: int,
+    device: torch.device,
+    samples: list[Sample],
+    num_rows: int,
+) -> Iterator[np.ndarray]:
+    """float32 [B, T, C] of batch after batch, of at least `num_rows` rows together: the last sample fills up, so that
+    every batch has the shape that the live reference sees."""
+    for start in range(0, num_rows, micro_batch):
+        rows = [samples[min(row, len(samples) - 1)] for row in range(start, start + micro_batch)]
+        batch = collate(rows).to(device)
+        targets_BTH, valid_BTH = targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads)
+        inputs = batch.tokens_BT, batch.document_ids_BT, targets_BTH, valid_BTH
+        yield reference_columns(reference, horizon, *inputs).float().cpu().numpy()
+
+
+def _say(job: Job, text: str) -> None:
+    if job.world.is_first:
+        print(text, flush=True)
