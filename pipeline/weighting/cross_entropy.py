@@ -119,10 +119,10 @@ def _chunk_buffer(weight_VD: Tensor, chunk_rows: int) -> Tensor:
 def _moved_to_front(rows_CV: Tensor, places: Tensor) -> Tensor:
     """The rows at `places`, which ascend, in the first rows of the same memory. A few at a time: no row moves to a place
     that a later one is still read from."""
-    step = -(-len(rows_CV) // 16)
+    step = -(-len(rows_CV) // 64)
     for start in range(0, len(places), step):
-        moved_CV = rows_CV[places[start : start + step]]
-        rows_CV[start : start + len(moved_CV)] = moved_CV
+        end = min(start + step, len(places))
+        rows_CV[start:end] = rows_CV.index_select(0, places[start:end])
     return rows_CV[: len(places)]
 
 

@@ -6,7 +6,12 @@ import math
 import pytest
 import torch
 
+from pipeline.config import Settings
 from pipeline.micro_step import Comparison
+from pipeline.runtime.checkpoint import Progress
+from pipeline.runtime.metrics import SelectionSums
+from pipeline.train import StepResult, advance
+from pipeline.weighting.objective import StepPlan
 from pipeline.weighting.prediction import Prediction
 
 
@@ -65,3 +70,13 @@ def test_json_keeps_every_bit() -> None:
     prediction = Prediction((1 / 3, None), (math.pi / 7, 0.0))
     again = json.loads(json.dumps({"level_K": prediction.level_K, "margin_K": prediction.margin_K}))
     assert Prediction(tuple(again["level_K"]), tuple(again["margin_K"])) == prediction
+
+
+@pytest.mark.parametrize(("applied", "pool", "level"), [(True, "global", 2.0), (False, "global", 1.0), (True, "rank", 1.0)])
+def test_it_learns_from_applied_steps_of_pools_that_ranks_share_alone(applied: bool, pool: str, level: float) -> None:
+    sums = SelectionSums(2, 1, torch.device("cpu"))
+    sums.thresholds.append(torch.tensor([3.0]))
+    result = StepResult(StepPlan([[1, 1]], [1, 1], [[1]], [1.0, 1.0], 1), sums, 0.1, 1.0, applied, None, 1.0)
+    progress = Progress(prediction=Prediction((1.0,), (0.0,)))
+    advance(progress, result, Settings.model_validate({"training": {"selection_pool": pool}}))
+    assert progress.prediction.level_K == (level,)
