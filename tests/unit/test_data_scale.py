@@ -14,6 +14,7 @@ import pytest
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.mixture import MixtureOrder
 from pipeline.data.order import EpochOrder
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.shard_table import ShardTable
 from pipeline.data.stream import Stream, rank_lanes
 from tests.data_sets import numbered_data
@@ -49,6 +50,7 @@ import json, resource, sys, time
 from pathlib import Path
 import pipeline.data.manifest
 from pipeline.data.order import EpochOrder
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.shard_table import ShardTable
 from tests.unit.test_data_scale import NUM_SHARDS
 
@@ -164,6 +166,28 @@ def test_with_the_lanes_on_many_ranks_it_does_so_too(four_shards, monkeypatch):
         assert sum(len(batch.keys) for batch in stream.iterate(0, end_sample=stream.samples_per_epoch)) == 64 * 32
     size = sum(shard.bytes for shard in read_manifest(four_shards).shards)
     assert 0.97 * size < counted.requested <= 1.05 * size
+
+
+def test_offsets_and_checksums_of_neighbours_are_not_asked_for_again(four_shards, monkeypatch):
+    offsets = np.fromfile(four_shards / "shard-00002.tar.idx", "<u8")
+    reader = ShardReader(four_shards, read_manifest(four_shards))
+    reader.read(2, 700)
+    counted = CountedReads(monkeypatch)
+    reader.read(2, 5)
+    assert (counted.calls, counted.requested) == (1, offsets[6] - offsets[5])
+    reader.close()
+
+
+def test_shards_beyond_some_thousands_are_looked_at_when_they_are_read(tmp_path, monkeypatch):
+    folder = numbered_data(tmp_path / "data", 50)
+    (folder / "shard-00001.tar").unlink()
+    monkeypatch.setattr("pipeline.data.manifest._MAX_SHARDS_LOOKED_AT", 3)  # 0, 2 and 4 of 5
+    manifest = read_manifest(folder)
+    with pytest.raises(DataError, match=r"shard-00001, sample 0, .* No such file"):
+        ShardReader(folder, manifest).read(1, 0)
+    (folder / "shard-00002.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-00002.tar cannot be found"):
+        read_manifest(folder)
 
 
 def test_samples_that_lie_side_by_side_come_by_one_read(four_shards, monkeypatch):
