@@ -242,8 +242,8 @@ class LossesWriter:
 
     def finish(self) -> None:
         """Remove the pieces and give the folder its name; one process calls, when all shards are joined."""
-        for piece in self._pieces():
-            self._file_of(piece).unlink(missing_ok=True)
+        for piece in self.partial.glob("*.piece*"):  # Those that a kill left half written among them.
+            piece.unlink()
         self.partial.rename(self.folder)
 
     def _pieces(self) -> Iterator[Piece]:

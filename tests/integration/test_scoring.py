@@ -1,0 +1,187 @@
+"""Cached reference losses on two ranks: the same training as with the live reference, and nothing stale is taken."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import ConfigError, Settings
+from pipeline.data.manifest import DataError, read_manifest
+from pipeline.data.reference_losses import CachedLosses, ReferenceLosses, data_fingerprint, read_losses_manifest
+from pipeline.recipe import load_settings
+from tests.integration.test_pipeline_rho1 import DEEPSPEED_JSON, job_on_this_rank, settings_for
+from tests.ranks import run_ranks
+
+SHORT = ("training.steps=4", "logging.selection_every=4", "checkpoint.every=4", "logging.validation_samples=32")
+
+
+def score_then_train(settings: Settings, cache: Path, dtype: str, run_dir: Path) -> dict[str, Any]:
+    """Score, train with what was kept and, for comparison, with the live reference."""
+    from pipeline.job import run_job
+    from pipeline.runtime.preemption import StopRequest
+    from pipeline.scoring import score
+
+    score(job_on_this_rank(settings, run_dir / "unused"), settings, cache, dtype)
+    score(job_on_this_rank(settings, run_dir / "unused"), settings, cache, dtype)  # Finds it done.
+    cached = settings.with_values(reference={"path": None, "cached": cache})
+    codes = [run_job(job_on_this_rank(each, run_dir / name), StopRequest()) for name, each in (("c", cached), ("l", settings))]
+    return {"exit_codes": codes}
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    timed = ("tokens_per_second", "data_wait")
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in timed} for record in records]
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_data: Path, tiny_reference: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("scored")
+    settings = settings_for(tiny_data, tiny_reference, *SHORT)
+    answers = run_ranks(score_then_train, 2, settings, directory / "cache", "float32", directory)
+    return {"directory": directory, "cache": directory / "cache", "settings": settings, "answers": answers}
+
+
+@pytest.mark.slow
+def test_training_with_cached_losses_is_training_with_the_live_reference_to_the_bit(scored) -> None:
+    assert [answer["exit_codes"] for answer in scored["answers"]] == [[0, 0], [0, 0]]
+    cached, live = lines(scored["directory"] / "c"), lines(scored["directory"] / "l")
+    assert len(live) == 6
+    assert cached == live
+
+
+def test_every_token_has_the_loss_that_the_reference_gives_it(scored, tiny_data: Path, tiny_reference: Path) -> None:
+    import torch
+
+    from pipeline.data.batch import collate
+    from pipeline.data.shard_reader import ShardReader
+    from pipeline.model.huggingface import load_weights, read_model_settings
+    from pipeline.model.mtp import MTPModel
+    from tests.unit.test_model import losses_by_hand
+
+    model = MTPModel(read_model_settings(tiny_reference))
+    load_weights(model, tiny_reference)
+    data = read_manifest(tiny_data / "train")
+    sha256 = data_fingerprint((tiny_data / "train" / "manifest.json").read_bytes())
+    losses = ReferenceLosses(CachedLosses(scored["cache"], read_losses_manifest(scored["cache"], sha256, "train")), data)
+    reader = ShardReader(tiny_data / "train", data)
+    for shard, sample in ((0, 0), (0, data.shards[0].samples - 1), (len(data.shards) - 1, 1)):
+        batch = collate([reader.read(shard, sample)])
+        with torch.no_grad():
+            by_hand = losses_by_hand(model, batch.tokens_BT, batch.document_ids_BT)
+        found = losses.read(shard, sample)
+        assert found.shape == (16, 1)
+        for position in range(15):
+            expected = float(by_hand.get((0, position, 0), 0.0))
+            assert found[position + 1, 0] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    losses.close()
+    reader.close()
+
+
+def score_again(settings: Settings, cache: Path, dtype: str, run_dir: Path) -> str:
+    from pipeline.scoring import score
+
+    try:
+        score(job_on_this_rank(settings, run_dir), settings, cache, dtype)
+    except (ConfigError, DataError) as error:
+        return str(error)
+    return "scored"
+
+
+@pytest.mark.slow
+def test_scoring_goes_on_where_it_was_and_ends_with_the_same_bytes(scored, tmp_path: Path) -> None:
+    """One rank, of which half of the pieces are there already."""
+    cache = shutil.copytree(scored["cache"], tmp_path / "cache")
+    (done,) = (path for path in cache.iterdir() if len(list(path.glob("*.losses"))) > 1)
+    partial = done.rename(done.with_name(f"{done.name}.partial"))
+    names = sorted(path.name.removesuffix(".losses") for path in partial.glob("*.losses"))
+    # A byte that scoring would not give shows that the piece is not made again.
+    finished = bytearray((partial / f"{names[0]}.losses").read_bytes())
+    finished[7] ^= 1
+    (partial / f"{names[0]}.losses").unlink()
+    (partial / f"{names[0]}.00000000.piece").write_bytes(finished)
+    for name in names[1:]:
+        (partial / f"{name}.losses").unlink()
+    (partial / f"{names[1]}.00000000.piece.tmp-1").write_bytes(b"half of")
+    assert run_ranks(score_again, 1, scored["settings"], cache, "float32", tmp_path / "run") == ["scored"]
+    assert (done / f"{names[0]}.losses").read_bytes() == finished
+    for name in names[1:]:
+        for suffix in ("losses", "losses.crc32"):
+            assert (done / f"{name}.{suffix}").read_bytes() == (scored["cache"] / done.name / f"{name}.{suffix}").read_bytes()
+    assert not list(done.glob("*.piece*"))
+
+
+@pytest.mark.slow
+def test_half_precision_is_half_the_size_and_as_near_as_it_says(scored, tiny_data: Path, tmp_path: Path) -> None:
+    assert run_ranks(score_again, 1, scored["settings"], tmp_path / "half", "float16", tmp_path / "run") == ["scored"]
+    data = read_manifest(tiny_data / "train")
+    sha256 = data_fingerprint((tiny_data / "train" / "manifest.json").read_bytes())
+    readers = []
+    for cache in (tmp_path / "half", scored["cache"]):
+        readers.append(ReferenceLosses(CachedLosses(cache, read_losses_manifest(cache, sha256, "train")), data))
+    half, whole = (np.stack([reader.read(0, sample) for sample in range(data.shards[0].samples)]) for reader in readers)
+    assert not (half == whole).all()
+    assert (abs(half - whole) <= whole / 2048).all()
+    other = run_ranks(score_again, 1, scored["settings"], scored["cache"], "float16", tmp_path / "run")
+    assert "was made with other settings (dtype)" in other[0]
+    for reader in readers:
+        reader.close()
+
+
+def problems_with(settings: Settings, run_dir: Path) -> list[str]:
+    from pipeline.checks import check_before_start
+    from pipeline.runtime.distributed import World
+
+    with pytest.raises(ConfigError) as caught:
+        check_before_start(settings, DEEPSPEED_JSON, run_dir, World(0, 1, 0, 1))
+    return caught.value.problems
+
+
+def test_losses_of_other_data_another_reference_or_another_horizon_are_refused(
+    scored, tiny_data: Path, tiny_reference: Path, tmp_path: Path
+) -> None:
+    cached = scored["settings"].with_values(reference={"cached": scored["cache"]})
+    changed = shutil.copytree(tiny_data / "train", tmp_path / "changed")
+    manifest = json.loads((changed / "manifest.json").read_text())
+    (changed / "manifest.json").write_text(json.dumps(manifest))  # The same content in other bytes: it might be any.
+    (problem,) = problems_with(cached.with_values(data={"path": changed}), tmp_path / "run")
+    assert problem.startswith(f"reference.cached: {scored['cache']}: no reference losses of {changed} as it is now")
+
+    other = shutil.copytree(tiny_reference, tmp_path / "other")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    problems = problems_with(cached.with_values(reference={"path": other}), tmp_path / "run")
+    assert all("were made with reference_sha256" in problem for problem in problems)
+    assert len(problems) == 2  # training and held-out data
+
+    matched = cached.with_values(reference={"path": None, "horizon": "matched"})
+    assert "were made with horizon shifted" in problems_with(matched, tmp_path / "run")[0]
+    nowhere = cached.with_values(reference={"cached": tmp_path / "none"})
+    assert "it has no reference losses at all; score it with launch/score.py" in problems_with(nowhere, tmp_path / "run")[0]
+
+
+def test_damaged_losses_are_named_by_shard_and_sample(scored, tiny_data: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(scored["cache"], tmp_path / "cache")
+    data = read_manifest(tiny_data / "train")
+    sha256 = data_fingerprint((tiny_data / "train" / "manifest.json").read_bytes())
+    file = cache / sha256[:16] / f"{data.shards[0].name}.losses"
+    content = bytearray(file.read_bytes())
+    content[5 * 64 + 3] ^= 1
+    file.write_bytes(content)
+    reader = ReferenceLosses(CachedLosses(cache, read_losses_manifest(cache, sha256, "train")), data)
+    reader.read(0, 4)
+    with pytest.raises(DataError, match=f"the reference losses of shard {data.shards[0].name}, sample 5, in .* are damaged"):
+        reader.read(0, 5)
+    file.write_bytes(content[:-64])
+    with pytest.raises(DataError, match=f"sample {data.shards[0].samples - 1}, "):
+        reader.read(0, data.shards[0].samples - 1)
+    reader.close()
+
+
+def test_a_cache_and_a_reference_to_train_are_not_both_meant() -> None:
+    with pytest.raises(ConfigError, match=r"reference.training_steps: set, and so is reference.cached"):
+        load_settings(None, ["data.path=x", "reference.cached=y", "reference.training_steps=3", "reference.training_data=z"])
