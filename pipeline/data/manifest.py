@@ -18,7 +18,8 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
 # Names become file names: a manifest from elsewhere must not be able to point outside its folder.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
+FileName = Annotated[str, Field(pattern=FILE_NAME)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -50,10 +51,41 @@ class Shard(_Record):
     sha256: Sha256
 
 
+class InputCounts(_Record):
+    """What was found in the input, of all splits together: documents used, and those left out with the reason."""
+
+    documents: Count = 0
+    empty: Count = 0
+    undecodable: Count = 0
+    oversized: Count = 0
+    ignored: Count = 0
+
+
+class Preparation(_Record):
+    """How `launch/prepare.py` made the data: enough to know it again, and what packing did.
+
+    `request_sha256` is of all settings and of the input files' names and sizes; `weights` are how often the documents of a
+    named source were taken (1 where it is not named); `part` is "2/8" for the second of eight parts. `documents` are those in
+    this folder, copies included, `documents_cut` those among them that lie in more than one row.
+    """
+
+    request_sha256: Sha256
+    input: InputCounts
+    seed: int
+    packing: str
+    samples_per_shard: Positive
+    validation: float
+    weights: dict[str, float]
+    part: str | None = None
+    documents: Count
+    documents_cut: Count
+
+
 class Manifest(_Record):
     """What `manifest.json` says; the JSON's keys are the names of the fields.
 
-    `sources` is empty where the inputs had no names; otherwise a document's source index points into it.
+    `sources` is empty where the inputs had no names; otherwise a document's source index points into it. `preparation` is
+    there if `launch/prepare.py` made the folder.
     """
 
     format_version: int = FORMAT_VERSION
@@ -64,6 +96,7 @@ class Manifest(_Record):
     tokenizer_sha256: Sha256
     sources: tuple[Source, ...]
     shards: tuple[Shard, ...]
+    preparation: Preparation | None = None
 
     @property
     def num_samples(self) -> int:
@@ -90,8 +123,10 @@ class Manifest(_Record):
         return self
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path, *, may_be_empty: bool = False) -> Manifest:
     """Read a folder's manifest and check that its files are there and have their sizes.
+
+    `may_be_empty` is for the parts of a data set, one of which may have no held-out document.
 
     Raises:
         DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or a
@@ -99,7 +134,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     directory = Path(directory)
     manifest = _parse(_manifest_text(directory), directory / MANIFEST_FILE)
-    if manifest.num_samples == 0:
+    if manifest.num_samples == 0 and not may_be_empty:
         raise DataError(f"{directory / MANIFEST_FILE} lists no samples; prepare the data again with more documents")
     for shard in manifest.shards:
         _check_sizes_on_disk(directory, shard)
@@ -110,7 +145,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `directory/manifest.json`; a reader sees the old file or the new one, never half of one."""
     path = Path(directory) / MANIFEST_FILE
     temporary = path.with_name(f"{MANIFEST_FILE}.tmp")
-    temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

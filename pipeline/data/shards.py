@@ -1,8 +1,4 @@
-"""Shards: webdataset tars of packed rows, and a reader that starts at any sample and believes nothing.
-
-Written with webdataset's `TarWriter` and fixed metadata, so that the same rows give the same bytes. Beside `NAME.tar` lie
-`NAME.tar.idx` (uint64 offsets of every sample's first header, and of the end of the last) and `NAME.tar.crc32` (uint32 of
-every sample's bytes), both little-endian.
+"""Shards: a reader of webdataset tars of packed rows (`shard_writer`) that starts at any sample and believes nothing.
 
 Tar readers pass over a cut between members and a flipped bit without a word. Here a sample's bytes are those between two
 offsets, all of them, with the CRC-32 written when the shard was made; only then are they given to webdataset's own tar
@@ -14,13 +10,11 @@ a shard, nor its open files with the number of shards.
 """
 
 import ast
-import hashlib
 import io
-import itertools
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,74 +22,13 @@ from typing import Any
 
 import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
-from webdataset.writer import TarWriter
 
 from pipeline.data.cache import LeastRecentlyUsed
 from pipeline.data.manifest import DataError, Manifest, Shard
-from pipeline.data.packing import Row
+from pipeline.data.shard_writer import CRC, LENGTH, OFFSET, SOURCE, token_dtype
 
-OFFSET = np.dtype("<u8")
-CRC = np.dtype("<u4")
-LENGTH = np.dtype("<u4")
-SOURCE = np.dtype("|u1")
-MAX_SOURCES = 256
 _MAX_OPEN_SHARDS = 64
 _MAGIC = b"\x93NUMPY\x01\x00"
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id fits, else uint32; little-endian."""
-    return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<u4")
-
-
-def write_shards(
-    rows: Iterable[Row], directory: Path, *, vocab_size: int, samples_per_shard: int, named_sources: bool
-) -> list[Shard]:
-    """Write rows to `shard-00000.tar` and so on in `directory`, with their indices; the manifest is the caller's."""
-    numbered = enumerate(rows)
-    shards: list[Shard] = []
-    while samples := list(itertools.islice(numbered, samples_per_shard)):
-        name = f"shard-{len(shards):05d}"
-        offsets = _write_tar(directory / f"{name}.tar", samples, token_dtype(vocab_size), named_sources)
-        tokens = sum(int(row.lengths.sum()) for _, row in samples)
-        shards.append(_index_tar(directory / f"{name}.tar", name, tokens, offsets))
-    return shards
-
-
-def _write_tar(path: Path, samples: list[tuple[int, Row]], tokens: np.dtype, named_sources: bool) -> np.ndarray:
-    offsets = []
-    with path.open("wb") as file, TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
-        for number, row in samples:
-            offsets.append(writer.tarstream.offset)
-            writer.write({"__key__": f"{number:09d}", **_members(row, tokens, named_sources)})
-        offsets.append(writer.tarstream.offset)
-    return np.array(offsets, OFFSET)
-
-
-def _members(row: Row, tokens: np.dtype, named_sources: bool) -> dict[str, bytes]:
-    members = {
-        "tokens.npy": _to_npy(row.tokens.astype(tokens)),
-        "documents.npy": _to_npy(row.lengths.astype(LENGTH)),
-    }
-    if named_sources:
-        members["sources.npy"] = _to_npy(row.sources.astype(SOURCE))
-    return members
-
-
-def _to_npy(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)
-    return stream.getvalue()
-
-
-def _index_tar(path: Path, name: str, tokens: int, offsets: np.ndarray) -> Shard:
-    data = path.read_bytes()
-    view = memoryview(data)
-    crcs = [zlib.crc32(view[start:end]) for start, end in itertools.pairwise(offsets.tolist())]
-    path.with_name(f"{name}.tar.idx").write_bytes(offsets.tobytes())
-    path.with_name(f"{name}.tar.crc32").write_bytes(np.array(crcs, CRC).tobytes())
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Shard(name=name, samples=len(crcs), tokens=tokens, bytes=len(data), sha256=sha256)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pipeline.data.documents import Document, DocumentReader, Input, parse_input, source_names
+from pipeline.data.documents import Document, DocumentReader, Rules, read_inputs
+from pipeline.data.inputs import Input, input_files, parse_input, slices, source_names
 from pipeline.data.manifest import DataError
 
 
