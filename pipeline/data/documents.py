@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.data.columns import dataset_values, parquet_values, require
-from pipeline.data.inputs import DATASET, Input, Span, input_files, slices
+from pipeline.data.inputs import DATASET, Span
 from pipeline.data.manifest import DataError
 from pipeline.data.tars import members, read_member
 
@@ -199,13 +199,6 @@ class DocumentReader:
         return _Record(member.header, where, load)
 
 
-def read_inputs(inputs: Iterable[Input], rules: Rules | None = None) -> Iterator[Document]:
-    """The documents of some inputs, one after the other."""
-    reader = DocumentReader(rules)
-    for spans in slices(input_files(inputs)):
-        yield from reader.read(spans)
-
-
 class _UndecodableError(Exception):
     pass
 
@@ -261,13 +254,13 @@ class _ZstdStream(io.RawIOBase):
     """What .zst frames hold. zstandard's own stream reader takes a cut file for a complete one; this does not."""
 
     # A frame can expand by a factor of 30,000, so what is decompressed at once must be little.
-    _INPUT = 4096
+    _INPUT = 1024
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._zstandard = require("zstandard", "corpora", "reading .zst")
         self._frame: Any = None
-        self._output = b""
+        self._output = memoryview(b"")
         self._input = b""
 
     def readable(self) -> bool:
@@ -289,7 +282,7 @@ class _ZstdStream(io.RawIOBase):
         if self._frame is None:
             self._frame = self._zstandard.ZstdDecompressor().decompressobj()
         try:
-            self._output = self._frame.decompress(data)
+            self._output = memoryview(self._frame.decompress(data))
         except self._zstandard.ZstdError as error:
             raise EOFError(str(error)) from None
         self._input = b""

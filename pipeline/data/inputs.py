@@ -11,10 +11,9 @@ of processes.
 """
 
 import glob
-import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ DATASET = "datasets"
 
 # Small enough to keep many processes busy to the end, large enough to be worth a file.
 _LARGEST_SLICE = 1 << 25
-_SMALLEST_SLICE = 1 << 18
+_SMALLEST_SLICE = 1 << 16
 _WANTED_SLICES = 256
 _FILES_PER_SLICE = 4096
 
@@ -118,22 +117,18 @@ def input_files(inputs: Iterable[Input]) -> list[InputFile]:
     return [file for entry in inputs for file in _files_of(entry)]
 
 
-def fingerprint(files: Iterable[InputFile], describe: Callable[[InputFile], str]) -> str:
-    """The sha256 of what `describe` says of the files, in their order."""
-    sha256 = hashlib.sha256()
-    for file in files:
-        sha256.update(f"{describe(file)}\n".encode("utf-8", "surrogateescape"))
-    return sha256.hexdigest()
-
-
-def slices(files: Sequence[InputFile], parts: int = 1) -> list[list[Span]]:
-    """The whole input, cut into slices; `parts` machines should each get some."""
+def slice_size(files: Sequence[InputFile], parts: int = 1) -> int:
+    """Bytes of a slice that keep the processes of each of `parts` machines busy."""
     wanted = sum(file.size for file in files) // (_WANTED_SLICES * parts)
-    size = min(max(wanted, _SMALLEST_SLICE), _LARGEST_SLICE)
+    return min(max(wanted, _SMALLEST_SLICE), _LARGEST_SLICE)
+
+
+def slices(files: Sequence[InputFile], size: int) -> list[list[Span]]:
+    """The whole input, cut into slices of about `size` bytes."""
     result: list[list[Span]] = []
-    held = size
+    held = 0
     for span in (span for number, file in enumerate(files) for span in _spans(number, file, size)):
-        if held + span.size > size or len(result[-1]) == _FILES_PER_SLICE:
+        if not result or held + span.size > size or len(result[-1]) == _FILES_PER_SLICE:
             result.append([])
             held = 0
         result[-1].append(span)
@@ -214,8 +209,3 @@ def _is_new(folder: str, seen: set[str]) -> bool:
         return False
     seen.add(real)
     return True
-
-
-def weight_list(weights: Mapping[str, float], names: Sequence[str]) -> list[float]:
-    """The weight of each source, 1 where none was given; [1.0] where sources have no names."""
-    return [weights.get(name, 1.0) for name in names or [""]]

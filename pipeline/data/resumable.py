@@ -24,7 +24,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pipeline.data.documents import Counts, DocumentReader
-from pipeline.data.inputs import Input, InputFile, Span, input_files, slices, source_names
+from pipeline.data.inputs import Input, InputFile, Span, input_files, slice_size, slices, source_names
 from pipeline.data.manifest import (
     MANIFEST_FILE,
     DataError,
@@ -135,7 +135,7 @@ def _own_slices(job: _Job) -> list[list[Span]]:
     number, count = job.settings.part or (1, 1)
     if not 1 <= number <= count:
         raise DataError(f"expected a part from 1/{count} to {count}/{count}, got {number}/{count}")
-    everything = slices(job.files, count)
+    everything = slices(job.files, slice_size(job.files, count))
     if len(everything) < count:
         raise DataError(
             f"part {number}/{count}: the input can be cut into {len(everything)} slices only, so expected at most that many "
@@ -155,7 +155,7 @@ def _tokenizer(job: _Job, tokenizer: Tokenizer | int) -> Tokenizer:
 
 
 def _train(job: _Job, vocab_size: int) -> Tokenizer:
-    everything = slices(job.files)
+    everything = slices(job.files, slice_size(job.files))
     step = -(-sum(file.size for file in job.files) // _TRAINING_BYTES)
     chosen = everything[:: max(1, step)]
     reader = DocumentReader(job.settings.rules)

@@ -13,7 +13,9 @@ PADDING = 7
 def documents_of(lengths):
     """Documents of these lengths whose tokens are all different, from three sources in turn."""
     starts = np.cumsum([0, *lengths])
-    return [(np.arange(start, start + length) + 10, n % 3) for n, (start, length) in enumerate(zip(starts, lengths, strict=False))]
+    return [
+        (np.arange(start, start + length) + 10, n % 3) for n, (start, length) in enumerate(zip(starts, lengths, strict=False))
+    ]
 
 
 def packed(documents, sequence_length, packing="concat"):
