@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.data.manifest import Shard
 from pipeline.data.packing import TokenizedDocuments, pack
 from pipeline.data.runs import Runs
-from pipeline.data.shard_writer import shard_name, token_dtype, write_file, write_shard
+from pipeline.data.shards import shard_name, token_dtype, write_file, write_shard
 from pipeline.data.workers import Report
 
 

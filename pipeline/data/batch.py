@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.data.shards import Sample
+from pipeline.data.shard_reader import Sample
 
 
 @dataclass(frozen=True)

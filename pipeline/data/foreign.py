@@ -1,6 +1,6 @@
 """Foreign shards: token tars that others wrote, with a plain `webdataset.ShardWriter` for one, adopted where they lie.
 
-The tars must hold what `shard_writer` documents: KEY.tokens.npy, KEY.documents.npy and, if sources are to be told apart,
+The tars must hold what `shards` documents: KEY.tokens.npy, KEY.documents.npy and, if sources are to be told apart,
 KEY.sources.npy. They are not touched. Their offsets and checksums are written beside them, then every sample is read by the
 reader that feeds training, and only if all are good the manifest is written. Nothing of a tar is ever extracted, and a member
 that has no business there is an error by its name.
@@ -18,8 +18,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pipeline.data.manifest import FILE_NAME, MANIFEST_FILE, DataError, Manifest, Shard, Source, write_manifest
-from pipeline.data.shard_writer import CRC, MAX_SOURCES, OFFSET, write_file
-from pipeline.data.shards import ShardReader
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shards import CRC, MAX_SOURCES, OFFSET, write_file
 from pipeline.data.tars import Member, members, read_member
 from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
 from pipeline.data.verification import Totals, count_row, file_sha256

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.data.shards import Sample, ShardReader
+from pipeline.data.shard_reader import Sample, ShardReader
 from pipeline.data.tokenizer import load_tokenizer
 
 MAX_ROWS_COUNTED = 20_000

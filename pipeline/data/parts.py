@@ -22,7 +22,7 @@ from pipeline.data.manifest import (
     write_manifest,
 )
 from pipeline.data.prepare import whole_or_absent
-from pipeline.data.shard_writer import shard_name
+from pipeline.data.shards import shard_name
 
 _OF_ONE_KIND = ("sequence_length", "vocab_size", "end_of_document_id", "tokenizer_sha256", "source_names")
 

@@ -26,7 +26,7 @@ from pipeline.data.manifest import DataError, Manifest, Source, write_manifest
 from pipeline.data.packing import PACKINGS
 from pipeline.data.permutation import DOCUMENTS, sort_keys
 from pipeline.data.runs import RunWriter
-from pipeline.data.shard_writer import MAX_SOURCES, token_dtype
+from pipeline.data.shards import MAX_SOURCES, token_dtype
 from pipeline.data.tokenization import Encoder, Tokenization, add_documents
 from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
 from pipeline.data.workers import Report, work_on

@@ -36,7 +36,7 @@ from pipeline.data.manifest import (
 )
 from pipeline.data.prepare import PARTIAL, Settings, assemble_split, is_taken, tokenization_into
 from pipeline.data.progress import Display
-from pipeline.data.shard_writer import write_file
+from pipeline.data.shards import write_file
 from pipeline.data.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe
 from pipeline.data.workers import work_on

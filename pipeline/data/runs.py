@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.packing import TokenizedDocuments
-from pipeline.data.shard_writer import write_file
+from pipeline.data.shards import write_file
 
 NUM_BUCKETS = 1 << 16
 # 64 or 128 MB: what a process holds before it writes a run.

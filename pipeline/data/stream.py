@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pipeline.data.batch import Batch, collate
 from pipeline.data.manifest import DataError, Manifest, read_manifest
 from pipeline.data.order import EpochOrder, default_lanes, too_few_samples
-from pipeline.data.shards import Sample, ShardReader
+from pipeline.data.shard_reader import Sample, ShardReader
 
 __all__ = ["Stream", "check_sizes", "default_lanes", "rank_lanes"]
 

@@ -23,7 +23,7 @@ from pipeline.data.documents import Counts, Document, DocumentReader, Rules
 from pipeline.data.inputs import Span
 from pipeline.data.permutation import COPIES, DOCUMENTS, sort_keys
 from pipeline.data.runs import RunWriter
-from pipeline.data.shard_writer import token_dtype, write_file
+from pipeline.data.shards import token_dtype, write_file
 from pipeline.data.tokenizer import for_documents, load_tokenizer, vocab_size
 from pipeline.data.workers import Report
 

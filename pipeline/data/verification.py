@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.manifest import DataError, Manifest, Shard, read_manifest
-from pipeline.data.shard_writer import MAX_SOURCES
-from pipeline.data.shards import Sample, ShardReader
+from pipeline.data.shard_reader import Sample, ShardReader
+from pipeline.data.shards import MAX_SOURCES
 from pipeline.data.tokenizer import fingerprint, load_tokenizer, vocab_size
 
 _CHUNK = 1 << 20

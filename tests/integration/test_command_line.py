@@ -19,8 +19,8 @@ import pytest
 
 from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.data.packing import Row
-from pipeline.data.shard_writer import write_shards
-from pipeline.data.shards import ShardReader
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shards import write_shards
 from pipeline.data.tokenizer import TOKENIZER_FILE, train_bpe
 from pipeline.recipe import load_settings
 from pipeline.runtime.reporting import read_records

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.batch import collate, targets_and_valid
-from pipeline.data.shards import Sample
+from pipeline.data.shard_reader import Sample
 
 
 def by_hand(tokens, document_ids, num_heads):

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.data.builtin import FOLDERS, prepare_builtin, standard_library_documents
 from pipeline.data.manifest import MANIFEST_FILE, DataError, read_manifest
-from pipeline.data.shards import ShardReader
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.stream import Stream
 from pipeline.data.tokenizer import load_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.data.foreign import index
 from pipeline.data.manifest import DataError, read_manifest
-from pipeline.data.shards import ShardReader
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.stream import Stream
 from pipeline.data.tokenizer import END_OF_DOCUMENT, byte_tokenizer, end_of_document_id
 from pipeline.data.verification import verify

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest, Source, read_manifest, write_manifest
 from pipeline.data.packing import Row
-from pipeline.data.shard_writer import write_shards
+from pipeline.data.shards import write_shards
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from pipeline.data.documents import Document
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.prepare import prepare
-from pipeline.data.shards import ShardReader
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.tokenizer import (
     END_OF_DOCUMENT,
     byte_tokenizer,

@@ -21,7 +21,7 @@ from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.parts import merge
 from pipeline.data.prepare import Settings
 from pipeline.data.resumable import prepare_files
-from pipeline.data.shards import ShardReader
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 from pipeline.data.verification import verify
 

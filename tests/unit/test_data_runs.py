@@ -9,7 +9,7 @@ from pipeline.data.assembly import Assembly, assemble_shard, shards_to_assemble
 from pipeline.data.manifest import Manifest
 from pipeline.data.permutation import DOCUMENTS, permutation, sort_keys
 from pipeline.data.runs import NUM_BUCKETS, Runs, RunWriter
-from pipeline.data.shards import ShardReader
+from pipeline.data.shard_reader import ShardReader
 
 DTYPE = np.dtype("<u2")
 

@@ -12,8 +12,8 @@ from webdataset.writer import TarWriter
 
 from pipeline.data.manifest import DataError, Manifest, Source
 from pipeline.data.packing import Row
-from pipeline.data.shard_writer import write_shards
-from pipeline.data.shards import ShardReader
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shards import write_shards
 
 T = 8
 
@@ -240,7 +240,7 @@ def test_missing_and_surplus_members_are_errors(tmp_path):
 def test_a_pickle_in_place_of_an_array_is_refused_and_not_run(tmp_path, monkeypatch):
     stream = io.BytesIO()
     np.save(stream, np.array([{"not": "numbers"}], dtype=object), allow_pickle=True)
-    monkeypatch.setattr("pipeline.data.shard_writer._to_npy", lambda array: stream.getvalue())
+    monkeypatch.setattr("pipeline.data.shards._to_npy", lambda array: stream.getvalue())
     manifest = data_set(tmp_path, some_rows(1))
     with pytest.raises(DataError, match=r"tokens.npy is an array of '\|O'"):
         ShardReader(tmp_path, manifest).read(0, 0)
@@ -258,7 +258,7 @@ def test_a_pickle_in_place_of_an_array_is_refused_and_not_run(tmp_path, monkeypa
 )
 def test_an_array_header_is_not_believed(tmp_path, monkeypatch, claim):
     header = b"\x93NUMPY\x01\x00" + len(claim).to_bytes(2, "little") + claim
-    monkeypatch.setattr("pipeline.data.shard_writer._to_npy", lambda array: header + bytes(16))
+    monkeypatch.setattr("pipeline.data.shards._to_npy", lambda array: header + bytes(16))
     manifest = data_set(tmp_path, some_rows(1))
     with pytest.raises(DataError, match=r"sample 0, .* is damaged: tokens.npy"):
         ShardReader(tmp_path, manifest).read(0, 0)

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.data.manifest import DataError, Manifest, Source, write_manifest
 from pipeline.data.packing import Row
-from pipeline.data.shard_writer import write_shards
+from pipeline.data.shards import write_shards
 from pipeline.data.stream import Stream, check_sizes, rank_lanes
 
 T = 4

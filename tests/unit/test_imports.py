@@ -18,6 +18,7 @@ ALLOWED = {
     "micro_step": {"config", "data", "weighting", "model"},
     "checks": {"config", "data", "model", "runtime"},
     "evaluate": {"config", "data", "weighting", "model", "runtime", "micro_step"},
+    "benchmark": {"data"},
     "train": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate"},
     "job": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate", "checks", "train"},
 }
