@@ -10,14 +10,12 @@ the table of the shuffle has 65,536 entries. None grows with the corpus. The dis
 """
 
 import fcntl
-import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +34,12 @@ from pipeline.data.manifest import (
 )
 from pipeline.data.prepare import PARTIAL, Settings, assemble_split, is_taken, tokenization_into
 from pipeline.data.progress import Display
+from pipeline.data.request import LOCK_FILE, begin_or_continue, describe, request_sha256
 from pipeline.data.shards import write_file
 from pipeline.data.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe
 from pipeline.data.workers import work_on
 
-REQUEST_FILE = "request.json"
 # A BPE is trained on slices evenly spread over the input: more text than this changes it little.
 _TRAINING_BYTES = 1 << 30
 
@@ -77,7 +75,7 @@ def prepare_files(
     names = source_names(inputs)
     settings.check(names)
     files = input_files(inputs)
-    request = _request(files, tokenizer, settings, names)
+    request = describe(files, tokenizer, settings, names)
     partial = output_dir.with_name(output_dir.name + PARTIAL)
     if is_taken(output_dir):
         prepared = _complete_already(output_dir, request, settings)
@@ -87,8 +85,12 @@ def prepare_files(
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
         try:
-            _begin_or_continue(job, request)
-            return _make(job, tokenizer, _sha256(request), output_dir)
+            was_begun = begin_or_continue(partial, files, request)
+            job.work.mkdir(exist_ok=True)
+            if was_begun:
+                done = len(list(job.work.glob("slice-*.json")))
+                job.display.say(f"continuing {partial}: {done:,} slices of the input are tokenised already")
+            return _make(job, tokenizer, request_sha256(request), output_dir)
         except DataError:
             if not any(job.work.glob("slice-*.json")):
                 shutil.rmtree(partial)
@@ -113,7 +115,7 @@ class _Job:
         return self.partial / "data"
 
 
-def _make(job: _Job, tokenizer: Tokenizer | int, request_sha256: str, output_dir: Path) -> Prepared:
+def _make(job: _Job, tokenizer: Tokenizer | int, request_hash: str, output_dir: Path) -> Prepared:
     slices_ = _own_slices(job)
     trained = _tokenizer(job, tokenizer)
     records = _tokenize(job, trained, slices_)
@@ -123,7 +125,7 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request_sha256: str, output_dir
     manifests = {}
     for split, folder in job.settings.splits.items():
         expected = sum(record.train_tokens if split == "train" else record.validation_tokens for record in records)
-        manifests[output_dir / folder] = _assemble(job, trained, split, folder, expected, counts, request_sha256)
+        manifests[output_dir / folder] = _assemble(job, trained, split, folder, expected, counts, request_hash)
     for leftover in job.data.rglob("*.tmp"):
         leftover.unlink()
     os.rename(job.data, output_dir)
@@ -188,7 +190,7 @@ def _tokenize(job: _Job, tokenizer: Tokenizer, slices_: Sequence[Sequence[Span]]
 
 
 def _assemble(
-    job: _Job, tokenizer: Tokenizer, split: str, folder: str, expected: int, counts: Counts, request_sha256: str
+    job: _Job, tokenizer: Tokenizer, split: str, folder: str, expected: int, counts: Counts, request_hash: str
 ) -> Manifest:
     settings = job.settings
     job.display.begin("packing" if folder == "." else f"packing {folder}", expected * 2)
@@ -210,7 +212,7 @@ def _assemble(
         )
     found = {name: getattr(counts, name) for name in InputCounts.model_fields}
     preparation = Preparation(
-        request_sha256=request_sha256,
+        request_sha256=request_hash,
         input=InputCounts(**found),
         seed=settings.seed,
         packing=settings.packing,
@@ -226,28 +228,6 @@ def _assemble(
     return manifest
 
 
-def _request(
-    files: Sequence[InputFile], tokenizer: Tokenizer | int, settings: Settings, names: Sequence[str]
-) -> dict[str, Any]:
-    """What is asked for. Undecodable documents are left out: what was done while they were an error had none."""
-    sizes = hashlib.sha256()
-    for file in files:
-        sizes.update(f"{file.source} {os.path.basename(file.path)} {file.size}\n".encode("utf-8", "surrogateescape"))
-    asked = {name: value for name, value in asdict(settings).items() if name != "rules"}
-    return {
-        "input files": sizes.hexdigest(),
-        "sources": list(names),
-        "tokenizer": tokenizer if isinstance(tokenizer, int) else hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
-        "text_field": settings.rules.text_field,
-        "max_document_bytes": settings.rules.max_document_bytes,
-        **json.loads(json.dumps(asked)),
-    }
-
-
-def _sha256(request: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-
-
 def _complete_already(output_dir: Path, request: dict[str, Any], settings: Settings) -> Prepared:
     taken = DataError(f"the output {output_dir} exists already; remove it, or choose another one")
     manifests = {}
@@ -255,44 +235,17 @@ def _complete_already(output_dir: Path, request: dict[str, Any], settings: Setti
         if not (output_dir / folder / MANIFEST_FILE).is_file():
             raise taken
         manifest = read_manifest(output_dir / folder)
-        if manifest.preparation is None or manifest.preparation.request_sha256 != _sha256(request):
+        if manifest.preparation is None or manifest.preparation.request_sha256 != request_sha256(request):
             raise taken
         manifests[output_dir / folder] = manifest
     counts = Counts(**next(iter(manifests.values())).preparation.input.model_dump())  # type: ignore[union-attr]
     return Prepared(manifests, counts, was_complete=True)
 
 
-def _begin_or_continue(job: _Job, request: dict[str, Any]) -> None:
-    changed = [(file.path, file.changed) for file in job.files]
-    asked = {**request, "times of change": hashlib.sha256(json.dumps(changed).encode()).hexdigest()}
-    path = job.partial / REQUEST_FILE
-    if path.exists():
-        begun = json.loads(path.read_bytes())
-        differences = [name for name in asked if begun.get(name) != asked[name]]
-        if differences:
-            listed = "; ".join(f"{name}: {begun.get(name)} there, {asked[name]} now" for name in differences)
-            raise DataError(
-                f"{job.partial} was begun with another request ({listed}); ask for the same to go on, or remove it to begin "
-                "anew"
-            )
-        done = len(list(job.work.glob("slice-*.json")))
-        job.display.say(f"continuing {job.partial}: {done:,} slices of the input are tokenised already")
-    else:
-        # Of a run that was killed before it had a request, or of another program.
-        for leftover in job.partial.iterdir():
-            if leftover.name != _LOCK:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        write_file(path, json.dumps(asked, indent=2).encode())
-    job.work.mkdir(exist_ok=True)
-
-
-_LOCK = "lock"
-
-
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Nobody else may write to it meanwhile; the lock of a killed process is released by the system."""
-    with open(partial / _LOCK, "wb") as file:
+    with open(partial / LOCK_FILE, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
