@@ -244,7 +244,8 @@ def assemble_split(
         tokenizer_file=TOKENIZER_FILE,
         tokenizer_sha256=fingerprint(tokenizer),
         sources=_sources(records, source_names),
-        shards=tuple(sorted((record.shard for record in records if record.shard), key=lambda shard: shard.name)),
+        # By number: the names of more than 100,000 shards have different lengths.
+        shards=tuple(sorted((r.shard for r in records if r.shard), key=lambda shard: (len(shard.name), shard.name))),
     )
     return manifest, records
 

@@ -35,9 +35,9 @@ from pipeline.data.manifest import (
 from pipeline.data.prepare import PARTIAL, Settings, assemble_split, is_taken, tokenization_into
 from pipeline.data.progress import Display
 from pipeline.data.request import LOCK_FILE, begin_or_continue, describe, request_sha256
-from pipeline.data.shards import write_file
+from pipeline.data.shards import token_dtype, write_file
 from pipeline.data.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
-from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe
+from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
 from pipeline.data.workers import work_on
 
 # A BPE is trained on slices evenly spread over the input: more text than this changes it little.
@@ -193,7 +193,8 @@ def _assemble(
     job: _Job, tokenizer: Tokenizer, split: str, folder: str, expected: int, counts: Counts, request_hash: str
 ) -> Manifest:
     settings = job.settings
-    job.display.begin("packing" if folder == "." else f"packing {folder}", expected * 2)
+    size = expected * token_dtype(vocab_size(tokenizer)).itemsize
+    job.display.begin("packing" if folder == "." else f"packing {folder}", size)
     manifest, records = assemble_split(
         job.work,
         split,
@@ -234,7 +235,7 @@ def _complete_already(output_dir: Path, request: dict[str, Any], settings: Setti
     for folder in settings.splits.values():
         if not (output_dir / folder / MANIFEST_FILE).is_file():
             raise taken
-        manifest = read_manifest(output_dir / folder)
+        manifest = read_manifest(output_dir / folder, may_be_empty=settings.part is not None)
         if manifest.preparation is None or manifest.preparation.request_sha256 != request_sha256(request):
             raise taken
         manifests[output_dir / folder] = manifest

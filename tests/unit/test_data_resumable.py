@@ -263,6 +263,20 @@ def test_keys_are_different_over_all_parts(corpus, tmp_path):
     assert keys == sorted(keys)
 
 
+def test_a_part_without_a_held_out_document_is_a_part_all_the_same(tmp_path):
+    write_lines(tmp_path / "a.jsonl", PROSE)
+    source = [Input("", str(tmp_path / "a.jsonl"))]
+    parts = [tmp_path / f"part{number}" for number in (1, 2)]
+    for _ in range(2):  # the second time they are complete already
+        for number, part in enumerate(parts, start=1):
+            prepare_files(source, part, byte_tokenizer(), settings(part=(number, 2), validation_fraction=0.002))
+    held_out = [len(documents_in_or_none(part / "validation")) for part in parts]
+    assert sorted(held_out) == [0, 1]
+    merge(parts, tmp_path / "merged")
+    assert len(documents_in(tmp_path / "merged" / "validation")) == 1
+    assert len(documents_in(tmp_path / "merged" / "train")) == 699
+
+
 def test_more_parts_than_slices_are_an_error_that_says_how_many_there_can_be(corpus, tmp_path):
     with pytest.raises(DataError, match=r"part 1/99: the input can be cut into \d+ slices only"):
         prepare_files(inputs(corpus), tmp_path / "out", byte_tokenizer(), settings(part=(1, 99)))
