@@ -255,11 +255,13 @@ def test_a_tar_is_a_document_a_key_its_text_before_its_json(tmp_path):
         ("a/0003.txt", b"third"),
         ("b/0003.txt", b"fourth"),
         ("b/0004.cls", b"7"),
+        ("b/0005.txt", b"fifth"),
+        ("b/0005.json", b'{"text": "of the fifth"}'),
     ]
     write_tar(tmp_path / "a.tar", members)
     documents, counts = read_counted(tmp_path / "a.tar")
-    assert [document.text for document in documents] == ["text", "from json", "third", "fourth"]
-    assert (counts.documents, counts.ignored) == (4, 2)
+    assert [document.text for document in documents] == ["text", "from json", "third", "fourth", "fifth"]
+    assert (counts.documents, counts.ignored) == (5, 2)
     assert counts.notes[0].endswith("a.tar, member 0001.jpg: neither .txt nor .json")
 
 

@@ -40,13 +40,14 @@ def some_documents(lengths):
 
 # Keys at both ends of the range and on the edges of buckets among random ones.
 KEYS = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2**48 - 1, 2**48, 2**63, 2**64 - 2**48, 2**64 - 1]))
+BUCKETS = st.one_of(st.sampled_from([0, 1, 2**15, NUM_BUCKETS - 1, NUM_BUCKETS]), st.integers(0, NUM_BUCKETS))
 
 
 @settings(max_examples=40)
 @given(keys=st.lists(KEYS, min_size=1, max_size=25, unique=True), data=st.data())
 def test_any_stretch_of_buckets_is_that_of_the_sorted_documents(tmp_path_factory, keys, data):
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=len(keys), max_size=len(keys)))
-    first, last = sorted(data.draw(st.tuples(st.integers(0, NUM_BUCKETS), st.integers(0, NUM_BUCKETS))))
+    first, last = sorted(data.draw(st.tuples(BUCKETS, BUCKETS)))
     documents, directory = some_documents(lengths), tmp_path_factory.mktemp("runs")
     write_runs(directory, keys, documents, tokens_per_run=20)
     runs = Runs(directory, DTYPE)
