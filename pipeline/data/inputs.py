@@ -27,7 +27,7 @@ DATASET = "datasets"
 # Small enough to keep many processes busy to the end, large enough to be worth a file.
 _LARGEST_SLICE = 1 << 25
 _SMALLEST_SLICE = 1 << 16
-_WANTED_SLICES = 256
+_WANTED_SLICES = 64
 _FILES_PER_SLICE = 4096
 
 

@@ -235,7 +235,7 @@ def assemble_split(
     if not shards and settings.part is None:
         which = f" for the {split} split" if settings.validation_fraction else ""
         raise DataError(f"no documents with text{which}; give more input" + (" or another fraction" if which else ""))
-    records = list(work_on(assemble_shard, shards, processes, report))
+    records = list(work_on(assemble_shard, shards, max(1, min(processes, len(shards))), report))
     tokenizer.save(str(directory / TOKENIZER_FILE))
     manifest = Manifest(
         sequence_length=settings.sequence_length,
