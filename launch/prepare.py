@@ -1,21 +1,32 @@
 """Prepare text for training: documents in, a folder of packed shards out.
 
-    python launch/prepare.py --input prose=books/ --input web=crawl.jsonl --output data/mix \\
-        --tokenizer tokenizer.json --sequence-length 2048
+    python launch/prepare.py --input prose=books/ --input web=crawl.jsonl.zst --output data/mix \\
+        --tokenizer tokenizer.json --sequence-length 2048 --validation 0.005
 
-A thin command line over `pipeline.data.prepare`. Exit code 0 when the folder is complete; 2, with one message, when
-something about the arguments or the data has to be mended.
+Killed at any moment, the same command goes on where it was. On a Slurm array, one part of the input a task:
+
+    python launch/prepare.py … --part $SLURM_ARRAY_TASK_ID/8 --output data/parts/$SLURM_ARRAY_TASK_ID      # --array=1-8
+    python launch/shards.py merge data/parts/* --output data/mix
+
+Exit code 0 when the folder is complete; 2, with one message, when something about the arguments or the data has to be mended.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.data.documents import DocumentReader, parse_input, source_names
-from pipeline.data.manifest import DataError, read_manifest
-from pipeline.data.prepare import SAMPLES_PER_SHARD, is_held_out, prepare
-from pipeline.data.tokenizer import load_tokenizer, train_bpe
+from tokenizers import Tokenizer
+
+from pipeline.data.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Counts, Rules
+from pipeline.data.inputs import parse_input, parse_weights, source_names
+from pipeline.data.manifest import DataError, Manifest
+from pipeline.data.packing import PACKINGS
+from pipeline.data.prepare import SAMPLES_PER_SHARD, Settings
+from pipeline.data.progress import Display
+from pipeline.data.resumable import prepare_files
+from pipeline.data.tokenizer import BYTES, byte_tokenizer, declared_end_of_document, load_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,29 +40,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename or options.output}: {error.strerror}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Prepare text for training: tokenise, shuffle, pack and write shards.", allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
         "--input",
         metavar="[NAME=]PATH",
         action="append",
         required=True,
-        help="a .txt file (one document), a .jsonl file (one document a line), a folder or a glob of these; may be "
-        "repeated; with NAMEs selection can be followed per source",
+        help="a .txt file (one document), a .jsonl, .jsonl.gz, .jsonl.zst (one a line) or .parquet (one a row), a webdataset "
+        ".tar with .txt or .json members, a folder or a glob of these, or hf:DIR, a folder saved by the datasets library; may "
+        "be repeated; with NAMEs selection can be followed per source",
     )
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE_OR_DIR", help="a tokenizer.json, or its folder")
-    tokenizer.add_argument("--train-bpe", type=int, metavar="VOCAB_SIZE", help="train a byte-level BPE on the input")
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="FILE|DIR|bytes",
+        help="a tokenizer.json, its folder (a Hugging Face model's), or the bytes of UTF-8",
+    )
+    tokenizer.add_argument(
+        "--train-bpe", type=int, metavar="VOCAB_SIZE", help="train a byte-level BPE on the input, or 1 GiB spread over it"
+    )
+    parser.add_argument("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not found")
     parser.add_argument("--sequence-length", type=int, required=True, metavar="T", help="tokens a row")
-    parser.add_argument("--text-field", default="text", help="the field of a .jsonl line that holds the text")
+    parser.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        default="concat",
+        help="concat: no padding, documents are cut where a row ends; best_fit: only documents longer than a row are cut",
+    )
+    parser.add_argument(
+        "--weight",
+        metavar="NAME=W",
+        action="append",
+        default=[],
+        help="how often the documents of a named input are taken for training: 2.3 is twice, and 30 %% of them once more",
+    )
+    parser.add_argument("--text-field", default="text", help="the field or column that holds the text")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle of the documents")
-    parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="rows in a shard")
+    parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="rows in a shard (best_fit: about)")
     parser.add_argument(
         "--validation",
         type=float,
@@ -59,44 +94,95 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FRACTION",
         help="hold out this fraction of the documents: writes OUTPUT/train and OUTPUT/validation",
     )
+    parser.add_argument(
+        "--on-undecodable",
+        choices=ON_UNDECODABLE,
+        default="skip",
+        help="documents that are not UTF-8, no JSON or without text: leave them out, counted and the first ones named, or stop",
+    )
+    parser.add_argument(
+        "--max-document-bytes", type=int, default=MAX_DOCUMENT_BYTES, metavar="N", help="longer documents are left out, counted"
+    )
+    parser.add_argument("--processes", type=int, default=_cores(), metavar="N", help="default: one a core")
+    parser.add_argument("--part", type=_part, metavar="i/N", help="prepare the i-th (from 1) of N parts of the input")
     return parser
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    if options.processes < 1:
+        raise DataError(f"expected at least 1 process, got {options.processes}")
     inputs = [parse_input(argument) for argument in options.input]
-    documents = DocumentReader(inputs, options.text_field)
-    prepare(
-        documents,
-        options.output,
-        _tokenizer(options, documents),
-        options.sequence_length,
+    tokenizer, end_of_document = _tokenizer(options)
+    settings = Settings(
+        sequence_length=options.sequence_length,
         seed=options.seed,
-        source_names=source_names(inputs),
+        packing=options.packing,
         samples_per_shard=options.samples_per_shard,
         validation_fraction=options.validation,
+        weights=parse_weights(options.weight, source_names(inputs)),
+        part=options.part,
+        end_of_document=end_of_document,
+        rules=Rules(options.text_field, options.max_document_bytes, options.on_undecodable),
     )
-    print(f"{documents.num_documents:,} documents; {documents.num_empty:,} empty left out")
-    for name in ("train", "validation") if options.validation else (".",):
-        _print_summary(options.output / name)
+    with Display() as display:
+        prepared = prepare_files(inputs, options.output, tokenizer, settings, processes=options.processes, display=display)
+    if prepared.was_complete:
+        print(f"{options.output} is complete already, made from the same input with the same settings")
+    _print_counts(prepared.counts)
+    for directory, manifest in prepared.manifests.items():
+        _print_summary(directory, manifest)
 
 
-def _tokenizer(options: argparse.Namespace, documents: DocumentReader):
-    if options.tokenizer is not None:
-        return load_tokenizer(options.tokenizer)
-    # Not on the held-out documents: a validation loss should know nothing of them.
-    texts = (document.text for document in documents if not is_held_out(document.text, options.validation))
-    return train_bpe(texts, options.train_bpe)
+def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, str | None]:
+    """The tokenizer, or the size of the one to train, and the token that ends a document (None: one of the usual)."""
+    if options.train_bpe is not None:
+        return options.train_bpe, options.end_of_document
+    if options.tokenizer == BYTES:
+        return byte_tokenizer(), options.end_of_document
+    tokenizer = load_tokenizer(Path(options.tokenizer))
+    return tokenizer, options.end_of_document or declared_end_of_document(tokenizer, Path(options.tokenizer))
 
 
-def _print_summary(directory: Path) -> None:
-    manifest = read_manifest(directory)
+def _print_counts(counts: Counts) -> None:
+    left_out = {
+        "empty": counts.empty,
+        "undecodable": counts.undecodable,
+        "oversized": counts.oversized,
+        "other members of tars": counts.ignored,
+    }
+    named = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items() if count or kind == "empty")
+    print(f"{counts.documents:,} documents; {named} left out")
+    for note in counts.notes:
+        print(f"left out: {note}", file=sys.stderr)
+
+
+def _print_summary(directory: Path, manifest: Manifest) -> None:
     padding = manifest.num_samples * manifest.sequence_length - manifest.num_tokens
     print(
         f"{directory}: {manifest.num_tokens:,} tokens in {manifest.num_samples:,} rows of {manifest.sequence_length}, "
         f"{len(manifest.shards)} shard(s), {padding:,} positions of padding"
     )
+    if (made := manifest.preparation) and made.documents:
+        positions = max(1, manifest.num_samples * manifest.sequence_length)
+        print(
+            f"  packing {made.packing}: {made.documents_cut / made.documents:.2%} of {made.documents:,} documents cut, "
+            f"{padding / positions:.3%} padding"
+        )
     for source in manifest.sources:
-        print(f"  {source.name}: {source.documents:,} documents, {source.tokens:,} tokens")
+        weight = made.weights.get(source.name, 1.0) if made else 1.0
+        taken = f", weight {weight:g}" if weight != 1 else ""
+        print(f"  {source.name}: {source.documents:,} documents, {source.tokens:,} tokens{taken}")
+
+
+def _part(argument: str) -> tuple[int, int]:
+    number, slash, count = argument.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected i/N with 1 <= i <= N, got {argument!r}")
+    return int(number), int(count)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -1,19 +1,31 @@
-"""Look at prepared shards.
+"""Work on prepared shards.
 
-    python launch/shards.py order DIR --global-batch G --ranks R --steps N [--lanes L] [--seed S] [--workers W] …
+    python launch/shards.py merge PART … --output DIR     join the parts that prepare.py --part made
+    python launch/shards.py verify DIR                    hold every byte against the manifest
+    python launch/shards.py inspect DIR                   totals, lengths, and some rows as text
+    python launch/shards.py index DIR                     adopt token tars that others wrote
+    python launch/shards.py order DIR --global-batch G --ranks R --steps N …
+                                                          a line a sample, `step rank shard key`: what reaches which rank when,
+                                                          read by the code that feeds training
 
-`order` prints a line a sample, `step rank shard key`: what reaches which rank when, read by the code that feeds training.
-Exit code 2, with one message, when something about the arguments or the data has to be mended.
+DIR may also be a folder of prepared folders (train, validation). Exit code 0; 1 if `verify` found damage; 2, with one message,
+when something about the arguments or the data has to be mended.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.config import DataSettings
 from pipeline.data.arrivals import arrivals
-from pipeline.data.manifest import DataError
+from pipeline.data.foreign import index
+from pipeline.data.inspection import inspect
+from pipeline.data.manifest import DataError, Manifest, read_manifest
 from pipeline.data.order import default_lanes
+from pipeline.data.parts import merge, prepared_folders
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.verification import verify
 from pipeline.storage.location import place_of
 
 
@@ -21,18 +33,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
-    except (DataError, ValueError) as error:
+        return options.command(options)
+    except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader has seen enough
         sys.stdout = None
-    return 0
+        return 0
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Look at prepared shards.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    joined = commands.add_parser("merge", help="join parts", allow_abbrev=False)
+    joined.add_argument("parts", type=Path, nargs="+", metavar="PART")
+    joined.add_argument("--output", type=Path, required=True, help="the folder to make")
+    joined.set_defaults(command=_merge)
+
+    verified = commands.add_parser("verify", help="hold every byte against the manifest", allow_abbrev=False)
+    verified.add_argument("directory", type=Path, metavar="DIR")
+    verified.set_defaults(command=_verify)
+
+    inspected = commands.add_parser("inspect", help="totals, lengths, and some rows as text", allow_abbrev=False)
+    inspected.add_argument("directory", type=Path, metavar="DIR")
+    inspected.add_argument("--rows", type=int, default=2, metavar="N", help="rows to show, spread over the folder")
+    inspected.set_defaults(command=_inspect)
+
+    indexed = commands.add_parser("index", help="adopt token tars that others wrote", allow_abbrev=False)
+    indexed.add_argument("directory", type=Path, metavar="DIR")
+    indexed.add_argument("--tokenizer", type=Path, metavar="FILE|DIR", help="with which the ids were made; default: DIR's own")
+    indexed.add_argument("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not found")
+    indexed.add_argument(
+        "--source", action="append", default=[], metavar="NAME", help="the name of source 0, 1, …; may be repeated"
+    )
+    indexed.set_defaults(command=_index)
+
     order = commands.add_parser("order", help="print what reaches which rank in which step", allow_abbrev=False)
     order.add_argument("directory", metavar="DIR", help="prepared shards: a folder or a URL")
     order.add_argument("--global-batch", type=int, required=True, metavar="G", help="rows a step over all ranks")
@@ -44,11 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     order.add_argument("--workers", type=int, default=0, metavar="W", help="loader processes a rank")
     order.add_argument("--start", type=int, default=0, metavar="SAMPLES", help="rows consumed before; a multiple of G")
     order.add_argument("--shuffle-block", type=int, default=DataSettings().shuffle_block, metavar="SAMPLES")
-    order.set_defaults(run=_order)
+    order.set_defaults(command=_order)
     return parser
 
 
-def _order(options: argparse.Namespace) -> None:
+def _order(options: argparse.Namespace) -> int:
     found = arrivals(
         place_of(options.directory),
         world_size=options.ranks,
@@ -63,7 +105,51 @@ def _order(options: argparse.Namespace) -> None:
     )
     for arrival in found:
         print(arrival.step, arrival.rank, arrival.shard, arrival.key)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    for directory, manifest in merge(options.parts, options.output).items():
+        _print_totals(directory, manifest)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    found = 0
+    for folder in prepared_folders(options.directory):
+        problems = verify(options.directory / folder)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        if not problems:
+            _print_totals(options.directory / folder, read_manifest(options.directory / folder), ": whole")
+        found += len(problems)
+    return 1 if found else 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    if options.rows < 0:
+        raise DataError(f"expected at least 0 rows, got {options.rows}")
+    for folder in prepared_folders(options.directory):
+        for line in inspect(options.directory / folder, options.rows):
+            print(line)
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    tokenizer = load_tokenizer(options.tokenizer or options.directory)
+    manifest = index(options.directory, tokenizer, source_names=options.source, end_of_document=options.end_of_document)
+    _print_totals(options.directory, manifest)
+    return 0
+
+
+def _print_totals(directory: Path, manifest: Manifest, remark: str = "") -> None:
+    print(
+        f"{directory}{remark}: {manifest.num_tokens:,} tokens in {manifest.num_samples:,} rows of {manifest.sequence_length}, "
+        f"{len(manifest.shards):,} shard(s)"
+    )
+    for source in manifest.sources:
+        print(f"  {source.name}: {source.documents:,} documents, {source.tokens:,} tokens")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -28,7 +28,7 @@ from pipeline.data.stream import Stream
 _VOCAB_SIZE, _DOCUMENTS = 50_257, 4
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared shards (default: random rows are written)")
     parser.add_argument("--rows", type=int, default=16_384, help="of the random rows")
     parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="of the random rows")

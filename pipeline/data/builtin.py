@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from pipeline.data.documents import Document
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.permutation import WORDS, permutation
-from pipeline.data.prepare import TokenizedDocument, position_by_hash, tokenize, whole_or_absent, write_dataset
+from pipeline.data.prepare import TokenizedDocument, tokenize, whole_or_absent, write_dataset
+from pipeline.data.tokenization import position_by_hash
 from pipeline.data.tokenizer import train_bpe
 
 LIBRARY, NOISE = "library", "noise"

@@ -1,170 +1,260 @@
-"""Documents from files: `.txt` (one document a file) and `.jsonl` (one a line), by file, folder or glob.
+"""Documents from files: what each kind of file holds, and what becomes of text that cannot be used.
 
-The order is that of the inputs, and within a folder or glob that of the sorted paths, so it depends on nothing but the
-input. Nothing is dropped in silence: a file that cannot be read as promised is an error that names file and line, and
-documents without text are counted. Folders are read recursively and through links; names that begin with a dot are left
-out, as a shell's `*` leaves them out.
+`.txt` is one document a file; `.jsonl` (also as `.gz` and `.zst`) one a line, in a field; `.parquet` and `hf:` folders one a
+row, in a column; a `.tar` in webdataset's manner one a key: its member KEY.txt, or if it has none the field of KEY.json.
+
+Nothing is dropped in silence. A document that is empty (nothing but white space), undecodable (not UTF-8, no JSON, no text
+in the field) or oversized (more bytes than a limit, which also bounds what a decompression bomb can take) is counted, and the
+first few are named. Undecodable ones may be made an error instead. What concerns a file and not a document is always an error:
+one that is damaged, or whose first line lacks the field, since then the field's name is wrong.
 """
 
-import glob
 import json
-import os
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
+from pipeline.data.columns import dataset_values, parquet_values
+from pipeline.data.inputs import DATASET, Span
+from pipeline.data.lines import line_name, lines_of
 from pipeline.data.manifest import DataError
+from pipeline.data.tars import members, read_member
 
-ACCEPTED_SUFFIXES = (".txt", ".jsonl")
+# The tokenizers library takes some 120 bytes of memory for each byte of a text: 2 GB for the longest.
+MAX_DOCUMENT_BYTES = 16 << 20
+ON_UNDECODABLE = ("skip", "error")
+_MAX_NOTES = 5
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the name of its source, "" where the inputs have no names."""
+    """A text and the name of its source, "" where the inputs have no names.
+
+    `file` and `position` tell documents apart: the number of the file, and bytes, lines or rows within it.
+    """
 
     text: str
     source: str
+    file: int = field(default=0, compare=False)
+    position: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
-class Input:
-    """One `--input`: a file, folder or glob, and its source's name ("" for none)."""
+class Rules:
+    """How documents are read: the field that holds the text, the most bytes of one, and what to do about undecodable ones."""
 
-    name: str
-    path: str
-
-
-def parse_input(argument: str) -> Input:
-    """Read `NAME=PATH` or `PATH`; a path with an equals sign is written `./a=b.txt`."""
-    name, equals, path = argument.partition("=")
-    if equals and re.fullmatch(r"[A-Za-z0-9_\-]+", name):
-        return Input(name, path)
-    return Input("", argument)
+    text_field: str = "text"
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    on_undecodable: str = "error"
 
 
-def source_names(inputs: Iterable[Input]) -> list[str]:
-    """The distinct names in the order of their first mention; empty if no input has one.
+@dataclass
+class Counts:
+    """What was found in the input; `ignored` counts members of tars that are neither text nor JSON."""
 
-    Raises:
-        DataError: some inputs have names and some have none.
-    """
-    names = list(dict.fromkeys(entry.name for entry in inputs))
-    if "" not in names:
-        return names
-    if len(names) > 1:
-        raise DataError(f"some inputs have names ({', '.join(filter(None, names))}) and some have none: name all or none")
-    return []
+    documents: int = 0
+    empty: int = 0
+    undecodable: int = 0
+    oversized: int = 0
+    ignored: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, other: "Counts") -> None:
+        """Add what was found elsewhere."""
+        for name in ("documents", "empty", "undecodable", "oversized", "ignored"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.notes = (self.notes + other.notes)[:_MAX_NOTES]
+
+    def note(self, text: str) -> None:
+        """Keep an example of what was left out, if there are not enough of them."""
+        if len(self.notes) < _MAX_NOTES:
+            self.notes.append(text)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A document not yet decoded: `text` raises a DataError if it cannot be; None: it is oversized."""
+
+    position: int
+    where: Callable[[], str]
+    text: Callable[[str], str] | None
 
 
 class DocumentReader:
-    """The documents of some inputs; may be iterated again, and counts as it goes.
+    """Reads the documents of spans, and counts.
 
-    `num_documents` and `num_empty` are those of the iteration last begun; empty documents (nothing but white space) are
-    counted and not yielded.
+    `consumed` is the number of bytes of the input that has been read, for progress.
     """
 
-    def __init__(self, inputs: Iterable[Input], text_field: str = "text") -> None:
-        self.inputs = tuple(inputs)
-        self.text_field = text_field
-        self.num_documents = 0
-        self.num_empty = 0
+    def __init__(self, rules: Rules | None = None) -> None:
+        self.rules = rules or Rules()
+        self.counts = Counts()
+        self.consumed = 0
 
-    def __iter__(self) -> Iterator[Document]:
+    def read(self, spans: Iterable[Span]) -> Iterator[Document]:
         """Yield the documents in order.
 
         Raises:
-            DataError: nothing at a path, an unknown suffix, bytes that are not UTF-8, a line without the text field.
+            DataError: a damaged file, a missing field or, if the rules say so, an undecodable document.
         """
-        self.num_documents = self.num_empty = 0
-        for entry in self.inputs:
-            for file in _files(entry.path):
-                for text in _texts(file, self.text_field):
-                    if text.strip():
-                        self.num_documents += 1
-                        yield Document(text, entry.name)
-                    else:
-                        self.num_empty += 1
+        for span in spans:
+            before = self.consumed
+            try:
+                for record in self._records(span):
+                    text = self._decode(record)
+                    if text is not None:
+                        yield Document(text, span.source, span.file, record.position)
+            except OSError as error:
+                raise DataError(f"cannot read {span.path}: {error.strerror or error}") from None
+            self.consumed = before + span.size
+
+    def _decode(self, record: _Record) -> str | None:
+        if record.text is None:
+            self.counts.oversized += 1
+            self.counts.note(f"{record.where()}: more than {self.rules.max_document_bytes:,} bytes")
+            return None
+        try:
+            text = record.text(self.rules.text_field)
+        except _UndecodableError as error:
+            if self.rules.on_undecodable == "error":
+                raise DataError(f"{record.where()}: {error}; mend it, or leave it out with --on-undecodable skip") from None
+            if record.position == 0 and isinstance(error, _MissingFieldError):
+                raise DataError(f"{record.where()}: {error}") from None
+            self.counts.undecodable += 1
+            self.counts.note(f"{record.where()}: {error}")
+            return None
+        if not text or text.isspace():
+            self.counts.empty += 1
+            return None
+        self.counts.documents += 1
+        return text
+
+    def _records(self, span: Span) -> Iterator[_Record]:
+        if span.kind == ".txt":
+            return self._text_file(span)
+        if span.kind == ".tar":
+            return self._tar(span)
+        if span.kind in (".parquet", DATASET):
+            return self._rows(span)
+        return self._json_lines(span)
+
+    def _text_file(self, span: Span) -> Iterator[_Record]:
+        with open(span.path, "rb") as file:
+            data = file.read(self.rules.max_document_bytes + 1)
+        load = None if len(data) > self.rules.max_document_bytes else (lambda _: _decode_lines(data))
+        yield _Record(0, lambda: span.path, load)
+
+    def _json_lines(self, span: Span) -> Iterator[_Record]:
+        before = self.consumed
+        with open(span.path, "rb") as file:
+            lines = lines_of(file, span, self.rules.max_document_bytes)
+            for number, (position, line) in enumerate(lines, start=1):
+                self.consumed = before + min(file.tell() - span.start, span.size)
+                where = line_name(span, number)
+                if line is None:
+                    yield _Record(position, where, None)
+                elif line.strip():
+                    yield _Record(position, where, lambda field, line=line: _text_of_line(line, field))  # type: ignore[misc]
+
+    def _rows(self, span: Span) -> Iterator[_Record]:
+        read = dataset_values if span.kind == DATASET else parquet_values
+        limit = self.rules.max_document_bytes
+        for row, value in read(span.path, self.rules.text_field, span.start, span.end, limit):
+            load = None if value is ... else (lambda _, value=value: _text_of_value(value))
+            yield _Record(row, lambda row=row: f"{span.path}, row {row}", load)  # type: ignore[misc]
+
+    def _tar(self, span: Span) -> Iterator[_Record]:
+        before = self.consumed
+        key: tuple[str, str] | None = None
+        pending: _Record | None = None
+        with open(span.path, "rb") as file:
+            for member in members(Path(span.path)):
+                self.consumed = before + member.header
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                if (folder, stem) != key:
+                    yield from [pending] if pending else []
+                    key, pending = (folder, stem), None
+                if member.is_folder:
+                    continue
+                if not member.is_file or extension not in ("txt", "json"):
+                    self.counts.ignored += 1
+                    self.counts.note(f"{span.path}, member {member.name}: neither .txt nor .json")
+                elif extension == "txt" or pending is None:
+                    pending = self._tar_record(span, file, member, extension)
+            yield from [pending] if pending else []
+
+    def _tar_record(self, span: Span, file: BinaryIO, member: Any, extension: str) -> _Record:
+        def where() -> str:
+            return f"{span.path}, member {member.name}"
+
+        if member.size > self.rules.max_document_bytes:
+            return _Record(member.header, where, None)
+        data = read_member(file, member)
+        load = (lambda _: _decode(data)) if extension == "txt" else (lambda field: _text_of_line(data, field))
+        return _Record(member.header, where, load)
 
 
-def _files(path: str) -> list[Path]:
-    matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-    files = [file for match in matches for file in (_files_below(match) if os.path.isdir(match) else [Path(match)])]
-    if not files:
-        raise DataError(f"no files at {path!r}: expected a file, a folder with files in it, or a glob that matches some")
-    for file in files:
-        if file.suffix not in ACCEPTED_SUFFIXES:
-            raise DataError(
-                f"cannot read {file}: its suffix is not one of {', '.join(ACCEPTED_SUFFIXES)}; "
-                "convert it, or give a glob that leaves it out"
-            )
-    return files
+class _UndecodableError(Exception):
+    pass
 
 
-def _files_below(folder: str) -> list[Path]:
-    files, seen = [], {os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if name[0] != "." and _is_new(os.path.join(parent, name), seen)]
-        files += [Path(parent, name) for name in names if name[0] != "."]
-    return sorted(files)
+class _MissingFieldError(_UndecodableError):
+    pass
 
 
-def _is_new(folder: str, seen: set[str]) -> bool:
-    # A link to a folder already listed would read its files twice, or for ever.
-    real = os.path.realpath(folder)
-    if real in seen:
-        return False
-    seen.add(real)
-    return True
-
-
-def _texts(file: Path, text_field: str) -> Iterator[str]:
+def _decode(data: bytes) -> str:
     try:
-        if file.suffix == ".txt":
-            yield _decode(file.read_bytes(), file, 1)
-        else:
-            yield from _json_lines(file, text_field)
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _json_lines(file: Path, text_field: str) -> Iterator[str]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _text_of(_decode(line, file, number), text_field, f"{file}, line {number}")
-
-
-def _decode(data: bytes, file: Path, first_line: int) -> str:
-    try:
-        return data.decode("utf-8-sig")
+        return data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{file}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 ({error.reason}); convert the file to UTF-8"
-        ) from None
+        raise _UndecodableError(f"byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason})") from None
 
 
-def _text_of(line: str, text_field: str, where: str) -> str:
+def _decode_lines(data: bytes) -> str:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected one JSON object a line: {error}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+        return _decode(data)
+    except _UndecodableError as error:
+        start = error.__context__.start  # type: ignore[union-attr]
+        raise _UndecodableError(f"line {1 + data.count(bytes([10]), 0, start)}: {error}") from None
+
+
+def _text_of_line(line: bytes, text_field: str) -> str:
+    record = _json_object(line)
     if text_field not in record:
         fields = ", ".join(map(repr, list(record)[:8])) or "none"
-        raise DataError(f"{where}: no field {text_field!r}; its fields are {fields}; name the right one with --text-field")
+        raise _MissingFieldError(f"no field {text_field!r}; its fields are {fields}; name the right one with --text-field")
     text = record[text_field]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: expected text in field {text_field!r}, got {type(text).__name__}")
-    return _without_surrogates(text, where)
+    if text is not None and not isinstance(text, str):
+        raise _UndecodableError(f"expected text in field {text_field!r}, got {type(text).__name__}")
+    return _without_surrogates(text or "")
 
 
-def _without_surrogates(text: str, where: str) -> str:
+def _json_object(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(_decode(line))
+    except (ValueError, RecursionError) as error:
+        raise _UndecodableError(f"expected one JSON object a line: {error}") from None
+    if not isinstance(record, dict):
+        raise _UndecodableError(f"expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _text_of_value(value: Any) -> str:
+    if isinstance(value, DataError):
+        raise _UndecodableError(str(value))
+    if isinstance(value, bytes):
+        return _decode(value)
+    if value is not None and not isinstance(value, str):
+        raise _UndecodableError(f"expected text, got {type(value).__name__}")
+    return _without_surrogates(value or "")
+
+
+def _without_surrogates(text: str) -> str:
     # JSON can spell half a surrogate pair (\ud800), which is no character and which no tokenizer takes.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: character {error.start} of the text is half a surrogate pair; mend the line") from None
+        raise _UndecodableError(f"character {error.start} of the text is half a surrogate pair") from None
     return text

@@ -51,10 +51,41 @@ def _as_table(shards: Any, validate: ValidatorFunctionWrapHandler) -> ShardTable
     return shards if isinstance(shards, ShardTable) else ShardTable.of(validate(shards))
 
 
+class InputCounts(Record):
+    """What was found in the input, of all splits together: documents used, and those left out with the reason."""
+
+    documents: Count = 0
+    empty: Count = 0
+    undecodable: Count = 0
+    oversized: Count = 0
+    ignored: Count = 0
+
+
+class Preparation(Record):
+    """How `launch/prepare.py` made the data: enough to know it again, and what packing did.
+
+    `request_sha256` is of all settings and of the input files' names and sizes; `weights` are how often the documents of a
+    named source were taken (1 where it is not named); `part` is "2/8" for the second of eight parts. `documents` are those in
+    this folder, copies included, `documents_cut` those among them that lie in more than one row.
+    """
+
+    request_sha256: Sha256
+    input: InputCounts
+    seed: int
+    packing: str
+    samples_per_shard: Positive
+    validation: float
+    weights: dict[str, float]
+    part: str | None = None
+    documents: Count
+    documents_cut: Count
+
+
 class Manifest(Record):
     """What `manifest.json` says; the JSON's keys are the names of the fields.
 
-    `sources` is empty where the inputs had no names; otherwise a document's source index points into it.
+    `sources` is empty where the inputs had no names; otherwise a document's source index points into it. `preparation` is
+    there if `launch/prepare.py` made the folder.
     """
 
     format_version: int = FORMAT_VERSION
@@ -65,6 +96,7 @@ class Manifest(Record):
     tokenizer_sha256: Sha256
     sources: tuple[Source, ...]
     shards: Annotated[Sequence[Shard], WrapValidator(_as_table), PlainSerializer(list)]
+    preparation: Preparation | None = None
 
     @property
     def num_samples(self) -> int:
@@ -91,19 +123,21 @@ class Manifest(Record):
         return self
 
 
-def read_manifest(directory: Place, access: Access = DIRECT) -> Manifest:
+def read_manifest(directory: Place, access: Access = DIRECT, *, may_be_empty: bool = False) -> Manifest:
     """Read a folder's manifest and check that its files are there and have their sizes.
 
     The files are looked at where that is quick: in a folder of this machine's file systems with up to a few thousand
     shards, of a larger one those of some shards, spread evenly. Whatever is missing or cut beyond that is found when it is
     read, because nothing is used that does not have its checksum.
 
+    `may_be_empty` is for the parts of a data set, one of which may have no held-out document.
+
     Raises:
         DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or the
             tokenizer, a shard or one of its index files is missing or has the wrong size.
     """
     manifest = _parse(_manifest_text(directory, access), str(directory / MANIFEST_FILE))
-    if manifest.num_samples == 0:
+    if manifest.num_samples == 0 and not may_be_empty:
         raise DataError(f"{directory / MANIFEST_FILE} lists no samples; prepare the data again with more documents")
     if isinstance(directory, Path):
         if not (directory / manifest.tokenizer_file).is_file():
@@ -111,7 +145,7 @@ def read_manifest(directory: Place, access: Access = DIRECT) -> Manifest:
                 f"{directory / manifest.tokenizer_file} cannot be found, but {MANIFEST_FILE} names it as the data's tokenizer; "
                 "copy it again from where the data was prepared"
             )
-        for number in range(0, len(manifest.shards), -(-len(manifest.shards) // _MAX_SHARDS_LOOKED_AT)):
+        for number in range(0, len(manifest.shards), 1 + len(manifest.shards) // _MAX_SHARDS_LOOKED_AT):
             _check_sizes_on_disk(directory, manifest.shards[number])
     return manifest
 
@@ -120,7 +154,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `directory/manifest.json`; a reader sees the old file or the new one, never half of one."""
     path = Path(directory) / MANIFEST_FILE
     temporary = path.with_name(f"{MANIFEST_FILE}.tmp")
-    temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

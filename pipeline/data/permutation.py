@@ -8,7 +8,7 @@ keys hashed by SplitMix64 (Steele, Lea and Flood 2014, doi 10.1145/2660193.26601
 import numpy as np
 
 # What is permuted: the first word of a name, so that permutations of different kinds have nothing to do with each other.
-SHARDS, BLOCK, DOCUMENTS, WORDS = 1, 2, 3, 4
+SHARDS, BLOCK, DOCUMENTS, WORDS, COPIES, ROWS = 1, 2, 3, 4, 5, 6
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -18,9 +18,15 @@ _MIX_2 = 0x94D049BB133111EB
 
 def permutation(length: int, *name: int) -> np.ndarray:
     """The permutation of range(length) that belongs to `name` (any integers; their order counts): uint32 [length]."""
-    counters = np.arange(1, length + 1, dtype=np.uint64)
-    keys = _mix(np.uint64(_fold(name)) + counters * np.uint64(_GOLDEN))
-    return np.argsort(keys, kind="stable").astype(np.uint32)
+    return np.argsort(sort_keys(np.arange(length, dtype=np.uint64), *name), kind="stable").astype(np.uint32)
+
+
+def sort_keys(numbers: np.ndarray, *name: int) -> np.ndarray:
+    """The keys, uint64 [n], by which the permutation that belongs to `name` sorts `numbers`, uint64 [n].
+
+    Different numbers have different keys. What need not be numbered through can be shuffled by them piece by piece.
+    """
+    return _mix(np.uint64(_fold(name)) + (numbers + np.uint64(1)) * np.uint64(_GOLDEN))
 
 
 def _mix(keys: np.ndarray) -> np.ndarray:

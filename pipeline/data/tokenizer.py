@@ -1,4 +1,4 @@
-"""The tokenizer: a byte-level BPE of our own, or any `tokenizer.json` of the `tokenizers` library.
+"""The tokenizer: a byte-level BPE of our own, the bytes themselves, or any `tokenizer.json` of the `tokenizers` library.
 
 A tokenizer is known by its *fingerprint*, the sha256 of its map from id to token: two files that differ only in how the JSON
 is laid out are the same tokenizer, and a model trained with one can be fed by the other.
@@ -15,6 +15,7 @@ from pipeline.data.manifest import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+BYTES = "bytes"
 
 # Other families' names for the same thing, in the order in which they are tried.
 _END_OF_DOCUMENT_NAMES = (
@@ -51,8 +52,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer whose ids 0 to 255 are the bytes of UTF-8; 256 is END_OF_DOCUMENT."""
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_characters(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    return tokenizer
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters that stand for bytes in a byte-level vocabulary: the visible ones for themselves, then others."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(_NUM_BYTES) if byte not in visible]
+    stands_for = {byte: byte for byte in visible} | {byte: _NUM_BYTES + number for number, byte in enumerate(others)}
+    return {chr(character): byte for byte, character in stands_for.items()}
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a `tokenizer.json`, or the one in a folder.
+    """Load a `tokenizer.json`, or the one in a folder, as Hugging Face models have it.
 
     Raises:
         DataError: there is no such file, or the `tokenizers` library cannot read it.
@@ -86,18 +104,33 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(tokens, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def end_of_document_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a document.
+def end_of_document_id(tokenizer: Tokenizer, token: str | None = None) -> int:
+    """The id of the token that ends a document: of `token`, or of the first of the names in use.
 
     Raises:
-        DataError: the tokenizer has none of the names in use.
+        DataError: the tokenizer has none of them.
     """
-    for name in _END_OF_DOCUMENT_NAMES:
+    names = _END_OF_DOCUMENT_NAMES if token is None else (token,)
+    for name in names:
         token_id = tokenizer.token_to_id(name)
         if token_id is not None:
             return token_id
-    names = ", ".join(_END_OF_DOCUMENT_NAMES)
-    raise DataError(f"the tokenizer has no end-of-document token: expected one of {names}; add {END_OF_DOCUMENT} to it")
+    raise DataError(
+        f"the tokenizer has no end-of-document token: expected one of {', '.join(names)}; name its own with "
+        f"--end-of-document, or add {END_OF_DOCUMENT} to it"
+    )
+
+
+def declared_end_of_document(tokenizer: Tokenizer, directory: Path) -> str | None:
+    """The `eos_token` of a Hugging Face model's folder, where the tokenizer has none of the names in use; else None."""
+    if any(tokenizer.token_to_id(name) is not None for name in _END_OF_DOCUMENT_NAMES):
+        return None
+    try:
+        declared = json.loads((Path(directory) / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    token = declared.get("content") if isinstance(declared, dict) else declared
+    return token if isinstance(token, str) else None
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:

@@ -1,28 +1,39 @@
-"""Reading documents: which files, in which order, and what is wrong with those that cannot be read."""
+"""Reading documents: every kind of file, the same documents however it is sliced, and nothing left out in silence."""
 
+import gzip
+import io
 import json
+import subprocess
+import sys
+import tarfile
+import zlib
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.data.documents import Document, DocumentReader, Input, parse_input, source_names
+from pipeline.data.documents import Document, DocumentReader, Rules
+from pipeline.data.inputs import input_files, parse_input, slices
 from pipeline.data.manifest import DataError
 
 
-def read(*arguments, text_field="text"):
-    return list(DocumentReader([parse_input(str(argument)) for argument in arguments], text_field))
+def read_counted(*arguments, slice_bytes=1 << 20, **rules):
+    """The documents, and what the reader counted."""
+    reader = DocumentReader(Rules(**rules))
+    files = input_files([parse_input(str(argument)) for argument in arguments])
+    sliced = slices(files, slice_bytes)
+    documents = [document for spans in sliced for document in reader.read(spans)]
+    assert reader.consumed == sum(span.size for spans in sliced for span in spans)
+    assert len({(document.file, document.position) for document in documents}) == len(documents)
+    return documents, reader.counts
 
 
-def test_names_are_parsed_from_the_front_of_an_input():
-    assert parse_input("prose=books/a=b") == Input("prose", "books/a=b")
-    assert parse_input("books/*.txt") == Input("", "books/*.txt")
-    assert parse_input("./a=b.txt") == Input("", "./a=b.txt")
+def read(*arguments, **rules):
+    return read_counted(*arguments, **rules)[0]
 
 
-def test_sources_are_named_all_or_none():
-    assert source_names([Input("web", "a"), Input("prose", "b"), Input("web", "c")]) == ["web", "prose"]
-    assert source_names([Input("", "a"), Input("", "b")]) == []
-    with pytest.raises(DataError, match="name all or none"):
-        source_names([Input("web", "a"), Input("", "b")])
+def texts(*arguments, **rules):
+    return [document.text for document in read(*arguments, **rules)]
 
 
 def test_folders_globs_and_files_are_read_in_the_order_of_their_paths(tmp_path):
@@ -47,11 +58,10 @@ def test_a_link_back_to_a_folder_does_not_read_it_twice(tmp_path):
 
 def test_empty_documents_are_counted(tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
-    (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": "b"}\n')
-    reader = DocumentReader([Input("", str(tmp_path))])
-    for _ in range(2):
-        assert [document.text for document in reader] == ["b"]
-        assert (reader.num_documents, reader.num_empty) == (1, 2)
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": "b"}\n{"text": null}\n')
+    documents, counts = read_counted(tmp_path)
+    assert documents == [Document("b", "")]
+    assert (counts.documents, counts.empty) == (1, 3)
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
@@ -92,8 +102,8 @@ def test_bytes_that_are_not_utf8_are_an_error_that_names_the_line(tmp_path, suff
 
 def test_a_suffix_that_cannot_be_read_is_an_error_that_lists_those_that_can(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "b.parquet").write_text("b")
-    with pytest.raises(DataError, match=r"b.parquet.*\.txt, \.jsonl"):
+    (tmp_path / "b.docx").write_text("b")
+    with pytest.raises(DataError, match=r"b.docx.*\.txt, \.jsonl"):
         read(tmp_path)
 
 
@@ -102,3 +112,252 @@ def test_nothing_at_a_path_is_an_error(tmp_path):
     for path in ("nowhere.txt", "*.jsonl", "empty"):
         with pytest.raises(DataError, match="no files at"):
             read(tmp_path / path)
+
+
+LINES = [{"text": f"Zeile {n}: é€😀 {'x' * (n * 7 % 40)}", "id": n} for n in range(40)] + [{"text": " "}]
+TEXTS = [line["text"] for line in LINES[:-1]]
+
+
+def as_json_lines(lines=LINES):
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+@pytest.fixture(scope="session")
+def lines_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
+    path.write_bytes(as_json_lines().replace(b"\n", b"\n\n", 3).removesuffix(b"\n"))
+    return path
+
+
+@given(slice_bytes=st.integers(1, 400))
+def test_a_jsonl_gives_the_same_documents_however_it_is_cut(lines_file, slice_bytes):
+    whole, counts = read_counted(lines_file)
+    cut, cut_counts = read_counted(lines_file, slice_bytes=slice_bytes)
+    assert [document.text for document in cut] == TEXTS
+    assert [document.position for document in cut] == [document.position for document in whole]
+    assert cut_counts == counts
+
+
+def test_a_bad_line_has_its_number_however_the_file_is_cut(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(as_json_lines() + b"{broken\n")
+    for slice_bytes in (1 << 20, 100, 1):
+        with pytest.raises(DataError, match=r"a\.jsonl, line 42: expected one JSON object a line"):
+            read(path, slice_bytes=slice_bytes)
+
+
+def test_gzipped_lines_are_lines(tmp_path):
+    data = as_json_lines()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data[:500]) + gzip.compress(data[500:]))
+    assert texts(tmp_path / "a.jsonl.gz", slice_bytes=10) == TEXTS
+
+
+def test_zstandard_lines_are_lines(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    data, compress = as_json_lines(), zstandard.ZstdCompressor().compress
+    (tmp_path / "a.jsonl.zst").write_bytes(compress(data[:500]) + compress(data[500:]))
+    assert texts(tmp_path / "a.jsonl.zst", slice_bytes=10) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_compressed_file_that_is_cut_or_damaged_is_an_error_and_not_the_end(tmp_path, suffix):
+    data = as_json_lines([{"text": f"{n} {n * n * n}"} for n in range(3000)])
+    if suffix == ".jsonl.zst":
+        data = pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress(data)
+    else:
+        data = gzip.compress(data)
+    path = tmp_path / f"a{suffix}"
+    for damaged in (data[:-1], data[: len(data) // 2], data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.jsonl.* is damaged: |expected one JSON|not UTF-8"):
+            read(path)
+
+
+def write_parquet(path, column, **options):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.table({"id": list(range(len(column))), "text": column}), path, **options)
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
+def test_rows_of_a_parquet_are_documents_however_it_is_cut(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    column = [*TEXTS, None, ""]
+    if kind == "dictionary":
+        array = pyarrow.array(column).dictionary_encode()
+    else:
+        array = pyarrow.array([c if c is None or kind != "binary" else c.encode() for c in column], getattr(pyarrow, kind)())
+    write_parquet(tmp_path / "a.parquet", array, row_group_size=7)
+    assert len(slices(input_files([parse_input(str(tmp_path))]), 1)) == 6
+    for slice_bytes in (1 << 20, 1000, 1):
+        documents, counts = read_counted(tmp_path, slice_bytes=slice_bytes)
+        assert [document.text for document in documents] == TEXTS
+        assert [document.position for document in documents] == list(range(40))
+        assert counts.empty == 2
+
+
+def test_a_parquet_without_the_column_or_with_numbers_in_it_or_damaged_is_an_error(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [1, 2])
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'body'; its columns are 'id', 'text'; .*--text-field"):
+        read(path, text_field="body")
+    with pytest.raises(DataError, match=r"a\.parquet: expected text in column 'text', got int64"):
+        read(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a\.parquet is not a parquet file"):
+        read(path)
+
+
+def test_a_value_of_a_parquet_that_is_not_utf8_is_undecodable(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "a.parquet", pyarrow.array([b"good", b"\xff", b"long" * 9], pyarrow.binary()))
+    documents, counts = read_counted(tmp_path, on_undecodable="skip", max_document_bytes=30)
+    assert [document.text for document in documents] == ["good"]
+    assert (counts.undecodable, counts.oversized) == (1, 1)
+    assert counts.notes[0].endswith("a.parquet, row 1: byte 0xff is not UTF-8 (invalid start byte)")
+
+
+@pytest.mark.filterwarnings("ignore")  # of dill, which datasets uses to name what it makes
+def test_a_folder_of_the_datasets_library_is_read_by_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": [*TEXTS, None], "id": list(range(41))})
+    data.select(list(range(40, -1, -1))).save_to_disk(tmp_path / "set")
+    for slice_bytes in (1 << 20, 500):
+        documents, counts = read_counted(f"hf:{tmp_path / 'set'}", slice_bytes=slice_bytes)
+        assert [document.text for document in documents] == TEXTS[::-1]
+        assert counts.empty == 1
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "sets")
+    assert texts(f"hf:{tmp_path / 'sets' / 'train'}") == TEXTS
+    with pytest.raises(DataError, match=r"several splits: name one of them, hf:.*{train}"):
+        read(f"hf:{tmp_path / 'sets'}")
+
+
+def test_a_folder_that_datasets_did_not_write_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"save_to_disk at .*, but it has no state\.json"):
+        read(f"hf:{tmp_path}")
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_a_tar_is_a_document_a_key_its_text_before_its_json(tmp_path):
+    members = [
+        ("0001.json", b'{"text": "caption"}'),
+        ("0001.txt", b"text"),
+        ("0001.jpg", b"\xff\xd8"),
+        ("a/0002.json", b'{"text": "from json"}'),
+        ("a/0003.txt", b"third"),
+        ("b/0003.txt", b"fourth"),
+        ("b/0004.cls", b"7"),
+        ("b/0005.txt", b"fifth"),
+        ("b/0005.json", b'{"text": "of the fifth"}'),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    documents, counts = read_counted(tmp_path / "a.tar")
+    assert [document.text for document in documents] == ["text", "from json", "third", "fourth", "fifth"]
+    assert (counts.documents, counts.ignored) == (5, 2)
+    assert counts.notes[0].endswith("a.tar, member 0001.jpg: neither .txt nor .json")
+
+
+def test_links_and_paths_in_a_tar_lead_nowhere(tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    path = tmp_path / "tars" / "a.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("1.txt", tarfile.SYMTYPE), ("2.txt", tarfile.LNKTYPE), ("3.txt", tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, str(tmp_path / "secret.txt")
+            tar.addfile(info)
+        info = tarfile.TarInfo("../../4.txt")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"read"))
+    documents, counts = read_counted(path)
+    assert [document.text for document in documents] == ["read"]
+    assert counts.ignored == 3
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["a.tar", "secret.txt", "tars"]
+
+
+def test_bad_and_large_members_of_a_tar_are_counted(tmp_path):
+    members = [("1.txt", b"\xff"), ("2.txt", b"x" * 101), ("3.json", b"{"), ("4.txt", b""), ("5.txt", b"good")]
+    write_tar(tmp_path / "a.tar", members)
+    documents, counts = read_counted(tmp_path, on_undecodable="skip", max_document_bytes=100)
+    assert [document.text for document in documents] == ["good"]
+    assert (counts.undecodable, counts.oversized, counts.empty) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("on_undecodable", ["skip", "error"])
+def test_undecodable_documents_are_counted_and_named_or_an_error(tmp_path, on_undecodable):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    lines = [b'{"text": "good"}', b"{'text': 1}", b'{"body": "b"}', b'{"text": 5}', b"[1]", b'{"text": "\\ud800"}', b"\xff"]
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines))
+    if on_undecodable == "error":
+        with pytest.raises(DataError, match=r"a\.txt: line 1: byte 0xe9 is not UTF-8 .*; .*--on-undecodable skip"):
+            read(tmp_path, on_undecodable=on_undecodable)
+        return
+    documents, counts = read_counted(tmp_path, on_undecodable=on_undecodable)
+    assert documents == [Document("good", "")]
+    assert (counts.documents, counts.undecodable) == (1, 7)
+    assert len(counts.notes) == 5
+    assert counts.notes[2].endswith(
+        "b.jsonl, line 3: no field 'text'; its fields are 'body'; name the right one with --text-field"
+    )
+
+
+def test_a_wrong_text_field_is_an_error_even_where_undecodable_documents_are_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "b"}\n' * 3)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: no field 'text'; .*--text-field"):
+        read(tmp_path, on_undecodable="skip")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz"])
+def test_oversized_documents_are_counted_and_what_follows_is_read(tmp_path, suffix):
+    lines = [{"text": "before"}, {"text": "x" * 3_000_000}, {"text": "after"}]
+    if suffix == ".txt":
+        for number, line in enumerate(lines):
+            (tmp_path / f"{number}.txt").write_text(line["text"])
+    elif suffix == ".jsonl":
+        (tmp_path / "a.jsonl").write_bytes(as_json_lines(lines))
+    else:
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_json_lines(lines)))
+    documents, counts = read_counted(tmp_path, max_document_bytes=100)
+    assert [document.text for document in documents] == ["before", "after"]
+    assert (counts.documents, counts.oversized) == (2, 1)
+    assert "more than 100 bytes" in counts.notes[0]
+
+
+def test_a_document_of_exactly_the_limit_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 100)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "y" * 88}) + "\n" + json.dumps({"text": "z" * 89}) + "\n")
+    documents, counts = read_counted(tmp_path, max_document_bytes=100)
+    assert [document.text[0] for document in documents] == ["x", "y"]
+    assert counts.oversized == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_decompression_bomb_takes_no_memory(tmp_path, suffix):
+    size = 1 << 28
+    if suffix == ".jsonl.zst":
+        compressor = pytest.importorskip("zstandard").ZstdCompressor().compressobj()
+    else:
+        compressor = zlib.compressobj(1, wbits=31)
+    chunks = [compressor.compress(bytes(1 << 20)) for _ in range(size >> 20)] + [compressor.flush()]
+    (tmp_path / f"bomb{suffix}").write_bytes(b"".join(chunks))
+    script = (
+        "import resource, sys; from pipeline.data.documents import DocumentReader, Rules;"
+        "from pipeline.data.inputs import input_files, parse_input, slices;"
+        "reader = DocumentReader(Rules(max_document_bytes=1 << 20));"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "documents = [d for s in slices(input_files([parse_input(sys.argv[1])]), 1 << 20) for d in reader.read(s)];"
+        "print(len(documents), reader.counts.oversized);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / f"bomb{suffix}")]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.split()
+    assert output[:2] == ["0", "1"]
+    assert int(output[2]) < 100 * 1024  # KiB, of 256 MiB

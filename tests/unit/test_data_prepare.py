@@ -16,8 +16,11 @@ from pipeline.data.prepare import prepare
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.tokenizer import (
     END_OF_DOCUMENT,
+    byte_tokenizer,
+    declared_end_of_document,
     end_of_document_id,
     fingerprint,
+    for_documents,
     load_tokenizer,
     train_bpe,
     vocab_size,
@@ -180,6 +183,28 @@ def test_end_of_document_has_other_names_elsewhere_and_must_have_one():
         end_of_document_id(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
 
 
+def test_the_byte_tokenizers_ids_are_the_bytes():
+    tokenizer = byte_tokenizer()
+    assert (vocab_size(tokenizer), end_of_document_id(tokenizer)) == (257, 256)
+    every_byte = "".join(map(chr, range(0x250))) + "漢字😀 \r\n" + END_OF_DOCUMENT
+    ids = for_documents(tokenizer).encode(every_byte).ids
+    assert ids == list(every_byte.encode())
+    assert tokenizer.decode(ids) == every_byte
+
+
+def test_the_end_of_a_document_may_be_named_or_declared_by_a_models_folder(tmp_path):
+    unusual = Tokenizer(models.WordLevel({"a": 0, "[END]": 1, "[STOP]": 2}, unk_token="a"))
+    assert end_of_document_id(unusual, "[STOP]") == 2
+    with pytest.raises(DataError, match=r"expected one of \[HALT\]; name its own with --end-of-document"):
+        end_of_document_id(unusual, "[HALT]")
+    assert declared_end_of_document(unusual, tmp_path) is None
+    for declared in ("[END]", {"content": "[END]", "lstrip": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": declared}))
+        assert declared_end_of_document(unusual, tmp_path) == "[END]"
+    usual = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "[END]": 2}, unk_token="a"))
+    assert declared_end_of_document(usual, tmp_path) is None
+
+
 def test_what_is_no_tokenizer_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_tokenizer(tmp_path)
@@ -188,9 +213,9 @@ def test_what_is_no_tokenizer_is_an_error(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def command_line(*arguments, cwd):
+def command_line(*arguments, cwd, script="prepare.py"):
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "prepare.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "launch" / script), *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -215,6 +240,46 @@ def test_the_command_line_prepares_named_inputs_with_a_split(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "out" / "train")
     texts = [text for name in ("train", "validation") for text in read_documents(tmp_path / "out" / name, tokenizer)]
     assert sorted(texts) == sorted(TEXTS)
+
+
+def test_the_command_lines_of_parts_merge_verify_inspect_and_index_work_together(tmp_path):
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 40) + "{broken\n\n")
+    (tmp_path / "model").mkdir()
+    train_bpe(TEXTS, 320).save(str(tmp_path / "model" / "tokenizer.json"))
+    arguments = ["--input", "web=web.jsonl", "--tokenizer", "model", "--sequence-length", "128", "--packing", "best_fit"]
+    for part in ("1/2", "2/2"):
+        done = command_line(*arguments, "--part", part, "--output", f"parts/{part[0]}", "--weight", "web=1.5", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "left out: web.jsonl, line 2401: expected one JSON object a line" in done.stderr
+    assert ", 1 undecodable left out" in done.stdout
+    assert "packing best_fit: 0.00% of " in done.stdout
+    assert ", weight 1.5" in done.stdout
+    done = command_line("merge", "parts/1", "parts/2", "--output", "merged", script="shards.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "merged")
+    assert manifest.preparation.input.documents == 2400
+    assert 3500 < manifest.preparation.documents == manifest.sources[0].documents < 3700
+    done = command_line("merge", "parts/1", "parts/1", "--output", "again", script="shards.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "missing: 2/2; there twice or not of it: 1/2, 1/2" in done.stderr
+    done = command_line("verify", "merged", script="shards.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("merged: whole: ")
+    done = command_line("inspect", "merged", "--rows", "1", script="shards.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "input: 2,400 documents; left out: 0 empty, 1 undecodable" in done.stdout
+    assert "the cat sat on the mat" in done.stdout
+    for path in (tmp_path / "merged").iterdir():
+        if path.suffix in (".idx", ".crc32", ".json"):
+            path.unlink()
+    done = command_line("index", "merged", "--tokenizer", "model", "--source", "web", script="shards.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    indexed = read_manifest(tmp_path / "merged")
+    assert (indexed.shards, indexed.sources) == (manifest.shards, manifest.sources)
+    (tmp_path / "merged" / "shard-00001.tar").write_bytes(bytes(indexed.shards[1].bytes))
+    done = command_line("verify", "merged", script="shards.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("shard shard-00001: the sha256 of its tar is ")
 
 
 def test_the_command_line_tells_what_to_mend_without_a_traceback(tmp_path):

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.writer import TarWriter
 
 from pipeline.data.manifest import DataError, Manifest, Source
 from pipeline.data.packing import Row
@@ -88,6 +89,26 @@ def test_webdataset_itself_reads_the_same_samples(tmp_path):
         assert tokens.tolist() == row.tokens.tolist()
         assert np.load(io.BytesIO(sample["documents.npy"])).tolist() == row.lengths.tolist()
         assert np.load(io.BytesIO(sample["sources.npy"])).tolist() == row.sources.tolist()
+
+
+@pytest.mark.parametrize("named_sources", [True, False])
+def test_the_tars_are_byte_for_byte_those_of_webdatasets_writer(tmp_path, named_sources):
+    rows = [*some_rows(40), Row(np.arange(8, dtype=np.uint16), np.ones(8, np.uint32), np.zeros(8, np.uint8))]
+    for count in (1, 3, 41):
+        data_set(tmp_path, rows[-count:], named_sources=named_sources, samples_per_shard=50)
+        expected = io.BytesIO()
+        with TarWriter(expected, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
+            for number, row in enumerate(rows[-count:]):
+                members = {"tokens": row.tokens.astype("<u2"), "documents": row.lengths, "sources": row.sources}
+                arrays = {f"{name}.npy": npy(array) for name, array in members.items() if named_sources or name != "sources"}
+                writer.write({"__key__": f"{number:09d}", **arrays})
+        assert (tmp_path / "shard-00000.tar").read_bytes() == expected.getvalue()
+
+
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
 
 
 def test_index_and_checksums_are_those_of_the_design(tmp_path):

@@ -1,0 +1,172 @@
+"""Foreign shards: token tars that others wrote, with a plain `webdataset.ShardWriter` for one, adopted where they lie.
+
+The tars must hold what `shards` documents: KEY.tokens.npy, KEY.documents.npy and, if sources are to be told apart,
+KEY.sources.npy. They are not touched. Their offsets and checksums are written beside them, then every sample is read by the
+reader that feeds training, and only if all are good the manifest is written. Nothing of a tar is ever extracted, and a member
+that has no business there is an error by its name.
+"""
+
+import io
+import itertools
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest, Shard, Source, write_manifest
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shard_table import NAME
+from pipeline.data.shards import CRC, MAX_SOURCES, OFFSET, write_file
+from pipeline.data.tars import Member, members, read_member
+from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
+from pipeline.data.verification import Totals, count_row, file_sha256
+
+_REQUIRED = {"tokens.npy", "documents.npy"}
+_SOURCES = "sources.npy"
+# A row of four million ids; what is larger is no row, and is not read.
+_MAX_MEMBER_BYTES = 1 << 24
+
+
+def index(
+    directory: Path, tokenizer: Tokenizer, *, source_names: Sequence[str] = (), end_of_document: str | None = None
+) -> Manifest:
+    """Write the manifest and index files of a folder of foreign token tars.
+
+    Args:
+        tokenizer: with which the ids were made.
+        source_names: in the order of the indices in KEY.sources.npy; empty: as many as there are, `source-0` and so on.
+
+    Raises:
+        DataError: a manifest is there already, there are no tars, or a sample is damaged or not what it should be.
+    """
+    directory = Path(directory)
+    if (directory / MANIFEST_FILE).exists():
+        raise DataError(
+            f"{directory / MANIFEST_FILE} is there already; check the folder with `launch/shards.py verify {directory}`"
+        )
+    paths = sorted(directory.glob("*.tar"))
+    if not paths:
+        raise DataError(f"expected shards, *.tar, in {directory}, but there are none")
+    written: list[Path] = []
+    try:
+        manifest = _index(paths, tokenizer, list(source_names), end_of_document, written)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    tokenizer.save(str(directory / TOKENIZER_FILE))
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def _index(
+    paths: Sequence[Path], tokenizer: Tokenizer, source_names: list[str], end_of_document: str | None, written: list[Path]
+) -> Manifest:
+    """Index every tar, then read and count every sample; `written` is told of each file made."""
+    indexed = [_index_tar(path, written) for path in paths]
+    kinds = {kinds for _, kinds in indexed}
+    if len(kinds) > 1:
+        raise DataError(f"some samples of {paths[0].parent} have {_SOURCES} and some have none; it must be all or none")
+    has_sources = _SOURCES in kinds.pop()
+    if source_names and not has_sources:
+        raise DataError(f"sources were named, but the samples have no {_SOURCES}")
+    names = (source_names or [f"source-{number}" for number in range(MAX_SOURCES)]) if has_sources else []
+    manifest = Manifest(
+        sequence_length=_sequence_length(paths[0]),
+        vocab_size=vocab_size(tokenizer),
+        end_of_document_id=end_of_document_id(tokenizer, end_of_document),
+        tokenizer_file=TOKENIZER_FILE,
+        tokenizer_sha256=fingerprint(tokenizer),
+        sources=tuple(Source(name=name, documents=0, tokens=0) for name in names),
+        shards=tuple(shard for shard, _ in indexed),
+    )
+    return _counted(paths[0].parent, manifest, len(source_names))
+
+
+def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
+    if not re.fullmatch(NAME, path.stem):
+        raise DataError(f"the name of {path} must be letters, digits, and _ - . (not first); rename it")
+    offsets, end, kinds = [], 0, set()
+    for key, sample in itertools.groupby(_checked_members(path), key=lambda member: member.name.partition(".")[0]):
+        found = list(sample)
+        names = frozenset(member.name.removeprefix(f"{key}.") for member in found)
+        if len(names) != len(found) or not names >= _REQUIRED:
+            raise DataError(
+                f"shard {path.stem}, sample {key!r}: expected the members {', '.join(sorted(_REQUIRED))} and perhaps "
+                f"{_SOURCES}, each once and together, got {', '.join(member.name for member in found)}"
+            )
+        kinds.add(names)
+        offsets.append(found[0].header)
+        end = found[-1].end
+    if len(kinds) != 1:
+        raise DataError(f"shard {path.stem}: " + ("it has no samples" if not kinds else f"only some samples have {_SOURCES}"))
+    for suffix, array in ((".idx", np.array([*offsets, end], OFFSET)), (".crc32", _checksums(path, [*offsets, end]))):
+        written.append(path.with_name(f"{path.name}{suffix}"))
+        write_file(written[-1], array.tobytes())
+    size, sha256 = path.stat().st_size, file_sha256(path)
+    return Shard(name=path.stem, samples=len(offsets), tokens=0, bytes=size, sha256=sha256), kinds.pop()
+
+
+def _checked_members(path: Path) -> Iterator[Member]:
+    seen: set[str] = set()
+    for member in members(path):
+        where = f"shard {path.stem}, member {member.name!r}"
+        key, _, kind = member.name.partition(".")
+        if not member.is_file:
+            raise DataError(f"{where}: expected plain files, got a folder, link or device; nothing of it was read")
+        if "/" in key or "\\" in key or not key or kind not in _REQUIRED | {_SOURCES}:
+            raise DataError(
+                f"{where}: expected KEY.tokens.npy, KEY.documents.npy and perhaps KEY.{_SOURCES}, whose KEY has neither dots "
+                "nor slashes; nothing of it was read"
+            )
+        if member.size > _MAX_MEMBER_BYTES:
+            raise DataError(
+                f"{where}: it has {member.size:,} bytes, no row is larger than {_MAX_MEMBER_BYTES:,}; it was not read"
+            )
+        if member.name in seen:
+            raise DataError(f"{where}: it is there twice")
+        seen.add(member.name)
+        yield member
+
+
+def _checksums(path: Path, offsets: Sequence[int]) -> np.ndarray:
+    with open(path, "rb") as file:
+        file.seek(offsets[0])
+        return np.array([zlib.crc32(file.read(end - start)) for start, end in itertools.pairwise(offsets)], CRC)
+
+
+def _sequence_length(path: Path) -> int:
+    """The length of the first row; that all others have it too is the reader's check."""
+    with open(path, "rb") as file:
+        row = next(member for member in members(path) if member.name.endswith(".tokens.npy"))
+        stream = io.BytesIO(read_member(file, row))
+    try:
+        version = np.lib.format.read_magic(stream)
+        shape, _, _ = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise DataError(f"shard {path.stem}, member {row.name!r}: {error}") from None
+    if version != (1, 0) or len(shape) != 1 or shape[0] < 1:
+        raise DataError(f"shard {path.stem}, member {row.name!r}: expected an array with one dimension, got shape {shape}")
+    return shape[0]
+
+
+def _counted(directory: Path, manifest: Manifest, num_named: int) -> Manifest:
+    """The manifest with the tokens of shards and sources; sources that nobody named only as far as they occur."""
+    totals = Totals()
+    with closing(ShardReader(directory, manifest)) as reader:
+        shards = [
+            shard.model_copy(
+                update={"tokens": sum(count_row(reader.read(index, row), manifest, totals) for row in range(shard.samples))}
+            )
+            for index, shard in enumerate(manifest.shards)
+        ]
+    used = num_named or int(np.flatnonzero(totals.tokens).max(initial=-1)) + 1
+    sources = [
+        Source(name=source.name, documents=int(totals.documents[number]), tokens=int(totals.tokens[number]))
+        for number, source in enumerate(manifest.sources[:used])
+    ]
+    return manifest.model_copy(update={"shards": tuple(shards), "sources": tuple(sources)})

@@ -1,0 +1,108 @@
+"""Verifying a prepared folder: everything that the manifest says, held against every byte.
+
+Each shard's sha256 and index, each sample's checksum and contents (by the reader that feeds training), and the sums: samples
+and tokens of each shard, documents and tokens of each source. All problems are found, not only the first.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.manifest import DataError, Manifest, Shard, read_manifest
+from pipeline.data.sample import Sample
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shards import MAX_SOURCES
+from pipeline.data.tokenizer import fingerprint, load_tokenizer, vocab_size
+
+_CHUNK = 1 << 20
+_MAX_SAMPLES_NAMED = 5
+
+
+class Totals:
+    """By source, int64 [MAX_SOURCES]: tokens, and documents that end. Stay 0 where sources have no names."""
+
+    def __init__(self) -> None:
+        self.tokens = np.zeros(MAX_SOURCES, np.int64)
+        self.documents = np.zeros(MAX_SOURCES, np.int64)
+
+
+def verify(directory: Path, report: Callable[[Shard], None] = lambda shard: None) -> list[str]:
+    """What is wrong with a prepared folder, one sentence each; empty if nothing is.
+
+    Raises:
+        DataError: the manifest cannot be read, or a file is missing or of another size.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    problems = [*_tokenizer_problems(directory, manifest), *_surplus(directory, manifest)]
+    totals = Totals()
+    reader = ShardReader(directory, manifest)
+    for index, shard in enumerate(manifest.shards):
+        problems += _shard_problems(directory, manifest, index, reader, totals)
+        report(shard)
+    reader.close()
+    return problems if problems else list(_source_problems(manifest, totals))
+
+
+def _shard_problems(directory: Path, manifest: Manifest, index: int, reader: ShardReader, totals: Totals) -> Iterator[str]:
+    shard = manifest.shards[index]
+    found = file_sha256(directory / f"{shard.name}.tar")
+    if found != shard.sha256:
+        yield f"shard {shard.name}: the sha256 of its tar is {found[:12]}…, expected {shard.sha256[:12]}…"
+    tokens, damaged = 0, []
+    for sample in range(shard.samples):
+        try:
+            tokens += count_row(reader.read(index, sample), manifest, totals)
+        except DataError as error:
+            damaged.append(str(error))
+    yield from damaged[:_MAX_SAMPLES_NAMED]
+    if len(damaged) > _MAX_SAMPLES_NAMED:
+        yield f"shard {shard.name}: {len(damaged) - _MAX_SAMPLES_NAMED:,} samples more are damaged"
+    if not damaged and tokens != shard.tokens:
+        yield f"shard {shard.name}: it has {tokens:,} tokens, expected {shard.tokens:,}"
+
+
+def count_row(row: Sample, manifest: Manifest, totals: Totals) -> int:
+    """Add a row to the totals of its sources; returns its tokens."""
+    lengths = row.lengths.astype(np.int64)
+    if row.sources is not None:
+        last = row.tokens[np.cumsum(lengths) - 1]
+        totals.tokens += np.bincount(row.sources, lengths, MAX_SOURCES).astype(np.int64)
+        totals.documents += np.bincount(row.sources[last == manifest.end_of_document_id], minlength=MAX_SOURCES)
+    return int(lengths.sum())
+
+
+def _source_problems(manifest: Manifest, totals: Totals) -> Iterator[str]:
+    for index, source in enumerate(manifest.sources):
+        for kind, found in (("tokens", totals.tokens), ("documents", totals.documents)):
+            expected = getattr(source, kind)
+            if found[index] != expected:
+                yield f"source {source.name}: the shards have {found[index]:,} of its {kind}, expected {expected:,}"
+
+
+def _tokenizer_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
+    try:
+        tokenizer = load_tokenizer(directory / manifest.tokenizer_file)
+    except DataError as error:
+        yield str(error)
+        return
+    if (fingerprint(tokenizer), vocab_size(tokenizer)) != (manifest.tokenizer_sha256, manifest.vocab_size):
+        yield f"{directory / manifest.tokenizer_file} is not the tokenizer that the manifest names; copy it again"
+
+
+def _surplus(directory: Path, manifest: Manifest) -> Iterator[str]:
+    listed = {f"{shard.name}.tar" for shard in manifest.shards}
+    for path in sorted(directory.glob("*.tar")):
+        if path.name not in listed:
+            yield f"{path} is not in the manifest; remove it"
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(_CHUNK), b""):
+            sha256.update(chunk)
+    return sha256.hexdigest()

@@ -1,0 +1,29 @@
+"""The preparing figures: of the same text, by their units, on the command line and in the JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_command_prints_the_figures_that_it_writes(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 2000)
+    command = [sys.executable, str(ROOT / "launch" / "benchmark.py"), "data", "--text", str(tmp_path / "text.txt")]
+    done = subprocess.run(
+        [*command, "--processes", "1", "--json", str(tmp_path / "figures.json")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    speeds = figures["tokens_per_second"]
+    assert figures["characters"] == 48_000
+    assert figures["prepare_over_encode_batch"] == pytest.approx(speeds["prepare"] / speeds["encode_batch"])
+    assert f"prepare / encode_batch         {figures['prepare_over_encode_batch']:8.2f}   (goal: 0.9)" in done.stdout
