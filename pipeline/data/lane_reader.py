@@ -146,7 +146,8 @@ class LaneRounds(IterableDataset):
         if not any(isinstance(each.place, Url) for each in self.sets):
             yield from ((num_rounds, self._read(readers, lanes, first, num_rounds)) for first, num_rounds in self._spans())
             return
-        with ThreadPoolExecutor(1) as ahead:
+        ahead = ThreadPoolExecutor(1)
+        try:
             fetched = None
             for first, num_rounds in self._spans():
                 following = num_rounds, ahead.submit(self._read, readers, lanes, first, num_rounds)
@@ -155,6 +156,9 @@ class LaneRounds(IterableDataset):
                 fetched = following
             if fetched is not None:
                 yield fetched[0], fetched[1].result()
+        finally:
+            # Without waiting, for the reason that `ShardReader.close` has.
+            ahead.shutdown(wait=False, cancel_futures=True)
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         """(first round, number of rounds) of window after window: small ones at first, since somebody is waiting."""

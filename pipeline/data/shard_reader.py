@@ -120,10 +120,11 @@ class ShardReader:
         return found  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Close all files and end all threads; reading starts them again."""
+        """Close all files and let all threads end; reading starts them again."""
         self._open.clear()
         if self._pool is not None:
-            self._pool.shutdown()
+            # Without waiting: an abandoned reader may be collected in the very thread that its requests wait for.
+            self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
     def _together(self, shards: Sequence[int]) -> Iterator[dict[int, list[int]]]:

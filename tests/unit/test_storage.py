@@ -172,6 +172,21 @@ def test_an_epoch_without_a_cache_asks_for_its_bytes_about_once(server):
     assert server.sent - sent <= 1.05 * sum(shard.bytes for shard in stream.manifest.shards)
 
 
+def test_a_reader_that_was_abandoned_may_be_collected_in_any_thread(server):
+    import fsspec.asyn
+
+    batches = Stream(server.url, **SIZES).iterate(0)
+    next(batches)
+    server.always = "delay"
+
+    async def collect(abandoned):
+        abandoned.pop().close()
+
+    holder = [batches]
+    del batches
+    fsspec.asyn.sync(fsspec.asyn.get_loop(), collect, holder, timeout=20)
+
+
 def test_a_server_that_stays_away_is_an_error_after_the_stated_time(server):
     stream = Stream(server.url, **SIZES, access=Access(retry_seconds=0.5))
     server.always = 503
