@@ -238,7 +238,7 @@ class LoggingSettings(Section):
     validation_every: Positive = 500
     """Steps between validations (there is one at the start and one at the end as well)."""
     validation_samples: Positive | None = None
-    """Held-out rows a validation reads; null: all."""
+    """Held-out rows a validation reads, rounded down to a multiple of the lanes but not below it; null: all."""
     deepspeed_level: Literal["debug", "info", "warning", "error"] = "error"
     """What of DeepSpeed's own log is shown."""
 

@@ -42,4 +42,6 @@ def evaluate(
             counted_H = counts.num_valid if training.normalize_by == "valid" else counts.num_selected_H
             num_pairs_H = [total + count for total, count in zip(num_pairs_H, counted_H, strict=True)]
     record = sums.record(loss_scale(num_pairs_H, settings.head_weights), source_names, models.group)
+    # Nothing is foreseen here: what is not trained on needs no gradient.
+    record = {key: value for key, value in record.items() if not key.startswith("prediction_hit_rate")}
     return record | {"corrupt_samples": num_corrupt}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pipeline.assembly import Job, build_run, resolved
 from pipeline.checks import check_data, is_compared
 from pipeline.config import ConfigError, Settings, TrainingSettings
-from pipeline.data.builtin import prepare_builtin
+from pipeline.data.builtin import CORPUS_FILE, prepare_builtin
 from pipeline.data.mixture import read_joined
 from pipeline.data.tokenizer import TOKENIZER_FILE
 from pipeline.model.huggingface import save_model
@@ -102,7 +102,8 @@ def with_builtin_data(job: Job) -> Settings:
     def make() -> None:
         prepare_builtin(directory, settings.data.sequence_length, settings.data.seed, progress=lambda m: _say(job, m))
 
-    made_once(directory, make, job.world)
+    # Looked at even where it is there: another seed or length gives another corpus.
+    made_once(directory / CORPUS_FILE, make, job.world, again=True)
     settings = settings.with_values(
         data={
             "path": directory / "mix",

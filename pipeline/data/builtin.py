@@ -14,6 +14,7 @@ corpus, the same version the same bytes.
 import base64
 import hashlib
 import itertools
+import json
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from pipeline.data.prepare import TokenizedDocument, tokenize, whole_or_absent, 
 from pipeline.data.tokenization import position_by_hash
 from pipeline.data.tokenizer import train_bpe
 
+CORPUS_FILE = "corpus.json"
+"""How the three folders were made; last to be written, so that where it is the corpus is complete."""
 LIBRARY, NOISE = "library", "noise"
 FOLDERS = ("mix", "library", "validation")
 
@@ -64,14 +67,15 @@ def prepare_builtin(
     vocab_size: int = 4096,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Make `directory/mix`, `directory/library` and `directory/validation`, unless `directory` is there already.
+    """Make `directory/mix`, `directory/library` and `directory/validation`, unless they are there already.
 
     Raises:
-        DataError: `directory` exists and holds something else, or this Python carries too little text.
+        DataError: `directory` holds something else or a corpus made otherwise, or this Python carries too little text.
     """
     directory = Path(directory)
+    asked = {"sequence_length": sequence_length, "vocab_size": vocab_size, "seed": seed}
     if directory.exists() and any(directory.iterdir()):
-        _check_existing(directory, sequence_length, vocab_size)
+        _check_existing(directory, asked)
         return
     report = progress or (lambda message: None)
     training, validation = _split(list(standard_library_documents()))
@@ -96,16 +100,21 @@ def prepare_builtin(
                 source_names=names,
                 samples_per_shard=_SAMPLES_PER_SHARD,
             )
+        (partial / CORPUS_FILE).write_text(json.dumps(asked) + "\n", encoding="utf-8")
 
 
-def _check_existing(directory: Path, sequence_length: int, vocab_size: int) -> None:
+def _check_existing(directory: Path, asked: dict[str, int]) -> None:
+    remedy = f"remove {directory}, or choose another run directory"
+    try:
+        made = json.loads((directory / CORPUS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"expected the built-in corpus in {directory}, but it has no {CORPUS_FILE}; {remedy}") from None
+    differing = [key for key, value in asked.items() if made.get(key) != value]
+    if differing:
+        said = ", ".join(f"{key} {made.get(key)} (expected {asked[key]})" for key in differing)
+        raise DataError(f"the built-in corpus in {directory} was made with {said}; {remedy}")
     for name in FOLDERS:
-        manifest = read_manifest(directory / name)
-        if (manifest.sequence_length, manifest.vocab_size) != (sequence_length, vocab_size):
-            raise DataError(
-                f"{directory / name} was prepared with a sequence length of {manifest.sequence_length} and a vocabulary of "
-                f"{manifest.vocab_size}, expected {sequence_length} and {vocab_size}; remove {directory}, or choose another"
-            )
+        read_manifest(directory / name)
 
 
 def _topics() -> list[str]:

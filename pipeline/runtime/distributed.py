@@ -61,8 +61,8 @@ def share_cores(world: World) -> None:
     torch.set_num_threads(max(1, cores // world.local_size))
 
 
-def made_once(path: Path, make: Callable[[], None], world: World) -> None:
-    """Have the first rank run `make` unless `path` exists; the others wait for it however long it takes.
+def made_once(path: Path, make: Callable[[], None], world: World, again: bool = False) -> None:
+    """Have the first rank run `make` unless `path` exists (or `again`); the others wait for it however long it takes.
 
     What `make` raises is raised on every rank; if the first rank dies, the others' wait ends with an error. `make` must
     create `path` by a rename, so that its existence means that it is complete.
@@ -71,7 +71,7 @@ def made_once(path: Path, make: Callable[[], None], world: World) -> None:
     # work begins, so that the others are connected to the first rank and feel it die.
     waiting = dist.new_group(backend="gloo", timeout=timedelta(weeks=1))
     failure: Exception | None = None
-    if world.is_first and not path.exists():
+    if world.is_first and (again or not path.exists()):
         try:
             make()
         except Exception as error:

@@ -34,10 +34,11 @@ def settings_for(world_size: int, micro_steps: int, **training: Any) -> Settings
 
 
 def whole_batch() -> Batch:
-    """Eight rows: the first four are padding alone (so whole micro-batches are), the others hold unequal documents."""
+    """Eight rows: the first two are padding alone (so some rank's whole micro-batch is), the others hold unequal documents,
+    so that no two micro-steps have equally many pairs."""
     generator = torch.Generator().manual_seed(5)
     documents = torch.full((ROWS, TOKENS), -1, dtype=torch.int32)
-    for row, lengths in {4: [14], 5: [3, 6], 6: [1, 2, 11], 7: [5, 5, 1]}.items():
+    for row, lengths in {2: [4, 7], 3: [2, 2, 5], 4: [14], 5: [3, 6], 6: [1, 2, 11], 7: [5, 5, 1]}.items():
         for number, (start, end) in enumerate(pairwise([0, *torch.tensor(lengths).cumsum(0).tolist()])):
             documents[row, start:end] = number
     tokens = torch.randint(VOCAB, (ROWS, TOKENS), generator=generator)
@@ -69,6 +70,12 @@ def all_losses(model: MTPModel, batch: Batch) -> torch.Tensor:
 
 
 def dense_gradient(settings: Settings, world_size: int) -> dict[str, torch.Tensor]:
+    objective, policy = dense_objective(settings, world_size)
+    objective.backward()
+    return {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None}
+
+
+def dense_objective(settings: Settings, world_size: int) -> tuple[torch.Tensor, MTPModel]:
     """The objective by its formula; every pool is a range of consecutive rows, in whose order ties are taken."""
     micro_batch = settings.data.micro_batch
     rows_a_pool = {"global": world_size * micro_batch, "step": ROWS, "rank": micro_batch, "row": 1}
@@ -100,8 +107,7 @@ def dense_gradient(settings: Settings, world_size: int) -> dict[str, torch.Tenso
         total = len(selected) if settings.training.normalize_by == "selected" else sum(map(len, pools))
         for row, t in selected:
             objective = objective + settings.head_weights[head] / HEADS * policy_loss[row, t, head] / total
-    objective.backward()
-    return {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    return objective, policy
 
 
 class Case(NamedTuple):

@@ -93,6 +93,8 @@ def prepare_with_foreign_validation(settings: Settings, run_dir: Path) -> Sequen
 
 
 def test_data_that_the_job_makes_is_compared_with_what_was_named(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    (tmp_path / "run" / "data" / "corpus.json").write_text('{"sequence_length": 16, "vocab_size": 4096, "seed": 0}')
     for name in ("mix", "library", "validation"):
         made = shutil.copytree(tiny_data / "train", tmp_path / "run" / "data" / name)
         manifest = json.loads((made / "manifest.json").read_text())

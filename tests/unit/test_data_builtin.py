@@ -105,8 +105,12 @@ def test_it_is_the_same_every_time_and_what_is_there_is_not_made_again(corpus, t
 
 
 def test_a_corpus_of_other_sizes_or_not_whole_is_an_error(corpus, tmp_path):
-    with pytest.raises(DataError, match=r"sequence length of 128 .*expected 64"):
-        prepare_builtin(corpus, 64, seed=0)
+    with pytest.raises(DataError, match=r"was made with sequence_length 128 \(expected 64\), seed 0 \(expected 7\); remove"):
+        prepare_builtin(corpus, 64, seed=7)
+    (tmp_path / "something").mkdir()
+    (tmp_path / "something" / "else.txt").touch()
+    with pytest.raises(DataError, match=r"expected the built-in corpus in .*, but it has no corpus.json; remove"):
+        prepare_builtin(tmp_path / "something", T, seed=0)
     shutil.copytree(corpus, tmp_path / "copy")
     (tmp_path / "copy" / "library" / MANIFEST_FILE).unlink()
     with pytest.raises(DataError, match=r"manifest.json"):

@@ -13,7 +13,7 @@ from pipeline.micro_step import Models
 from pipeline.model.mtp import MTPModel
 from pipeline.runtime.distributed import World
 from pipeline.runtime.reporting import without_non_finite
-from tests.integration.test_gradients import HEADS, all_losses, dense_model, part_of, settings_for, whole_batch
+from tests.integration.test_gradients import HEADS, all_losses, dense_model, dense_objective, part_of, settings_for, whole_batch
 
 
 def validated(settings: Settings, policy: MTPModel, reference: MTPModel) -> dict[str, Any]:
@@ -33,6 +33,14 @@ def test_held_out_losses_are_means_over_all_valid_pairs() -> None:
         assert record[f"loss_head_{head}"] == pytest.approx(losses[..., head][valid[..., head]].mean().item(), rel=1e-6)
         assert record[f"valid_count_head_{head}"] == valid[..., head].sum()
     assert None not in record.values()
+
+
+@pytest.mark.parametrize("normalize_by", ["valid", "selected"])
+def test_the_held_out_objective_is_the_formula_with_every_batch_a_pool(normalize_by: str) -> None:
+    settings = settings_for(1, 4, normalize_by=normalize_by)
+    record = validated(settings, dense_model(settings), dense_model(settings, num_prediction_heads=1, seed=1))
+    objective, _ = dense_objective(settings, 1)
+    assert record["loss"] == pytest.approx(objective.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

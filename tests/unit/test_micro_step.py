@@ -18,7 +18,7 @@ WAYS = [(pool, exchange) for pool in ("global", "step") for exchange in ("all_ga
 
 
 def collectives_of_a_step() -> list[list[Collective]]:
-    """For each way what this rank calls; the first rank has nothing but padding."""
+    """For each way what this rank calls; the first rank begins with nothing but padding."""
     rank, group = dist.get_rank(), dist.group.WORLD
     settings = settings_for(2, MICRO_STEPS)
     policy, reference = dense_model(settings), dense_model(settings, num_prediction_heads=1, seed=1)

@@ -1,0 +1,71 @@
+"""What the data of a step determines: counts, sizes and scales of unequal micro-steps and ranks against plain counting."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.weighting.objective import StepPlan, plan_step
+from tests.ranks import run_ranks
+
+MICRO_STEPS, ROWS, TOKENS, HEADS, RANKS = 3, 2, 7, 3, 2
+WEIGHTS = [1.0, 0.25, 2.0]
+
+
+def valid_of(rank: int, micro_step: int) -> torch.Tensor:
+    """Unequal everywhere; the second rank's first micro-step has no pair at all, and its third none of the last head."""
+    generator = torch.Generator().manual_seed(10 * rank + micro_step)
+    valid = torch.rand(ROWS, TOKENS, HEADS, generator=generator) < 0.2 + 0.3 * micro_step
+    if rank == 1 and micro_step == 0:
+        valid[:] = False
+    if rank == 1 and micro_step == 2:
+        valid[..., 2] = False
+    return valid
+
+
+def planned(**settings: Any) -> StepPlan:
+    rank = dist.get_rank()
+    valid = [valid_of(rank, micro_step) for micro_step in range(MICRO_STEPS)]
+    return plan_step(valid, torch.tensor([rank + 1, 10]), head_weights=WEIGHTS, group=dist.group.WORLD, **settings)
+
+
+def size(k_percent: float, num_valid: int) -> int:
+    return max(1, math.floor(k_percent * num_valid + 0.5)) if num_valid else 0
+
+
+def pools_of(pool: str, head: int) -> list[int]:
+    """Valid pairs of a head in each pool of the step, over all ranks."""
+    counts = torch.stack(
+        [torch.stack([valid_of(rank, step)[..., head] for rank in range(RANKS)]) for step in range(MICRO_STEPS)]
+    )
+    by_pool = {
+        "global": counts.sum((1, 2, 3)),
+        "step": counts.sum().reshape(1),
+        "rank": counts.sum((2, 3)).flatten(),
+        "row": counts.sum(3).flatten(),
+    }
+    return by_pool[pool].tolist()
+
+
+@pytest.mark.parametrize("normalize_by", ["valid", "selected"])
+@pytest.mark.parametrize("pool", ["global", "step", "rank", "row"])
+def test_counts_sizes_and_scales_are_those_of_the_whole_step(pool: str, normalize_by: str) -> None:
+    plans = run_ranks(planned_with, RANKS, pool, normalize_by)
+    assert plans[0] == plans[1]
+    for head in range(HEADS):
+        in_pools = pools_of(pool, head)
+        selected = sum(in_pools) if head == 0 else sum(size(0.6, count) for count in in_pools)
+        assert plans[0].num_selected_H[head] == selected
+        assert [counts[head] for counts in plans[0].num_valid_AH] == pools_of("global", head)
+        divisor = sum(in_pools) if normalize_by == "valid" else selected
+        assert plans[0].scale_H[head] == WEIGHTS[head] / (HEADS * divisor)
+    sizes = [[size(0.6, count) for count in pools_of(pool, head)] for head in range(1, HEADS)]
+    assert plans[0].pool_selected == ([list(each) for each in zip(*sizes, strict=True)] if pool in ("global", "step") else [])
+    assert plans[0].data == [3, 20]
+    assert len({tuple(counts) for counts in plans[0].num_valid_AH}) == MICRO_STEPS, "unequal, or the test shows nothing"
+
+
+def planned_with(pool: str, normalize_by: str) -> StepPlan:
+    return planned(pool=pool, k_percent=0.6, normalize_by=normalize_by)
