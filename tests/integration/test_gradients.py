@@ -136,7 +136,7 @@ def sharded_gradients(cases: Sequence[Case]) -> list[Answer]:
     from pipeline.runtime.engine import build_reference, initialize_distributed
 
     initialize_distributed(torch.device("cpu"), "error")
-    engines: dict[tuple[int, int, bool], Any] = {}
+    engines: dict[tuple[int, int, bool, str], Any] = {}
     references: dict[str, Any] = {}
     answers = []
     for case in cases:
@@ -145,7 +145,7 @@ def sharded_gradients(cases: Sequence[Case]) -> list[Answer]:
         if case.sharding not in references:
             shape = settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1, "tied_embeddings": False})
             references[case.sharding] = build_reference(shape, None, case.sharding, config)
-        key = (case.stage, case.micro_steps, case.tied)
+        key = (case.stage, case.micro_steps, case.tied, settings.training.activation_checkpointing)
         if key not in engines:
             engines[key] = WatchedEngine(settings, config)
         answers.append(engines[key].step(settings, references[case.sharding], case.prediction))
@@ -253,6 +253,8 @@ OTHERS = {
     "step-two_pass": Case(3, 2, {"selection_pool": "step", "loss_phase": "two_pass"}),
     "rank": Case(3, 2, {"selection_pool": "rank", "normalize_by": "selected"}),
     "row": Case(3, 2, {"selection_pool": "row", "normalize_by": "selected"}),
+    "recompute-all": Case(3, 2, {"activation_checkpointing": "full"}),
+    "recompute-between": Case(3, 2, {"activation_checkpointing": "selective"}),
 }
 
 

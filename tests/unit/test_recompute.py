@@ -1,0 +1,52 @@
+"""Activation checkpointing: the same gradient to the bit, for the work that each kind says."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.model.mtp import MTPModel, initialize_weights
+from tests.unit.test_model import rows, small
+
+PRODUCTS = {"mm", "addmm", "bmm"}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products and attentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.split("::")[1]
+        self.count += name in PRODUCTS or (name.startswith("_scaled_dot_product") and "backward" not in name)
+        return function(*args, **(kwargs or {}))
+
+
+def gradients_and_products(kind: str) -> tuple[dict[str, torch.Tensor], int, int]:
+    """Gradients of a sum over all heads' hidden states, and the products that forward and backward ran."""
+    model = MTPModel(small(num_layers=3), kind)
+    initialize_weights(model)
+    with Products() as forward:
+        total = model.hidden_states(*rows()).square().sum()
+    with Products() as backward:
+        total.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return gradients, forward.count, backward.count
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_the_gradient_is_the_same_to_the_bit(kind: str) -> None:
+    expected, *_ = gradients_and_products("none")
+    found, *_ = gradients_and_products(kind)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_selective_runs_no_product_twice_and_full_runs_all_but_the_last_of_each_block() -> None:
+    _, forward, backward = gradients_and_products("none")
+    assert gradients_and_products("selective")[1:] == (forward, backward)
+    blocks = 2 + 4  # Two of the trunk, four heads; what a block's last product gives is needed by nobody.
+    assert gradients_and_products("full")[1:] == (forward, backward + forward - blocks)
