@@ -7,12 +7,13 @@ A signal is listened for before anything large is loaded, and a person sees a li
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
+from pipeline.runtime.preemption import StopRequest
 
 if TYPE_CHECKING:
     from pipeline.assembly import Job
@@ -76,9 +77,13 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], work:
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """End with this code whatever is still open: after an error the process group is, and its threads abort a process
-    that exits in good order."""
-    if exit_code in (0, EXIT_TRY_AGAIN):
+    """End with this code, whatever is still open and whoever is in a hurry.
+
+    A scheduler that sees one rank end with another code than 0 terminates the others at once, which are about to end with
+    the same; and after an error the process group is still open, whose threads abort a process that exits in good order.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if exit_code == 0:
         sys.exit(exit_code)
     sys.stdout.flush()
     sys.stderr.flush()
