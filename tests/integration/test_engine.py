@@ -136,13 +136,13 @@ def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) ->
         losses = reference(*inputs)
         return poisoned(losses) if is_here("reference loss") else losses
 
-    def maybe_poisoned_policy(*inputs: torch.Tensor, select: Any, scale_H: torch.Tensor) -> Any:
-        def select_among_poisoned(policy_loss_BTK: torch.Tensor) -> Any:
+    def maybe_poisoned_policy(*inputs: torch.Tensor, select: Any, **others: Any) -> Any:
+        def choose_among_poisoned(policy_loss_BTK: torch.Tensor) -> Any:
             if is_here("head 2's loss"):
                 policy_loss_BTK[..., 1][inputs[3][..., 2]] = bad.value  # type: ignore[union-attr]
-            return select(policy_loss_BTK)
+            return select.choose(policy_loss_BTK)
 
-        return engine(*inputs, select=select_among_poisoned, scale_H=scale_H)
+        return engine(*inputs, select=replace(select, choose=choose_among_poisoned), **others)
 
     def poison_head_0(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output * bad.value if bad and is_here("head 0's loss") else output

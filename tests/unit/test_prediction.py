@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeline.config import Settings
+from pipeline.data.consumption import Consumed
 from pipeline.micro_step import Comparison
 from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.metrics import SelectionSums
@@ -76,7 +77,8 @@ def test_json_keeps_every_bit() -> None:
 def test_it_learns_from_applied_steps_of_pools_that_ranks_share_alone(applied: bool, pool: str, level: float) -> None:
     sums = SelectionSums(2, 1, torch.device("cpu"))
     sums.thresholds.append(torch.tensor([3.0]))
-    result = StepResult(StepPlan([[1, 1]], [1, 1], [[1]], [1.0, 1.0], 1), sums, 0.1, 1.0, applied, None, 1.0)
+    plan = StepPlan([[1, 1]], [1, 1], [[1]], [1.0, 1.0], [])
+    result = StepResult(plan, Consumed(9, 9, 0, 0, [9], [1]), [], sums, 0.1, 1.0, applied, None, 1.0, 0.0)
     progress = Progress(prediction=Prediction((1.0,), (0.0,)))
     advance(progress, result, Settings.model_validate({"training": {"selection_pool": pool}}))
     assert progress.prediction.level_K == (level,)

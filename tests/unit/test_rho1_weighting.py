@@ -257,7 +257,7 @@ def training_beside_dense_api() -> tuple[torch.Tensor, torch.Tensor, dict[str, A
     training = TrainingSettings(selection_exchange="radix")
     batch = Batch(tokens, documents, torch.zeros_like(tokens), tuple(map(str, range(len(tokens)))))
     micro = load_micro_batches([batch], 0, HEADS, dist.get_world_size(), rank, torch.device("cpu"))
-    counts = plan(micro, training, [1.0] * HEADS, group)
+    counts, _ = plan(micro, training, [1.0] * HEADS, 1, group)
     (losses,) = selective_losses(Models(policy, reference, "shifted", group), micro, counts, training)
     sums = SelectionSums(HEADS, 1, torch.device("cpu"))
     sums.add(losses, micro[0].valid_BTH, batch.sources_BT)
