@@ -117,13 +117,15 @@ def train_step(run: Run, batches: Iterator[Batch], progress: Progress) -> StepRe
     rate = learning_rate(training, progress.applied_steps)
     set_learning_rate(run.engine, rate)
     sums, applied = SelectionSums(num_heads, num_sources, run.device), False
+    run.engine.module.bad_gradient_rows.clear()
     losses_of_each = selective_losses(run.models, micro_batches, counts, training, progress.prediction)
     for micro, losses in zip(micro_batches, losses_of_each, strict=True):
         sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
         is_last = micro is micro_batches[-1]
         backward(run.engine, losses.loss * all_finite_or_nan(sums) if is_last else losses.loss)
         applied = end_micro_step(run.engine)
-    bad = None if applied else who_met_bad_numbers(sums.bad_rows, [micro.batch.keys for micro in micro_batches])
+    keys = [micro.batch.keys for micro in micro_batches]
+    bad = None if applied else who_met_bad_numbers(sums.bad_rows, run.engine.module.bad_gradient_rows, keys)
     norm = gradient_norm(run.engine)
     seconds = time.perf_counter() - started
     return StepResult(counts, consumed, replaced, sums, rate, norm, applied, bad, seconds, waited)

@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ from pipeline.benchmark.measurement import (
     slowest,
 )
 from pipeline.runtime.table import aligned
-from pipeline.weighting.exchange import DIGITS, all_gather, suited_exchange
+from pipeline.weighting.exchange import DIGITS, all_gather, histogram_dtype, suited_exchange
 from pipeline.weighting.pools import select_local, select_shared
 from pipeline.weighting.selection import num_selected
 
@@ -72,6 +73,8 @@ def _positive(text: str) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures: what was measured, a row for each number of ranks, tokens and way, and what the model says."""
+    if max(options.ranks) * max(options.tokens) > QUANTILE_LIMIT:
+        sys.exit(f"benchmark.py: error: --ranks times --tokens is more than {QUANTILE_LIMIT:,}, which torch.quantile refuses")
     measured = [row for ranks in options.ranks for row in _measured_on(ranks, options)]
     return {
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, gloo",
@@ -88,7 +91,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def predicted(way: str, ranks: int, tokens: int, heads: int) -> list[Collective]:
     """The collectives of one selection, from its shapes."""
     if way == "radix":
-        return [Collective("all_reduce", 4 * heads * size) for size in (*(values for _, values in DIGITS), ranks)]
+        count = histogram_dtype(tokens * ranks).itemsize
+        return [Collective("all_reduce", count * heads * size) for size in (*(values for _, values in DIGITS), ranks)]
     return [] if way == "local" else [Collective("all_gather", 4 * heads * tokens)]
 
 

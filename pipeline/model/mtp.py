@@ -67,6 +67,8 @@ class MTPModel(nn.Module):
         self.heads = nn.ModuleList(Block(settings) for _ in range(settings.num_prediction_heads))
         self.unembed = Unembedding(settings, self.embed.weight)
         self.run_block = block_runner(activation_checkpointing)
+        # For each backward since somebody cleared it bool [B], the rows whose gradient was not finite on its way to the end.
+        self.bad_gradient_rows: list[Tensor] = []
 
     def forward(
         self,
@@ -92,9 +94,14 @@ class MTPModel(nn.Module):
         mask = document_mask(document_ids_BT)
         angles = rotary_angles(tokens_BT.shape[1], self.settings, tokens_BT.device)
         hidden_BTD = self.embed(tokens_BT)
+        if hidden_BTD.requires_grad:
+            hidden_BTD.register_hook(self._note_bad_rows)
         for block in self.trunk:
             hidden_BTD = self.run_block(block, hidden_BTD, angles, mask)
         return torch.stack([self.run_block(head, hidden_BTD, angles, mask) for head in self.heads], dim=2)
+
+    def _note_bad_rows(self, gradient_BTD: Tensor) -> None:
+        self.bad_gradient_rows.append(~torch.isfinite(gradient_BTD).all(dim=2).all(dim=1))
 
 
 def whole(_: nn.Parameter) -> AbstractContextManager[bool]:

@@ -20,6 +20,7 @@ from pipeline.weighting.pools import select_shared
 from pipeline.weighting.selection import num_selected, shifted_reference_loss
 
 IGNORED_LABEL = -100
+_HALF_SUPPORTED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def compute_mtp_selective_weights(
@@ -49,7 +50,8 @@ def compute_mtp_selective_weights(
             is not finite on any of them.
     """
     problem = _problem_with_inputs(policy_logits, ref_logits, labels, attention_mask, k_percent)
-    _raise_on_all_ranks(problem, {"policy_logits": list(policy_logits.shape), "k_percent": k_percent}, group)
+    in_common = {} if problem else {"policy_logits": list(policy_logits.shape), "k_percent": k_percent}
+    _raise_on_all_ranks(problem, in_common, group)
     num_heads = policy_logits.shape[2]
     targets_BTH = _shifted(labels.long(), num_heads, fill=IGNORED_LABEL)
     valid_BTH = _valid_by_mask(attention_mask, num_heads) & (targets_BTH != IGNORED_LABEL)
@@ -83,10 +85,10 @@ def compute_rho1_stats(excess_loss: Tensor, weights: Tensor, attention_mask: Ten
         avg_heads_per_position (selected pairs per valid pair of head 0). None where there is nothing to divide by.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, on any rank of the group and then on all.
+        ValueError: shapes, dtypes or ranges do not fit, on any rank of the group and then on all.
     """
     problem = _problem_with_selection(excess_loss, weights, attention_mask)
-    _raise_on_all_ranks(problem, {"n_future": list(weights.shape[2:])}, group)
+    _raise_on_all_ranks(problem, {} if problem else {"n_future": list(weights.shape[2:])}, group)
     num_heads = weights.shape[2]
     valid_BTH = _valid_by_mask(attention_mask, num_heads) & ~excess_loss.isnan()
     selected_BTH = (weights > 0) & valid_BTH
@@ -152,6 +154,10 @@ def _raise_on_all_ranks(problem: str | None, common: dict[str, Any], group: Grou
 def _problem_with_inputs(
     policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, attention_mask: Tensor, k_percent: float
 ) -> str | None:
+    tensors = {"policy_logits": policy_logits, "ref_logits": ref_logits, "labels": labels, "attention_mask": attention_mask}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            return f"{name}: expected a tensor, got {type(tensor).__name__}"
     if policy_logits.ndim != 4 or 0 in policy_logits.shape:
         return f"policy_logits: expected [batch, seq, n_future, vocab], none of them 0, got {list(policy_logits.shape)}"
     batch, seq, _, vocab = policy_logits.shape
@@ -169,11 +175,17 @@ def _problem_with_inputs(
             return f"{name}: expected a floating-point tensor, got {tensor.dtype}"
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         return f"labels: expected integer token ids, got {labels.dtype}"
+    if labels.dtype in _HALF_SUPPORTED:
+        return f"labels: torch cannot compare {labels.dtype}; pass labels.long()"
     if isinstance(k_percent, bool) or not isinstance(k_percent, (int, float)) or not 0 < k_percent <= 1:
         return f"k_percent: expected a fraction in (0, 1], got {k_percent!r}"
+    if attention_mask.dtype in _HALF_SUPPORTED:
+        return f"attention_mask: torch cannot compare {attention_mask.dtype}; pass attention_mask.long()"
     neither = (attention_mask != 0) & (attention_mask != 1)
     if neither.any():
         return f"attention_mask: expected 1 on tokens and 0 on padding, got {attention_mask[neither][0].item()}"
+    # As int64: -100 in 8 unsigned bits would be 156.
+    labels = labels.long()
     outside = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocab))
     if outside.any():
         return f"labels: expected ids in [0, {vocab}) or {IGNORED_LABEL}, got {labels[outside][0].item()}"
@@ -181,11 +193,21 @@ def _problem_with_inputs(
 
 
 def _problem_with_selection(excess_loss: Tensor, weights: Tensor, attention_mask: Tensor) -> str | None:
-    if excess_loss.ndim != 3 or excess_loss.shape != weights.shape or attention_mask.shape != weights.shape[:2]:
+    for name, tensor in {"excess_loss": excess_loss, "weights": weights, "attention_mask": attention_mask}.items():
+        if not isinstance(tensor, Tensor):
+            return f"{name}: expected a tensor, got {type(tensor).__name__}"
+    fits = excess_loss.ndim == 3 and excess_loss.shape == weights.shape and attention_mask.shape == weights.shape[:2]
+    if not fits or 0 in weights.shape:
         return (
-            "expected excess_loss and weights [batch, seq, n_future] and attention_mask [batch, seq], got "
+            "expected excess_loss and weights [batch, seq, n_future] and attention_mask [batch, seq], none of them 0, got "
             f"{list(excess_loss.shape)}, {list(weights.shape)} and {list(attention_mask.shape)}"
         )
     if not excess_loss.is_floating_point():
         return f"excess_loss: expected a floating-point tensor, got {excess_loss.dtype}"
+    for name, tensor in {"weights": weights, "attention_mask": attention_mask}.items():
+        neither = (tensor != 0) & (tensor != 1)
+        if neither.any():
+            return f"{name}: expected 0 or 1, got {tensor[neither][0].item()}"
+    if excess_loss.isinf().any():
+        return "excess_loss: expected finite values, or NaN where there is no target, got an infinite one"
     return None

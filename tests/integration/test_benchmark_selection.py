@@ -78,6 +78,8 @@ def test_at_a_thousand_gpus_gathering_moves_hundreds_of_megabytes_and_histograms
     assert wire_bytes(histograms, 1024) == pytest.approx(2 * 4 * 3 * (2048 + 2048 + 1024), rel=1e-3)
     assert wire_bytes(ties, 1024) == 2 * 1023 * 4 * 3
     assert predicted("radix", 1024, 16384, 3) == predicted("radix", 1024, 2**20, 3)
+    # From 2**31 pairs on the counts no longer fit into 4 bytes.
+    assert wire_bytes(predicted("radix", 4096, 2**19, 3), 4096) == 2 * wire_bytes(predicted("radix", 4096, 2**18, 3), 4096)
 
 
 def test_bytes_on_the_wire_are_those_of_a_ring() -> None:

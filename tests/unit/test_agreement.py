@@ -25,7 +25,8 @@ def compare() -> tuple[str, str, str]:
         said.append(str(caught.value))
     bad = torch.zeros(2, 3, dtype=torch.bool)
     bad[1, 2] = rank == 1
-    return said[0], said[1], who_met_bad_numbers([torch.zeros_like(bad), bad], [("a", "b"), ("c", "d")])
+    keys, spoilt = [("a", "b"), ("c", "d")], [torch.ones(2, dtype=torch.bool)] * 2
+    return said[0], said[1], who_met_bad_numbers([torch.zeros_like(bad), bad], spoilt, keys)
 
 
 def test_every_rank_learns_which_ranks_differ_and_in_what() -> None:
@@ -35,9 +36,12 @@ def test_every_rank_learns_which_ranks_differ_and_in_what() -> None:
         assert bad == "rank 1, head 2: d"
 
 
-def nothing_bad() -> str:
-    return who_met_bad_numbers([torch.zeros(2, 3, dtype=torch.bool)], [("a", "b")])
+def finite_losses() -> tuple[str, str]:
+    losses, keys = [torch.zeros(2, 3, dtype=torch.bool)], [("a", "b")]
+    own = torch.tensor([False, dist.get_rank() == 1])
+    return who_met_bad_numbers(losses, [own], keys), who_met_bad_numbers(losses, [own & False], keys)
 
 
-def test_where_every_loss_was_finite_it_was_the_gradient() -> None:
-    assert run_ranks(nothing_bad, 2) == ["the gradient (every loss was finite)"] * 2
+def test_where_every_loss_was_finite_it_was_a_gradient() -> None:
+    everywhere = "the gradient of all ranks together (each rank's own was finite)"
+    assert run_ranks(finite_losses, 2) == [("rank 1, gradient: b", everywhere)] * 2

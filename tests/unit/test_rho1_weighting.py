@@ -186,6 +186,9 @@ def said_on_this_rank() -> list[str]:
         {"k_percent": 0.7},
         dict(zip(names, inputs(batch=BATCH + 1), strict=True)),
         {"policy_logits": policy_logits},
+        {"labels": torch.zeros(BATCH, SEQ, dtype=torch.uint16)},
+        {"labels": torch.full((BATCH, SEQ), 156, dtype=torch.uint8)},
+        {"labels": None},
     ):
         with pytest.raises(ValueError) as refused:  # noqa: PT011 (its text is what is compared)
             compute_mtp_selective_weights(**(good | (wrong if rank == 1 else {})), group=dist.group.WORLD)
@@ -206,7 +209,10 @@ def test_wrong_inputs_of_one_rank_are_an_error_on_all() -> None:
         "k_percent: expected the same shape or value on all ranks of the group, got [0.6, 0.7]",
         "policy_logits: expected the same shape or value on all ranks of the group, got [[3, 12, 4, 11], [4, 12, 4, 11]]",
         "policy_logits or ref_logits give a loss that is NaN or infinite on a valid pair",
-        "rank 1: expected excess_loss and weights [batch, seq, n_future] and attention_mask [batch, seq], got "
+        "rank 1: labels: torch cannot compare torch.uint16; pass labels.long()",
+        "rank 1: labels: expected ids in [0, 11) or -100, got 156",
+        "rank 1: labels: expected a tensor, got NoneType",
+        "rank 1: expected excess_loss and weights [batch, seq, n_future] and attention_mask [batch, seq], none of them 0, got "
         "[3, 12, 4], [3, 12, 4] and [3, 13]",
     ]
     assert first == expected
@@ -287,3 +293,22 @@ def test_the_dense_api_equals_the_trainings_own_path(world_size: int) -> None:
 def test_statistics_refuse_shapes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="expected excess_loss and weights"):
         compute_rho1_stats(torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"excess_loss": torch.full((3, 12, 4), math.inf)}, "excess_loss: expected finite values, or NaN"),
+        ({"weights": torch.full((3, 12, 4), 0.5)}, "weights: expected 0 or 1, got 0.5"),
+        ({"attention_mask": torch.full((3, 12), 7)}, "attention_mask: expected 0 or 1, got 7"),
+        (
+            {"excess_loss": torch.zeros(0, 12, 4), "weights": torch.zeros(0, 12, 4), "attention_mask": torch.ones(0, 12)},
+            "none of",
+        ),
+        ({"weights": [1]}, "weights: expected a tensor, got list"),
+    ],
+)
+def test_statistics_of_values_that_make_no_sense_are_refused(change: dict, message: str) -> None:
+    good = {"excess_loss": torch.zeros(3, 12, 4), "weights": torch.ones(3, 12, 4), "attention_mask": torch.ones(3, 12)}
+    with pytest.raises(ValueError, match=message):
+        compute_rho1_stats(**(good | change))
