@@ -208,7 +208,12 @@ def disagreements(run: Any, progress: Any, result: Any) -> list[str]:
     found = [said("global", progress, result), said("global", replace(progress, samples=progress.samples + other), result)]
     found.append(said("global", progress, moved))
     result.sums.thresholds = thresholds
-    return [*found, said("global", progress, result), said("step", progress, result), said("rank", progress, result)]
+    found += [said("global", progress, result), said("step", progress, result), said("rank", progress, result)]
+    # Of a partitioned weight there is only one; of a whole one each rank has its own, which may go astray.
+    for parameter in run.engine.module.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data += other
+    return [*found, said("rank", progress, result)]
 
 
 SHIPPED = {path.stem: json.loads(path.read_text()) for path in DS_CONFIGS.glob("*.json")}
@@ -251,6 +256,8 @@ def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_no
         assert len(set(expected)) == sum(applied)
         assert [step["bad"] for step in seen[::2]] == [None] * (len(bads) + 1)
         differs = "ranks that must hold the same values do not: {}: rank(s) 1 differ from the others"
+        names = [name for name, _ in MTPModel(settings_for(2, 2).model).named_parameters()]
+        astray = differs.format(f"parameter {names[len(applied) // 100 % len(names)]}")
         assert (
             seen[-1]["disagreements"]
             == without[-1]["disagreements"]
@@ -261,6 +268,7 @@ def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_no
                 differs.format("thresholds"),
                 differs.format("thresholds"),
                 "agreed",  # A rank's own pool has a threshold of its own.
+                *([astray] if content["zero_optimization"]["stage"] < 3 else ["agreed"]),
             ]
         )
         # The reference's loss concerns all that is compared with it. Rank 1 has rows 6 and 7 in both micro-steps.

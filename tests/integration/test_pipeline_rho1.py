@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.config import Settings
 from pipeline.recipe import load_settings
@@ -35,6 +36,7 @@ def settings_for(tiny_data: Path, tiny_reference: Path, *more: str) -> Settings:
         f"training.k_percent={K_PERCENT}",
         "logging.metrics_every=1",
         "logging.selection_every=10",
+        "logging.histogram_every=20",
         "checkpoint.every=10",
     ]
     return load_settings(None, [*overrides, *more])
@@ -165,7 +167,12 @@ def test_the_run_directory_explains_itself(pipeline) -> None:
     assert environment["versions"]["deepspeed"] == "0.19.8"
     assert load_settings(run_dir / "config.yaml").training.steps == STEPS
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:08d}"
-    assert list((run_dir / "tensorboard").iterdir())
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    for head in (1, 2, 3):
+        drawn = events.Histograms(f"selection/excess/head_{head}")
+        assert [each.step for each in drawn] == [1, 20, STEPS]
+        counts = [line[f"valid_count_head_{head}"] for line in pipeline["steps"] if line["step"] in (1, 20, STEPS)]
+        assert [each.histogram_value.num for each in drawn] == counts
 
 
 def resume(settings: Settings, run_dir: Path) -> int:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from pipeline.config import ModelSettings
+from pipeline.config import ModelSettings, Settings
 from pipeline.data.manifest import read_manifest
 from pipeline.model.huggingface import save_model
 from pipeline.model.mtp import MTPModel, initialize_weights
-from tests.integration.test_pipeline_rho1 import resume, settings_for
+from tests.integration.test_pipeline_rho1 import job_on_this_rank, resume, settings_for
 from tests.ranks import run_ranks
 
 SHORT = ("training.steps=4", "data.num_workers=0", "training.check_ranks_every=1", "logging.validation_samples=16")
@@ -78,3 +79,26 @@ def test_one_head_selects_everything_whatever_the_score(tiny_data, tiny_referenc
     steps, _ = steps_and_validation(tmp_path)
     assert [(line["selected_ratio_head_0"], line["heads_per_position"]) for line in steps] == [(1.0, 1.0)] * 4
     assert not any(key.startswith("threshold") for key in steps[0])
+
+
+def train_at_rates_of_their_own(settings: Settings, run_dir: Path) -> str:
+    from pipeline.assembly import build_run
+    from pipeline.runtime.agreement import RanksDisagreeError
+    from pipeline.runtime.preemption import StopRequest
+    from pipeline.train import train
+
+    rate = settings.training.learning_rate * (1 + dist.get_rank())
+    job = job_on_this_rank(settings.with_values(training={"learning_rate": rate}), run_dir)
+    try:
+        train(build_run(job, job.settings, run_dir), StopRequest())
+    except RanksDisagreeError as error:
+        return str(error)
+    return "agreed"
+
+
+def test_ranks_that_drift_apart_are_stopped_at_the_next_comparison(tiny_data, tiny_reference, tmp_path) -> None:
+    settings = settings_for(tiny_data, tiny_reference, *SHORT, "training.check_ranks_every=2", "data.num_workers=0")
+    said = run_ranks(train_at_rates_of_their_own, 2, settings, tmp_path)
+    assert said == ["ranks that must hold the same values do not: learning rate: rank(s) 1 differ from the others"] * 2
+    steps, _ = steps_and_validation(tmp_path)
+    assert [line["step"] for line in steps] == [1, 2]

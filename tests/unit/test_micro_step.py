@@ -1,13 +1,32 @@
 """The collectives of a step's objective, from its plan to its metrics: how many, how large, the same on every rank."""
 
+import itertools
+import math
+from typing import Any
+
+import pytest
 import torch
 import torch.distributed as dist
 
 from pipeline.benchmark.measurement import Collective, CollectiveRecorder
-from pipeline.config import TrainingSettings
+from pipeline.config import Settings, TrainingSettings
+from pipeline.data.batch import targets_and_valid
 from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
+from pipeline.model.mtp import MTPModel
 from pipeline.runtime.metrics import EXCESS_BINS, SelectionSums
-from tests.integration.test_gradients import HEADS, ROWS, TOKENS, dense_model, part_of, settings_for, whole_batch
+from pipeline.train import all_finite_or_nan
+from pipeline.weighting.pools import random_scores
+from pipeline.weighting.prediction import Prediction
+from tests.integration.test_gradients import (
+    HEADS,
+    ROWS,
+    TOKENS,
+    all_losses,
+    dense_model,
+    part_of,
+    settings_for,
+    whole_batch,
+)
 from tests.ranks import run_ranks
 
 MICRO_STEPS, SELECTING = 2, HEADS - 1
@@ -61,3 +80,97 @@ def test_a_step_runs_one_plan_one_exchange_a_pool_and_one_reduction_of_metrics()
         assert metrics.kind == "all_reduce"
         # Two sources, each with a histogram for each selecting head, and some sums.
         assert 0 < metrics.payload - 8 * 2 * SELECTING * EXCESS_BINS < 1000
+
+
+def agreed_on_finite() -> tuple[list[Collective], float, float]:
+    sums = SelectionSums(HEADS, 1, torch.device("cpu"))
+    with CollectiveRecorder() as recorder:
+        before = all_finite_or_nan(sums)
+    sums.finite &= dist.get_rank() == 0
+    return recorder.collectives, before.item(), all_finite_or_nan(sums).item()
+
+
+def test_one_flag_a_step_says_whether_every_rank_met_finite_numbers_alone() -> None:
+    for collectives, before, after in run_ranks(agreed_on_finite, 2):
+        assert collectives == [Collective("all_reduce", 4)]
+        assert before == 1.0
+        assert math.isnan(after)
+
+
+SETTINGS = list(
+    itertools.product(
+        ("global", "step", "rank", "row"),
+        ("excess", "policy_loss", "random"),
+        ("shifted", "matched"),
+        ("predicted", "two_pass"),
+    )
+)
+FIRST_ROW, SEED = 1000, 5
+
+
+def references(settings: Settings) -> dict[str, MTPModel]:
+    return {"shifted": dense_model(settings, num_prediction_heads=1, seed=1), "matched": dense_model(settings, seed=2)}
+
+
+def selected_in_each_way() -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """For each of the settings what this rank selects in its micro-steps, bool [A, B, T, K], and the step's metrics."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    settings = settings_for(2, MICRO_STEPS)
+    policy, frozen, rows = dense_model(settings), references(settings), settings.data.micro_batch
+    found = []
+    for pool, score, horizon, loss_phase in SETTINGS:
+        training = settings.training.model_copy(
+            update={
+                "selection_pool": pool,
+                "selection_score": score,
+                "loss_phase": loss_phase,
+                "selection_seed": SEED,
+            }
+        )
+        starts = [(micro_step * 2 + rank) * rows for micro_step in range(MICRO_STEPS)]
+        batches = [part_of(whole_batch(), slice(start, start + rows)) for start in starts]
+        micro_batches = load_micro_batches(batches, FIRST_ROW, HEADS, 2, rank, torch.device("cpu"))
+        counts, _ = plan(micro_batches, training, [1.0] * HEADS, 1, group)
+        sums, masks = SelectionSums(HEADS, 1, torch.device("cpu")), []
+        models = Models(policy, frozen[horizon], horizon, group)
+        expected = Prediction((0.1, 0.2, 0.3), (0.01,) * 3)
+        losses_of_each = selective_losses(models, micro_batches, counts, training, expected)
+        for micro, losses in zip(micro_batches, losses_of_each, strict=True):
+            sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
+            masks.append(losses.selection.selected_BTK)
+        found.append((torch.stack(masks), sums.record(counts.scale_H, ("",), group)))
+    return found
+
+
+def test_every_pool_score_and_horizon_selects_what_a_sort_of_the_whole_pool_does() -> None:
+    settings, batch = settings_for(2, MICRO_STEPS), whole_batch()
+    policy, frozen, rows = dense_model(settings), references(settings), settings.data.micro_batch
+    _, valid = targets_and_valid(batch.tokens_BT, batch.document_ids_BT, HEADS)
+    with torch.no_grad():
+        policy_loss, next_token = all_losses(policy, batch), all_losses(frozen["shifted"], batch)[..., 0]
+        compared = {"shifted": torch.zeros_like(policy_loss), "matched": all_losses(frozen["matched"], batch)}
+    for head, t in itertools.product(range(HEADS), range(TOKENS)):
+        if t + 1 + head < TOKENS:
+            compared["shifted"][:, t, head] = next_token[:, t + head]
+    drawn = random_scores(SEED, torch.arange(FIRST_ROW, FIRST_ROW + ROWS), TOKENS, SELECTING)
+    assert len(set(drawn.flatten().tolist())) > 0.99 * drawn.numel()
+    for (pool, score, horizon, _), *answers in zip(SETTINGS, *run_ranks(selected_in_each_way, 2), strict=True):
+        excess = (policy_loss - compared[horizon])[..., 1:]
+        scores = {"excess": excess, "policy_loss": policy_loss[..., 1:], "random": drawn}[score]
+        rows_a_pool = {"global": 2 * rows, "step": ROWS, "rank": rows, "row": 1}[pool]
+        found = torch.cat([answers[rank][0][step] for step in range(MICRO_STEPS) for rank in range(2)])
+        assert answers[0][1] == answers[1][1]
+        for head in range(1, HEADS):
+            chosen, weighted = set(), []
+            for first in range(0, ROWS, rows_a_pool):
+                pairs = [(row, t) for row, t in valid[..., head].nonzero().tolist() if first <= row < first + rows_a_pool]
+                count = max(1, math.floor(0.6 * len(pairs) + 0.5)) if pairs else 0
+                top = sorted(pairs, key=lambda pair: (-scores[(*pair, head - 1)].item(), pair))[:count]
+                chosen |= set(top)
+                if top:
+                    weighted += [scores[(*top[-1], head - 1)].item()] * len(pairs)
+            assert {tuple(pair) for pair in found[..., head - 1].nonzero().tolist()} == chosen, (pool, score, horizon)
+            record = answers[0][1]
+            assert record[f"threshold_head_{head}"] == pytest.approx(sum(weighted) / len(weighted), abs=1e-5)
+            here = valid[..., head]
+            assert record[f"excess_mean_head_{head}"] == pytest.approx(excess[..., head - 1][here].mean().item(), abs=1e-5)
