@@ -40,7 +40,7 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of each loop, and the stream's with one worker as a multiple of webdataset's."""
     with tempfile.TemporaryDirectory() as scratch:
-        directory = options.data or _random_rows(Path(scratch), options.rows, options.sequence_length)
+        directory = options.data or random_rows(Path(scratch), options.rows, options.sequence_length)
         loops: dict[str, Callable[[], int]] = {
             "webdataset, bare": lambda: _webdataset(directory),
             "stream, 1 worker": lambda: _stream(directory, options, 1),
@@ -73,18 +73,18 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _random_rows(directory: Path, num_rows: int, sequence_length: int) -> Path:
+def random_rows(directory: Path, num_rows: int, sequence_length: int, vocab_size: int = _VOCAB_SIZE) -> Path:
     draw = np.random.default_rng(0)
     lengths = np.full(_DOCUMENTS, sequence_length // _DOCUMENTS, np.uint32)
     rows = (
-        Row(draw.integers(0, _VOCAB_SIZE, sequence_length, np.uint32), lengths, np.zeros(_DOCUMENTS, np.uint8))
+        Row(draw.integers(0, vocab_size, sequence_length, np.uint32), lengths, np.zeros(_DOCUMENTS, np.uint8))
         for _ in range(num_rows)
     )
-    shards = write_shards(rows, directory, vocab_size=_VOCAB_SIZE, samples_per_shard=4096, named_sources=True)
+    shards = write_shards(rows, directory, vocab_size=vocab_size, samples_per_shard=4096, named_sources=True)
     (directory / "tokenizer.json").touch()
     manifest = Manifest(
         sequence_length=sequence_length,
-        vocab_size=_VOCAB_SIZE,
+        vocab_size=vocab_size,
         end_of_document_id=0,
         tokenizer_file="tokenizer.json",
         tokenizer_sha256="0" * 64,

@@ -1,0 +1,192 @@
+"""A whole training step, beside plain next-token training of the same trunk and beside the way it was done first.
+
+    next_token  trunk and one head, no reference
+    mtp         four heads, each on every pair, no reference
+    selective   four heads, selection, live reference: the pipeline as it is
+    origin      the first way: the policy runs twice, once to score and once to train, policy and reference make full logits,
+                and `torch.quantile` over the rank's own excess losses is the threshold
+
+One rank each, in a process of its own, on the same rows, round by round in turn (on CUDA one after the other, because the
+device's memory holds only one). What a step should cost is computed from its matrix products and attention; on a CPU,
+whose attention goes through a mask, every query meets every key.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.assembly import Job, build_run
+from pipeline.benchmark.streaming import random_rows
+from pipeline.benchmark.variants import Round, in_turn, medians, timed
+from pipeline.config import ModelSettings, Settings
+from pipeline.data.batch import Batch
+from pipeline.micro_step import load_micro_batches
+from pipeline.model.reference import losses_by_head
+from pipeline.model.transformer import attention_head_dim, ffn_dim
+from pipeline.runtime.checkpoint import Progress
+from pipeline.runtime.distributed import device_of, find_world
+from pipeline.runtime.engine import backward, end_micro_step, initialize_distributed
+from pipeline.train import Run, advance, train_step
+from pipeline.weighting.selection import Select, select_all
+
+K_PERCENT, HEADS = 0.6, 4
+WARM_UP_ROUNDS = 2
+VARIANTS = ("next_token", "mtp", "selective", "origin")
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from its makers' data sheets (SXM)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=int, default=8, help="depth of the next-token path (default: 8)")
+    parser.add_argument("--dim", type=int, default=512, metavar="D", help="default: 512")
+    parser.add_argument("--attention-heads", type=int, default=8, help="default: 8")
+    parser.add_argument("--vocabulary", type=int, default=8192, metavar="V", help="default: 8192")
+    parser.add_argument("--sequence-length", type=int, default=512, metavar="T", help="default: 512")
+    parser.add_argument("--rows", type=int, default=4, metavar="B", help="rows of a step (default: 4)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps, after two that warm up (default: 5)")
+    parser.add_argument("--threads", type=int, default=0, help="of each variant on a CPU (default: all cores)")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, tokens a second and peak memory of each variant's step, and what they are of next_token's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        rounds = WARM_UP_ROUNDS + options.rounds
+        directory = random_rows(Path(scratch), options.rows * (rounds + 1), options.sequence_length, options.vocabulary)
+        variants = [(name, directory, vars(options)) for name in VARIANTS]
+        groups = [[variant] for variant in variants] if torch.cuda.is_available() else [variants]
+        measured = [answers for group in groups for answers in in_turn(_prepare, group, rounds)]
+    figures: dict[str, dict[str, float]] = {
+        name: medians(answers[WARM_UP_ROUNDS:], ("seconds", "peak_bytes"))
+        for name, answers in zip(VARIANTS, measured, strict=True)
+    }
+    shape = shape_of(vars(options))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    tokens, plain = options.rows * options.sequence_length, figures["next_token"]
+    for name, own in figures.items():
+        flops = tokens * flops_a_token(name, shape, options.sequence_length)
+        own["tokens_per_second"] = tokens / own["seconds"]
+        own["time_ratio"] = own["seconds"] / plain["seconds"]
+        own["peak_ratio"] = own["peak_bytes"] / plain["peak_bytes"]
+        own["flop_ratio"] = flops / (tokens * flops_a_token("next_token", shape, options.sequence_length))
+        own["time_over_flops"] = own["time_ratio"] / own["flop_ratio"]
+        if peak_flops is not None:
+            own["mfu"] = flops / own["seconds"] / peak_flops
+    return {"variants": figures, "device": device, "torch": torch.__version__, "shape": shape.model_dump(mode="json")}
+
+
+def table(figures: dict[str, Any]) -> str:
+    lines = [f"{'':12}{'seconds':>10}{'tokens/s':>10}{'peak MiB':>10}{'time':>8}{'FLOPs':>8}{'time/FLOPs':>12}{'MFU':>8}"]
+    for name, own in figures["variants"].items():
+        mfu = f"{own['mfu']:.1%}" if "mfu" in own else "-"
+        lines.append(
+            f"{name:12}{own['seconds']:>10.3f}{own['tokens_per_second']:>10,.0f}{own['peak_bytes'] / 2**20:>10,.0f}"
+            f"{own['time_ratio']:>8.3f}{own['flop_ratio']:>8.3f}{own['time_over_flops']:>12.3f}{mfu:>8}"
+        )
+    lines.append(f"(time and FLOPs as multiples of next_token's; peak above what was in use before; {figures['device']})")
+    return "\n".join(lines)
+
+
+def flops_a_token(variant: str, shape: ModelSettings, sequence_length: int) -> float:
+    """Of a whole step, forward and backward: two for each weight of a matrix and token, and attention's two products."""
+    query_dim = shape.num_attention_heads * attention_head_dim(shape)
+    key_dim = (shape.num_key_value_heads or shape.num_attention_heads) * attention_head_dim(shape)
+    weights = shape.dim * (2 * query_dim + 2 * key_dim + 3 * ffn_dim(shape))
+    block = 2 * weights + 4 * sequence_length * query_dim
+    assert shape.vocab_size is not None
+    logits = 2 * shape.dim * shape.vocab_size
+    trunk = (shape.num_layers - 1) * block
+    reference = trunk + block + logits
+    all_heads = trunk + HEADS * (block + logits)
+    return {
+        "next_token": 3 * (trunk + block + logits),
+        "mtp": 3 * all_heads,
+        # Backward makes two products of each of forward's; of logits only for what is selected.
+        "selective": 3 * (trunk + HEADS * block) + (HEADS + 2 + 2 * K_PERCENT * (HEADS - 1)) * logits + reference,
+        "origin": 4 * all_heads + reference,
+    }[variant]
+
+
+def shape_of(options: dict[str, Any]) -> ModelSettings:
+    return ModelSettings(
+        dim=options["dim"],
+        num_layers=options["layers"],
+        num_attention_heads=options["attention_heads"],
+        vocab_size=options["vocabulary"],
+        num_prediction_heads=HEADS,
+    )
+
+
+def settings_of(variant: str, directory: Path, options: dict[str, Any]) -> Settings:
+    compared = variant in ("selective", "origin")
+    shape = shape_of(options).model_copy(update={"num_prediction_heads": 1 if variant == "next_token" else HEADS})
+    return Settings.model_validate(
+        {
+            "data": {
+                "path": directory,
+                "sequence_length": options["sequence_length"],
+                "global_batch": options["rows"],
+                "micro_batch": options["rows"],
+                "num_workers": 0,
+            },
+            "model": shape.model_dump(),
+            "reference": {"training_steps": 1, "training_data": directory} if compared else {},
+            "training": {"k_percent": K_PERCENT if compared else 1.0, "warmup_steps": 0},
+        }
+    )
+
+
+def _prepare(variant: str, directory: Path, options: dict[str, Any]) -> Round:
+    world = find_world()
+    device = device_of(world)
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    initialize_distributed(device, "error")
+    settings = settings_of(variant, directory, options)
+    content = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
+    run = build_run(Job(settings, content, directory / "run", world, device), settings, directory / "run", dry=True)
+    batches, progress = run.stream.iterate(0), Progress()
+
+    def one_step() -> None:
+        if variant == "origin":
+            step_of_the_origin(run, next(batches))
+        else:
+            advance(progress, train_step(run, batches, progress), settings)
+
+    def measured(number: int) -> dict[str, float]:
+        _, seconds, peak_bytes = timed(one_step, device)
+        return {"seconds": seconds, "peak_bytes": peak_bytes}
+
+    return measured
+
+
+def step_of_the_origin(run: Run, batch: Batch) -> None:
+    """Score, compare, take what lies above the quantile, run again and train."""
+    (micro,) = load_micro_batches([batch], 0, HEADS, 1, 0, run.device)
+    valid_BTK = micro.valid_BTH[..., 1:]
+    ones_H = torch.ones(HEADS, device=run.device)
+    everything = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, valid_BTK))
+    with torch.no_grad():
+        policy_loss_BTH = run.engine(*micro.inputs, select=everything, scale_H=ones_H, dense=True).policy_loss_BTH
+        reference: Any = run.models.reference
+        assert reference is not None
+        next_token_inputs = (*micro.inputs[:2], micro.targets_BTH[..., :1], micro.valid_BTH[..., :1])
+        none = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, valid_BTK[..., :0]))
+        scored = reference(*next_token_inputs, select=none, scale_H=ones_H[:1], dense=True)
+        columns_BTC = torch.nn.functional.pad(scored.policy_loss_BTH[:, :-1], (0, 0, 1, 0))
+        excess_BTH = policy_loss_BTH - losses_by_head(columns_BTC, "shifted", HEADS)
+    selected_BTK = torch.stack(list(_above_quantile(excess_BTH[..., 1:], valid_BTK)), dim=-1)
+    chosen = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, selected_BTK))
+    scale_H = ones_H / HEADS / torch.stack([micro.valid_BTH[..., 0].sum(), *selected_BTK.sum((0, 1))])
+    backward(run.engine, run.engine(*micro.inputs, select=chosen, scale_H=scale_H, dense=True).loss)
+    end_micro_step(run.engine)
+
+
+def _above_quantile(excess_BTK: Tensor, valid_BTK: Tensor) -> Iterator[Tensor]:
+    for excess_BT, valid_BT in zip(excess_BTK.unbind(-1), valid_BTK.unbind(-1), strict=True):
+        yield valid_BT & (excess_BT >= torch.quantile(excess_BT[valid_BT], 1 - K_PERCENT))
