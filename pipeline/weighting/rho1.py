@@ -20,7 +20,7 @@ from pipeline.weighting.pools import select_shared
 from pipeline.weighting.selection import num_selected, shifted_reference_loss
 
 IGNORED_LABEL = -100
-_HALF_SUPPORTED = (torch.uint16, torch.uint32, torch.uint64)
+_NOT_COMPARABLE = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def compute_mtp_selective_weights(
@@ -175,11 +175,11 @@ def _problem_with_inputs(
             return f"{name}: expected a floating-point tensor, got {tensor.dtype}"
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         return f"labels: expected integer token ids, got {labels.dtype}"
-    if labels.dtype in _HALF_SUPPORTED:
+    if labels.dtype in _NOT_COMPARABLE:
         return f"labels: torch cannot compare {labels.dtype}; pass labels.long()"
     if isinstance(k_percent, bool) or not isinstance(k_percent, (int, float)) or not 0 < k_percent <= 1:
         return f"k_percent: expected a fraction in (0, 1], got {k_percent!r}"
-    if attention_mask.dtype in _HALF_SUPPORTED:
+    if attention_mask.dtype in _NOT_COMPARABLE:
         return f"attention_mask: torch cannot compare {attention_mask.dtype}; pass attention_mask.long()"
     neither = (attention_mask != 0) & (attention_mask != 1)
     if neither.any():
