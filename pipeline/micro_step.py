@@ -19,7 +19,7 @@ from pipeline.config import TrainingSettings
 from pipeline.data.batch import Batch, targets_and_valid
 from pipeline.data.consumption import Consumed, count
 from pipeline.model.reference import Reference, losses_by_head, reference_columns
-from pipeline.weighting.exchange import Group
+from pipeline.weighting.exchange import Group, on_device
 from pipeline.weighting.loss_phase import HeadLosses
 from pipeline.weighting.objective import StepPlan, plan_step
 from pipeline.weighting.pools import SHARED_POOLS, random_scores, score, select_local, select_shared
@@ -30,17 +30,23 @@ from pipeline.weighting.selection import Select, Selection, select_all
 @dataclass(frozen=True)
 class MicroBatch:
     """A batch on the device, with what each head has to predict in it (int64, bool [B, T, H]) and the numbers of its
-    rows in the order of the whole run (int64 [B])."""
+    rows in the order of the whole run (int64 [B]). num_valid_H: valid pairs of each head; None if the host does not know."""
 
     batch: Batch
     targets_BTH: Tensor
     valid_BTH: Tensor
     rows_B: Tensor
+    num_valid_H: Sequence[int] | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a model's forward takes."""
         return self.batch.tokens_BT, self.batch.document_ids_BT, self.targets_BTH, self.valid_BTH
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the host knows beforehand, for a model's forward."""
+        return {"spans": self.batch.spans, "num_valid_H": self.num_valid_H}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ def load_micro_batches(
         num_rows = len(batch.tokens_BT)
         first_row = first_sample + (index * group_size + rank) * num_rows
         rows_B = torch.arange(first_row, first_row + num_rows, device=device)
-        loaded.append(MicroBatch(batch, *targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads), rows_B))
+        targets_BTH, valid_BTH = targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads)
+        loaded.append(MicroBatch(batch, targets_BTH, valid_BTH, rows_B, batch.num_valid(num_heads)))
     return loaded
 
 
@@ -98,11 +105,13 @@ def selective_losses(
 ) -> Iterator[HeadLosses]:
     """The losses of each micro-batch of a step in turn, each made when it is asked for, so that its graph is used up
     before the next one's is built. `prediction` is used by the loss phase `predicted`, and changes only how fast it is."""
-    scale_H = torch.tensor(counts.scale_H, dtype=torch.float32, device=micro_batches[0].valid_BTH.device)
+    scale_H = on_device(counts.scale_H, torch.float32, micro_batches[0].valid_BTH.device)
     foresees, dense = training.loss_phase == "predicted", training.loss_phase == "dense"
     selects = _selects(models, micro_batches, counts, training, prediction)
     for micro, select in zip(micro_batches, selects, strict=True):
-        yield models.policy(*micro.inputs, select=select if foresees else Select(select.choose), scale_H=scale_H, dense=dense)
+        if not foresees:
+            select = Select(select.choose)
+        yield models.policy(*micro.inputs, select=select, scale_H=scale_H, dense=dense, **micro.known)
 
 
 def _selects(
@@ -132,10 +141,10 @@ def _selects(
                 )
                 # The pools of a rank have thresholds of its own, or of every row's: there is none to follow.
                 if prediction is not None and prediction.level_K:
-                    foresee = partial(compare.at_least, torch.tensor(prediction.limits, device=valid_BTK.device))
+                    foresee = partial(compare.surplus, on_device(prediction.levels, torch.float32, valid_BTK.device))
             else:
                 choose = partial(select_local, valid_BTK=valid_BTK, k_percent=training.k_percent, pool=training.selection_pool)
-            yield Select(partial(_compare_and_choose, compare, choose), foresee)
+            yield Select(partial(_compare_and_choose, compare, choose), foresee, training.k_percent)
 
 
 def _select_in_micro_step(
@@ -159,8 +168,10 @@ def _selected_beforehand(
         compare = _comparison(models, micro, training)
         # Head 0 does not compete: without valid pairs it costs the scoring pass nothing.
         scored_BTH = torch.cat([torch.zeros_like(micro.valid_BTH[..., :1]), micro.valid_BTH[..., 1:]], dim=-1)
+        num_scored_H = None if micro.num_valid_H is None else [0, *micro.num_valid_H[1:]]
         with torch.no_grad():
-            policy_loss_BTK = models.policy(*micro.inputs[:3], scored_BTH)[..., 1:]
+            scored = models.policy(*micro.inputs[:3], scored_BTH, spans=micro.batch.spans, num_valid_H=num_scored_H)
+        policy_loss_BTK = scored[..., 1:]
         compared.append((compare.scores(policy_loss_BTK), compare.excess(policy_loss_BTK)))
     selections = select_shared(
         torch.stack([score_BTK for score_BTK, _ in compared]),
@@ -172,7 +183,9 @@ def _selected_beforehand(
     )
     for selection, (_, excess_BTK) in zip(selections, compared, strict=True):
         selection = selection._replace(excess_BTK=excess_BTK)
-        yield Select(partial(_already_selected, selection), partial(_foresee_exactly, selection.selected_BTK))
+        yield Select(
+            partial(_already_selected, selection), partial(_foresee_exactly, selection.selected_BTK), training.k_percent
+        )
 
 
 def _already_selected(selection: Selection, policy_loss_BTK: Tensor) -> Selection:
@@ -192,13 +205,13 @@ class Comparison:
     def scores(self, policy_loss_BTK: Tensor) -> Tensor:
         return score(self.score, policy_loss_BTK, _minus(policy_loss_BTK, self.reference_loss_BTK), self.random_BTK)
 
-    def at_least(self, limit_K: Tensor, policy_loss_P: Tensor, places_P: Tensor) -> Tensor:
-        """Which of some pairs, by their places in the flattened [B, T, K], have a score of `limit_K` or more."""
+    def surplus(self, level_K: Tensor, policy_loss_P: Tensor, places_P: Tensor) -> Tensor:
+        """By how much some pairs, by their places in the flattened [B, T, K], have a score above `level_K`."""
         reference_P, random_P = (
             None if table_BTK is None else table_BTK.take(places_P) for table_BTK in (self.reference_loss_BTK, self.random_BTK)
         )
         score_P = score(self.score, policy_loss_P, _minus(policy_loss_P, reference_P), random_P)
-        return score_P >= limit_K[places_P % len(limit_K)]
+        return score_P - level_K[places_P % len(level_K)]
 
     def excess(self, policy_loss_BTK: Tensor) -> Tensor | None:
         """The excess losses, 0 at invalid pairs; None without a reference."""
@@ -216,7 +229,7 @@ def _comparison(models: Models, micro: MicroBatch, training: TrainingSettings) -
     reference_loss_BTK = random_BTK = None
     columns_BTC = micro.batch.reference_losses_BTC
     if models.reference is not None:
-        columns_BTC = reference_columns(models.reference, models.horizon, *micro.inputs)
+        columns_BTC = reference_columns(models.reference, models.horizon, *micro.inputs, **micro.known)
     if columns_BTC is not None:
         reference_loss_BTK = losses_by_head(columns_BTC, models.horizon, micro.valid_BTH.shape[-1])[..., 1:]
     if training.selection_score == "random":
@@ -229,8 +242,8 @@ def _compare_and_choose(compare: Comparison, choose: Callable[[Tensor], Selectio
 
 
 def _foresee_all(policy_loss_P: Tensor, places_P: Tensor) -> Tensor:
-    return torch.ones_like(places_P, dtype=torch.bool)
+    return torch.zeros_like(policy_loss_P)
 
 
 def _foresee_exactly(selected_BTK: Tensor, policy_loss_P: Tensor, places_P: Tensor) -> Tensor:
-    return selected_BTK.take(places_P)
+    return selected_BTK.take(places_P).float() - 0.5

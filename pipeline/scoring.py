@@ -136,7 +136,8 @@ def _losses_of(
         batch = collate(rows).to(device)
         targets_BTH, valid_BTH = targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads)
         inputs = batch.tokens_BT, batch.document_ids_BT, targets_BTH, valid_BTH
-        yield reference_columns(reference, horizon, *inputs).float().cpu().numpy()
+        columns_BTC = reference_columns(reference, horizon, *inputs, spans=batch.spans, num_valid_H=batch.num_valid(num_heads))
+        yield columns_BTC.float().cpu().numpy()
 
 
 def _say(job: Job, text: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pipeline.benchmark.variants import Round, in_turn, medians, timed
 from pipeline.micro_step import Comparison
+from pipeline.weighting.exchange import on_device
 from pipeline.weighting.loss_phase import chunked_losses
 from pipeline.weighting.pools import select_shared
 from pipeline.weighting.prediction import Prediction
@@ -170,8 +171,8 @@ def _select(inputs: Inputs, prediction: Prediction) -> Select:
         scores_BTK = compare.scores(policy_loss_BTK)
         return select_shared(scores_BTK[None], valid_BTK[None], [num_valid_K], num_selected_K, "radix", None)[0]
 
-    limits = torch.tensor(prediction.limits, device=valid_BTK.device)
-    return Select(choose, partial(compare.at_least, limits) if prediction.level_K else None)
+    levels = on_device(prediction.levels, torch.float32, valid_BTK.device)
+    return Select(choose, partial(compare.surplus, levels) if prediction.level_K else None, K_PERCENT)
 
 
 def _step(name: str, inputs: Inputs, select: Select) -> tuple[Selection, Tensor | None]:

@@ -170,20 +170,21 @@ def step_of_the_origin(run: Run, batch: Batch) -> None:
     (micro,) = load_micro_batches([batch], 0, HEADS, 1, 0, run.device)
     valid_BTK = micro.valid_BTH[..., 1:]
     ones_H = torch.ones(HEADS, device=run.device)
+    spans = micro.batch.spans
     everything = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, valid_BTK))
     with torch.no_grad():
-        policy_loss_BTH = run.engine(*micro.inputs, select=everything, scale_H=ones_H, dense=True).policy_loss_BTH
+        policy_loss_BTH = run.engine(*micro.inputs, select=everything, scale_H=ones_H, dense=True, spans=spans).policy_loss_BTH
         reference: Any = run.models.reference
         assert reference is not None
         next_token_inputs = (*micro.inputs[:2], micro.targets_BTH[..., :1], micro.valid_BTH[..., :1])
         none = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, valid_BTK[..., :0]))
-        scored = reference(*next_token_inputs, select=none, scale_H=ones_H[:1], dense=True)
+        scored = reference(*next_token_inputs, select=none, scale_H=ones_H[:1], dense=True, spans=spans)
         columns_BTC = torch.nn.functional.pad(scored.policy_loss_BTH[:, :-1], (0, 0, 1, 0))
         excess_BTH = policy_loss_BTH - losses_by_head(columns_BTC, "shifted", HEADS)
     selected_BTK = torch.stack(list(_above_quantile(excess_BTH[..., 1:], valid_BTK)), dim=-1)
     chosen = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, selected_BTK))
     scale_H = ones_H / HEADS / torch.stack([micro.valid_BTH[..., 0].sum(), *selected_BTK.sum((0, 1))])
-    backward(run.engine, run.engine(*micro.inputs, select=chosen, scale_H=scale_H, dense=True).loss)
+    backward(run.engine, run.engine(*micro.inputs, select=chosen, scale_H=scale_H, dense=True, spans=spans).loss)
     end_micro_step(run.engine)
 
 

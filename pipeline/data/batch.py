@@ -6,8 +6,9 @@ The pair (t, h) is valid when token j = t+1+h lies in the row, in the same docum
 counts and thresholds of the project stand on `targets_and_valid`, so nothing else decides what is valid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,16 @@ from torch.nn import functional
 from pipeline.data.sample import Sample
 
 _NO_DOCUMENT, _NO_SOURCE = np.array([-1], np.int32), np.array([0], np.uint8)
+
+
+class Spans(NamedTuple):
+    """Where the documents of a micro-batch lie in the flat list of its B * T tokens; a row's padding is one more.
+
+    starts_S: int32 [S + 1], where each of the S begins, and where the last ends. longest: tokens of the longest.
+    """
+
+    starts_S: Tensor
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,8 @@ class Batch:
     reference_losses_BTC: float32, cached losses of the frozen reference; None where they are computed.
     damage: what was wrong with rows that are here replaced by padding, one message a row.
     failure: why no rows came and all of these are padding; None if they did.
+    spans: None where only `document_ids_BT` tells where documents lie.
+    document_lengths: int64, tokens of each document, on the host; None likewise.
     """
 
     tokens_BT: Tensor
@@ -39,17 +52,31 @@ class Batch:
     damage: tuple[str, ...] = ()
     failure: str | None = None
     reference_losses_BTC: Tensor | None = None
+    spans: Spans | None = None
+    document_lengths: np.ndarray | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch where a device can fetch it while the host goes on."""
+        return self._with_each(Tensor.pin_memory)
+
+    def num_valid(self, num_heads: int) -> list[int] | None:
+        """Valid pairs of each head, as `targets_and_valid` marks them; None where the host does not know the documents."""
+        if self.document_lengths is None:
+            return None
+        return [int(np.maximum(self.document_lengths - 1 - head, 0).sum()) for head in range(num_heads)]
+
+    def _with_each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
-            tokens_BT=self.tokens_BT.to(device, non_blocking=non_blocking),
-            document_ids_BT=self.document_ids_BT.to(device, non_blocking=non_blocking),
-            sources_BT=self.sources_BT.to(device, non_blocking=non_blocking),
-            reference_losses_BTC=None
-            if self.reference_losses_BTC is None
-            else self.reference_losses_BTC.to(device, non_blocking=non_blocking),
+            tokens_BT=function(self.tokens_BT),
+            document_ids_BT=function(self.document_ids_BT),
+            sources_BT=function(self.sources_BT),
+            reference_losses_BTC=None if self.reference_losses_BTC is None else function(self.reference_losses_BTC),
+            spans=None if self.spans is None else self.spans._replace(starts_S=function(self.spans.starts_S)),
         )
 
 
@@ -62,15 +89,23 @@ def collate(samples: Sequence[Sample]) -> Batch:
     lengths = np.concatenate([part for sample, used in parts for part in (sample.lengths, [sequence_length - used])])
     counting = np.arange(max(len(sample.lengths) for sample in samples), dtype=np.int32)
     document_ids = np.concatenate([part for sample in samples for part in (counting[: len(sample.lengths)], _NO_DOCUMENT)])
-    document_ids_BT = np.repeat(document_ids, lengths.astype(np.int64)).reshape(tokens_BT.shape)
+    lengths = lengths.astype(np.int64)
+    document_ids_BT = np.repeat(document_ids, lengths).reshape(tokens_BT.shape)
     return Batch(
         tokens_BT=torch.from_numpy(tokens_BT.astype(np.int64)),
         document_ids_BT=torch.from_numpy(document_ids_BT),
-        sources_BT=_sources(samples, lengths.astype(np.int64), tokens_BT.shape),
+        sources_BT=_sources(samples, lengths, tokens_BT.shape),
         keys=tuple(sample.key for sample in samples),
         damage=tuple(sample.damage for sample in samples if sample.damage is not None),
         reference_losses_BTC=_reference_losses(samples),
+        spans=_spans(lengths),
+        document_lengths=lengths[document_ids >= 0],
     )
+
+
+def _spans(lengths: np.ndarray) -> Spans:
+    ends = np.cumsum(lengths[lengths > 0])
+    return Spans(torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)), int(lengths.max()))
 
 
 def _reference_losses(samples: Sequence[Sample]) -> Tensor | None:
@@ -89,7 +124,15 @@ def blank_batch(num_rows: int, sequence_length: int, failure: str) -> Batch:
     """Rows of padding in the place of rows that do not come."""
     zeros_BT = torch.zeros(num_rows, sequence_length, dtype=torch.int64)
     padding_BT = torch.full((num_rows, sequence_length), -1, dtype=torch.int32)
-    return Batch(zeros_BT, padding_BT, zeros_BT, ("(not read)",) * num_rows, failure=failure)
+    return Batch(
+        zeros_BT,
+        padding_BT,
+        zeros_BT,
+        ("(not read)",) * num_rows,
+        failure=failure,
+        spans=_spans(np.full(num_rows, sequence_length)),
+        document_lengths=np.zeros(0, np.int64),
+    )
 
 
 def targets_and_valid(tokens_BT: Tensor, document_ids_BT: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:

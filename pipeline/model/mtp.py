@@ -11,15 +11,16 @@ Shapes: B rows, T tokens, H heads, D width, V vocabulary.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import ModelSettings
+from pipeline.data.batch import Spans
 from pipeline.model.recompute import block_runner
-from pipeline.model.transformer import Block, RMSNorm, document_mask, rotary_angles
+from pipeline.model.transformer import Block, RMSNorm, document_mask, flash_serves, rotary_angles
 from pipeline.weighting.loss_phase import HeadLosses, chunked_losses, dense_losses, score_tokens
 from pipeline.weighting.selection import Select
 
@@ -46,12 +47,14 @@ class Unembedding(nn.Module):
         select: Select | None,
         scale_H: Tensor | None,
         dense: bool,
+        num_valid_H: Sequence[int] | None,
     ) -> Tensor | HeadLosses:
         hidden_BTHD = self.norm(hidden_BTHD)
         if select is None or scale_H is None:
-            return score_tokens(hidden_BTHD, self.weight, targets_BTH, valid_BTH)
-        losses = dense_losses if dense else chunked_losses
-        return losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, select, scale_H)
+            return score_tokens(hidden_BTHD, self.weight, targets_BTH, valid_BTH, num_valid_H)
+        if dense:
+            return dense_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, select, scale_H)
+        return chunked_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, select, scale_H, num_valid_H)
 
 
 class MTPModel(nn.Module):
@@ -79,26 +82,30 @@ class MTPModel(nn.Module):
         select: Select | None = None,
         scale_H: Tensor | None = None,
         dense: bool = False,
+        spans: Spans | None = None,
+        num_valid_H: Sequence[int] | None = None,
     ) -> Tensor | HeadLosses:
         """Without `select` the losses of all heads, float32 [B, T, H] without gradient, 0 at invalid pairs; with it
         the objective over what it selects, each pair's loss times `scale_H` (float32) of its head, by the `dense` oracle
         or in chunks.
 
-        tokens_BT and targets_BTH are int64, document_ids_BT int32 with -1 on padding, valid_BTH bool.
+        tokens_BT and targets_BTH are int64, document_ids_BT int32 with -1 on padding, valid_BTH bool. What the host knows
+        of them saves waiting for the device: `spans` of the documents, and how many pairs of each head are valid.
         """
-        hidden_BTHD = self.hidden_states(tokens_BT, document_ids_BT)
-        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, select, scale_H, dense)
+        hidden_BTHD = self.hidden_states(tokens_BT, document_ids_BT, spans)
+        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, select, scale_H, dense, num_valid_H)
 
-    def hidden_states(self, tokens_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
+    def hidden_states(self, tokens_BT: Tensor, document_ids_BT: Tensor, spans: Spans | None = None) -> Tensor:
         """[B, T, H, D], each head's output before the final norm."""
-        mask = document_mask(document_ids_BT)
         angles = rotary_angles(tokens_BT.shape[1], self.settings, tokens_BT.device)
         hidden_BTD = self.embed(tokens_BT)
+        masks = spans is None or not flash_serves(hidden_BTD, self.settings)
+        documents = document_mask(document_ids_BT) if masks else spans
         if hidden_BTD.requires_grad:
             hidden_BTD.register_hook(self._note_bad_rows)
         for block in self.trunk:
-            hidden_BTD = self.run_block(block, hidden_BTD, angles, mask)
-        return torch.stack([self.run_block(head, hidden_BTD, angles, mask) for head in self.heads], dim=2)
+            hidden_BTD = self.run_block(block, hidden_BTD, angles, documents)
+        return torch.stack([self.run_block(head, hidden_BTD, angles, documents) for head in self.heads], dim=2)
 
     def _note_bad_rows(self, gradient_BTD: Tensor) -> None:
         self.bad_gradient_rows.append(~torch.isfinite(gradient_BTD).all(dim=2).all(dim=1))

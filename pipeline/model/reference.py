@@ -8,28 +8,43 @@ context, up to position t.
 Shapes: B rows, T tokens, H heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.data.batch import Spans
 from pipeline.weighting.selection import shifted_reference_loss
 
-Reference = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""A scoring forward: (tokens_BT, document_ids_BT, targets, valid) -> losses, [B, T, 1] or with all heads [B, T, H]."""
+Reference = Callable[..., Tensor]
+"""A scoring forward: (tokens_BT, document_ids_BT, targets, valid, spans=, num_valid_H=) -> losses, [B, T, 1] or with all heads
+[B, T, H]."""
 
 
 def reference_columns(
-    reference: Reference, horizon: str, tokens_BT: Tensor, document_ids_BT: Tensor, targets_BTH: Tensor, valid_BTH: Tensor
+    reference: Reference,
+    horizon: str,
+    tokens_BT: Tensor,
+    document_ids_BT: Tensor,
+    targets_BTH: Tensor,
+    valid_BTH: Tensor,
+    spans: Spans | None = None,
+    num_valid_H: Sequence[int] | None = None,
 ) -> Tensor:
     """What the reference computes, float32 [B, T, C]: each token's loss (`shifted`, C = 1), or the losses of its own heads
     (`matched`, C = H)."""
     with torch.inference_mode():
-        if horizon == "matched":
-            return reference(tokens_BT, document_ids_BT, targets_BTH, valid_BTH)
-        next_token_BT1 = reference(tokens_BT, document_ids_BT, targets_BTH[..., :1], valid_BTH[..., :1])
-        return F.pad(next_token_BT1[:, :-1], (0, 0, 1, 0))
+        heads = targets_BTH.shape[-1] if horizon == "matched" else 1
+        losses_BTC = reference(
+            tokens_BT,
+            document_ids_BT,
+            targets_BTH[..., :heads],
+            valid_BTH[..., :heads],
+            spans=spans,
+            num_valid_H=None if num_valid_H is None else num_valid_H[:heads],
+        )
+        return losses_BTC if horizon == "matched" else F.pad(losses_BTC[:, :-1], (0, 0, 1, 0))
 
 
 def losses_by_head(columns_BTC: Tensor, horizon: str, num_heads: int) -> Tensor:

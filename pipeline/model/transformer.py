@@ -2,16 +2,29 @@
 
 Switches cover its relatives: bias on the query, key and value projections (Qwen2), RMSNorm on queries and keys
 (Qwen3). Rotary positions use the half-rotation layout of Hugging Face checkpoints, so that their weights load as they
-are. Attention is confined to a document by a mask made once a forward; a padding position attends to itself.
+are. Attention is confined to a document: by flash attention over the documents' spans where a device has it (a padding
+position then attends to the padding before it), elsewhere by a mask made once a forward (to itself). What becomes of a
+padding position reaches nothing else.
 
-Shapes: B rows, T tokens, D width, N attention heads, G key-value heads, K width of an attention head.
+Shapes: B rows, T tokens, D width, N attention heads, G key-value heads, K width of an attention head, P = B * T.
 """
+
+import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from pipeline.config import ModelSettings
+from pipeline.data.batch import Spans
+
+Documents = Tensor | Spans
+"""A `document_mask`, or spans for flash attention."""
+
+# torch 2.11 wants as many key-value heads as query heads.
+_FLASH_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention_head_dim(settings: ModelSettings) -> int:
@@ -31,20 +44,51 @@ def document_mask(document_ids_BT: Tensor) -> Tensor:
     return ((same_document & present).tril() | itself)[:, None]
 
 
+def flash_serves(hidden_BTD: Tensor, settings: ModelSettings) -> bool:
+    """Whether flash attention takes such hidden states: half precision on CUDA, attention heads that are not too wide."""
+    width = attention_head_dim(settings)
+    return hidden_BTD.is_cuda and hidden_BTD.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
+
+
+def attend_in_spans(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, spans: Spans) -> Tensor:
+    """[B, T, N, K]: each query attends to the keys of its span up to its own."""
+    query_PNK, key_PGK, value_PGK = query_BTNK.flatten(0, 1), key_BTGK.flatten(0, 1), value_BTGK.flatten(0, 1)
+    options: dict[str, Any] = {}
+    groups = query_PNK.shape[1] // key_PGK.shape[1]
+    if groups > 1 and _FLASH_GROUPS_HEADS:
+        options = {"enable_gqa": True}
+    elif groups > 1:
+        key_PGK, value_PGK = key_PGK.repeat_interleave(groups, dim=1), value_PGK.repeat_interleave(groups, dim=1)
+    starts_S, longest = spans
+    attended_PNK: Any = varlen_attn(
+        query_PNK, key_PGK, value_PGK, starts_S, starts_S, longest, longest, window_size=(-1, 0), **options
+    )
+    attended_BTNK: Tensor = attended_PNK.view(query_BTNK.shape)
+    return attended_BTNK
+
+
+def attend_under_mask(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, mask: Tensor) -> Tensor:
+    """[B, T, N, K]: each query attends to the keys that the mask lets it see."""
+    query_BNTK, key_BGTK, value_BGTK = (tensor.transpose(1, 2) for tensor in (query_BTNK, key_BTGK, value_BTGK))
+    grouped = query_BNTK.shape[1] != key_BGTK.shape[1]
+    attended_BNTK = F.scaled_dot_product_attention(query_BNTK, key_BGTK, value_BGTK, attn_mask=mask, enable_gqa=grouped)
+    return attended_BNTK.transpose(1, 2)
+
+
 def rotary_angles(num_tokens: int, settings: ModelSettings, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin), float32 [T, K]. Only differences of positions matter, so documents need no restart."""
+    """(cos, sin), float32 [T, 1, K]. Only differences of positions matter, so documents need no restart."""
     width = attention_head_dim(settings)
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     positions = torch.arange(num_tokens, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, settings.rope_theta**-exponents).repeat(1, 2)
+    angles = torch.outer(positions, settings.rope_theta**-exponents).repeat(1, 2)[:, None]
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BNTK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    cos_TK, sin_TK = angles
-    first, second = x_BNTK.float().chunk(2, dim=-1)
-    rotated = x_BNTK.float() * cos_TK + torch.cat([-second, first], dim=-1) * sin_TK
-    return rotated.to(x_BNTK.dtype)
+def rotate(x_BTNK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    cos_T1K, sin_T1K = angles
+    first, second = x_BTNK.float().chunk(2, dim=-1)
+    rotated = x_BTNK.float() * cos_T1K + torch.cat([-second, first], dim=-1) * sin_T1K
+    return rotated.to(x_BTNK.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -71,21 +115,19 @@ class Attention(nn.Module):
             self.query_norm = RMSNorm(self.head_dim, settings.norm_eps)
             self.key_norm = RMSNorm(self.head_dim, settings.norm_eps)
         self.qk_norm = settings.qk_norm
-        self.grouped = num_key_value_heads != settings.num_attention_heads
 
-    def forward(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        query_BNTK = self._split(self.query(x_BTD))
-        key_BGTK, value_BGTK = self._split(self.key(x_BTD)), self._split(self.value(x_BTD))
-        if self.qk_norm:
-            query_BNTK, key_BGTK = self.query_norm(query_BNTK), self.key_norm(key_BGTK)
-        query_BNTK, key_BGTK = rotate(query_BNTK, angles), rotate(key_BGTK, angles)
-        attended_BNTK = F.scaled_dot_product_attention(
-            query_BNTK, key_BGTK, value_BGTK, attn_mask=mask, enable_gqa=self.grouped
+    def forward(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        query_BTNK, key_BTGK, value_BTGK = (
+            project(x_BTD).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value)
         )
-        return self.output(attended_BNTK.transpose(1, 2).flatten(2))
-
-    def _split(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if self.qk_norm:
+            query_BTNK, key_BTGK = self.query_norm(query_BTNK), self.key_norm(key_BTGK)
+        query_BTNK, key_BTGK = rotate(query_BTNK, angles), rotate(key_BTGK, angles)
+        if isinstance(documents, Spans):
+            attended_BTNK = attend_in_spans(query_BTNK, key_BTGK, value_BTGK, documents)
+        else:
+            attended_BTNK = attend_under_mask(query_BTNK, key_BTGK, value_BTGK, documents)
+        return self.output(attended_BTNK.flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -107,6 +149,6 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(settings.dim, settings.norm_eps)
         self.ffn = SwiGLU(settings)
 
-    def forward(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, mask)
+    def forward(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, documents)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))

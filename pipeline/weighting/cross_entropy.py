@@ -12,14 +12,16 @@ over the chunk.
 Shapes: N rows, C rows of a chunk, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Take = Callable[[Tensor, Tensor], Tensor]
-"""(losses of some rows, float32 [C], and their numbers, int64 [C]) -> whose gradient to make at once, bool [C]."""
+Foresee = Callable[[Tensor, Tensor], Tensor]
+"""(losses of some rows, float32 [C], and their numbers, int64 [C]) -> how surely each will be wanted, float32 [C]; where that
+is 0 or more it probably will."""
 
 CHUNK_ELEMENTS = 2**24
 """Most logits of one chunk: 64 MiB in float32. Matrix products want a few hundred rows to run at full speed."""
@@ -59,29 +61,40 @@ class WeightedCrossEntropy:
         self.weight_grad_VD = torch.zeros_like(self.weight_VD, dtype=torch.float32)
         self._buffer_CV = _chunk_buffer(weight_VD, chunk_rows)
 
-    def score(self, rows: Tensor, take: Take | bool) -> None:
-        """The losses of `rows` (int64), and at once the gradients of all of them, of none, or of those that `take` wants;
-        only the last waits for the device, once a chunk."""
+    def score(self, rows: Tensor, take: float, foresee: Foresee | None = None) -> None:
+        """The losses of `rows` (int64), and at once the gradients of a part `take` of them, all, none or those that are
+        wanted most surely.
+
+        How many rows of a chunk have room is known beforehand, so that nothing waits for the device; a row that has room but
+        will probably not be wanted enters with weight 0.
+        """
         for rows_C in _chunks(rows, self.chunk_rows):
             log_probability_CV = _log_probabilities(self.hidden_ND[rows_C], self.weight_VD, self._buffer_CV)
             self.loss_N[rows_C] = loss_C = _losses(log_probability_CV, self.targets_N[rows_C])
-            if take is False:
+            num_taken = math.ceil(take * len(rows_C))
+            if num_taken == 0:
                 continue
-            if take is not True:
-                places = take(loss_C, rows_C).nonzero()[:, 0]
+            wanted_C = torch.ones_like(rows_C, dtype=torch.bool)
+            if foresee is not None:
+                surplus_C = foresee(loss_C, rows_C)
+                places = surplus_C.sort(descending=True, stable=True).indices[:num_taken].sort().values
                 log_probability_CV, rows_C = _moved_to_front(log_probability_CV, places), rows_C[places]
-            self.taken_N[rows_C] = True
-            self._add(log_probability_CV, rows_C, self.row_weight_N[rows_C], self.row_weight_N[rows_C])
+                wanted_C = surplus_C[places] >= 0
+            self.taken_N[rows_C] = wanted_C
+            weight_C = self.row_weight_N[rows_C] * wanted_C
+            self._add(log_probability_CV, rows_C, weight_C, weight_C)
 
     def repair(self, wanted_N: Tensor) -> None:
         """Make the sums those of the rows in `wanted_N`. Rows missed are added; rows taken wrongly are subtracted from
         the weight's gradient and zeroed in the hidden one. Where that is more work than all the wanted rows are, and
-        would leave more rounding than gradient, everything starts from zero."""
-        rows, all_wanted = (self.taken_N != wanted_N).nonzero()[:, 0], wanted_N.nonzero()[:, 0]
-        if len(rows) > len(all_wanted):
-            rows = all_wanted
+        would leave more rounding than gradient, everything starts from zero. Waits for the device once."""
+        differs_N = self.taken_N != wanted_N
+        num_different, num_wanted = torch.stack([differs_N.sum(), wanted_N.sum()]).tolist()
+        from_zero = num_different > num_wanted
+        if from_zero:
             self.hidden_grad_ND.zero_()
             self.weight_grad_VD.zero_()
+        rows = places_of(wanted_N, num_wanted) if from_zero else places_of(differs_N, num_different)
         for rows_C in _chunks(rows, self.chunk_rows):
             log_probability_CV = _log_probabilities(self.hidden_ND[rows_C], self.weight_VD, self._buffer_CV)
             weight_C, wanted_C = self.row_weight_N[rows_C], wanted_N[rows_C]
@@ -108,8 +121,16 @@ class WeightedCrossEntropy:
             self.weight_grad_VD += logit_grad_CV.T @ weighted_CD
 
 
+def places_of(mask: Tensor, number: int | None = None) -> Tensor:
+    """int64, where a mask is set, in its flat list. Waits for the device, unless told how many places that are."""
+    mask_N = mask.flatten()
+    return (mask_N.nonzero() if number is None else torch.nonzero_static(mask_N, size=number))[:, 0]
+
+
 def _chunks(rows: Tensor, chunk_rows: int) -> list[Tensor]:
-    return [rows[start : start + chunk_rows] for start in range(0, len(rows), chunk_rows)]
+    """Each chunk has rows from everywhere, so that in all of them alike about the same share is wanted."""
+    num_chunks = -(-len(rows) // chunk_rows)
+    return [rows[first::num_chunks] for first in range(num_chunks)]
 
 
 def _chunk_buffer(weight_VD: Tensor, chunk_rows: int) -> Tensor:

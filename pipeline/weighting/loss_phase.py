@@ -11,20 +11,24 @@ where they were selected:
 
 Without a prediction everything selected is missed and added: the two-pass form. With a good one a row's logits are
 computed once. A row costs one product with the unembedding to score, two for its gradient, three to add later and
-three to take back, so a row should be foreseen only if it is selected with a probability above 4/5 or so: see `prediction`.
+three to take back. So that the device never waits for the host to count, room is made beforehand for the gradients of as
+many rows as will be selected; having been paid for, it is used by every row more probably selected than not.
+
+The host needs one number from the device, how many rows to repair. `num_valid_H` are the valid pairs of each head, where the
+host knows them; None counts them on the device, and waits.
 
 Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select, N = B * T * H pairs in a flat list, C of a chunk, D
 width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.weighting.cross_entropy import Take, WeightedCrossEntropy, rows_per_chunk, token_losses
+from pipeline.weighting.cross_entropy import Foresee, WeightedCrossEntropy, places_of, rows_per_chunk, token_losses
 from pipeline.weighting.selection import Select, Selection
 
 
@@ -39,19 +43,32 @@ class HeadLosses(NamedTuple):
     foreseen_BTK: Tensor | None = None
 
 
-def score_tokens(hidden_BTHD: Tensor, weight_VD: Tensor, targets_BTH: Tensor, valid_BTH: Tensor) -> Tensor:
+def score_tokens(
+    hidden_BTHD: Tensor,
+    weight_VD: Tensor,
+    targets_BTH: Tensor,
+    valid_BTH: Tensor,
+    num_valid_H: Sequence[int] | None = None,
+) -> Tensor:
     """The losses of all valid pairs alone, as `HeadLosses.policy_loss_BTH`."""
-    hidden_ND, chunk_rows = hidden_BTHD.flatten(0, 2), _chunk_rows(targets_BTH, weight_VD)
-    return token_losses(hidden_ND, weight_VD, targets_BTH.flatten(), _rows(valid_BTH), chunk_rows).view(valid_BTH.shape)
+    rows = places_of(valid_BTH, None if num_valid_H is None else sum(num_valid_H))
+    chunk_rows = _chunk_rows(targets_BTH, weight_VD)
+    return token_losses(hidden_BTHD.flatten(0, 2), weight_VD, targets_BTH.flatten(), rows, chunk_rows).view(valid_BTH.shape)
 
 
 def chunked_losses(
-    hidden_BTHD: Tensor, weight_VD: Tensor, targets_BTH: Tensor, valid_BTH: Tensor, select: Select, scale_H: Tensor
+    hidden_BTHD: Tensor,
+    weight_VD: Tensor,
+    targets_BTH: Tensor,
+    valid_BTH: Tensor,
+    select: Select,
+    scale_H: Tensor,
+    num_valid_H: Sequence[int] | None = None,
 ) -> HeadLosses:
     """`loss` is the sum of the selected pairs' losses times `scale_H` (float32) of their head. Where autograd records
     nothing no gradient is made either."""
     if not (torch.is_grad_enabled() and (hidden_BTHD.requires_grad or weight_VD.requires_grad)):
-        policy_loss_BTH = score_tokens(hidden_BTHD, weight_VD, targets_BTH, valid_BTH)
+        policy_loss_BTH = score_tokens(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, num_valid_H)
         selection = select.choose(policy_loss_BTH[..., 1:])
         loss = _objective(policy_loss_BTH, _with_first_head(valid_BTH, selection.selected_BTK), scale_H)
         return HeadLosses(loss, policy_loss_BTH, selection)
@@ -65,8 +82,13 @@ def chunked_losses(
             _chunk_rows(targets_BTH, weight_VD),
         )
         first_BTH = _with_first_head(valid_BTH, torch.zeros_like(valid_BTH[..., 1:]))
-        sums.score(_rows(first_BTH), take=True)
-        sums.score(_rows(valid_BTH & ~first_BTH), take=select.foresee is not None and _foreseen(select.foresee, shape[-1]))
+        num_first, num_others = (None, None) if num_valid_H is None else (num_valid_H[0], sum(num_valid_H[1:]))
+        sums.score(places_of(first_BTH, num_first), take=1)
+        others = places_of(valid_BTH & ~first_BTH, num_others)
+        if select.foresee is None:
+            sums.score(others, take=0)
+        else:
+            sums.score(others, select.share, _foreseen(select.foresee, shape[-1]))
         policy_loss_BTH = sums.loss_N.view(shape)
         selection = select.choose(policy_loss_BTH[..., 1:])
         selected_BTH = _with_first_head(valid_BTH, selection.selected_BTK)
@@ -90,14 +112,9 @@ def dense_losses(
     return HeadLosses(loss, policy_loss_BTH.detach(), selection)
 
 
-def _foreseen(foresee: Callable[[Tensor, Tensor], Tensor], num_heads: int) -> Take:
+def _foreseen(foresee: Foresee, num_heads: int) -> Foresee:
     """`foresee` for rows of heads 1... among the flat pairs of all heads."""
     return lambda loss_C, rows_C: foresee(loss_C, rows_C // num_heads * (num_heads - 1) + rows_C % num_heads - 1)
-
-
-def _rows(pairs_BTH: Tensor) -> Tensor:
-    """The places of the pairs that are set, in the flat list. Waits for the device."""
-    return pairs_BTH.flatten().nonzero()[:, 0]
 
 
 def _chunk_rows(targets_BTH: Tensor, weight_VD: Tensor) -> int:

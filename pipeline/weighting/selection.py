@@ -50,12 +50,14 @@ class Select:
 
     choose: from policy_loss_BTK (float32) to the selection, exactly.
     foresee: from some pairs' policy losses (float32 [P]) and their places in the flattened [B, T, K] (int64 [P]) to
-        whether they will probably be selected (bool [P]); a guess, that costs only time where it is wrong. None:
-        nothing is known beforehand.
+        how far they lie above what will probably be the threshold (float32 [P]); a guess, that costs only time where it is
+        wrong. None: nothing is known beforehand.
+    share: of the valid pairs, how many will be selected, about.
     """
 
     choose: Callable[[Tensor], Selection]
     foresee: Callable[[Tensor, Tensor], Tensor] | None = None
+    share: float = 1.0
 
 
 def num_selected(k_percent: float, num_valid: int) -> int:

@@ -215,8 +215,8 @@ FORMS = {
     "two_pass": ("two_pass", Prediction()),
     "dense": ("dense", Prediction()),
     "nothing foreseen": ("predicted", Prediction()),
-    "some foreseen, some wrongly": ("predicted", Prediction((-0.02,) * 3, (0.01,) * 3)),
-    "all foreseen": ("predicted", Prediction((-1e6,) * 3, (0.0,) * 3)),
+    "some foreseen, some wrongly": ("predicted", Prediction((-0.01,) * 3)),
+    "all foreseen": ("predicted", Prediction((-1e6,) * 3)),
 }
 
 
@@ -237,10 +237,8 @@ def test_the_gradient_of_ranks_and_micro_steps_is_that_of_one_dense_process(worl
             assert record == answers[0][1]
             for head in range(1, HEADS):
                 hit_rate = record[f"prediction_hit_rate_head_{head}"]
-                if name == "all foreseen":
-                    assert hit_rate == record[f"selected_ratio_head_{head}"]
-                elif name == "some foreseen, some wrongly":
-                    assert 0.5 < hit_rate < 1.0
+                if "foreseen" in name and name != "nothing foreseen":
+                    assert 0.5 < hit_rate < 1.0, name
                 else:
                     assert hit_rate is None
 

@@ -1,5 +1,7 @@
 """Chunked cross-entropy against torch's own on full logits."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def full_logits(taken: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def gathered(taken: torch.Tensor, chunk_rows: int) -> WeightedCrossEntropy:
     sums = WeightedCrossEntropy(*inputs(), chunk_rows)
-    sums.score(EVERY_ROW, lambda loss, rows: taken[rows])
+    sums.score(EVERY_ROW, 1, lambda loss, rows: taken[rows].float() - 0.5)
     return sums
 
 
@@ -71,22 +73,41 @@ def test_rows_that_are_not_scored_have_no_loss_and_no_gradient() -> None:
     hidden, weight, targets, row_weight = inputs()
     rows = torch.tensor([1, 4, 22])
     sums = WeightedCrossEntropy(hidden, weight, targets, row_weight, 2)
-    sums.score(rows, lambda loss, rows: rows > 1)
+    sums.score(rows, 1, lambda loss, rows: rows - 2)
     assert sums.loss_N.nonzero().flatten().tolist() == [1, 4, 22]
     assert sums.taken_N.nonzero().flatten().tolist() == [4, 22]
     assert sums.hidden_grad_ND.any(1).nonzero().flatten().tolist() == [4, 22]
     assert token_losses(hidden, weight, targets, rows, 2).tolist() == sums.loss_N.tolist()
 
 
-@pytest.mark.parametrize("take", [True, False])
-def test_all_rows_or_none_are_taken_without_asking(take: bool) -> None:
+@pytest.mark.parametrize("take", [1, 0])
+def test_all_rows_or_none_are_taken_without_asking(take: int) -> None:
     sums = WeightedCrossEntropy(*inputs(), 5)
     sums.score(EVERY_ROW, take)
     losses, hidden_grad, weight_grad = full_logits(EVERY_ROW >= 0 if take else EVERY_ROW < 0)
     torch.testing.assert_close(sums.loss_N, losses)
     torch.testing.assert_close(sums.hidden_grad_ND, hidden_grad)
     torch.testing.assert_close(sums.weight_grad_VD, weight_grad)
-    assert sums.taken_N.tolist() == [take] * N
+    assert sums.taken_N.tolist() == [bool(take)] * N
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 1.0])
+@pytest.mark.parametrize("chunk_rows", [5, 23])
+def test_of_each_chunk_the_surest_rows_are_taken_as_far_as_there_is_room(share: float, chunk_rows: int) -> None:
+    surplus = torch.randn(N, generator=torch.Generator().manual_seed(4))
+    sums = WeightedCrossEntropy(*inputs(), chunk_rows)
+    sums.score(EVERY_ROW, share, lambda loss, rows: surplus[rows])
+    num_chunks = math.ceil(N / chunk_rows)
+    expected = torch.zeros(N, dtype=torch.bool)
+    for first in range(num_chunks):
+        rows = range(first, N, num_chunks)
+        surest = sorted((row for row in rows if surplus[row] >= 0), key=lambda row: -surplus[row])
+        expected[surest[: math.ceil(share * len(rows))]] = True
+    assert torch.equal(sums.taken_N, expected)
+    losses, hidden_grad, weight_grad = full_logits(expected)
+    torch.testing.assert_close(sums.loss_N, losses)
+    torch.testing.assert_close(sums.hidden_grad_ND, hidden_grad)
+    torch.testing.assert_close(sums.weight_grad_VD, weight_grad)
 
 
 def test_whatever_multiplies_the_loss_later_multiplies_both_gradients() -> None:
@@ -111,7 +132,7 @@ def test_a_second_backward_is_refused_and_not_scaled_twice() -> None:
 def test_half_precision_inputs_give_float32_losses_and_a_weight_gradient_summed_in_float32() -> None:
     hidden, weight, targets, row_weight = inputs(torch.bfloat16)
     sums = WeightedCrossEntropy(hidden, weight, targets, row_weight, 5)
-    sums.score(EVERY_ROW, take=True)
+    sums.score(EVERY_ROW, take=1)
     losses = sums.loss_N
     logits = (hidden @ weight.T).float()
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))

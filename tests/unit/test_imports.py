@@ -7,14 +7,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "pipeline"
 
 # What a room may import of the package. Among the middle rooms: the model computes its losses with the weighting's
-# functions, the runtime carries models.
+# functions and knows how a batch lays out its documents, the runtime carries models.
 ALLOWED = {
     "storage": set(),
     "config": {"storage"},
     "recipe": {"config"},
     "data": {"config", "storage"},
     "weighting": {"config"},
-    "model": {"config", "weighting"},
+    "model": {"config", "data", "weighting"},
     "runtime": {"config", "storage", "weighting", "model"},
     "benchmark": {
         "config",

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.weighting.loss_phase import HeadLosses, chunked_losses, dense_losses, score_tokens
 from pipeline.weighting.selection import Select, select_all
+from tests.waits import CountWaits
 
 B, T, H, D, V = 2, 20, 3, 4, 100
 SCALE = torch.tensor([0.1, 0.7, 0.4])
@@ -31,10 +32,15 @@ class Case:
         self.valid = some(valid, B, T, H)
         self.selected = some(selected, B, T, H - 1) & self.valid[..., 1:]
         self.foreseen = some(foreseen, B, T, H - 1)
+        self.share = 1.0
 
     def select(self, foresees: bool = True) -> Select:
-        foresee = (lambda loss, places: self.foreseen.flatten()[places]) if foresees else None
-        return Select(lambda loss: select_all(loss, self.selected), foresee)
+        foresee = (lambda loss, places: self.foreseen.flatten()[places].float() - 0.5) if foresees else None
+        return Select(lambda loss: select_all(loss, self.selected), foresee, self.share)
+
+    @property
+    def num_valid(self) -> list[int]:
+        return self.valid.sum((0, 1)).tolist()
 
     def losses(self, form: Callable[..., HeadLosses], foresees: bool = True) -> tuple[HeadLosses, list[torch.Tensor]]:
         found = form(self.hidden, self.weight, self.targets, self.valid, self.select(foresees), SCALE)
@@ -66,11 +72,13 @@ def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> f
     valid=st.sampled_from([0.0, 0.3, 1.0]),
     selected=st.sampled_from([0.0, 0.05, 0.6, 1.0]),
     foreseen=st.sampled_from([None, 0.0, 0.6, 1.0]),
+    share=st.sampled_from([0.2, 0.6, 1.0]),
 )
 def test_loss_and_gradient_are_those_of_the_formula_whatever_was_foreseen(
-    seed: int, valid: float, selected: float, foreseen: float | None
+    seed: int, valid: float, selected: float, foreseen: float | None, share: float
 ) -> None:
     case = Case(seed, valid, selected, foreseen or 0.0)
+    case.share = share
     objective, losses, gradients = case.by_hand()
     for form in (chunked_losses, dense_losses):
         found, found_gradients = case.losses(form, foresees=foreseen is not None)
@@ -136,16 +144,40 @@ def rows_of_products(case: Case, foresees: bool) -> int:
     return watch.product_rows
 
 
-def test_a_row_costs_one_product_to_score_two_for_its_gradient_and_three_to_mend() -> None:
+def test_a_row_costs_one_product_to_score_two_where_there_is_room_for_its_gradient_and_three_to_mend() -> None:
     case = Case(5, valid=1.0)
     positions, selected = B * T, int(case.selected.sum())
     scored, first_head = H * positions, 2 * positions
     assert rows_of_products(case, foresees=False) == scored + first_head + 3 * selected
     case.foreseen = case.selected.clone()
-    assert rows_of_products(case, foresees=True) == scored + first_head + 2 * selected
+    others, chunk = (H - 1) * positions, positions // 4
+    assert rows_of_products(case, foresees=True) == scored + first_head + 2 * others
     missed, wrong = case.selected[0, :, 0].nonzero()[0].item(), (~case.selected[1, :, 1]).nonzero()[0].item()
     case.foreseen[0, missed, 0], case.foreseen[1, wrong, 1] = False, True
-    assert rows_of_products(case, foresees=True) == scored + first_head + 2 * selected + 3 + 3
+    assert rows_of_products(case, foresees=True) == scored + first_head + 2 * others + 3 + 3
+    case.share, case.foreseen = 0.5, torch.ones_like(case.foreseen)
+    case.selected = case.foreseen.clone()
+    assert rows_of_products(case, foresees=True) == scored + first_head + 2 * others // 2 + 3 * others // 2
+    assert others % chunk == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("foresees", [False, True])
+def test_what_the_host_knows_beforehand_changes_no_bit_and_leaves_one_wait_for_the_device(seed: int, foresees: bool) -> None:
+    case = Case(seed, valid=0.7)
+    case.share = 0.6
+    arguments, num_valid = (case.hidden, case.weight, case.targets, case.valid), case.num_valid
+    expected, expected_gradients = case.losses(chunked_losses, foresees)
+    with CountWaits() as waits:
+        found = chunked_losses(*arguments, case.select(foresees), SCALE, num_valid)
+        gradients = torch.autograd.grad(2 * found.loss, (case.hidden, case.weight))
+    assert waits.number == 1
+    assert torch.equal(found.policy_loss_BTH, expected.policy_loss_BTH)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
+    with CountWaits() as waits:
+        scored = score_tokens(*arguments, num_valid)
+    assert waits.number == 0
+    assert torch.equal(scored, score_tokens(*arguments))
 
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:

@@ -133,7 +133,7 @@ def selected_in_each_way() -> list[tuple[torch.Tensor, dict[str, Any]]]:
         counts, _ = plan(micro_batches, training, [1.0] * HEADS, 1, group)
         sums, masks = SelectionSums(HEADS, 1, torch.device("cpu")), []
         models = Models(policy, frozen[horizon], horizon, group)
-        expected = Prediction((0.1, 0.2, 0.3), (0.01,) * 3)
+        expected = Prediction((0.1, 0.2, 0.3))
         losses_of_each = selective_losses(models, micro_batches, counts, training, expected)
         for micro, losses in zip(micro_batches, losses_of_each, strict=True):
             sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
