@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.config import Settings, TrainingSettings
 from pipeline.data.batch import Batch
 from pipeline.data.consumption import Consumed, curves, settle_damage
+from pipeline.data.prefetch import prefetched
 from pipeline.data.stream import Stream
 from pipeline.evaluate import evaluate
 from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
@@ -83,7 +84,7 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     reporter = Reporter(run, progress.step)
     if progress.step == 0:
         reporter.validate(progress)
-    batches = run.stream.iterate(progress.samples)
+    batches = prefetched(run.stream.iterate(progress.samples), run.device, depth=run.stream.micro_steps)
     stopping = False
     while progress.step < training.steps and not stopping:
         result = train_step(run, batches, progress)
@@ -150,7 +151,7 @@ def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
     progress.skipped_steps += not result.applied
     progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
     if result.applied and settings.training.selection_pool in SHARED_POOLS:
-        progress.prediction = progress.prediction.after([threshold_K.tolist() for threshold_K in result.sums.thresholds])
+        progress.prediction = progress.prediction.after(result.sums.read_thresholds())
     if progress.skipped_in_a_row >= settings.training.max_skipped_steps:
         raise TrainingDivergedError(
             f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, met numbers that were not finite; in the "
@@ -179,7 +180,7 @@ def common_values(run: Run, progress: Progress, result: StepResult) -> dict[str,
         "gradient norm": result.grad_norm,
     }
     if training.selection_pool in SHARED_POOLS:
-        values["thresholds"] = [threshold_K.tolist() for threshold_K in result.sums.thresholds]
+        values["thresholds"] = result.sums.read_thresholds()
     name, sample = sample_parameter(run.engine, progress.step // (training.check_ranks_every or 1))
     return values | {f"parameter {name}": sample}
 
@@ -252,7 +253,8 @@ class Reporter:
         if run.validation is None:
             return
         run.engine.eval()
-        batches = run.validation.iterate(0, end_sample=validation_rows(run.validation, run.settings))
+        rows = run.validation.iterate(0, end_sample=validation_rows(run.validation, run.settings))
+        batches = prefetched(rows, run.device, depth=1)
         names = run.validation.manifest.source_names or ("",)
         record = evaluate(run.models, batches, run.settings, names, run.world, run.device)
         run.engine.train()

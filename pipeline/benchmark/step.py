@@ -25,6 +25,7 @@ from pipeline.benchmark.streaming import random_rows
 from pipeline.benchmark.variants import Round, in_turn, medians, timed
 from pipeline.config import ModelSettings, Settings
 from pipeline.data.batch import Batch
+from pipeline.data.prefetch import prefetched
 from pipeline.micro_step import load_micro_batches
 from pipeline.model.reference import losses_by_head
 from pipeline.model.transformer import attention_head_dim, ffn_dim
@@ -150,7 +151,7 @@ def _prepare(variant: str, directory: Path, options: dict[str, Any]) -> Round:
     settings = settings_of(variant, directory, options)
     content = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
     run = build_run(Job(settings, content, directory / "run", world, device), settings, directory / "run", dry=True)
-    batches, progress = run.stream.iterate(0), Progress()
+    batches, progress = prefetched(run.stream.iterate(0), device, depth=1), Progress()
 
     def one_step() -> None:
         if variant == "origin":

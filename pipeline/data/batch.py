@@ -63,6 +63,13 @@ class Batch:
         """The same batch where a device can fetch it while the host goes on."""
         return self._with_each(Tensor.pin_memory)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that lie on the device."""
+        found = [self.tokens_BT, self.document_ids_BT, self.sources_BT, self.reference_losses_BTC]
+        found += [] if self.spans is None else [self.spans.starts_S]
+        return [tensor for tensor in found if tensor is not None]
+
     def num_valid(self, num_heads: int) -> list[int] | None:
         """Valid pairs of each head, as `targets_and_valid` marks them; None where the host does not know the documents."""
         if self.document_lengths is None:

@@ -60,18 +60,21 @@ def plan_step(
     valid_AH = torch.stack([valid_BTH.sum((0, 1)) for valid_BTH in valid_ABTH])
     local_selected_H = torch.stack([_selected_locally(valid_BTH, pool, k_percent) for valid_BTH in valid_ABTH]).sum(0)
     parts = [valid_AH.flatten(), local_selected_H, data]
-    summed = all_reduce_sum(torch.cat(parts), group).split([part.numel() for part in parts])
-    num_valid_AH = summed[0].view(valid_AH.shape).tolist()
+    # One transfer to the host, which waits for it.
+    numbers = all_reduce_sum(torch.cat(parts), group).tolist()
+    num_heads, num_pairs = valid_AH.shape[1], valid_AH.numel()
+    num_valid_AH = [numbers[first : first + num_heads] for first in range(0, num_pairs, num_heads)]
+    selected_in_own_pools_H = numbers[num_pairs : num_pairs + num_heads]
     pools = {"global": num_valid_AH, "step": [_sum_of_columns(num_valid_AH)]}.get(pool, [])
     pool_selected = [[num_selected(k_percent, count) for count in valid_H[1:]] for valid_H in pools]
     num_valid_H = _sum_of_columns(num_valid_AH)
-    num_selected_H = [num_valid_H[0], *(_sum_of_columns(pool_selected) or summed[1][1:].tolist())]
+    num_selected_H = [num_valid_H[0], *(_sum_of_columns(pool_selected) or selected_in_own_pools_H[1:])]
     return StepPlan(
         num_valid_AH=num_valid_AH,
         num_selected_H=num_selected_H,
         pool_selected=pool_selected,
         scale_H=loss_scale(num_valid_H if normalize_by == "valid" else num_selected_H, head_weights),
-        data=summed[2].tolist(),
+        data=numbers[num_pairs + num_heads :],
     )
 
 

@@ -262,5 +262,7 @@ def test_the_gradient_is_exact_for_the_other_settings_too() -> None:
         expected = dense_gradient(case.settings(2), world_size=2)
         for gradients, record in answers:
             assert relative_error(gradients, expected) < 1e-5, name
-            # What a whole step chose together is known before its first micro-step: nothing is left to repair.
-            assert record["prediction_hit_rate_head_1"] == (1.0 if name == "step" else None), name
+            for head in range(1, HEADS):
+                # What a whole step chose together is known before its first micro-step; a chunk may still want for room.
+                hit_rate = record[f"prediction_hit_rate_head_{head}"]
+                assert (hit_rate > 0.9) if name == "step" else hit_rate is None, name

@@ -1,13 +1,16 @@
 """What each head has to predict, against loops written by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.batch import collate, targets_and_valid
+from pipeline.data.batch import blank_batch, collate, targets_and_valid
 from pipeline.data.sample import Sample
+from tests.rows import batch_of
 
 
 def by_hand(tokens, document_ids, num_heads):
@@ -92,3 +95,37 @@ def test_a_batch_moves_as_a_whole(non_blocking):
     devices = {tensor.device.type for tensor in (batch.tokens_BT, batch.document_ids_BT, batch.sources_BT)}
     assert devices == {"meta"}
     assert batch.keys == ("s/0",)
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(1, 6), max_size=4), min_size=1, max_size=4),
+    extra=st.integers(0, 3),
+    num_heads=st.integers(1, 5),
+)
+def test_the_host_knows_spans_and_valid_pairs_as_the_tensors_have_them(rows, extra, num_heads):
+    sequence_length = max(1, max(map(sum, rows)) + extra)
+    batch = batch_of(rows, sequence_length, vocab_size=9)
+    assert batch.spans is not None
+    starts, longest = batch.spans
+    assert starts.dtype == torch.int32
+    places = [(row, document) for row, ids in enumerate(batch.document_ids_BT.tolist()) for document in ids]
+    runs = [len(list(same)) for _, same in itertools.groupby(places)]
+    assert starts.tolist() == [0, *itertools.accumulate(runs)]
+    assert longest == max(runs)
+    _, valid_BTH = targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads)
+    assert batch.num_valid(num_heads) == valid_BTH.sum((0, 1)).tolist()
+
+
+def test_rows_that_do_not_come_have_spans_and_no_valid_pairs():
+    batch = blank_batch(2, 5, "gone")
+    assert batch.spans is not None
+    assert (batch.spans.starts_S.tolist(), batch.spans.longest) == ([0, 5, 10], 5)
+    assert batch.num_valid(3) == [0, 0, 0]
+
+
+def test_all_tensors_move_together():
+    batch = batch_of([[3, 2], [4]], 6, vocab_size=9)
+    moved = batch.to("meta")
+    assert len(moved.tensors) == len(batch.tensors) == 4
+    assert {tensor.device.type for tensor in moved.tensors} == {"meta"}
+    assert moved.num_valid(2) == batch.num_valid(2)

@@ -1,0 +1,80 @@
+"""Attention over the spans of documents against attention under a mask, with torch's kernel for CUDA written out as a loop."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.data.batch import Batch
+from pipeline.model import mtp, transformer
+from pipeline.model.transformer import attend_in_spans, attend_under_mask, document_mask
+from tests.rows import batch_of, random_lengths
+
+B, T, N, K = 3, 24, 4, 8
+
+
+def kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` computes, [tokens, attention heads, width]."""
+    assert query.is_contiguous()
+    assert starts.dtype == key_starts.dtype == torch.int32
+    assert window_size == (-1, 0)
+    assert key.shape[1] == query.shape[1] or enable_gqa
+    attended = torch.full_like(query, torch.nan)
+    for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        assert 0 < end - start <= longest == longest_key
+        parts = [tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value)]
+        attended[start:end] = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=enable_gqa)[0].transpose(0, 1)
+    return attended
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return batch_of(random_lengths(B, T, seed=1), T, vocab_size=50)
+
+
+@pytest.fixture(params=["kernel with groups", "kernel without"])
+def _loop(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer, "varlen_attn", kernel)
+    monkeypatch.setattr(transformer, "_FLASH_GROUPS_HEADS", request.param == "kernel with groups")
+
+
+@pytest.mark.usefixtures("_loop")
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_spans_confine_attention_as_the_mask_does(batch: Batch, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(B, T, N, K, generator=generator)
+    key, value = (torch.randn(B, T, groups, K, generator=generator) for _ in range(2))
+    assert batch.spans is not None
+    found = attend_in_spans(query, key, value, batch.spans)
+    expected = attend_under_mask(query, key, value, document_mask(batch.document_ids_BT))
+    present = batch.document_ids_BT >= 0
+    torch.testing.assert_close(found[present], expected[present])
+    assert found.isfinite().all()
+
+
+@pytest.mark.usefixtures("_loop")
+def test_a_model_that_is_served_by_flash_attention_gives_the_same_hidden_states(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = mtp.ModelSettings(dim=32, num_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)
+    model = mtp.MTPModel(settings)
+    mtp.initialize_weights(model)
+    with torch.no_grad():
+        expected = model.hidden_states(batch.tokens_BT, batch.document_ids_BT, batch.spans)
+        monkeypatch.setattr(mtp, "flash_serves", lambda hidden, settings: True)
+        monkeypatch.setattr(mtp, "document_mask", None)  # Nothing of T x T is made.
+        found = model.hidden_states(batch.tokens_BT, batch.document_ids_BT, batch.spans)
+    present = batch.document_ids_BT >= 0
+    torch.testing.assert_close(found[present], expected[present])
