@@ -51,8 +51,9 @@ def _run(
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
+        dist.init_process_group(backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
         # As bytes: a tensor put as it is would live in shared memory that ends with this process.
         answers.put((rank, pickle.dumps(function(*arguments)), None))
         dist.barrier()

@@ -4,8 +4,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +16,7 @@ from pipeline.data.batch import Batch
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks
+from tests.stepping import Answer, WatchedEngine
 
 ROWS, TOKENS, HEADS, VOCAB = 8, 14, 4, 37
 
@@ -127,9 +126,6 @@ class Case(NamedTuple):
         return settings_for(world_size, self.micro_steps, model={"tied_embeddings": self.tied}, **training)
 
 
-Answer = tuple[dict[str, torch.Tensor], dict[str, Any]]
-
-
 def sharded_gradients(cases: Sequence[Case]) -> list[Answer]:
     """For each case the gradient from the training's own step on this job's ranks, read just before the optimiser would
     use it, and the step's metrics."""
@@ -148,7 +144,10 @@ def sharded_gradients(cases: Sequence[Case]) -> list[Answer]:
         key = (case.stage, case.micro_steps, case.tied, settings.training.activation_checkpointing)
         if key not in engines:
             engines[key] = WatchedEngine(settings, config)
-        answers.append(engines[key].step(settings, references[case.sharding], case.prediction))
+        rank, world_size, rows = dist.get_rank(), dist.get_world_size(), settings.data.micro_batch
+        starts = [(step * world_size + rank) * rows for step in range(case.micro_steps)]
+        batches = [part_of(whole_batch(), slice(start, start + rows)) for start in starts]
+        answers.append(engines[key].step(settings, references[case.sharding], batches, case.prediction))
     return answers
 
 
@@ -157,52 +156,6 @@ def engine_config(stage: int, settings: Settings) -> dict[str, Any]:
 
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     return resolve_deepspeed_json({"zero_optimization": zero}, settings, dist.get_world_size())
-
-
-class WatchedEngine:
-    """The policy's engine; remembers the gradient of a step before it is used."""
-
-    def __init__(self, settings: Settings, config: dict[str, Any]):
-        from pipeline.runtime.engine import build_policy
-
-        self.engine = build_policy(settings, config)
-        self.take_step, self.engine.step = self.engine.step, self.read_then_step
-        self.gradients: dict[str, torch.Tensor] = {}
-
-    def read_then_step(self) -> None:
-        from deepspeed.utils import safe_get_full_grad
-
-        if self.engine.is_gradient_accumulation_boundary():
-            for name, parameter in self.engine.module.named_parameters():
-                gradient = safe_get_full_grad(parameter)
-                assert gradient is not None, name
-                self.gradients[name] = gradient.clone()
-        self.take_step()
-
-    def step(self, settings: Settings, reference: Any, prediction: Prediction) -> Answer:
-        from pipeline.micro_step import Models
-        from pipeline.runtime.checkpoint import Progress
-        from pipeline.runtime.distributed import World
-        from pipeline.train import Run, train_step
-
-        rank, world_size, micro_batch = dist.get_rank(), dist.get_world_size(), settings.data.micro_batch
-        micro_steps = ROWS // (world_size * micro_batch)
-        run = Run(
-            settings=settings,
-            world=World(rank, world_size, rank, world_size),
-            device=torch.device("cpu"),
-            run_dir=Path(),
-            engine=self.engine,
-            models=Models(self.engine, reference, "shifted", dist.group.WORLD),
-            stream=SimpleNamespace(micro_steps=micro_steps, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
-            validation=None,
-            checkpoints=None,  # type: ignore[arg-type]
-        )
-        starts = [(step * world_size + rank) * micro_batch for step in range(micro_steps)]
-        batches = [part_of(whole_batch(), slice(start, start + micro_batch)) for start in starts]
-        self.gradients = {}
-        result = train_step(run, iter(batches), Progress(prediction=prediction))
-        return self.gradients, result.sums.record(result.plan.scale_H, ("",), dist.group.WORLD)
 
 
 def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
