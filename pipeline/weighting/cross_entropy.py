@@ -23,14 +23,16 @@ Foresee = Callable[[Tensor, Tensor], Tensor]
 """(losses of some rows, float32 [C], and their numbers, int64 [C]) -> how surely each will be wanted, float32 [C]; where that
 is 0 or more it probably will."""
 
-CHUNK_ELEMENTS = 2**24
-"""Most logits of one chunk: 64 MiB in float32. Matrix products want a few hundred rows to run at full speed."""
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+"""Most logits of one chunk, by kind of device: 64 MiB in float32, 512 MiB on CUDA. Matrix products want a few hundred rows to
+run at full speed; and each chunk adds to a whole [V, D] in float32, for which a GPU takes as long as for the products of
+about a thousand rows (from its arithmetic and its memory's bandwidth)."""
 
 
-def rows_per_chunk(num_rows: int, vocab_size: int) -> int:
+def rows_per_chunk(num_rows: int, vocab_size: int, device_type: str = "cpu") -> int:
     """Rows of a chunk: at most `CHUNK_ELEMENTS` logits, and never more than a quarter of the rows, so that a chunk
     stays small beside [num_rows, vocab_size] in small models too."""
-    return max(1, min(CHUNK_ELEMENTS // vocab_size, -(-num_rows // 4)))
+    return max(1, min(CHUNK_ELEMENTS[device_type] // vocab_size, -(-num_rows // 4)))
 
 
 def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: Tensor, chunk_rows: int) -> Tensor:

@@ -118,7 +118,7 @@ def _foreseen(foresee: Foresee, num_heads: int) -> Foresee:
 
 
 def _chunk_rows(targets_BTH: Tensor, weight_VD: Tensor) -> int:
-    return rows_per_chunk(targets_BTH[..., 0].numel(), len(weight_VD))
+    return rows_per_chunk(targets_BTH[..., 0].numel(), len(weight_VD), weight_VD.device.type)
 
 
 def _with_first_head(valid_BTH: Tensor, selected_BTK: Tensor) -> Tensor:

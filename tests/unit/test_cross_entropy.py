@@ -151,3 +151,4 @@ def test_a_chunk_is_at_most_a_quarter_of_the_rows() -> None:
     assert rows_per_chunk(1024, 32) == 256
     assert rows_per_chunk(2, 32) == 1
     assert rows_per_chunk(10**6, 32_000) * 32_000 <= 2**24
+    assert 2**26 < rows_per_chunk(10**6, 32_000, "cuda") * 32_000 <= 2**27
