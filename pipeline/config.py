@@ -213,8 +213,7 @@ class TrainingSettings(Section):
     """How the losses of all heads and their gradient are made; the gradient is the same up to rounding. `two_pass` scores
     all pairs, selects, then computes the selected ones again with gradient; `predicted` makes the gradients of what
     earlier thresholds lead to expect in the first pass, and mends the rest (the pools `rank` and `row` have no common
-    threshold to follow, so that nothing is expected there; on a GPU it waits for the device once a chunk); `dense` holds
-    all logits: the slow oracle of the other two."""
+    threshold to follow, so that nothing is expected there); `dense` holds all logits: the slow oracle of the other two."""
     head_weights: list[NonNegativeFloat] | None = None
     """Weight of each head's loss; null: 1 for all."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

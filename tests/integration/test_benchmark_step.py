@@ -54,9 +54,9 @@ def counted(heads: int, share: float, trains: bool = True) -> float:
     chosen = valid[..., 1:] & (torch.arange(TOKENS)[:, None] % 10 < 10 * share)
 
     def foreseen(policy_loss_P: torch.Tensor, places_P: torch.Tensor) -> torch.Tensor:
-        return chosen.take(places_P)
+        return chosen.take(places_P).float() - 0.5
 
-    select = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, chosen), foreseen)
+    select = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, chosen), foreseen, share)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION | IN_PLACE) as counter:
         if trains:
             model(tokens, documents, targets, valid, select, torch.ones(heads)).loss.backward()

@@ -130,10 +130,10 @@ def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) ->
         assert bad is not None
         return torch.full_like(values, bad.value)
 
-    def maybe_poisoned_reference(*inputs: torch.Tensor) -> torch.Tensor:
+    def maybe_poisoned_reference(*inputs: torch.Tensor, **known: Any) -> torch.Tensor:
         nonlocal micro_step
         micro_step += 1
-        losses = reference(*inputs)
+        losses = reference(*inputs, **known)
         return poisoned(losses) if is_here("reference loss") else losses
 
     def maybe_poisoned_policy(*inputs: torch.Tensor, select: Any, **others: Any) -> Any:
@@ -189,6 +189,12 @@ def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) ->
     return seen
 
 
+def some_steps_with_bad_ones_and_without(
+    content: dict[str, Any], bads: list[Bad]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return some_steps(content, bads, True), some_steps(content, bads, False)
+
+
 def disagreements(run: Any, progress: Any, result: Any) -> list[str]:
     """What the ranks say when they agree, then when rank 1 differs in one thing after another."""
     from pipeline.runtime.agreement import RanksDisagreeError, check_ranks_agree
@@ -241,8 +247,7 @@ def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_no
     content: dict[str, Any], bads: list[Bad]
 ) -> None:
     applied = [True, *([False, True] * len(bads))]
-    clean = run_ranks(some_steps, 2, content, bads, False)
-    for seen, without in zip(run_ranks(some_steps, 2, content, bads, True), clean, strict=True):
+    for seen, without in run_ranks(some_steps_with_bad_ones_and_without, 2, content, bads):
         # As if the bad steps had never been, but for the data they used up.
         assert [step["weights"] for step in seen if step["applied"]] == [step["weights"] for step in without]
         assert [step["applied"] for step in seen] == applied
