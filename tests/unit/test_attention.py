@@ -44,10 +44,15 @@ def batch() -> Batch:
     return batch_of(random_lengths(B, T, seed=1), T, vocab_size=50)
 
 
-@pytest.fixture(params=["kernel with groups", "kernel without"])
+def kernel_without_groups(*tensors: Any, window_size: tuple[int, int]) -> torch.Tensor:
+    """torch 2.11's."""
+    return kernel(*tensors, window_size=window_size)
+
+
+@pytest.fixture(params=[kernel, kernel_without_groups])
 def _loop(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer, "varlen_attn", kernel)
-    monkeypatch.setattr(transformer, "_FLASH_GROUPS_HEADS", request.param == "kernel with groups")
+    monkeypatch.setattr(transformer, "varlen_attn", request.param)
+    monkeypatch.setattr(transformer, "_FLASH_GROUPS_HEADS", request.param is kernel)
 
 
 @pytest.mark.usefixtures("_loop")

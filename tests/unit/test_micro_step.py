@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -200,3 +201,26 @@ def test_the_host_waits_for_the_device_once_a_micro_batch_and_once_to_plan(pool:
             losses.loss.backward()
             waits.append(counted.number)
     assert waits == list(range(1, MICRO_STEPS + 2))
+
+
+@pytest.mark.parametrize("pool", ["global", "step"])
+@pytest.mark.parametrize("horizon", ["shifted", "matched"])
+def test_what_a_model_is_told_beforehand_is_what_it_is_given(pool: Any, horizon: str) -> None:
+    settings = settings_for(1, MICRO_STEPS)
+    policy, reference = dense_model(settings), references(settings)[horizon]
+    given = []
+
+    def told(model: MTPModel, *inputs: torch.Tensor, num_valid_H: list[int], spans: Any, **others: Any) -> Any:
+        tokens, documents, _, valid = inputs
+        given.append((list(num_valid_H), valid.sum((0, 1)).tolist()))
+        assert int(spans.starts_S[-1]) == tokens.numel() == documents.numel()
+        return model(*inputs, num_valid_H=num_valid_H, spans=spans, **others)
+
+    batches = [batch_of(random_lengths(4, TOKENS, seed), TOKENS, VOCAB) for seed in range(MICRO_STEPS)]
+    micro_batches = load_micro_batches(batches, 0, HEADS, 1, 0, torch.device("cpu"))
+    training = TrainingSettings(selection_pool=pool)
+    counts, _ = plan(micro_batches, training, [1.0] * HEADS, 1, None)
+    models = Models(partial(told, policy), partial(told, reference), horizon, None)
+    assert len(list(selective_losses(models, micro_batches, counts, training))) == MICRO_STEPS
+    assert len(given) == MICRO_STEPS * (3 if pool == "step" else 2)
+    assert all(numbers == of_tensor for numbers, of_tensor in given)
