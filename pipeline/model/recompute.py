@@ -6,8 +6,13 @@
     full       a block's input alone is kept, its forward runs once more in backward (arXiv 1604.06174): a third more work
 
 The gradient is the same to the bit. Each block is a unit of its own, heads among them.
+
+What `selective` keeps is found again by its operation and its turn among that operation's calls. torch's own
+`create_selective_checkpoint_contexts` counts all operations, kept or not, and stops where the second forward differs from the
+first; under ZeRO-3 it does, because DeepSpeed gathers weights on the way, in other portions than in forward.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +20,9 @@ from typing import Any
 import torch
 import torch.nn.attention.varlen
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 RunBlock = Callable[..., Tensor]
 """(block, *inputs) -> what the block gives."""
@@ -39,4 +46,32 @@ def block_runner(kind: str) -> RunBlock:
         return lambda block, *inputs: block(*inputs)
     if kind == "full":
         return partial(checkpoint, use_reentrant=False)
-    return partial(checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, KEPT))
+    return partial(checkpoint, use_reentrant=False, context_fn=_keep_and_reuse)
+
+
+def _keep_and_reuse() -> tuple["_Keep", "_Reuse"]:
+    """What surrounds a block's first forward, and its second."""
+    outputs: dict[Any, deque[Any]] = defaultdict(deque)
+    return _Keep(outputs), _Reuse(outputs)
+
+
+class _Keep(TorchDispatchMode):
+    def __init__(self, outputs: dict[Any, deque[Any]]):
+        super().__init__()
+        self.outputs = outputs
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if function in KEPT:
+            # Without its graph, which would hold this and be held by it.
+            self.outputs[function].append(tree_map_only(Tensor, Tensor.detach, output))
+        return output
+
+
+class _Reuse(TorchDispatchMode):
+    def __init__(self, outputs: dict[Any, deque[Any]]):
+        super().__init__()
+        self.outputs = outputs
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.outputs[function].popleft() if function in KEPT else function(*args, **(kwargs or {}))

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.model.mtp import MTPModel, initialize_weights
+from pipeline.model.recompute import block_runner
 from tests.unit.test_model import rows, small
 
 PRODUCTS = {"mm", "addmm", "bmm"}
@@ -50,3 +51,29 @@ def test_selective_runs_no_product_twice_and_full_runs_all_but_the_last_of_each_
     assert gradients_and_products("selective")[1:] == (forward, backward)
     blocks = 2 + 4  # Two of the trunk, four heads; what a block's last product gives is needed by nobody.
     assert gradients_and_products("full")[1:] == (forward, backward + forward - blocks)
+
+
+class Gathering(torch.nn.Module):
+    """A block that on the way, and more often each time it runs, does what gathering a partitioned weight takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 8)
+        self.times = 0
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        self.times += 1
+        with torch.no_grad():
+            for _ in range(self.times):
+                torch.cat([self.inner.weight, self.inner.weight]).mul_(2)
+        return self.inner(x_BD.tanh()).exp()
+
+
+def test_a_second_forward_may_gather_weights_in_other_portions_than_the_first() -> None:
+    torch.manual_seed(0)
+    block, x_BD = Gathering(), torch.randn(4, 8)
+    expected = torch.autograd.grad(block(x_BD).sum(), block.inner.weight)[0]
+    block.times = 0
+    found = torch.autograd.grad(block_runner("selective")(block, x_BD).sum(), block.inner.weight)[0]
+    assert block.times == 2
+    assert torch.equal(found, expected)

@@ -1,0 +1,110 @@
+"""ZeRO-3 on two ranks gives gathered weights back, however many heads branch off the trunk (DeepSpeed issue 8481).
+
+There, modules with several branches under activation checkpointing kept what was gathered during backward. What the coordinator
+holds is looked at whenever it has fetched something, the only thing that can make it more.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import run_ranks
+
+DIM, FEED_FORWARD = 32, 128
+BLOCK = 4 * DIM**2 + 3 * DIM * FEED_FORWARD + 2 * DIM
+LARGEST = DIM * FEED_FORWARD
+HEADS = (2, 6)
+
+
+def steps(settings: Any, zero: dict[str, Any]) -> dict[str, list[int]]:
+    """For each of two steps the most values of parameters that were gathered, and how many are after each backward."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    from pipeline.data.batch import Batch
+    from pipeline.micro_step import Models
+    from pipeline.runtime.checkpoint import Progress
+    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
+    from pipeline.runtime.distributed import World
+    from pipeline.runtime.engine import build_policy
+    from pipeline.train import Run, advance, train_step
+
+    engine = build_policy(settings, resolve_deepspeed_json({"zero_optimization": {"stage": 3, **zero}}, settings, 2))
+    parameters = list(engine.module.parameters())
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    fetch, backward, during = coordinator.fetch_sub_module, engine.backward, []
+    seen: dict[str, list[int]] = {"most": [], "left": []}
+
+    def gathered() -> int:
+        return sum(p.ds_numel for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE and not p.ds_persist)
+
+    def fetch_and_look(*arguments: Any, **more: Any) -> None:
+        fetch(*arguments, **more)
+        during.append(gathered())
+
+    def backward_and_look(*arguments: Any, **more: Any) -> None:
+        backward(*arguments, **more)
+        seen["left"].append(gathered())
+
+    coordinator.fetch_sub_module, engine.backward = fetch_and_look, backward_and_look
+    run = Run(
+        settings=settings,
+        world=World(dist.get_rank(), 2, dist.get_rank(), 2),
+        device=torch.device("cpu"),
+        run_dir=Path(),
+        engine=engine,
+        models=Models(engine, None, "shifted", dist.group.WORLD),
+        stream=SimpleNamespace(micro_steps=2, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
+        validation=None,
+        checkpoints=None,  # type: ignore[arg-type]
+    )
+    tokens_BT = torch.arange(32).view(2, 16)
+    batch = Batch(tokens_BT, torch.zeros(2, 16, dtype=torch.int32), torch.zeros_like(tokens_BT), ("a", "b"))
+    progress = Progress()
+    for _ in range(2):
+        during.clear()
+        result = train_step(run, iter([batch] * 2), progress)
+        advance(progress, result, settings)
+        assert result.applied
+        seen["most"].append(max(during))
+    return seen
+
+
+# By what the settings allow beyond the modules at work: nothing, or a block, whether fetched ahead or kept for its next use.
+WINDOWS = {
+    0: {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
+    BLOCK: {
+        "stage3_prefetch_bucket_size": DIM**2,
+        "stage3_max_live_parameters": BLOCK,
+        "stage3_max_reuse_distance": BLOCK,
+    },
+}
+
+
+def with_few_and_with_many_heads(kind: str) -> dict[int, list[dict[str, list[int]]]]:
+    from pipeline.config import Settings
+    from pipeline.runtime.engine import initialize_distributed
+
+    initialize_distributed(torch.device("cpu"), "error")
+    shape = {"dim": DIM, "num_layers": 2, "num_attention_heads": 2, "ffn_dim": FEED_FORWARD, "vocab_size": 64}
+    values: dict[str, Any] = {
+        "data": {"global_batch": 8, "micro_batch": 2, "sequence_length": 16},
+        "training": {"activation_checkpointing": kind},
+    }
+    settings = [Settings.model_validate(values | {"model": shape | {"num_prediction_heads": heads}}) for heads in HEADS]
+    persistence = {"stage3_param_persistence_threshold": DIM}
+    return {allowed: [steps(each, zero | persistence) for each in settings] for allowed, zero in WINDOWS.items()}
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_gathered_weights_are_bounded_by_the_settings_and_given_back_whatever_the_number_of_heads(kind: str) -> None:
+    # A block that is made again is entered while the module whose backward asked for it is at work.
+    at_work = LARGEST * (1 if kind == "none" else 2)
+    for seen in run_ranks(with_few_and_with_many_heads, 2, kind):
+        for allowed, (few, many) in seen.items():
+            assert max(few["most"]) == max(many["most"]) >= max(allowed, LARGEST)
+            assert max(many["most"]) <= allowed + at_work
+            assert few["left"] == many["left"] == [0] * 4
