@@ -77,34 +77,51 @@ def steps(settings: Any, zero: dict[str, Any]) -> dict[str, list[int]]:
 WINDOWS = {
     0: {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
     BLOCK: {
-        "stage3_prefetch_bucket_size": DIM**2,
+        "stage3_prefetch_bucket_size": LARGEST,
         "stage3_max_live_parameters": BLOCK,
         "stage3_max_reuse_distance": BLOCK,
     },
 }
 
 
-def with_few_and_with_many_heads(kind: str) -> dict[int, list[dict[str, list[int]]]]:
+KINDS = ("none", "selective", "full")
+
+
+def with_few_and_with_many_heads() -> dict[tuple[str, int], list[dict[str, list[int]]]]:
     from pipeline.config import Settings
     from pipeline.runtime.engine import initialize_distributed
 
     initialize_distributed(torch.device("cpu"), "error")
-    shape = {"dim": DIM, "num_layers": 2, "num_attention_heads": 2, "ffn_dim": FEED_FORWARD, "vocab_size": 64}
-    values: dict[str, Any] = {
-        "data": {"global_batch": 8, "micro_batch": 2, "sequence_length": 16},
-        "training": {"activation_checkpointing": kind},
-    }
-    settings = [Settings.model_validate(values | {"model": shape | {"num_prediction_heads": heads}}) for heads in HEADS]
+    shape = {"dim": DIM, "num_layers": 3, "num_attention_heads": 2, "ffn_dim": FEED_FORWARD, "vocab_size": 64}
     persistence = {"stage3_param_persistence_threshold": DIM}
-    return {allowed: [steps(each, zero | persistence) for each in settings] for allowed, zero in WINDOWS.items()}
+
+    def settings(kind: str, heads: int) -> Settings:
+        data = {"global_batch": 8, "micro_batch": 2, "sequence_length": 16}
+        model = shape | {"num_prediction_heads": heads}
+        return Settings.model_validate({"data": data, "model": model, "training": {"activation_checkpointing": kind}})
+
+    return {
+        (kind, allowed): [steps(settings(kind, heads), zero | persistence) for heads in HEADS]
+        for kind in KINDS
+        for allowed, zero in WINDOWS.items()
+    }
 
 
-@pytest.mark.parametrize("kind", ["none", "selective", "full"])
-def test_gathered_weights_are_bounded_by_the_settings_and_given_back_whatever_the_number_of_heads(kind: str) -> None:
+@pytest.fixture(scope="module")
+def seen_on_ranks() -> list[dict[tuple[str, int], list[dict[str, list[int]]]]]:
+    return run_ranks(with_few_and_with_many_heads, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("allowed", WINDOWS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gathered_weights_are_bounded_by_the_settings_and_given_back_whatever_the_number_of_heads(
+    kind: str, allowed: int, seen_on_ranks: list[dict[tuple[str, int], list[dict[str, list[int]]]]]
+) -> None:
     # A block that is made again is entered while the module whose backward asked for it is at work.
     at_work = LARGEST * (1 if kind == "none" else 2)
-    for seen in run_ranks(with_few_and_with_many_heads, 2, kind):
-        for allowed, (few, many) in seen.items():
-            assert max(few["most"]) == max(many["most"]) >= max(allowed, LARGEST)
-            assert max(many["most"]) <= allowed + at_work
-            assert few["left"] == many["left"] == [0] * 4
+    for seen in seen_on_ranks:
+        few, many = seen[kind, allowed]
+        assert max(few["most"]) == max(many["most"]) >= max(allowed, LARGEST)
+        assert max(many["most"]) <= allowed + at_work
+        assert few["left"] == many["left"] == [0] * 4
