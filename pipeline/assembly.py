@@ -21,11 +21,8 @@ from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
 from pipeline.runtime.description import identity_of
 from pipeline.runtime.distributed import World, smallest
 from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
-from pipeline.runtime.memory import free_bytes
+from pipeline.runtime.memory import free_bytes, sharding_that_fits
 from pipeline.train import Run
-
-# The largest part of the free memory that `reference.sharding: auto` gives to a whole reference: the rest is activations'.
-_PART_FOR_REFERENCE = 0.25
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def frozen_reference(job: Job, settings: Settings, config: dict[str, Any], shape
     if sharding == "auto":
         needed = num_parameters(shape) * (2 if config["bf16"]["enabled"] else 4)
         free = smallest(free_bytes(job.device) / job.world.local_size, job.device)
-        sharding = "replicate" if needed <= _PART_FOR_REFERENCE * free else "zero3"
+        sharding = sharding_that_fits(needed, free)
     return build_reference(shape, settings.reference.path, sharding, config)
 
 

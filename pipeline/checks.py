@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, ModelSettings, Settings
+from pipeline.data.builtin import VOCAB_SIZE
 from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest, read_manifest
 from pipeline.data.mixture import sets_of
 from pipeline.data.order import too_few_samples
@@ -53,6 +54,35 @@ def check_before_start(
     if found:
         raise ConfigError(found)
     return content
+
+
+def check_before_planning(
+    settings: Settings, deepspeed_json: Path, num_ranks: int, problems: Sequence[str] = ()
+) -> tuple[Settings, dict[str, Any]]:
+    """What can be known of a job on so many ranks where neither its data nor its reference need be: its settings with
+    vocab_size filled in, and the JSON's content.
+
+    Raises:
+        ConfigError: all problems of settings, DeepSpeed JSON and sizes at once, or a vocabulary that nothing tells.
+    """
+    content, found = read_deepspeed_json(deepspeed_json, settings)
+    if not problems:
+        found += check_sizes(
+            lanes=lanes_of(settings),
+            global_batch=settings.data.global_batch,
+            micro_batch=settings.data.micro_batch,
+            world_size=num_ranks,
+            num_workers=settings.data.num_workers,
+        )
+    vocab_size = settings.model.vocab_size or (VOCAB_SIZE if settings.data.builtin else None)
+    if vocab_size is None and not problems:
+        manifests, unreadable = _read_manifests(settings)
+        vocab_size = next((manifest.vocab_size for manifest in manifests.values()), None)
+        if vocab_size is None:
+            found.append(f"model.vocab_size: not set, and the data does not tell ({'; '.join(unreadable)}); set it")
+    if problems or found:
+        raise ConfigError([*problems, *found])
+    return settings.with_values(model={"vocab_size": vocab_size}), content
 
 
 def _cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]:

@@ -25,14 +25,20 @@ Work = Callable[["Job", argparse.Namespace, StopRequest], int]
 """What a command does on every rank, once everything is checked and the ranks are connected; returns the exit code."""
 
 
-def job_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
-    """The options of every such command; a command adds its own."""
+def recipe_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
+    """The options of every command that reads a recipe and a DeepSpeed JSON; a command adds its own."""
     parser = argparse.ArgumentParser(
         prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     parser.add_argument("--deepspeed", type=Path, required=True, metavar="JSON", help="ZeRO, precision, communication")
     parser.add_argument("--config", type=Path, default=default_recipe, metavar="YAML", help="recipe (default: the demo)")
+    return parser
+
+
+def job_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
+    """The options of every command that runs on all ranks of a job."""
+    parser = recipe_parser(name, description, default_recipe)
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/ and the recipe's run.name")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
     # The deepspeed launcher appends it; the environment says the same.
@@ -42,26 +48,16 @@ def job_parser(name: str, description: str | None, default_recipe: Path) -> argp
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], work: Work) -> int:
     """Read options and settings, check everything that can be checked, connect the ranks, do the work."""
-    options, unknown = parser.parse_known_intermixed_args(arguments)
-    # What follows an unknown option comes back as unknown too.
-    overrides = options.overrides + [argument for argument in unknown if not argument.startswith("-")]
-    unknown = [argument for argument in unknown if argument.startswith("-")]
+    options, unknown = read_options(parser, arguments)
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     stop = StopRequest()
     if is_first and not options.print_config:
         print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
 
-    from pipeline.config import ConfigError, did_you_mean
-    from pipeline.recipe import read_settings
+    from pipeline.config import ConfigError
 
-    known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
-    problems = [f"{option}: unknown option; {did_you_mean(option.partition('=')[0], known)}" for option in unknown]
     try:
-        try:
-            settings, found = read_settings(options.config, overrides)
-        except ConfigError as error:
-            raise ConfigError(problems + error.problems) from None
-        problems += found
+        settings, problems = read_recipe(parser, options, unknown)
         if options.print_config and problems:
             raise ConfigError(problems)
         if options.print_config:
@@ -69,11 +65,39 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], work:
             return 0
         return _run_on_all_ranks(parser.prog, options, settings, problems, stop, work)
     except ConfigError as error:
-        return _fail(parser.prog, error, EXIT_USAGE, is_first)
+        return fail(parser.prog, error, EXIT_USAGE, is_first)
     except KeyboardInterrupt:
         interrupted = f"{parser.prog}: interrupted; the same command continues from what was saved last"
         print(interrupted, file=sys.stderr) if is_first else None
         return EXIT_INTERRUPTED
+
+
+def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, all overrides among them, and the unknown ones."""
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    # What follows an unknown option comes back as unknown too.
+    options.overrides += [argument for argument in unknown if not argument.startswith("-")]
+    return options, [argument for argument in unknown if argument.startswith("-")]
+
+
+def read_recipe(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]
+) -> tuple["Settings", list[str]]:
+    """The settings that the options ask for, as far as they can be understood, and everything that is wrong with both.
+
+    Raises:
+        ConfigError: the recipe cannot be read at all.
+    """
+    from pipeline.config import ConfigError, did_you_mean
+    from pipeline.recipe import read_settings
+
+    known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
+    problems = [f"{option}: unknown option; {did_you_mean(option.partition('=')[0], known)}" for option in unknown]
+    try:
+        settings, found = read_settings(options.config, options.overrides)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    return settings, problems + found
 
 
 def end_process(exit_code: int) -> NoReturn:
@@ -115,15 +139,15 @@ def _run_on_all_ranks(
         exit_code = work(job, options, stop)
     except (DataError, ModelFilesError) as error:
         # Where all ranks raise the same one says it.
-        return _fail(prog, error, EXIT_USAGE, world.is_first or not getattr(error, "agreed", False))
+        return fail(prog, error, EXIT_USAGE, world.is_first or not getattr(error, "agreed", False))
     except (TrainingDivergedError, RanksDisagreeError) as error:
-        return _fail(prog, error, EXIT_DIVERGED, world.is_first)
+        return fail(prog, error, EXIT_DIVERGED, world.is_first)
     dist.barrier()
     dist.destroy_process_group()
     return exit_code
 
 
-def _fail(prog: str, error: Exception, exit_code: int, is_first: bool) -> int:
+def fail(prog: str, error: Exception, exit_code: int, is_first: bool) -> int:
     if is_first:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
     return exit_code

@@ -32,6 +32,8 @@ CORPUS_FILE = "corpus.json"
 """How the three folders were made; last to be written, so that where it is the corpus is complete."""
 LIBRARY, NOISE = "library", "noise"
 FOLDERS = ("mix", "library", "validation")
+VOCAB_SIZE = 4096
+"""Ids of the BPE that is trained on it."""
 
 # Tests and third-party packages are not the library, and encodings/ is tables of characters.
 _SKIPPED_FOLDERS = {
@@ -64,7 +66,7 @@ def prepare_builtin(
     directory: Path,
     sequence_length: int,
     seed: int,
-    vocab_size: int = 4096,
+    vocab_size: int = VOCAB_SIZE,
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Make `directory/mix`, `directory/library` and `directory/validation`, unless they are there already.

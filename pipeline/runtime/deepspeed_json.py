@@ -18,7 +18,7 @@ from pipeline.runtime.engine import JSON_SECTIONS
 _ALLOWED_KEYS = {
     "zero_optimization", "bf16", "communication_data_type", "data_types", "comms_logger",
 }  # fmt: skip
-_RECIPE_OWNS = {
+RECIPE_OWNS = {
     "train_batch_size": "data.global_batch",
     "train_micro_batch_size_per_gpu": "data.micro_batch",
     "gradient_accumulation_steps": "data.global_batch",
@@ -51,7 +51,7 @@ def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any],
     problems += [
         f"deepspeed {place}: 'auto' is not resolved here; write a value or leave the key out"
         for place in _autos(content)
-        if place not in _AUTO and place not in _RECIPE_OWNS
+        if place not in _AUTO and place not in RECIPE_OWNS
     ]
     return content, problems
 
@@ -61,7 +61,7 @@ def resolve_deepspeed_json(content: dict[str, Any], settings: Settings, world_si
     batch, micro_batch = settings.data.global_batch, settings.data.micro_batch
     # DeepSpeed would reduce and accumulate gradients in bf16 where nothing is said.
     exact = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
-    resolved = exact | {key: value for key, value in content.items() if key not in _RECIPE_OWNS}
+    resolved = exact | {key: value for key, value in content.items() if key not in RECIPE_OWNS}
     for place in _autos(resolved):
         section, key = place.split(".")
         resolved[section] = resolved[section] | {key: _AUTO[place](settings)}
@@ -91,8 +91,8 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _key_problems(key: str, value: Any, settings: Settings) -> list[str]:
-    if key in _RECIPE_OWNS:
-        owner = _RECIPE_OWNS[key]
+    if key in RECIPE_OWNS:
+        owner = RECIPE_OWNS[key]
         section, name = owner.split(".")
         mine = getattr(getattr(settings, section), name)
         return (

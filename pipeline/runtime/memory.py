@@ -6,6 +6,14 @@ from pathlib import Path
 
 import torch
 
+PART_FOR_REFERENCE = 0.25
+"""The largest part of the free memory that `reference.sharding: auto` gives to a whole reference: the rest is activations'."""
+
+
+def sharding_that_fits(reference_bytes: float, free_bytes: float) -> str:
+    """`replicate` or `zero3`, by what a whole reference takes of what is free once the policy is built."""
+    return "replicate" if reference_bytes <= PART_FOR_REFERENCE * free_bytes else "zero3"
+
 
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
@@ -28,6 +36,11 @@ def current_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _resident_bytes("VmRSS")
+
+
+def total_bytes() -> int | None:
+    """Bytes of this machine's CUDA device; None without one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def free_bytes(device: torch.device) -> int:

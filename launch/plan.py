@@ -1,0 +1,64 @@
+"""Estimate the memory that each rank of a job needs, before anything is built.
+
+    python launch/plan.py --deepspeed ds_configs/zero3.json --config launch/recipes/NAME.yaml --gpus 64 [--device-memory 80]
+        [--json FILE] [section.key=value ...]
+
+Needs neither GPUs nor data (but for model.vocab_size, which a recipe may leave to the data). Says where a step's memory is
+highest, what of it is what, whether it fits, and what each setting that saves memory would bring.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.command_line import EXIT_USAGE, fail, read_options, read_recipe, recipe_parser
+
+DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = recipe_parser("plan.py", __doc__, DEMO)
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the job")
+    parser.add_argument(
+        "--device-memory", type=float, metavar="GIB", help="of one GPU; default: of this machine's, if it has one"
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what the ranks run on (default: cuda)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, in bytes")
+    options, unknown = read_options(parser, arguments)
+
+    from pipeline.config import ConfigError
+
+    try:
+        figures = _figures(parser, options, unknown)
+    except ConfigError as error:
+        return fail(parser.prog, error, EXIT_USAGE, True)
+
+    from pipeline.planning.report import table
+
+    print(table(figures))
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _figures(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]):
+    settings, problems = read_recipe(parser, options, unknown)
+
+    from pipeline.checks import check_before_planning
+    from pipeline.planning.reading import case_of
+    from pipeline.planning.report import document
+    from pipeline.runtime.memory import total_bytes
+
+    if options.device_memory is not None and not options.device_memory > 0:
+        problems.append(f"--device-memory: got {options.device_memory}; expected GiB above 0")
+    settings, content = check_before_planning(settings, options.deepspeed, options.gpus, problems)
+    on_gpu = options.device == "cuda"
+    memory = total_bytes() if options.device_memory is None and on_gpu else (options.device_memory or 0) * 2**30 or None
+    case, notes = case_of(settings, content, options.gpus, on_gpu, memory)
+    return document(case, memory, notes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,148 @@
+"""What a forward and its losses leave for backward, and what backward adds while it works.
+
+Counted from the operations of `model.transformer`, `model.mtp` and `weighting`, tensor by tensor, as autograd saves them. The
+project's own code is what is counted, so a change there is a change here; unit tests compare with what autograd really saves.
+
+On a GPU RMSNorm is one kernel that saves its input; on a CPU torch composes it of operations that save float32
+intermediates. On a CPU attention goes through a mask, which becomes numbers in each block.
+
+Shapes: N tokens of a micro-batch, D width, F width of the feed-forward layer, V vocabulary, H heads, C rows of a chunk.
+"""
+
+from pipeline.model.transformer import attention_head_dim, ffn_dim
+from pipeline.planning.case import FLOAT32, Case
+from pipeline.weighting.cross_entropy import rows_per_chunk
+
+
+def block_input(case: Case) -> int:
+    """The residual stream as it enters a block; all heads share one."""
+    return case.num_tokens * case.settings.model.dim * case.width
+
+
+def saved_by_block(case: Case) -> int:
+    """All that one block saves beside its input when nothing is made again."""
+    model = case.settings.model
+    query, key = _projections(case)
+    feed_forward = 4 * ffn_dim(model)  # gate, its SiLU, up, and their product: what goes into down.
+    values = 2 * query + 2 * key + model.dim + feed_forward  # Query, attended, key, value, the stream between the halves.
+    norms = 2 * _norm(case, model.dim)
+    if model.qk_norm:
+        norms += _norm(case, query, rows=model.num_attention_heads) + _norm(case, key, rows=_key_value_heads(case))
+        # What goes into the norms is no longer rotated in place of being saved.
+        values += query + key
+    mask = 0 if case.on_gpu else case.settings.data.sequence_length * case.width
+    return case.num_tokens * (values * case.width + norms + mask + _log_sum(case))
+
+
+def kept_by_block(case: Case) -> int:
+    """What waits for backward beside the block's input, by `training.activation_checkpointing`."""
+    model = case.settings.model
+    query, key = _projections(case)
+    if case.settings.training.activation_checkpointing == "none":
+        return saved_by_block(case)
+    if case.settings.training.activation_checkpointing == "full":
+        return 0
+    # The outputs of seven products and of attention (`recompute.KEPT`), needed or not.
+    values = 2 * query + 2 * key + 2 * model.dim + 2 * ffn_dim(model)
+    return case.num_tokens * (values * case.width + _log_sum(case))
+
+
+def made_again(case: Case) -> int:
+    """What a checkpointed block's second forward adds while its backward runs."""
+    if case.settings.training.activation_checkpointing == "none":
+        return 0
+    return saved_by_block(case) - kept_by_block(case) // 2 if kept_by_block(case) else saved_by_block(case)
+
+
+def waiting(case: Case) -> int:
+    """All blocks' activations when the last head is done, and the batch itself."""
+    model = case.settings.model
+    blocks = model.num_layers - 1 + model.num_prediction_heads
+    return blocks * kept_by_block(case) + model.num_layers * block_input(case) + _batch(case)
+
+
+def stacked(case: Case) -> int:
+    """[N, H, D], the heads' outputs side by side."""
+    return block_input(case) * case.settings.model.num_prediction_heads
+
+
+def normalised(case: Case) -> int:
+    """What the final norm saves and gives."""
+    model = case.settings.model
+    return case.num_tokens * model.num_prediction_heads * _norm(case, model.dim)
+
+
+def in_loss(case: Case) -> int:
+    """What the loss phase holds at once, the hidden states left out."""
+    model = case.settings.model
+    if case.settings.training.loss_phase == "dense":
+        # cross_entropy saves each head's log-probabilities; the last head's logits are there as well, in float32 too.
+        logits = case.num_tokens * case.vocab_size
+        casting = 0 if case.width == FLOAT32 else logits * FLOAT32
+        return model.num_prediction_heads * logits * FLOAT32 + logits * case.width + casting
+    rows = rows_per_chunk(case.num_tokens, case.vocab_size)
+    chunk = rows * case.vocab_size
+    # bf16: a chunk's logits come in bf16, and so does its part of the weight's gradient before it is added.
+    casting = 0 if case.width == FLOAT32 else max(chunk, case.unembedding) * case.width + chunk * case.width
+    rows_at_work = 2 * rows * model.dim * case.width
+    return gradients_of_loss(case) + chunk * FLOAT32 + casting + rows_at_work
+
+
+def gradients_of_loss(case: Case) -> int:
+    """What the loss phase makes at once and backward then takes: the hidden states' gradient, and the unembedding's in
+    float32. `dense` makes them in backward."""
+    return stacked(case) + case.unembedding * FLOAT32
+
+
+def in_backward_of_norm(case: Case) -> int:
+    """Backward's first steps, beside what is saved: the gradients of the norm's output and input, and on a CPU four
+    intermediates of the composed one in float32."""
+    hidden = stacked(case)
+    return 2 * hidden if case.on_gpu else 4 * hidden * FLOAT32 // case.width
+
+
+def in_backward_of_dense(case: Case) -> int:
+    """The oracle's backward: a head's logit gradients, in float32 and cast, and the unembedding's gradient twice."""
+    logits = case.num_tokens * case.vocab_size
+    saved = case.settings.model.num_prediction_heads * logits * FLOAT32
+    casting = 0 if case.width == FLOAT32 else logits * case.width
+    return saved + logits * FLOAT32 + casting + 2 * case.unembedding * case.width + stacked(case)
+
+
+def in_backward_of_block(case: Case) -> int:
+    """While one block's backward runs, beside what is saved: what is made again, the gradients of the stream and of two of
+    the feed-forward layer's tensors."""
+    wide = 2 * case.num_tokens * ffn_dim(case.settings.model) * case.width
+    return made_again(case) + stacked(case) + 2 * block_input(case) + wide
+
+
+def _projections(case: Case) -> tuple[int, int]:
+    """Widths of a token's queries, and of its keys (and of its values)."""
+    width = attention_head_dim(case.settings.model)
+    return case.settings.model.num_attention_heads * width, _key_value_heads(case) * width
+
+
+def _key_value_heads(case: Case) -> int:
+    return case.settings.model.num_key_value_heads or case.settings.model.num_attention_heads
+
+
+def _log_sum(case: Case) -> int:
+    """Attention's log-sum-exp, bytes a token."""
+    return case.settings.model.num_attention_heads * FLOAT32
+
+
+def _norm(case: Case, width: int, rows: int = 1) -> int:
+    """Bytes a token that an RMSNorm saves beside its input, its output counted: the inverse root of the mean squares
+    (`rows` of them a token), on a CPU also the normalised values in float32, and in bf16 the input in float32."""
+    composed = 0 if case.on_gpu else width * FLOAT32 * (1 if case.width == FLOAT32 else 2)
+    return rows * FLOAT32 + width * case.width + composed
+
+
+def _batch(case: Case) -> int:
+    """Tokens, document and source numbers, targets and validity of a step's micro-batches; the document mask of one, and
+    a few float32, int64 and bool tensors of its pairs."""
+    heads = case.settings.model.num_prediction_heads
+    pairs = case.num_tokens * heads
+    batches = case.micro_steps * (case.num_tokens * (8 + 4 + 8) + pairs * (8 + 1))
+    mask = 0 if case.on_gpu else case.num_tokens * case.settings.data.sequence_length
+    return batches + mask + pairs * 32

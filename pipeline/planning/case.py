@@ -1,0 +1,106 @@
+"""What is planned: a resolved job on so many ranks, and the sizes that everything else is computed from.
+
+Shapes: N tokens of a micro-batch, D width, V vocabulary, H heads.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+
+from pipeline.config import ModelSettings, Settings
+from pipeline.model.mtp import MTPModel
+from pipeline.runtime.deepspeed_json import RECIPE_OWNS, precision_of, resolve_deepspeed_json
+from pipeline.runtime.engine import JSON_SECTIONS
+
+FLOAT32 = 4
+"""Bytes of master weights, optimiser states, accumulated gradients and losses, whatever the models run in."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """settings: their vocab_size is set. config: the resolved DeepSpeed configuration. on_gpu: whose kernels run; on a CPU
+    device and host memory are one. reference: the shape of the model that runs along, None without one; sharding: how it
+    lies on the ranks, `replicate` or `zero3`."""
+
+    settings: Settings
+    config: dict[str, Any]
+    num_ranks: int
+    on_gpu: bool
+    reference: ModelSettings | None
+    sharding: str
+
+    @cached_property
+    def zero(self) -> Any:
+        """DeepSpeed's own reading of the JSON, its defaults filled in."""
+        return JSON_SECTIONS["zero_optimization"].model_validate(self.config["zero_optimization"])
+
+    @property
+    def stage(self) -> int:
+        return int(self.zero.stage)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return _on_host(self.zero.offload_optimizer)
+
+    @property
+    def offloads_parameters(self) -> bool:
+        return _on_host(self.zero.offload_param)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight or activation in the models' precision."""
+        return 2 if precision_of(self.config) == "bfloat16" else 4
+
+    @property
+    def num_tokens(self) -> int:
+        return self.settings.data.micro_batch * self.settings.data.sequence_length
+
+    @property
+    def micro_steps(self) -> int:
+        return int(self.config["gradient_accumulation_steps"])
+
+    @property
+    def vocab_size(self) -> int:
+        assert self.settings.model.vocab_size is not None
+        return self.settings.model.vocab_size
+
+    @cached_property
+    def parameters(self) -> list[int]:
+        """Values of each parameter of the policy."""
+        return parameter_sizes(self.settings.model)
+
+    @cached_property
+    def whole(self) -> int:
+        """Values of the policy's parameters."""
+        return sum(self.parameters)
+
+    @property
+    def part(self) -> int:
+        """Values of them that one rank owns: each parameter is cut evenly and padded (`partition_parameters.py`,
+        _partition_numel); stages 1 and 2 cut a flat list, which is the same but for the padding."""
+        return sum(-(-size // self.num_ranks) for size in self.parameters)
+
+    @property
+    def unembedding(self) -> int:
+        """Values of the embedding, and of the unembedding."""
+        return self.vocab_size * self.settings.model.dim
+
+    def changed(self, sections: dict[str, Any] | None = None, zero: dict[str, Any] | None = None, **others: Any) -> "Case":
+        """The same with other settings, other values in the JSON's zero_optimization, or other values of its own."""
+        settings, ranks = self.settings.with_values(**(sections or {})), others.get("num_ranks", self.num_ranks)
+        content = {key: value for key, value in self.config.items() if key not in RECIPE_OWNS}
+        content["zero_optimization"] = content["zero_optimization"] | (zero or {})
+        return replace(self, settings=settings, config=resolve_deepspeed_json(content, settings, ranks), **others)
+
+
+@cache
+def parameter_sizes(shape: ModelSettings) -> list[int]:
+    """Values of each parameter of a model of this shape."""
+    with torch.device("meta"):
+        return [parameter.numel() for parameter in MTPModel(shape).parameters()]
+
+
+def _on_host(offload: Any) -> bool:
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"

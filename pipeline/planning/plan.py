@@ -1,0 +1,143 @@
+"""The plan: at which moment of a step a rank needs most, and what of it is what.
+
+A step's memory has few moments at which it can be highest: the loss phase, when all activations wait and the loss's
+buffers are there; the start of backward, when the final norm's gradients are made; a block's backward, when a checkpointed
+one is made again; the end of backward, when the embedding's gradient is made; the optimiser's step; and, for models that
+are whole on each rank, their building. The plan is the highest of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.planning import activations, states
+from pipeline.planning.case import FLOAT32, Case
+
+PARTS = (
+    "parameters", "gathered parameters", "master weights", "optimiser", "gradients", "reduce buckets", "activations",
+    "loss phase", "reference",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one rank. at_rest: by part, between two steps; moments: by moment and part, on the device; host: by part, what
+    is kept in host memory instead."""
+
+    at_rest: dict[str, int]
+    moments: dict[str, dict[str, int]]
+    host: dict[str, int]
+
+    @property
+    def highest(self) -> str:
+        """The moment at which most is needed."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def peak(self) -> dict[str, int]:
+        return self.moments[self.highest]
+
+    @property
+    def total(self) -> int:
+        return sum(self.peak.values())
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+
+def plan_memory(case: Case) -> Plan:
+    held = {
+        "parameters": states.weights(case),
+        "master weights": states.master_weights(case),
+        "optimiser": states.optimizer(case),
+        "gradients": states.gradients_at_rest(case),
+        "reduce buckets": states.buckets_at_rest(case),
+        "reference": states.reference(case),
+    }
+    host: dict[str, int] = {}
+    if case.offloads_optimizer:
+        host |= {part: held.pop(part) for part in ("master weights", "optimiser", "gradients")}
+    if case.offloads_parameters:
+        host["parameters"] = held.pop("parameters")
+    resident = states.persistent(case, case.parameters) if case.stage == 3 and case.num_ranks > 1 else 0
+    at_rest = held | {"gathered parameters": resident}
+    moments = {name: _with(at_rest, moment(case)) for name, moment in _MOMENTS.items()}
+    if case.stage != 3:
+        # The model as it was built, and the flat copy that takes its place.
+        moments["building"] = {"parameters": 2 * states.weights(case)}
+    return Plan(at_rest, moments, host)
+
+
+def _with(at_rest: dict[str, int], added: dict[str, int]) -> dict[str, int]:
+    both = {part: at_rest.get(part, 0) + added.get(part, 0) for part in PARTS}
+    return {part: size for part, size in both.items() if size}
+
+
+def _gathered_beyond_persistent(case: Case) -> int:
+    return max(0, states.gathered(case) - states.persistent(case, case.parameters))
+
+
+def _loss_phase(case: Case) -> dict[str, int]:
+    return {
+        "gathered parameters": _gathered_beyond_persistent(case),
+        "gradients": states.gradients_accumulated(case),
+        "activations": activations.waiting(case),
+        "loss phase": activations.stacked(case) + activations.normalised(case) + activations.in_loss(case),
+    }
+
+
+def _start_of_backward(case: Case) -> dict[str, int]:
+    dense = case.settings.training.loss_phase == "dense"
+    at_work = activations.in_backward_of_dense(case) if dense else activations.in_backward_of_norm(case)
+    return {
+        "gathered parameters": _gathered_beyond_persistent(case),
+        "gradients": states.gradients_accumulated(case) + _oversized(case),
+        "reduce buckets": states.buckets_in_backward(case) - states.buckets_at_rest(case),
+        "activations": activations.waiting(case),
+        "loss phase": activations.stacked(case) + activations.normalised(case) + at_work,
+    }
+
+
+def _backward_of_a_head(case: Case) -> dict[str, int]:
+    return {
+        "gathered parameters": _gathered_beyond_persistent(case),
+        "gradients": states.gradients_accumulated(case),
+        "reduce buckets": states.buckets_in_backward(case) - states.buckets_at_rest(case) + _reducing(case),
+        "activations": activations.waiting(case) + activations.in_backward_of_block(case),
+    }
+
+
+def _end_of_backward(case: Case) -> dict[str, int]:
+    return {
+        "gathered parameters": case.width * case.unembedding if _gathered_beyond_persistent(case) else 0,
+        "gradients": states.gradients_after_backward(case) + case.width * case.unembedding,
+        "reduce buckets": states.buckets_in_backward(case) - states.buckets_at_rest(case) + _reducing(case),
+        "activations": activations.block_input(case) * 2,
+    }
+
+
+def _optimizer_step(case: Case) -> dict[str, int]:
+    return {"gradients": states.gradients_in_step(case)}
+
+
+def _oversized(case: Case) -> int:
+    """A gradient that fits no bucket stays where it is until the next one comes: the unembedding's, as backward begins."""
+    return case.width * case.unembedding if case.unembedding > case.zero.reduce_bucket_size else 0
+
+
+def _reducing(case: Case) -> int:
+    """`reduce_scatter_coalesced`: the gradients of a bucket once more, in the order of the ranks' parts; a single large one
+    is reduced in place, in bf16 in a float32 copy."""
+    if case.stage != 3:
+        return 0
+    in_float32 = FLOAT32 * case.unembedding if case.width != FLOAT32 and _oversized(case) else 0
+    return max(FLOAT32 * min(case.zero.reduce_bucket_size, case.whole), in_float32)
+
+
+_MOMENTS: dict[str, Callable[[Case], dict[str, int]]] = {
+    "the loss phase": _loss_phase,
+    "the start of backward": _start_of_backward,
+    "a head's backward": _backward_of_a_head,
+    "the end of backward": _end_of_backward,
+    "the optimiser's step": _optimizer_step,
+}

@@ -1,0 +1,85 @@
+"""A plan as a table for people and as a JSON document for programs."""
+
+from typing import Any
+
+from pipeline.planning.advice import MARGIN, changes, verdict
+from pipeline.planning.case import Case
+from pipeline.planning.plan import PARTS, Plan, plan_memory
+from pipeline.runtime.table import aligned
+
+
+def summary(plan: Plan) -> str:
+    """One line."""
+    host = f", {_sized(plan.host_total)} of host memory" if plan.host else ""
+    return f"{_sized(plan.total)} a rank, highest in {plan.highest}{host}"
+
+
+def document(case: Case, device_bytes: float | None, notes: list[str]) -> dict[str, Any]:
+    """Everything that `table` shows, in bytes."""
+    plan = plan_memory(case)
+    return {
+        "gpus": case.num_ranks,
+        "stage": case.stage,
+        "precision": "bfloat16" if case.width == 2 else "float32",
+        "device": "cuda" if case.on_gpu else "cpu",
+        "parameters": case.whole,
+        "micro_steps": case.micro_steps,
+        "at_rest": plan.at_rest,
+        "peak": plan.peak,
+        "peak_moment": plan.highest,
+        "moments": {moment: sum(parts.values()) for moment, parts in plan.moments.items()},
+        "total": plan.total,
+        "host": plan.host,
+        "device_memory": device_bytes,
+        "verdict": None if device_bytes is None else verdict(plan, device_bytes),
+        "changes": [change._asdict() for change in changes(case)],
+        "notes": notes,
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """`document`'s figures for a terminal."""
+    columns = {"between steps": figures["at_rest"], "at the peak": figures["peak"]}
+    columns |= {"on the host": figures["host"]} if figures["host"] else {}
+    rows = [["GiB a rank", *columns]]
+    for part in PARTS:
+        if any(part in column for column in columns.values()):
+            rows.append([part, *(_gib(column.get(part, 0)) for column in columns.values())])
+    rows.append(["total", *(_gib(sum(column.values())) for column in columns.values())])
+    lines = [
+        f"{figures['parameters'] / 1e9:,.3f} billion parameters in {figures['precision']} on {figures['gpus']} "
+        f"{'GPU' if figures['device'] == 'cuda' else 'CPU rank'}{'s' if figures['gpus'] > 1 else ''}, ZeRO stage "
+        f"{figures['stage']}, {figures['micro_steps']} micro-step{'s' if figures['micro_steps'] > 1 else ''} a step",
+        "",
+        aligned(rows),
+        "",
+        f"The peak is in {figures['peak_moment']}. The plan leaves out what libraries and communication take for themselves.",
+        *figures["notes"],
+    ]
+    return "\n".join([*lines, *_judgement(figures)])
+
+
+def _judgement(figures: dict[str, Any]) -> list[str]:
+    memory = figures["device_memory"]
+    if memory is None:
+        return ["How much memory a device has is not known here: --device-memory GiB says whether this fits."]
+    said = {
+        "fits": f"It fits {_sized(memory)}, with {MARGIN:.0%} to spare.",
+        "close": f"It may fit {_sized(memory)}, with less than the {MARGIN:.0%} to spare by which a plan can be wrong.",
+        "does not fit": f"It does not fit {_sized(memory)}.",
+    }[figures["verdict"]]
+    if figures["verdict"] == "fits":
+        return [said]
+    saving = [
+        [change["setting"], f"{_gib(figures['total'] - change['total'])} GiB less", f"{_gib(change['total'])} GiB"]
+        for change in figures["changes"]
+    ]
+    return [said, *(["Each of these by itself:", aligned(saving)] if saving else ["No setting known here makes it smaller."])]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.3f}"
+
+
+def _sized(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
