@@ -20,11 +20,14 @@ from pipeline.data.mixture import read_joined
 from pipeline.data.tokenizer import TOKENIZER_FILE
 from pipeline.model.huggingface import save_model
 from pipeline.model.mtp import MTPModel
+from pipeline.planning.plan import plan_memory
+from pipeline.planning.reading import case_of
+from pipeline.planning.report import summary
 from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, from_first, made_once
 from pipeline.runtime.engine import gathered, release
-from pipeline.runtime.memory import peak_bytes, reset_peak
+from pipeline.runtime.memory import peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.reporting import closing_table, read_records
 from pipeline.runtime.run_lock import RunLock
@@ -79,12 +82,14 @@ def dry_run(job: Job) -> int:
     peaks = torch.tensor(peak_bytes(job.device), dtype=torch.int64, device=job.device)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     record = result.sums.record(result.plan.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
+    case, _ = case_of(run.settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
     steps, epoch = settings.training.steps, run.stream.manifest.num_tokens
     budget = progress.tokens * steps
     _say(
         job,
         f"dry run: one step on {job.world.size} rank(s), loss {math.nan if record['loss'] is None else record['loss']:.4f}\n"
         f"  peak memory of the step   {peaks.item() / 2**20:,.0f} MiB on the fullest rank ({_what_is_counted(job.device)})\n"
+        f"  memory plan               {summary(plan_memory(case))}, what libraries take left out\n"
         f"  token budget              {steps} steps × {progress.tokens:,} tokens = {budget:,} tokens, "
         f"{budget / epoch:.2f} epochs of {epoch:,}\n"
         f"  time                      {result.seconds:.1f} s for this first step, the warm-up included",

@@ -24,12 +24,14 @@ def saved_by_block(case: Case) -> int:
     model = case.settings.model
     query, key = _projections(case)
     feed_forward = 4 * ffn_dim(model)  # gate, its SiLU, up, and their product: what goes into down.
-    values = 2 * query + 2 * key + model.dim + feed_forward  # Query, attended, key, value, the stream between the halves.
-    norms = 2 * _norm(case, model.dim)
+    values = 2 * query + 2 * key + 2 * model.dim + feed_forward  # Query, attended, key, value, what both norms give.
+    into_norms, norms = model.dim, 2 * _norm(case, model.dim)  # The stream between the block's halves.
     if model.qk_norm:
-        norms += _norm(case, query, rows=model.num_attention_heads) + _norm(case, key, rows=_key_value_heads(case))
-        # What goes into the norms is no longer rotated in place of being saved.
-        values += query + key
+        # What these give is not saved, because rotating saves nothing of what it rotates.
+        into_norms += query + key
+        norms += _norm(case, query, model.num_attention_heads) + _norm(case, key, _key_value_heads(case))
+    if not _casts(case):
+        values += into_norms
     mask = 0 if case.on_gpu else case.settings.data.sequence_length * case.width
     return case.num_tokens * (values * case.width + norms + mask + _log_sum(case))
 
@@ -48,10 +50,15 @@ def kept_by_block(case: Case) -> int:
 
 
 def made_again(case: Case) -> int:
-    """What a checkpointed block's second forward adds while its backward runs."""
+    """What a checkpointed block's second forward adds while its backward runs: all that is saved, but for what was kept of
+    it: the values, what attention gave, and the feed-forward layer's gate and up."""
     if case.settings.training.activation_checkpointing == "none":
         return 0
-    return saved_by_block(case) - kept_by_block(case) // 2 if kept_by_block(case) else saved_by_block(case)
+    if case.settings.training.activation_checkpointing == "full":
+        return saved_by_block(case)
+    query, key = _projections(case)
+    kept = (query + key + 2 * ffn_dim(case.settings.model)) * case.width + _log_sum(case)
+    return saved_by_block(case) - case.num_tokens * kept
 
 
 def waiting(case: Case) -> int:
@@ -69,7 +76,7 @@ def stacked(case: Case) -> int:
 def normalised(case: Case) -> int:
     """What the final norm saves and gives."""
     model = case.settings.model
-    return case.num_tokens * model.num_prediction_heads * _norm(case, model.dim)
+    return stacked(case) + case.num_tokens * model.num_prediction_heads * _norm(case, model.dim)
 
 
 def in_loss(case: Case) -> int:
@@ -132,17 +139,23 @@ def _log_sum(case: Case) -> int:
 
 
 def _norm(case: Case, width: int, rows: int = 1) -> int:
-    """Bytes a token that an RMSNorm saves beside its input, its output counted: the inverse root of the mean squares
-    (`rows` of them a token), on a CPU also the normalised values in float32, and in bf16 the input in float32."""
-    composed = 0 if case.on_gpu else width * FLOAT32 * (1 if case.width == FLOAT32 else 2)
-    return rows * FLOAT32 + width * case.width + composed
+    """Bytes a token that an RMSNorm saves beside its input and output: the inverse roots of `rows` mean squares, on a CPU the
+    normalised values in float32, and in bf16 a float32 copy of its input in the input's place."""
+    composed = 0 if case.on_gpu else width * FLOAT32 * (2 if _casts(case) else 1)
+    return rows * FLOAT32 + composed
+
+
+def _casts(case: Case) -> bool:
+    """Whether an RMSNorm is composed of operations in another precision than its input's."""
+    return not case.on_gpu and case.width != FLOAT32
 
 
 def _batch(case: Case) -> int:
-    """Tokens, document and source numbers, targets and validity of a step's micro-batches; the document mask of one, and
-    a few float32, int64 and bool tensors of its pairs."""
+    """Tokens, document and source numbers, targets and validity of a step's micro-batches, and on a GPU as many that arrive
+    meanwhile; the document mask of one, and a few float32, int64 and bool tensors of its pairs."""
     heads = case.settings.model.num_prediction_heads
     pairs = case.num_tokens * heads
-    batches = case.micro_steps * (case.num_tokens * (8 + 4 + 8) + pairs * (8 + 1))
+    arriving = case.micro_steps * case.num_tokens * (8 + 4 + 8) * (2 if case.on_gpu else 1)
+    batches = arriving + case.micro_steps * pairs * (8 + 1)
     mask = 0 if case.on_gpu else case.num_tokens * case.settings.data.sequence_length
     return batches + mask + pairs * 32

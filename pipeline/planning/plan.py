@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.planning import activations, states
-from pipeline.planning.case import FLOAT32, Case
+from pipeline.planning.case import Case
 
 PARTS = (
     "parameters", "gathered parameters", "master weights", "optimiser", "gradients", "reduce buckets", "activations",
@@ -89,10 +89,12 @@ def _loss_phase(case: Case) -> dict[str, int]:
 def _start_of_backward(case: Case) -> dict[str, int]:
     dense = case.settings.training.loss_phase == "dense"
     at_work = activations.in_backward_of_dense(case) if dense else activations.in_backward_of_norm(case)
+    oversized = case.unembedding > case.zero.reduce_bucket_size
     return {
         "gathered parameters": _gathered_beyond_persistent(case),
-        "gradients": states.gradients_accumulated(case) + _oversized(case),
-        "reduce buckets": states.buckets_in_backward(case) - states.buckets_at_rest(case),
+        # A gradient that fits no bucket stays where it is until the next one comes.
+        "gradients": states.gradients_accumulated(case) + (case.width * case.unembedding if oversized else 0),
+        "reduce buckets": _buckets_beyond_rest(case, 0 if oversized else case.unembedding),
         "activations": activations.waiting(case),
         "loss phase": activations.stacked(case) + activations.normalised(case) + at_work,
     }
@@ -102,7 +104,7 @@ def _backward_of_a_head(case: Case) -> dict[str, int]:
     return {
         "gathered parameters": _gathered_beyond_persistent(case),
         "gradients": states.gradients_accumulated(case),
-        "reduce buckets": states.buckets_in_backward(case) - states.buckets_at_rest(case) + _reducing(case),
+        "reduce buckets": _buckets_beyond_rest(case, 2 * case.unembedding) + states.reducing(case),
         "activations": activations.waiting(case) + activations.in_backward_of_block(case),
     }
 
@@ -111,27 +113,17 @@ def _end_of_backward(case: Case) -> dict[str, int]:
     return {
         "gathered parameters": case.width * case.unembedding if _gathered_beyond_persistent(case) else 0,
         "gradients": states.gradients_after_backward(case) + case.width * case.unembedding,
-        "reduce buckets": states.buckets_in_backward(case) - states.buckets_at_rest(case) + _reducing(case),
+        "reduce buckets": _buckets_beyond_rest(case, case.whole) + states.reducing(case),
         "activations": activations.block_input(case) * 2,
     }
 
 
+def _buckets_beyond_rest(case: Case, written: int) -> int:
+    return states.buckets_in_backward(case, written) - states.buckets_at_rest(case)
+
+
 def _optimizer_step(case: Case) -> dict[str, int]:
     return {"gradients": states.gradients_in_step(case)}
-
-
-def _oversized(case: Case) -> int:
-    """A gradient that fits no bucket stays where it is until the next one comes: the unembedding's, as backward begins."""
-    return case.width * case.unembedding if case.unembedding > case.zero.reduce_bucket_size else 0
-
-
-def _reducing(case: Case) -> int:
-    """`reduce_scatter_coalesced`: the gradients of a bucket once more, in the order of the ranks' parts; a single large one
-    is reduced in place, in bf16 in a float32 copy."""
-    if case.stage != 3:
-        return 0
-    in_float32 = FLOAT32 * case.unembedding if case.width != FLOAT32 and _oversized(case) else 0
-    return max(FLOAT32 * min(case.zero.reduce_bucket_size, case.whole), in_float32)
 
 
 _MOMENTS: dict[str, Callable[[Case], dict[str, int]]] = {

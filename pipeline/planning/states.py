@@ -38,19 +38,32 @@ def gradients_at_rest(case: Case) -> int:
 def buckets_at_rest(case: Case) -> int:
     """Where gradients wait to be reduced: stage 3 holds one bucket for good, in the communication's float32. Stages 1 and 2
     allocate theirs for each backward (`buckets_in_backward`)."""
-    return FLOAT32 * case.zero.reduce_bucket_size if case.stage == 3 and case.zero.contiguous_gradients else 0
+    return FLOAT32 * _touched(case, case.whole) if case.stage == 3 and case.zero.contiguous_gradients else 0
 
 
-def buckets_in_backward(case: Case) -> int:
-    """setup_buckets of `stage_1_and_2.py`: two in turn where reduction overlaps with backward."""
+def buckets_in_backward(case: Case, written: int) -> int:
+    """setup_buckets of `stage_1_and_2.py`: two in turn where reduction overlaps with backward. `written`: values of the
+    gradients that are there by then."""
     if case.stage == 3 or is_bf16_optimizer(case) or not case.zero.contiguous_gradients:
         return buckets_at_rest(case)
-    return (2 if case.zero.overlap_comm else 1) * case.width * min(case.zero.reduce_bucket_size, _touched(case))
+    first = _touched(case, written)
+    return case.width * (first + (_touched(case, written - first) if case.zero.overlap_comm else 0))
 
 
-def _touched(case: Case) -> int:
+def _touched(case: Case, written: int) -> int:
     """A bucket is memory on a GPU from the start; on a CPU only as far as gradients were ever written into it."""
-    return case.zero.reduce_bucket_size if case.on_gpu else case.whole
+    size = int(case.zero.reduce_bucket_size)
+    return size if case.on_gpu else min(size, written)
+
+
+def reducing(case: Case) -> int:
+    """`reduce_scatter_coalesced`: the gradients of a bucket once more, in the order of the ranks' parts; a single one that
+    fits no bucket is reduced in place, in bf16 in a float32 copy."""
+    if case.stage != 3:
+        return 0
+    size = int(case.zero.reduce_bucket_size)
+    copied = case.unembedding if case.width != FLOAT32 and case.unembedding > size else 0
+    return FLOAT32 * max(min(size, case.whole), copied)
 
 
 def gradients_accumulated(case: Case) -> int:

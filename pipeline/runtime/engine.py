@@ -158,7 +158,7 @@ def release(engine: Engine) -> None:
     engine.destroy()
     # Hooks of DeepSpeed's that last as long as the process name the engine and its model, so neither is ever collected:
     # what they hold has to be emptied.
-    for optimizer in (engine.optimizer, engine.basic_optimizer):
+    for optimizer in filter(None, (engine.optimizer, engine.basic_optimizer)):  # A reference's engine has none.
         vars(optimizer).clear()
     for parameter in parameters:
         parameter.grad = None

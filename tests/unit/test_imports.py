@@ -34,8 +34,10 @@ ALLOWED = {
     "train": {"config", "data", "weighting", "model", "runtime", "micro_step", "evaluate"},
     "command_line": {"config", "recipe", "storage", "data", "model", "runtime", "checks", "train", "assembly", "job"},
     "assembly": {"config", "storage", "data", "weighting", "model", "runtime", "micro_step", "checks", "train"},
+    "planning": {"config", "model", "weighting", "runtime", "checks"},
     "scoring": {"config", "storage", "data", "model", "runtime", "checks", "assembly"},
     "job": {
+        "planning",
         "config",
         "storage",
         "data",

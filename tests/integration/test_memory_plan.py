@@ -1,0 +1,63 @@
+"""The memory plan against the measured peak, on a CPU: every stage, one and two ranks, what is kept, how losses are made, and
+where the reference lies."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.planned import Job, Measured, plan_and_measure
+from tests.ranks import run_ranks
+
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+SHIPPED: dict[str, dict[str, Any]] = {path.stem: json.loads(path.read_text()) for path in DS_CONFIGS.glob("*.json")}
+PARAMETERS_TOO = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}}
+FEW_GATHERED = {
+    "zero_optimization": SHIPPED["zero3"]["zero_optimization"]
+    | {"stage3_max_live_parameters": 10**6, "stage3_max_reuse_distance": 10**6}
+}
+
+ONE_RANK = {"zero3, replicated reference": Job(SHIPPED["zero3"], "replicate")}
+TWO_RANKS = {
+    "zero3, partitioned reference": Job(SHIPPED["zero3"], "zero3"),
+    "zero3, few gathered, cached losses, selective checkpointing, two micro-steps": Job(
+        FEW_GATHERED, "cached", micro_steps=2, training={"activation_checkpointing": "selective"}
+    ),
+    "zero3, full checkpointing, two passes": Job(
+        SHIPPED["zero3"], "replicate", training={"activation_checkpointing": "full", "loss_phase": "two_pass"}
+    ),
+    "zero3, dense, no reference": Job(SHIPPED["zero3"], rows=2, training={"loss_phase": "dense"}),
+    "zero3, optimiser offloaded": Job(SHIPPED["zero3_offload"], "cached"),
+    "zero3, parameters offloaded too": Job(PARAMETERS_TOO, "cached"),
+    "zero2, two micro-steps": Job(SHIPPED["zero2"], "replicate", micro_steps=2),
+    "zero1": Job(SHIPPED["zero1"], "cached"),
+}
+
+
+def each(jobs: dict[str, Job]) -> dict[str, Measured]:
+    from pipeline.runtime.engine import initialize_distributed
+
+    initialize_distributed(torch.device("cpu"), "error")
+    return {name: plan_and_measure(job, torch.device("cpu")) for name, job in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, list[Measured]]:
+    """For each job what each of its ranks measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Freed memory goes back at once, so that what is resident is what is in use.
+        for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+            patch.setenv(threshold, "65536")
+        on_one, *on_two = run_ranks(each, 1, ONE_RANK) + run_ranks(each, 2, TWO_RANKS)
+    return {name: [found] for name, found in on_one.items()} | {name: [rank[name] for rank in on_two] for name in TWO_RANKS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ONE_RANK, *TWO_RANKS])
+def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str, measured: dict[str, list[Measured]]) -> None:
+    for rank in measured[name]:
+        assert rank.planned == pytest.approx(rank.peak, rel=0.15)
+        # Nothing of one job is left to be measured with the next.
+        assert abs(rank.left) < 0.05 * rank.peak

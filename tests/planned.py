@@ -1,0 +1,125 @@
+"""What a job needs of a device's memory, beside what was planned: real engines and steps of `train`, on random rows.
+
+A first job of a few values has a process load what libraries load at first use; what is measured comes after it, above what was
+in use by then.
+"""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import Settings
+
+SHAPE = {"dim": 256, "num_layers": 4, "num_attention_heads": 4, "vocab_size": 8192}
+TINY = {"dim": 16, "num_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+
+
+class Job(NamedTuple):
+    """deepspeed: the JSON's content. reference: `replicate`, `zero3`, `cached`, or None for no comparison. micro_steps: A."""
+
+    deepspeed: dict[str, Any]
+    reference: str | None = None
+    micro_steps: int = 1
+    model: dict[str, Any] = SHAPE
+    rows: int = 4
+    tokens: int = 256
+    training: dict[str, Any] = {}  # noqa: RUF012 (a default that nobody changes)
+
+
+class Measured(NamedTuple):
+    """Bytes. left: what is still in use when the job is over and everything given back."""
+
+    planned: int
+    peak: int
+    left: int
+
+
+def plan_and_measure(job: Job, device: torch.device) -> Measured:
+    """On every rank of the process group: the plan of a job, and the peak of building it and two steps, from the second of
+    which on an optimiser has its states."""
+    from pipeline.planning.plan import plan_memory
+    from pipeline.planning.reading import case_of
+    from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak
+
+    _run(replace_shape(job), device)
+    gc.collect()
+    before = current_bytes(device)
+    reset_peak(device)
+    _run(job, device)
+    peak = peak_bytes(device)
+    gc.collect()
+    case, notes = case_of(settings_of(job), job.deepspeed, dist.get_world_size(), device.type == "cuda", None)
+    assert notes == []
+    plan = plan_memory(case)
+    planned = plan.total + (plan.host_total if device.type == "cpu" else 0)
+    return Measured(planned, peak - before, current_bytes(device) - before)
+
+
+def replace_shape(job: Job) -> Job:
+    return job._replace(model=TINY, rows=1, tokens=16)
+
+
+def settings_of(job: Job) -> Settings:
+    comparison: dict[str, Any] = {
+        None: {},
+        "cached": {"cached": Path("losses")},
+    }.get(job.reference, {"training_steps": 1, "training_data": Path("data"), "sharding": job.reference})
+    rows = {"micro_batch": job.rows, "global_batch": job.rows * job.micro_steps * dist.get_world_size()}
+    return Settings.model_validate(
+        {
+            "data": {"path": Path("data"), "sequence_length": job.tokens, **rows},
+            "model": job.model,
+            "reference": comparison,
+            "training": job.training | ({"k_percent": 1.0} if job.reference is None else {}),
+        }
+    )
+
+
+def _run(job: Job, device: torch.device) -> None:
+    from pipeline.checks import reference_shape
+    from pipeline.micro_step import Models
+    from pipeline.runtime.checkpoint import Progress
+    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
+    from pipeline.runtime.distributed import World
+    from pipeline.runtime.engine import build_policy, build_reference, release
+    from pipeline.train import Run, advance, train_step
+
+    settings, rank, ranks = settings_of(job), dist.get_rank(), dist.get_world_size()
+    config = resolve_deepspeed_json(job.deepspeed, settings, ranks)
+    engine = build_policy(settings, config)
+    shape = reference_shape(settings, stand_in=True)
+    reference = None if shape is None else build_reference(shape, None, settings.reference.sharding, config)
+    run = Run(
+        settings=settings,
+        world=World(rank, ranks, rank, ranks),
+        device=device,
+        run_dir=Path(),
+        engine=engine,
+        models=Models(engine, reference, "shifted", dist.group.WORLD),
+        stream=SimpleNamespace(micro_steps=job.micro_steps, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
+        validation=None,
+        checkpoints=None,  # type: ignore[arg-type]
+    )
+    progress = Progress()
+    for step in range(2):
+        result = train_step(run, iter(_batches(job, seed=10 * step + rank)), progress)
+        advance(progress, result, settings)
+        assert result.applied
+    for each in filter(None, (engine, reference)):
+        release(each)
+
+
+def _batches(job: Job, seed: int) -> list[Any]:
+    from tests.rows import batch_of
+
+    batches = []
+    for number in range(job.micro_steps):
+        batch = batch_of([[job.tokens]] * job.rows, job.tokens, job.model["vocab_size"], seed=100 * seed + number)
+        losses_BTC = torch.rand(job.rows, job.tokens, 1) + 8 if job.reference == "cached" else None
+        batches.append(replace(batch, reference_losses_BTC=losses_BTC))
+    return batches
