@@ -39,14 +39,22 @@ class Measured(NamedTuple):
     left: int
 
 
+def plan_and_measure_each(jobs: dict[str, Job], device: str) -> dict[str, Measured]:
+    """On every rank of a process group, one job after the other."""
+    from pipeline.runtime.engine import initialize_distributed
+
+    initialize_distributed(torch.device(device), "error")
+    return {name: plan_and_measure(job, torch.device(device)) for name, job in jobs.items()}
+
+
 def plan_and_measure(job: Job, device: torch.device) -> Measured:
-    """On every rank of the process group: the plan of a job, and the peak of building it and two steps, from the second of
-    which on an optimiser has its states."""
+    """The plan of a job, and the peak of building it and of two steps, from the second of which on an optimiser has its
+    states."""
     from pipeline.planning.plan import plan_memory
     from pipeline.planning.reading import case_of
     from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak
 
-    _run(replace_shape(job), device)
+    _run(tiny(job), device)
     gc.collect()
     before = current_bytes(device)
     reset_peak(device)
@@ -60,7 +68,8 @@ def plan_and_measure(job: Job, device: torch.device) -> Measured:
     return Measured(planned, peak - before, current_bytes(device) - before)
 
 
-def replace_shape(job: Job) -> Job:
+def tiny(job: Job) -> Job:
+    """The same in everything but its sizes."""
     return job._replace(model=TINY, rows=1, tokens=16)
 
 

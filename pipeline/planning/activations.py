@@ -87,10 +87,10 @@ def in_loss(case: Case) -> int:
         logits = case.num_tokens * case.vocab_size
         casting = 0 if case.width == FLOAT32 else logits * FLOAT32
         return model.num_prediction_heads * logits * FLOAT32 + logits * case.width + casting
-    rows = rows_per_chunk(case.num_tokens, case.vocab_size)
+    rows = rows_per_chunk(case.num_tokens, case.vocab_size, "cuda" if case.on_gpu else "cpu")
     chunk = rows * case.vocab_size
-    # bf16: a chunk's logits come in bf16, and so does its part of the weight's gradient before it is added.
-    casting = 0 if case.width == FLOAT32 else max(chunk, case.unembedding) * case.width + chunk * case.width
+    # bf16: a chunk's logit gradients are cast, and its part of the weight's gradient comes in bf16 before it is added.
+    casting = 0 if case.width == FLOAT32 else (chunk + case.unembedding) * case.width
     rows_at_work = 2 * rows * model.dim * case.width
     return gradients_of_loss(case) + chunk * FLOAT32 + casting + rows_at_work
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.planned import Job, Measured, plan_and_measure
+from tests.planned import Job, Measured, plan_and_measure_each
 from tests.ranks import run_ranks
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -36,13 +35,6 @@ TWO_RANKS = {
 }
 
 
-def each(jobs: dict[str, Job]) -> dict[str, Measured]:
-    from pipeline.runtime.engine import initialize_distributed
-
-    initialize_distributed(torch.device("cpu"), "error")
-    return {name: plan_and_measure(job, torch.device("cpu")) for name, job in jobs.items()}
-
-
 @pytest.fixture(scope="module")
 def measured() -> dict[str, list[Measured]]:
     """For each job what each of its ranks measured."""
@@ -50,7 +42,9 @@ def measured() -> dict[str, list[Measured]]:
         # Freed memory goes back at once, so that what is resident is what is in use.
         for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
             patch.setenv(threshold, "65536")
-        on_one, *on_two = run_ranks(each, 1, ONE_RANK) + run_ranks(each, 2, TWO_RANKS)
+        on_one, *on_two = run_ranks(plan_and_measure_each, 1, ONE_RANK, "cpu", timeout=600) + run_ranks(
+            plan_and_measure_each, 2, TWO_RANKS, "cpu", timeout=600
+        )
     return {name: [found] for name, found in on_one.items()} | {name: [rank[name] for rank in on_two] for name in TWO_RANKS}
 
 

@@ -1,0 +1,74 @@
+"""launch/plan.py as its users meet it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Seven billion parameters, of which nothing is on this machine.
+LARGE = [
+    "data.builtin=false", "data.path=not/here", "data.sequence_length=4096", "data.global_batch=4096", "data.micro_batch=1",
+    "data.lanes=4096", "data.num_workers=0", "reference.training_steps=null", "reference.path=not/here/either",
+    "model.vocab_size=32000", "model.dim=4096", "model.num_layers=32", "model.num_attention_heads=32",
+    "model.num_key_value_heads=8", "model.ffn_dim=14336",
+]  # fmt: skip
+
+
+def plan(*arguments: Any, stage: str = "zero3") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "launch" / "plan.py", "--deepspeed", ROOT / "ds_configs" / f"{stage}.json", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+
+
+def test_a_plan_says_what_a_large_job_takes_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path) -> None:
+    found = {}
+    for gpus in (64, 4096):
+        done = plan("--gpus", gpus, "--device-memory", 24, "--json", tmp_path / "plan.json", *LARGE)
+        assert done.returncode == 0, done.stderr
+        found[gpus] = json.loads((tmp_path / "plan.json").read_text())
+        total = f"{found[gpus]['total'] / 2**30:,.3f}"
+        assert any(line.split()[0] == "total" and line.split()[2] == total for line in done.stdout.splitlines() if line)
+        assert "reference.path: not/here/either cannot be read here" in done.stdout
+        assert "It does not fit 24.00 GiB." in done.stdout
+        assert "training.activation_checkpointing=full" in done.stdout
+    few, many = found[64], found[4096]
+    assert few["parameters"] == many["parameters"] > 7e9
+    assert few["peak"]["optimiser"] == pytest.approx(64 * many["peak"]["optimiser"], rel=0.01)
+    assert few["peak"]["activations"] > 2**30
+    assert few["verdict"] == "does not fit"
+    assert few["device_memory"] == 24 * 2**30
+    assert sum(few["peak"].values()) == few["total"] == max(few["moments"].values())
+    # What is advised is what a plan of it says.
+    full = next(change["total"] for change in few["changes"] if "checkpointing=full" in change["setting"])
+    done = plan(
+        "--gpus", 64, "--device-memory", 24, "--json", tmp_path / "plan.json", *LARGE, "training.activation_checkpointing=full"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "plan.json").read_text())["total"] == full
+
+
+def test_the_demo_is_planned_without_its_data_on_a_cpu(tmp_path: Path) -> None:
+    done = plan("--gpus", 2, "--device", "cpu", "--device-memory", 4, "--json", tmp_path / "plan.json", stage="zero3_offload")
+    assert done.returncode == 0, done.stderr
+    assert "float32 on 2 CPU ranks" in done.stdout
+    assert "It fits 4.00 GiB" in done.stdout
+    assert "on the host" in done.stdout
+    assert json.loads((tmp_path / "plan.json").read_text())["host"]["optimiser"] > 0
+
+
+def test_everything_that_is_wrong_is_said_at_once() -> None:
+    done = plan("--gpus", 3, "--gpu=4", "training.k_percent=2", "model.dmi=3", "--device-memory", 0)
+    assert done.returncode == 2
+    head, *problems = done.stderr.rstrip("\n").split("\n  - ")
+    assert head == "plan.py: error: 4 problems with the settings:"
+    assert problems[0] == "--gpu=4: unknown option; did you mean '--gpus'?"
+    for problem, expected in zip(
+        problems[1:], ("training.k_percent: got 2", "model.dmi: unknown", "--device-memory: got 0"), strict=True
+    ):
+        assert expected in problem
+    done = plan("--gpus", 3)
+    assert done.returncode == 2
+    assert "numbers of ranks that fit" in done.stderr
