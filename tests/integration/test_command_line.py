@@ -402,7 +402,7 @@ def test_a_dry_run_reports_memory_and_token_budget_and_leaves_nothing(arguments,
     finished = run(*arguments, "--dry-run")
     assert finished.returncode == 0, finished.stderr
     assert re.search(r"peak memory of the step +[1-9][\d,]* MiB", finished.stdout)
-    assert re.search(r"memory plan +\d+\.\d MiB a rank, highest in the ", finished.stdout)
+    assert re.search(r"memory plan +\d+\.\d MiB a rank, highest in ", finished.stdout)
     tokens = int(re.search(r"40 steps × ([\d,]+) tokens", finished.stdout)[1].replace(",", ""))
     in_epoch = read_manifest(tiny_data / "train").num_tokens
     assert 0 < tokens <= 4 * 16

@@ -66,7 +66,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     assert head == "plan.py: error: 4 problems with the settings:"
     assert problems[0] == "--gpu=4: unknown option; did you mean '--gpus'?"
     for problem, expected in zip(
-        problems[1:], ("training.k_percent: got 2", "model.dmi: unknown", "--device-memory: got 0"), strict=True
+        problems[1:], ("model.dmi: unknown", "training.k_percent: got 2", "--device-memory: got 0"), strict=True
     ):
         assert expected in problem
     done = plan("--gpus", 3)
