@@ -44,6 +44,7 @@ def plan_and_measure_each(jobs: dict[str, Job], device: str) -> dict[str, Measur
     from pipeline.runtime.engine import initialize_distributed
 
     initialize_distributed(torch.device(device), "error")
+    _run(tiny(next(iter(jobs.values()))), torch.device(device))
     return {name: plan_and_measure(job, torch.device(device)) for name, job in jobs.items()}
 
 
@@ -54,7 +55,6 @@ def plan_and_measure(job: Job, device: torch.device) -> Measured:
     from pipeline.planning.reading import case_of
     from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak
 
-    _run(tiny(job), device)
     gc.collect()
     before = current_bytes(device)
     reset_peak(device)
