@@ -20,6 +20,7 @@ FileName = Annotated[str, Field(pattern=f"^{NAME}$")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=f"^{SHA256}$")]
+Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Record(BaseModel):
@@ -27,28 +28,32 @@ class Record(BaseModel):
 
 
 class Shard(Record):
-    """One tar, `NAME.tar`, of `bytes` bytes; `tokens` are without padding."""
+    """One tar, `NAME.tar`, of `bytes` bytes; `tokens` are without padding. `crc32` is the CRC-32 of `NAME.tar.crc32`, which
+    ties the checksums, and by them the samples, to this manifest; folders made before it was thought of have none."""
 
     name: FileName
     samples: Positive
     tokens: Count
     bytes: Positive
     sha256: Sha256
+    crc32: Crc32 | None = None
 
 
 _FIELDS = tuple(Shard.model_fields)
+_NO_CRC = -1
 
 
 @dataclass(frozen=True, eq=False)
 class ShardTable(Sequence[Shard]):
-    """Shards in the manifest's order: names, then int64 samples, tokens and sizes
-    in bytes, then the sha256 of all, 32 bytes each."""
+    """Shards in the manifest's order: names, then int64 samples, tokens and sizes in bytes, then the sha256 of all, 32 bytes
+    each, and int64 CRC-32s of their checksums, negative where there is none."""
 
     names: Sequence[str]
     samples: np.ndarray
     tokens: np.ndarray
     sizes: np.ndarray
     digests: bytes
+    crc32s: np.ndarray
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> "ShardTable":
@@ -68,14 +73,22 @@ class ShardTable(Sequence[Shard]):
             np.concatenate([table.tokens for table in tables]),
             np.concatenate([table.sizes for table in tables]),
             b"".join(table.digests for table in tables),
+            np.concatenate([table.crc32s for table in tables]),
         )
 
     @classmethod
     def _from_columns(
-        cls, names: Sequence[str], samples: Sequence[int], tokens: Sequence[int], sizes: Sequence[int], sha256: Sequence[str]
+        cls,
+        names: Sequence[str],
+        samples: Sequence[int],
+        tokens: Sequence[int],
+        sizes: Sequence[int],
+        sha256: Sequence[str],
+        crc32s: Sequence[int | None],
     ) -> "ShardTable":
-        columns = [np.array(column, np.int64) for column in (samples, tokens, sizes)]
-        return cls(names, columns[0], columns[1], columns[2], bytes.fromhex("".join(sha256)))
+        known = [_NO_CRC if crc32 is None else crc32 for crc32 in crc32s]
+        columns = [np.array(column, np.int64) for column in (samples, tokens, sizes, known)]
+        return cls(names, columns[0], columns[1], columns[2], bytes.fromhex("".join(sha256)), columns[3])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -95,6 +108,7 @@ class ShardTable(Sequence[Shard]):
             tokens=int(self.tokens[index]),
             bytes=int(self.sizes[index]),
             sha256=self.digests[32 * index : 32 * index + 32].hex(),
+            crc32=None if self.crc32s[index] == _NO_CRC else int(self.crc32s[index]),
         )
 
     def __iter__(self) -> Iterator[Shard]:
@@ -108,17 +122,21 @@ class ShardTable(Sequence[Shard]):
 
 def parse_with_table(text: bytes) -> tuple[Any, ShardTable] | None:
     """The JSON of a manifest without its shards, and these; None where anything about the shards is not by the rules."""
-    columns: tuple[list[Any], ...] = ([], [], [], [], [])
-    name, samples, tokens, sizes, sha256 = (column.append for column in columns)
+    columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
+    name, samples, tokens, sizes, sha256, crc32 = (column.append for column in columns)
 
     def take(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:
-        if len(pairs) != len(_FIELDS):
-            return dict(pairs)
         # Spelled out, because it runs a million times.
-        (key_0, value_0), (key_1, value_1), (key_2, value_2), (key_3, value_3), (key_4, value_4) = pairs
-        if (key_0, key_1, key_2, key_3, key_4) != _FIELDS:
+        if len(pairs) == len(_FIELDS):
+            (key_0, value_0), (key_1, value_1), (key_2, value_2), (key_3, value_3), (key_4, value_4), (key_5, value_5) = pairs
+        elif len(pairs) == len(_FIELDS) - 1:
+            (key_0, value_0), (key_1, value_1), (key_2, value_2), (key_3, value_3), (key_4, value_4) = pairs
+            key_5, value_5 = _FIELDS[-1], None
+        else:
             return dict(pairs)
-        name(value_0), samples(value_1), tokens(value_2), sizes(value_3), sha256(value_4)
+        if (key_0, key_1, key_2, key_3, key_4, key_5) != _FIELDS:
+            return dict(pairs)
+        name(value_0), samples(value_1), tokens(value_2), sizes(value_3), sha256(value_4), crc32(value_5)
         return None
 
     try:
@@ -130,14 +148,17 @@ def parse_with_table(text: bytes) -> tuple[Any, ShardTable] | None:
         return None
 
 
-def _are_right(names: list[Any], samples: list[Any], tokens: list[Any], sizes: list[Any], sha256: list[Any]) -> bool:
+def _are_right(
+    names: list[Any], samples: list[Any], tokens: list[Any], sizes: list[Any], sha256: list[Any], crc32s: list[Any]
+) -> bool:
     if not names:
         return False
     if set(map(type, names)) != {str} or set(map(type, sha256)) != {str}:
         return False
-    if any(set(map(type, column)) != {int} for column in (samples, tokens, sizes)):
+    known = [crc32 for crc32 in crc32s if crc32 is not None]
+    if any(set(map(type, column)) - {int} for column in (samples, tokens, sizes, known)):
         return False
-    if min(samples) < 1 or min(tokens) < 0 or min(sizes) < 1:
+    if min(samples) < 1 or min(tokens) < 0 or min(sizes) < 1 or min(known, default=0) < 0 or max(known, default=0) >= 2**32:
         return False
     name, digest = re.compile(NAME), re.compile(SHA256)
     return all(map(name.fullmatch, names)) and all(map(digest.fullmatch, sha256))

@@ -62,7 +62,7 @@ def test_the_keys_of_the_json_are_the_documented_ones(folder):
         "sources",
         "shards",
     ]
-    assert list(record["shards"][0]) == ["name", "samples", "tokens", "bytes", "sha256"]
+    assert list(record["shards"][0]) == ["name", "samples", "tokens", "bytes", "sha256", "crc32"]
     assert list(record["sources"][0]) == ["name", "documents", "tokens"]
 
 

@@ -40,7 +40,8 @@ def write_large_manifest(directory: Path) -> None:
             file.write(
                 f'    {{\n      "name": "shard-{number:07d}",\n      "samples": {9766 + number % 3},\n'
                 '      "tokens": 20000000,\n'
-                f'      "bytes": 45000000,\n      "sha256": "{digest}"\n    }}{"," if number < NUM_SHARDS - 1 else ""}\n'
+                f'      "bytes": 45000000,\n      "sha256": "{digest}",\n      "crc32": {int(digest[:8], 16)}\n'
+                f"    }}{',' if number < NUM_SHARDS - 1 else ''}\n"
             )
         file.write("  ]\n}\n")
 
@@ -109,6 +110,9 @@ def test_the_fast_way_to_read_a_manifest_and_the_thorough_one_agree(tmp_path):
         ({"name": "shard-00000"}, "two shards have the same name"),
         ({"sha256": "A" * 64}, "shards.1.sha256"),
         ({"sha256": None}, "shards.1.sha256"),
+        ({"crc32": -1}, "shards.1.crc32"),
+        ({"crc32": 2**32}, "shards.1.crc32"),
+        ({"crc32": 1.0}, "shards.1.crc32"),
         ({"colour": "red"}, "shards.1.colour"),
     ],
 )
@@ -219,7 +223,9 @@ def test_open_files_and_memory_have_a_bound_whatever_the_lanes(tmp_path):
 @pytest.mark.slow
 def test_4096_ranks_get_equal_counts_no_sample_twice_and_few_of_them_want_the_same_shard():
     world_size, steps = 4096, 2000
-    shards = ShardTable.of([])._from_columns([""] * 20_000, [9766] * 20_000, [1] * 20_000, [1] * 20_000, [""] * 20_000)
+    shards = ShardTable.of([])._from_columns(
+        [""] * 20_000, [9766] * 20_000, [1] * 20_000, [1] * 20_000, [""] * 20_000, [None] * 20_000
+    )
     order = MixtureOrder([EpochOrder(shards.samples, lanes=world_size, seed=3, shuffle_block=1024)], [1.0])
     located, wanted = [], []
     for rank in range(world_size):

@@ -91,7 +91,9 @@ def test_swapped_shards_are_found(folder):
         one.rename(folder / "spare")
         two.rename(one)
         (folder / "spare").rename(two)
-    assert [problem.partition(":")[0] for problem in verify(folder)] == ["shard shard-00001", "shard shard-00002"]
+    problems = verify(folder)
+    assert [problem.partition(":")[0] for problem in problems] == ["shard shard-00001"] * 2 + ["shard shard-00002"] * 2
+    assert "the shard was exchanged for another" in problems[1]
 
 
 def test_a_missing_file_is_an_error(folder):

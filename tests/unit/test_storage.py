@@ -274,6 +274,15 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(server, folder, tmp_path):
     assert rows(server.url, access=access) == rows(folder)
 
 
+def test_copies_in_the_cache_of_what_lay_at_an_address_before_are_fetched_again(server, folder, tmp_path):
+    access = Access(cache_dir=tmp_path / "cache", cache_bytes=64 * 2**20)
+    before = rows(server.url, access=access)
+    server.folder = numbered_data(tmp_path / "data", 60, first=100, sources=())
+    after = rows(server.url, access=access)
+    assert after == rows(server.folder)
+    assert after != before
+
+
 def size_of(directory):
     return sum(size_if_there(path) for path in directory.glob("*-*") if not path.name.startswith("lock"))
 
