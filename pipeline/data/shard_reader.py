@@ -149,8 +149,8 @@ class ShardReader:
             return error
         if found != expected:
             return DamageError(
-                f"the CRC-32 of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the file is damaged, or the "
-                "shard was exchanged for another"
+                f"the CRC-32 of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the file is damaged, or "
+                "the shard was exchanged for another"
             )
         self._is_known[shard] = True
         return None
@@ -185,6 +185,7 @@ class ShardReader:
         """Offsets and checksums of the thousands of samples that hold the wanted ones, by (shard, thousand)."""
         names = {(shard, sample // _INDEX_SAMPLES) for shard, samples in wanted.items() for sample in samples}
         known = {name: self._indices.find(name) for name in sorted(names)}
+        pieces: dict[tuple[int, int], _Index | Exception]
         pieces = {name: piece for name, piece in known.items() if piece is not None}
         missing = [name for name in known if name not in pieces]
         unknown = list(dict.fromkeys(shard for shard, _ in missing if not self._is_known[shard]))
@@ -195,7 +196,8 @@ class ShardReader:
         for name, piece in read.items():
             if not isinstance(piece, Exception):
                 self._indices.put(name, piece)
-        return pieces | read
+            pieces[name] = piece
+        return pieces
 
     def _read_index(self, name: tuple[int, int]) -> _Index | OSError:
         shard, piece = name

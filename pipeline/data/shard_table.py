@@ -5,6 +5,7 @@ they are parsed, and the rules are applied to a whole column at a time. What is 
 record by record, so that the rules and their messages have one owner.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +44,32 @@ _FIELDS = tuple(Shard.model_fields)
 _NO_CRC = -1
 
 
+class _Names(Sequence[str]):
+    """Strings in one string: a million of their own would be three times as much memory, and work for every garbage
+    collection."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self._text = "".join(names)
+        self._ends = np.cumsum([0, *map(len, names)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return self._text[self._ends[index] : self._ends[index + 1]]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._text[start:end] for start, end in itertools.pairwise(self._ends.tolist()))
+
+
 @dataclass(frozen=True, eq=False)
 class ShardTable(Sequence[Shard]):
     """Shards in the manifest's order: names, then int64 samples, tokens and sizes in bytes, then the sha256 of all, 32 bytes
@@ -68,7 +95,7 @@ class ShardTable(Sequence[Shard]):
     def joined(cls, tables: Sequence["ShardTable"]) -> "ShardTable":
         """The shards of all these tables, one after the other."""
         return cls(
-            [name for table in tables for name in table.names],
+            _Names(name for table in tables for name in table.names),
             np.concatenate([table.samples for table in tables]),
             np.concatenate([table.tokens for table in tables]),
             np.concatenate([table.sizes for table in tables]),
@@ -88,7 +115,7 @@ class ShardTable(Sequence[Shard]):
     ) -> "ShardTable":
         known = [_NO_CRC if crc32 is None else crc32 for crc32 in crc32s]
         columns = [np.array(column, np.int64) for column in (samples, tokens, sizes, known)]
-        return cls(names, columns[0], columns[1], columns[2], bytes.fromhex("".join(sha256)), columns[3])
+        return cls(_Names(names), columns[0], columns[1], columns[2], bytes.fromhex("".join(sha256)), columns[3])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -120,7 +147,7 @@ class ShardTable(Sequence[Shard]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def parse_with_table(text: bytes) -> tuple[Any, ShardTable] | None:
+def parse_with_table(text: str) -> tuple[Any, ShardTable] | None:
     """The JSON of a manifest without its shards, and these; None where anything about the shards is not by the rules."""
     columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
     name, samples, tokens, sizes, sha256, crc32 = (column.append for column in columns)

@@ -70,7 +70,7 @@ def rewrite(folder, sample, members=None, edit=None, **tar_info):
 def read_manifest_of_any_size(folder):
     import pipeline.data.manifest as module
 
-    return module._parse((folder / "manifest.json").read_bytes(), "")
+    return module._parse((folder / "manifest.json").read_text(), "")
 
 
 def npy(array):

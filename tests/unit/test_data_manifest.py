@@ -106,6 +106,12 @@ def test_half_a_manifest_is_an_error(folder, text):
         read_manifest(folder)
 
 
+def test_a_manifest_that_is_no_text_is_an_error(folder):
+    (folder / MANIFEST_FILE).write_bytes(b'{"format_version": 1, "\xff')
+    with pytest.raises(DataError, match=r"manifest.json is not a valid manifest: .*utf-8"):
+        read_manifest(folder)
+
+
 def test_a_shard_name_cannot_point_outside_the_folder(folder):
     shards = json.loads((folder / MANIFEST_FILE).read_text())["shards"]
     shards[0]["name"] = "../data/shard-00000"
