@@ -84,6 +84,9 @@ def dataset_values(folder: str, field: str, first: int, last: int, limit: int) -
     """Row number and value of `field`, as `parquet_values` gives them, of the rows from `first` on, before `last`."""
     dataset = _open_dataset(folder)
     _check_field(dataset.column_names, field, f"hf:{folder}")
+    kind = getattr(dataset.features[field], "dtype", "a list")
+    if kind.removeprefix("large_") not in ("string", "binary"):
+        raise _not_text(f"hf:{folder}", field, kind)
     dataset = dataset.select_columns([field])
     for start in range(first, last, _ROWS_AT_ONCE):
         for row, value in enumerate(dataset[start : min(start + _ROWS_AT_ONCE, last)][field], start):
@@ -128,8 +131,12 @@ def _decoded(column: Any, field: str, path: str) -> Any:
         column = column.dictionary_decode()
     kinds = ("is_string", "is_large_string", "is_binary", "is_large_binary")
     if not any(getattr(pyarrow.types, kind)(column.type) for kind in kinds):
-        raise DataError(f"{path}: expected text in column {field!r}, got {column.type}; name the right one with --text-field")
+        raise _not_text(path, field, column.type)
     return column
+
+
+def _not_text(where: str, field: str, kind: object) -> DataError:
+    return DataError(f"{where}: expected text in column {field!r}, got {kind}; name the right one with --text-field")
 
 
 def _value(value: Any) -> Any:
