@@ -150,8 +150,8 @@ def _print_counts(counts: Counts) -> None:
         "oversized": counts.oversized,
         "other members of tars": counts.ignored,
     }
-    named = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items() if count or kind == "empty")
-    print(f"{counts.documents:,} documents; {named} left out")
+    named = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items() if count)
+    print(f"{counts.documents:,} documents; {named or 'none'} left out")
     for note in counts.notes:
         print(f"left out: {note}", file=sys.stderr)
 

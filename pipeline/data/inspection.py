@@ -65,7 +65,7 @@ def _histogram(reader: ShardReader, manifest: Manifest) -> Iterator[str]:
     counts = np.bincount(np.floor(np.log2(lengths)).astype(int))
     yield f"lengths of documents within rows, {len(lengths):,} in {len(rows):,} rows:"
     for power, count in enumerate(counts.tolist()):
-        span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
+        span = f"{2**power:,} to {min(2 ** (power + 1) - 1, manifest.sequence_length):,}"
         yield f"{span:>20} {count:>10,} {'#' * round(_BAR * count / counts.max())}".rstrip()
 
 
