@@ -197,6 +197,17 @@ def test_samples_that_lie_side_by_side_come_by_one_read(four_shards, monkeypatch
     assert counted.calls < 16_500 / 4
 
 
+def test_what_is_read_at_a_time_grows_to_sixteen_mebibytes_and_no_further(four_shards, monkeypatch):
+    shards, asked, read_many = read_manifest(four_shards).shards, [], ShardReader.read_many
+    row_bytes = sum(shard.bytes for shard in shards) / sum(shard.samples for shard in shards)
+    monkeypatch.setattr(
+        ShardReader, "read_many", lambda reader, *names: asked.append(len(names[0])) or read_many(reader, *names)
+    )
+    epoch_bytes(four_shards, monkeypatch, lanes=4, global_batch=4, micro_batch=4)
+    assert asked[0] * row_bytes < 2**20
+    assert 2**22 < max(asked) * row_bytes <= 2**24
+
+
 def test_resuming_far_into_an_epoch_costs_a_seek(four_shards, monkeypatch):
     stream = Stream(four_shards, lanes=64, global_batch=64, micro_batch=8, rank=0, world_size=1, seed=0, shuffle_block=1024)
     counted = CountedReads(monkeypatch)

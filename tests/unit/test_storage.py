@@ -63,7 +63,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.faults, self.always, self.requests, self.sent = folder, [], None, [], 0
-        self.lock = threading.Lock()
+        self.lock, self.gone = threading.Lock(), threading.Event()
 
     @property
     def url(self):
@@ -90,6 +90,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if isinstance(fault, int):
             self.send_error(fault)
+            return
+        if fault == "silent":
+            self.server.gone.wait(20)
+            self.hang_up()
             return
         if fault == "delay":
             time.sleep(0.3)
@@ -201,6 +205,16 @@ def test_a_server_that_stays_away_is_an_error_after_the_stated_time(server):
     assert "not read in 0.5 s" in first.failure
     assert second.failure == first.failure
     assert (first.document_ids_BT == -1).all()
+
+
+def test_a_server_that_says_nothing_is_given_a_part_of_the_stated_time_and_no_five_minutes(server):
+    stream = Stream(server.url, **SIZES, access=Access(retry_seconds=2))
+    server.always = "silent"
+    before = time.monotonic()
+    with pytest.raises(DataError, match=r"not read in 2 s .*, \d+ attempts; .*Timeout"):
+        next(stream.iterate(0))
+    server.gone.set()
+    assert time.monotonic() - before < 15
 
 
 def test_what_no_repetition_can_mend_is_said_at_once(server):
