@@ -67,7 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a tokenizer.json, its folder (a Hugging Face model's), or the bytes of UTF-8",
     )
     tokenizer.add_argument(
-        "--train-bpe", type=int, metavar="VOCAB_SIZE", help="train a byte-level BPE on the input, or 1 GiB spread over it"
+        "--train-bpe",
+        type=int,
+        metavar="VOCAB_SIZE",
+        help="train a byte-level BPE on the input, or 1 GiB spread over it, each part the same one; killed meanwhile, it "
+        "begins anew",
     )
     parser.add_argument("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not found")
     parser.add_argument("--sequence-length", type=int, required=True, metavar="T", help="tokens a row")
@@ -150,8 +154,8 @@ def _print_counts(counts: Counts) -> None:
         "oversized": counts.oversized,
         "other members of tars": counts.ignored,
     }
-    named = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items() if count or kind == "empty")
-    print(f"{counts.documents:,} documents; {named} left out")
+    named = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items() if count)
+    print(f"{counts.documents:,} documents; {named or 'none'} left out")
     for note in counts.notes:
         print(f"left out: {note}", file=sys.stderr)
 

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from pipeline.config import DataSettings
 from pipeline.data.arrivals import arrivals
 from pipeline.data.foreign import index
@@ -24,6 +26,7 @@ from pipeline.data.inspection import inspect
 from pipeline.data.manifest import DataError, Manifest, read_manifest
 from pipeline.data.order import default_lanes
 from pipeline.data.parts import merge, prepared_folders
+from pipeline.data.progress import Display
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.verification import verify
 from pipeline.storage.location import place_of
@@ -117,7 +120,10 @@ def _merge(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     found = 0
     for folder in prepared_folders(options.directory):
-        problems = verify(options.directory / folder)
+        num_bytes = sum(shard.bytes for shard in read_manifest(options.directory / folder).shards)
+        with Display(Console(stderr=True, highlight=False)) as display:
+            display.begin(f"verifying {folder}" if folder != "." else "verifying", num_bytes)
+            problems = verify(options.directory / folder, lambda shard: display.advance(0, shard.tokens, shard.bytes))
         for problem in problems:
             print(problem, file=sys.stderr)
         if not problems:

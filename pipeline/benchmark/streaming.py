@@ -3,6 +3,9 @@
 The bare loop reads and decodes (`np.load`) every sample in the order of the files, and checks, shuffles and remembers
 nothing. The stream reads in a run's order, holds every sample against checksum and manifest, and hands out batches of a
 position that can be resumed. Loops take turns, so that a busy machine is busy for all of them; the figures are medians.
+
+Two more figures need no other loop to compare with: tokens by second of the reading process's own CPU time, which other
+processes' work changes little; and how long a training step that takes tokens at a given pace waits for its batches.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from pipeline.data.shards import token_dtype, write_shards
 from pipeline.data.stream import Stream
 
 _VOCAB_SIZE, _DOCUMENTS = 50_257, 4
+_PACED_STEPS, _WARMING_STEPS = 60, 5
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -34,11 +38,14 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="of the random rows")
     parser.add_argument("--lanes", type=int, default=64, metavar="L")
     parser.add_argument("--micro-batch", type=int, default=8, metavar="B")
+    parser.add_argument(
+        "--pace", type=float, default=200_000, metavar="TOKENS/S", help="of the training whose waiting is measured"
+    )
     parser.add_argument("--repeat", type=int, default=5, help="turns of each loop")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of each loop, and the stream's with one worker as a multiple of webdataset's."""
+    """Tokens a second of each loop, and the stream's with one worker as a multiple of webdataset's; waiting, as a share."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = options.data or random_rows(Path(scratch), options.rows, options.sequence_length)
         loops: dict[str, Callable[[], int]] = {
@@ -50,6 +57,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             _write_mosaic(directory, Path(scratch) / "mosaic")
             loops["MosaicML Streaming, 1 worker"] = lambda: _mosaic(Path(scratch) / "mosaic", options.micro_batch)
         load_before = os.getloadavg()[0]
+        waiting, by_cpu = _waiting(directory, options), _by_cpu_second(lambda: _stream(directory, options, 0))
         speeds: dict[str, list[float]] = {name: [] for name in loops}
         for name in [*loops, *list(loops) * options.repeat]:  # the first turn warms the disk's cache
             started = time.perf_counter()
@@ -59,6 +67,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "tokens_per_second": medians,
         "stream_over_webdataset": medians["stream, 1 worker"] / medians["webdataset, bare"],
+        "stream_tokens_per_cpu_second": by_cpu,
+        "waiting_share": waiting,
+        "pace": options.pace,
         "load_average": load_before,
         "cores": len(os.sched_getaffinity(0)),
     }
@@ -67,6 +78,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def table(figures: dict[str, Any]) -> str:
     lines = [f"{name:30} {speed / 1e6:8.1f}M tokens/s" for name, speed in figures["tokens_per_second"].items()]
     lines.append(f"{'stream, 1 worker / webdataset':30} {figures['stream_over_webdataset']:8.2f}   (goal: 2)")
+    lines.append(
+        f"{'stream, no worker, by CPU time':30} {figures['stream_tokens_per_cpu_second'] / 1e6:8.1f}M tokens/s   (goal: 20)"
+    )
+    lines.append(
+        f"{'waiting for data / step':30} {figures['waiting_share']:8.2%}   (goal: below 1%; a rank with 1 worker, "
+        f"training at {figures['pace']:,.0f} tokens/s)"
+    )
     lines.append(f"(load average {figures['load_average']:.1f} on {figures['cores']} cores)")
     if "MosaicML Streaming, 1 worker" not in figures["tokens_per_second"]:
         lines.append("(MosaicML Streaming is not installed)")
@@ -109,6 +127,30 @@ def _stream(directory: Path, options: argparse.Namespace, num_workers: int) -> i
     sizes = {"lanes": options.lanes, "global_batch": options.lanes, "micro_batch": options.micro_batch}
     stream = Stream(directory, **sizes, rank=0, world_size=1, seed=0, shuffle_block=1024, num_workers=num_workers)
     return sum(batch.tokens_BT.numel() for batch in stream.iterate(0, end_sample=stream.samples_per_epoch))
+
+
+def _by_cpu_second(loop: Callable[[], int]) -> float:
+    loop()  # warms the disk's cache
+    started = time.process_time()
+    return loop() / (time.process_time() - started)
+
+
+def _waiting(directory: Path, options: argparse.Namespace) -> float:
+    """The share of its time that a rank waits for batches, where a micro-step without waiting takes as long as its tokens at
+    `options.pace`. The rest of the micro-step is spent asleep, as a host is that waits for its accelerator."""
+    sizes = {"lanes": options.lanes, "global_batch": options.lanes, "micro_batch": options.micro_batch}
+    stream = Stream(directory, **sizes, rank=0, world_size=1, seed=0, shuffle_block=1024, num_workers=1)
+    waited = worked = 0.0
+    batches = stream.iterate(0)
+    for step in range(_WARMING_STEPS + _PACED_STEPS):
+        started = time.perf_counter()
+        num_tokens = next(batches).tokens_BT.numel()
+        arrived = time.perf_counter()
+        time.sleep(num_tokens / options.pace)
+        if step >= _WARMING_STEPS:
+            waited += arrived - started
+            worked += time.perf_counter() - arrived
+    return waited / (waited + worked)
 
 
 def _rows_as_arrays(directory: Path) -> Iterator[np.ndarray]:

@@ -1,7 +1,9 @@
 """Text columns: .parquet files (with the optional `pyarrow`) and `hf:` folders (with the optional `datasets`).
 
-Both are read a few rows at a time. A folder written by `datasets.Dataset.save_to_disk` is read by `datasets` itself, which
-knows about its indices; nothing is downloaded, and no loading script is run.
+Both are read a few rows at a time: of a .parquet so few that they decode to no more than 64 MiB whatever its dictionary
+says, or one by one, beside a page of it, which a writer may make as large as 2 GiB but makes 1 MiB. A folder written by
+`datasets.Dataset.save_to_disk` is read by `datasets` itself, which knows about its indices; nothing is downloaded, and no
+loading script is run.
 """
 
 import importlib
@@ -14,6 +16,7 @@ from typing import Any
 from pipeline.data.manifest import DataError
 
 _ROWS_AT_ONCE = 256
+_BYTES_AT_ONCE = 1 << 26
 _PARQUET = ("corpora", "reading .parquet")
 
 
@@ -45,9 +48,8 @@ def parquet_values(path: str, field: str, first_group: int, last_group: int, lim
     pyarrow, compute = require("pyarrow", *_PARQUET), require("pyarrow.compute", *_PARQUET)
     _check_field(file.schema_arrow.names, field, path)
     row = sum(file.metadata.row_group(group).num_rows for group in range(first_group))
-    batches = file.iter_batches(
-        _ROWS_AT_ONCE, row_groups=list(range(first_group, last_group)), columns=[field], use_threads=False
-    )
+    groups = list(range(first_group, last_group))
+    batches = file.iter_batches(_rows_at_once(file, groups, field), row_groups=groups, columns=[field], use_threads=False)
     try:
         for batch in batches:
             column = _decoded(batch.column(0), field, path)
@@ -84,6 +86,9 @@ def dataset_values(folder: str, field: str, first: int, last: int, limit: int) -
     """Row number and value of `field`, as `parquet_values` gives them, of the rows from `first` on, before `last`."""
     dataset = _open_dataset(folder)
     _check_field(dataset.column_names, field, f"hf:{folder}")
+    kind = getattr(dataset.features[field], "dtype", "a list")
+    if kind.removeprefix("large_") not in ("string", "binary"):
+        raise _not_text(f"hf:{folder}", field, kind)
     dataset = dataset.select_columns([field])
     for start in range(first, last, _ROWS_AT_ONCE):
         for row, value in enumerate(dataset[start : min(start + _ROWS_AT_ONCE, last)][field], start):
@@ -115,6 +120,17 @@ def _stored_bytes(group: Any) -> int:
     return max(1, sum(group.column(column).total_compressed_size for column in range(group.num_columns)))
 
 
+def _rows_at_once(file: Any, groups: Sequence[int], field: str) -> int:
+    """No value is larger than its row group's column is before it is compressed."""
+    own = [
+        column.total_uncompressed_size
+        for group in map(file.metadata.row_group, groups)
+        for column in map(group.column, range(group.num_columns))
+        if column.path_in_schema == field
+    ]
+    return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max([1, *own])))
+
+
 def _check_field(names: Sequence[str], field: str, where: str) -> None:
     if field not in names:
         fields = ", ".join(map(repr, list(names)[:8])) or "none"
@@ -128,8 +144,12 @@ def _decoded(column: Any, field: str, path: str) -> Any:
         column = column.dictionary_decode()
     kinds = ("is_string", "is_large_string", "is_binary", "is_large_binary")
     if not any(getattr(pyarrow.types, kind)(column.type) for kind in kinds):
-        raise DataError(f"{path}: expected text in column {field!r}, got {column.type}; name the right one with --text-field")
+        raise _not_text(path, field, column.type)
     return column
+
+
+def _not_text(where: str, field: str, kind: object) -> DataError:
+    return DataError(f"{where}: expected text in column {field!r}, got {kind}; name the right one with --text-field")
 
 
 def _value(value: Any) -> Any:

@@ -104,11 +104,20 @@ def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
         end = found[-1].end
     if len(kinds) != 1:
         raise DataError(f"shard {path.stem}: " + ("it has no samples" if not kinds else f"only some samples have {_SOURCES}"))
-    for suffix, array in ((".idx", np.array([*offsets, end], OFFSET)), (".crc32", _checksums(path, [*offsets, end]))):
+    bounds = np.array([*offsets, end], OFFSET).tobytes()
+    checksums = _checksums(path, [*offsets, end]).tobytes()
+    for suffix, data in ((".idx", bounds), (".crc32", checksums)):
         written.append(path.with_name(f"{path.name}{suffix}"))
-        write_file(written[-1], array.tobytes())
-    size, sha256 = path.stat().st_size, file_sha256(path)
-    return Shard(name=path.stem, samples=len(offsets), tokens=0, bytes=size, sha256=sha256), kinds.pop()
+        write_file(written[-1], data)
+    shard = Shard(
+        name=path.stem,
+        samples=len(offsets),
+        tokens=0,
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        crc32=zlib.crc32(checksums),
+    )
+    return shard, kinds.pop()
 
 
 def _checked_members(path: Path) -> Iterator[Member]:

@@ -3,7 +3,7 @@
 Lengths are of the pieces in which documents lie in rows, from at most `MAX_ROWS_COUNTED` rows spread evenly over the folder.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.sample import Sample
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shard_table import ShardTable
 from pipeline.data.tokenizer import load_tokenizer
 
 MAX_ROWS_COUNTED = 20_000
@@ -30,9 +31,9 @@ def inspect(directory: Path, num_rows: int = 2) -> Iterator[str]:
     yield ""
     yield from _histogram(reader, manifest)
     tokenizer = load_tokenizer(directory / manifest.tokenizer_file)
-    for number in _spread(manifest.num_samples, num_rows):
+    for sample in _read(reader, manifest, _spread(manifest.num_samples, num_rows)):
         yield ""
-        yield from _row(_read(reader, manifest, number), manifest, tokenizer)
+        yield from _row(sample, manifest, tokenizer)
     reader.close()
 
 
@@ -41,7 +42,7 @@ def _totals(directory: Path, manifest: Manifest) -> Iterator[str]:
     padding = positions - manifest.num_tokens
     yield (
         f"{directory}: {manifest.num_tokens:,} tokens in {manifest.num_samples:,} rows of {manifest.sequence_length}, "
-        f"{len(manifest.shards):,} shard(s), {sum(shard.bytes for shard in manifest.shards):,} bytes"
+        f"{len(manifest.shards):,} shard(s), {ShardTable.of(manifest.shards).sizes.sum():,} bytes"
     )
     yield f"padding {padding:,} positions ({padding / positions:.3%}); vocabulary {manifest.vocab_size:,}"
     for source in manifest.sources:
@@ -60,11 +61,11 @@ def _totals(directory: Path, manifest: Manifest) -> Iterator[str]:
 
 def _histogram(reader: ShardReader, manifest: Manifest) -> Iterator[str]:
     rows = _spread(manifest.num_samples, MAX_ROWS_COUNTED)
-    lengths = np.concatenate([_read(reader, manifest, row).lengths for row in rows])
+    lengths = np.concatenate([sample.lengths for sample in _read(reader, manifest, rows)])
     counts = np.bincount(np.floor(np.log2(lengths)).astype(int))
     yield f"lengths of documents within rows, {len(lengths):,} in {len(rows):,} rows:"
     for power, count in enumerate(counts.tolist()):
-        span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
+        span = f"{2**power:,} to {min(2 ** (power + 1) - 1, manifest.sequence_length):,}"
         yield f"{span:>20} {count:>10,} {'#' * round(_BAR * count / counts.max())}".rstrip()
 
 
@@ -82,11 +83,11 @@ def _row(sample: Sample, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[s
         yield f"    {tokenizer.decode(ids, skip_special_tokens=False)!r}"
 
 
-def _read(reader: ShardReader, manifest: Manifest, number: int) -> Sample:
-    """Row `number` of the folder."""
-    ends = np.cumsum([shard.samples for shard in manifest.shards])
-    shard = int(np.searchsorted(ends, number, side="right"))
-    return reader.read(shard, number - int(ends[shard]) + manifest.shards[shard].samples)
+def _read(reader: ShardReader, manifest: Manifest, rows: Sequence[int]) -> Iterator[Sample]:
+    """The rows with these numbers, counted over the folder."""
+    ends = np.cumsum(ShardTable.of(manifest.shards).samples)
+    for row, shard in zip(rows, np.searchsorted(ends, rows, side="right").tolist(), strict=True):
+        yield reader.read(shard, row - (int(ends[shard - 1]) if shard else 0))
 
 
 def _spread(count: int, wanted: int) -> list[int]:

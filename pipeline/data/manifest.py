@@ -158,7 +158,15 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     os.replace(temporary, path)
 
 
-def _manifest_text(directory: Place, access: Access) -> bytes:
+def _manifest_text(directory: Place, access: Access) -> str:
+    # As text, so that its bytes are gone when it is parsed: of a million shards it has 300 MB.
+    try:
+        return _manifest_bytes(directory, access).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{directory / MANIFEST_FILE} is not a valid manifest: {error}; copy it again") from None
+
+
+def _manifest_bytes(directory: Place, access: Access) -> bytes:
     remedy = "make it with `python launch/prepare.py --input PATH --output DIR …`"
     if isinstance(directory, Url):
         try:
@@ -184,7 +192,7 @@ def _prepared_subfolders(directory: Path) -> str:
     return f"did you mean {' or '.join(prepared[:4])}?" if prepared else ""
 
 
-def _parse(text: bytes, path: str) -> Manifest:
+def _parse(text: str, path: str) -> Manifest:
     try:
         parsed = parse_with_table(text)
         if parsed is not None and parsed[0].get("format_version") == FORMAT_VERSION:

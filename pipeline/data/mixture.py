@@ -3,12 +3,15 @@
 Row n of a run is sample n div L of lane n mod L; a lane takes its samples now from this set, now from that one. Two sets of
 shares w and 1 − w alternate by Beatty's rule: of its first n samples a lane has taken floor(φ + n·w) from the first one,
 so that no prefix of any lane is off by a whole sample, and how far each set has been consumed at any position is a
-product and not a replay. More sets are split two by two, by a tree that joins the two lightest again and again (Huffman);
-then a prefix of a lane is off by fewer samples than the tree is deep. All arithmetic is in integers: shares are exact for ever.
+product and not a replay. More sets are split two by two, by a tree that joins the two lightest again and again (Huffman).
+What a fork is off by reaches a set below it times the set's part of that fork, and a set's ancestors weigh at least as
+Fibonacci's numbers grow: so a prefix of a lane is off by less than 1 + 1 + 1/2 + 1/3 + 1/5 + … samples, which is 2 with three
+sets, 2.5 with four, 2.84 with five and 3.36 with any number. All arithmetic is in integers: shares are exact for ever.
 
 The phase φ differs from lane to lane and is spread evenly over [0, 1), so that a round of the lanes is a mixture as well:
-at the root of the tree the whole job is off by less than one sample after any round (Hermite's identity). Each set has
-its own order, with its own epochs: a lane of the run reads the same lane of the set, from where it left it.
+at the root of the tree, hence with two sets, the whole job is off by less than one sample after any round (Hermite's
+identity); with more sets by a few, however long the run is (a test measures it). Each set has its own order, with its own
+epochs: a lane of the run reads the same lane of the set, from where it left it.
 """
 
 import heapq

@@ -1,12 +1,12 @@
 """The order of a run's rows, as a pure function of one integer: samples consumed so far.
 
-An epoch permutes the shards, and the samples within fixed blocks of each shard; the permuted sequence of S samples is cut
-into L contiguous *lanes* of floor(S/L). Row n of the run is the next sample of lane n mod L. Ranks and loader workers own
-lanes, but how many of them there are does not enter here: a job resumes on any number of them with the same rows in the
-same steps. In an epoch no sample comes twice, and only the last S − L·floor(S/L) of its order are left out.
+An epoch permutes the shards (`shard_order`), and the samples within fixed blocks of each shard; the permuted sequence of S
+samples is cut into L contiguous *lanes* of floor(S/L). Row n of the run is the next sample of lane n mod L. Ranks and loader
+workers own lanes, but how many of them there are does not enter here: a job resumes on any number of them with the same rows
+in the same steps. In an epoch no sample comes twice, and only the last S − L·floor(S/L) of its order are left out.
 
 Blocks bound what shuffling costs: a lane walks through one block after the other, reads near one place, and finding a row
-takes one search and one block's permutation.
+takes a search among shards and one block's permutation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,8 @@ import numpy as np
 
 from pipeline.data.cache import LeastRecentlyUsed
 from pipeline.data.manifest import DataError
-from pipeline.data.permutation import BLOCK, SHARDS, permutation
+from pipeline.data.permutation import BLOCK, permutation
+from pipeline.data.shard_order import ShardOrder
 
 _MAX_LANES_BY_DEFAULT = 256
 # A block's permutation is 4 bytes a sample; every lane of a process wants its own kept from round to round.
@@ -42,7 +43,7 @@ class EpochOrder:
         self.lanes = lanes
         self.seed = seed
         self.shuffle_block = shuffle_block
-        self._epochs: LeastRecentlyUsed[int, tuple[np.ndarray, np.ndarray]] = LeastRecentlyUsed(2)
+        self._shards = ShardOrder(self._shard_samples, seed)
         self._blocks: LeastRecentlyUsed[tuple[int, int, int], np.ndarray] = LeastRecentlyUsed(_MAX_CACHED_BLOCKS)
 
     @property
@@ -86,23 +87,15 @@ class EpochOrder:
 
     def _stretches(self, epoch: int, position: int, length: int) -> Iterator[tuple[int, np.ndarray]]:
         """The samples at `length` positions from `position` on, block by block: (shard, samples)."""
-        shards, ends = self._epochs.get(epoch, lambda: self._permuted_shards(epoch))
-        slot = int(np.searchsorted(ends, position, side="right"))
         while length:
-            shard = int(shards[slot])
-            within_shard = position - (int(ends[slot]) - int(self._shard_samples[shard]))
+            shard, within_shard = self._shards.find(epoch, position)
             block, within_block = divmod(within_shard, self.shuffle_block)
             found = self._block(epoch, shard, block)[within_block : within_block + length]
             yield shard, found.astype(np.int64) + block * self.shuffle_block
             position, length = position + len(found), length - len(found)
-            slot += position == ends[slot]
 
     def _block(self, epoch: int, shard: int, block: int) -> np.ndarray:
         return self._blocks.get((epoch, shard, block), lambda: self._permuted_block(epoch, shard, block))
-
-    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        shards = permutation(len(self._shard_samples), SHARDS, self.seed, epoch)
-        return shards, np.cumsum(self._shard_samples[shards])
 
     def _permuted_block(self, epoch: int, shard: int, block: int) -> np.ndarray:
         rest = int(self._shard_samples[shard]) - block * self.shuffle_block

@@ -8,7 +8,7 @@ keys hashed by SplitMix64 (Steele, Lea and Flood 2014, doi 10.1145/2660193.26601
 import numpy as np
 
 # What is permuted: the first word of a name, so that permutations of different kinds have nothing to do with each other.
-SHARDS, BLOCK, DOCUMENTS, WORDS, COPIES, ROWS = 1, 2, 3, 4, 5, 6
+SHARDS, BLOCK, DOCUMENTS, WORDS, COPIES, ROWS, DEALT, GROUPS = 1, 2, 3, 4, 5, 6, 7, 8
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

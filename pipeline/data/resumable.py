@@ -122,6 +122,9 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request_hash: str, output_dir: 
     counts = Counts()
     for record in records:
         counts.add(record.counts)
+    if not counts.documents and job.settings.part is None:
+        shutil.rmtree(job.work)  # there is nothing to go on with
+        raise DataError(_nothing_found(counts))
     manifests = {}
     for split, folder in job.settings.splits.items():
         expected = sum(record.train_tokens if split == "train" else record.validation_tokens for record in records)
@@ -131,6 +134,12 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request_hash: str, output_dir: 
     os.rename(job.data, output_dir)
     shutil.rmtree(job.partial)
     return Prepared(manifests, counts, was_complete=False)
+
+
+def _nothing_found(counts: Counts) -> str:
+    kinds = {"empty": counts.empty, "undecodable": counts.undecodable, "oversized": counts.oversized}
+    left_out = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count) or "none"
+    return "; ".join([f"no documents with text; left out: {left_out}", *counts.notes[:1], "give other input"])
 
 
 def _own_slices(job: _Job) -> list[list[Span]]:

@@ -2,13 +2,16 @@
 
 Tar readers pass over a cut between members and a flipped bit without a word. Here a sample's bytes are those between two
 offsets of the shard's `.idx`, all of them, with the CRC-32 written when the shard was made; only then are they decoded
-and held against the manifest.
+and held against the manifest. The `.crc32` itself must be the one that the manifest means, which is seen to before a shard's
+first sample is read: else a shard that was exchanged for another, with both its index files, would pass for the right one.
+That costs 4 bytes a sample, where hashing the tar would cost all of it.
 
 Samples are asked for many at a time. Those that lie side by side in a shard come by one read, those of remote shards by
 requests side by side. Of the indices only what belongs to a thousand samples is kept at a time, and shards are closed
 again, so memory and open files grow neither with a shard nor with their number.
 """
 
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +36,7 @@ _REQUESTS_AT_ONCE = 32
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_Index = tuple[np.ndarray, np.ndarray]
 
 
 class DamagedSampleError(DataError):
@@ -80,7 +84,9 @@ class ShardReader:
         self._access = access
         self._decoder = SampleDecoder(manifest)
         self._open: LeastRecentlyUsed[int, _OpenShard] = LeastRecentlyUsed(max_open_shards, _OpenShard.close)
-        self._indices: LeastRecentlyUsed[tuple[int, int], tuple[np.ndarray, np.ndarray]] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
+        self._indices: LeastRecentlyUsed[tuple[int, int], _Index] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
+        self._opening = threading.Lock()
+        self._is_known = self._table.crc32s < 0
         self._is_remote = isinstance(directory, Url) and not directory.is_pipe
         self._pool: ThreadPoolExecutor | None = None
 
@@ -119,6 +125,36 @@ class ShardReader:
             raise DataError(str(error)) from None
         return found  # type: ignore[return-value]
 
+    def recognise(self, shard: int) -> DamageError | OSError | None:
+        """What is wrong with a shard's checksums as a whole; None if they are those that the manifest means, or it says nothing
+        about them.
+
+        Raises:
+            StorageError: they cannot be reached.
+        """
+        if self._is_known[shard]:
+            return None
+        expected, num_samples = int(self._table.crc32s[shard]), int(self._table.samples[shard])
+        size = CRC.itemsize * num_samples
+        try:
+            _, idx, crc32 = self._files(shard)
+            found = zlib.crc32(crc32.read(0, size))
+            # The copies in the cache may be damaged, or of what lay at this address before: then of both files.
+            if found != expected and crc32.forget(0, size):
+                idx.forget(0, OFFSET.itemsize * (num_samples + 1))
+                found = zlib.crc32(crc32.read(0, size))
+        except StorageError:
+            raise
+        except OSError as error:
+            return error
+        if found != expected:
+            return DamageError(
+                f"the CRC-32 of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the file is damaged, or "
+                "the shard was exchanged for another"
+            )
+        self._is_known[shard] = True
+        return None
+
     def close(self) -> None:
         """Close all files and let all threads end; reading starts them again."""
         self._open.clear()
@@ -145,19 +181,25 @@ class ShardReader:
             self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         return self._pool.map(function, items)
 
-    def _index_pieces(self, wanted: dict[int, list[int]]) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray] | OSError]:
+    def _index_pieces(self, wanted: dict[int, list[int]]) -> dict[tuple[int, int], _Index | Exception]:
         """Offsets and checksums of the thousands of samples that hold the wanted ones, by (shard, thousand)."""
         names = {(shard, sample // _INDEX_SAMPLES) for shard, samples in wanted.items() for sample in samples}
         known = {name: self._indices.find(name) for name in sorted(names)}
+        pieces: dict[tuple[int, int], _Index | Exception]
         pieces = {name: piece for name, piece in known.items() if piece is not None}
         missing = [name for name in known if name not in pieces]
-        read = dict(zip(missing, self._map(self._read_index, missing), strict=True))
+        unknown = list(dict.fromkeys(shard for shard, _ in missing if not self._is_known[shard]))
+        strange = {
+            shard: problem for shard, problem in zip(unknown, self._map(self.recognise, unknown), strict=True) if problem
+        }
+        read = dict(zip(missing, self._map(lambda name: strange.get(name[0]) or self._read_index(name), missing), strict=True))
         for name, piece in read.items():
-            if not isinstance(piece, OSError):
+            if not isinstance(piece, Exception):
                 self._indices.put(name, piece)
-        return pieces | read
+            pieces[name] = piece
+        return pieces
 
-    def _read_index(self, name: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | OSError:
+    def _read_index(self, name: tuple[int, int]) -> _Index | OSError:
         shard, piece = name
         try:
             _, idx, crc32 = self._files(shard)
@@ -170,13 +212,14 @@ class ShardReader:
         return _whole_items(offsets, OFFSET), _whole_items(checksums, CRC)
 
     def _files(self, shard: int) -> list[OpenFile]:
-        return self._open.get(shard, lambda: _OpenShard(self.directory, self.manifest.shards[shard], self._access)).files
+        with self._opening:  # requests side by side ask for files side by side
+            return self._open.get(shard, lambda: _OpenShard(self.directory, self.manifest.shards[shard], self._access)).files
 
     def _runs(
         self,
         places_of_shards: dict[int, list[int]],
         wanted: dict[int, list[int]],
-        pieces: dict[tuple[int, int], tuple[np.ndarray, np.ndarray] | OSError],
+        pieces: dict[tuple[int, int], _Index | Exception],
         found: list[Sample | None],
     ) -> Iterator[_Run]:
         """The wanted samples as runs; those that the index does not place go to `found` as damaged."""
@@ -200,8 +243,8 @@ class ShardReader:
             if run is not None:
                 yield run
 
-    def _extent(self, shard: int, sample: int, piece: tuple[np.ndarray, np.ndarray] | OSError) -> tuple[int, int, int]:
-        if isinstance(piece, OSError):
+    def _extent(self, shard: int, sample: int, piece: _Index | Exception) -> tuple[int, int, int]:
+        if isinstance(piece, Exception):
             raise piece
         offsets, checksums = piece
         within, num_bytes = sample % _INDEX_SAMPLES, self._table.sizes[shard]

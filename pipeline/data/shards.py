@@ -86,8 +86,16 @@ def write_shard(
         file.write(end)
         sha256.update(end)
     write_file(directory / f"{name}.tar.idx", np.array(offsets, OFFSET).tobytes())
-    write_file(directory / f"{name}.tar.crc32", np.array(crcs, CRC).tobytes())
-    return Shard(name=name, samples=len(crcs), tokens=tokens, bytes=offsets[-1] + len(end), sha256=sha256.hexdigest())
+    checksums = np.array(crcs, CRC).tobytes()
+    write_file(directory / f"{name}.tar.crc32", checksums)
+    return Shard(
+        name=name,
+        samples=len(crcs),
+        tokens=tokens,
+        bytes=offsets[-1] + len(end),
+        sha256=sha256.hexdigest(),
+        crc32=zlib.crc32(checksums),
+    )
 
 
 @contextmanager

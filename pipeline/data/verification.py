@@ -51,6 +51,9 @@ def _shard_problems(directory: Path, manifest: Manifest, index: int, reader: Sha
     found = file_sha256(directory / f"{shard.name}.tar")
     if found != shard.sha256:
         yield f"shard {shard.name}: the sha256 of its tar is {found[:12]}…, expected {shard.sha256[:12]}…"
+    if strange := reader.recognise(index):
+        yield f"shard {shard.name}: {strange}"
+        return
     tokens, damaged = 0, []
     for sample in range(shard.samples):
         try:

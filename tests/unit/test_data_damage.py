@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import shutil
 import tarfile
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from pipeline.data.manifest import DataError, read_manifest, write_manifest
 from pipeline.data.shard_reader import DamagedSampleError, ShardReader
+from pipeline.data.shard_table import ShardTable
 from pipeline.data.stream import Stream
+from pipeline.storage.files import LocalFile
 from tests.data_sets import numbered_data
 
 SIZES = {"lanes": 4, "global_batch": 4, "micro_batch": 2, "rank": 0, "world_size": 1, "seed": 5, "shuffle_block": 16}
@@ -60,14 +63,15 @@ def rewrite(folder, sample, members=None, edit=None, **tar_info):
     np.array([zlib.crc32(block) for block in blocks], "<u4").tofile(f"{path}.crc32")
     manifest = read_manifest_of_any_size(folder)
     shards = list(manifest.shards)
-    shards[1] = shards[1].model_copy(update={"bytes": path.stat().st_size})
+    crc32 = zlib.crc32((folder / "shard-00001.tar.crc32").read_bytes())
+    shards[1] = shards[1].model_copy(update={"bytes": path.stat().st_size, "crc32": crc32})
     write_manifest(folder, manifest.model_copy(update={"shards": tuple(shards)}))
 
 
 def read_manifest_of_any_size(folder):
     import pipeline.data.manifest as module
 
-    return module._parse((folder / "manifest.json").read_bytes(), "")
+    return module._parse((folder / "manifest.json").read_text(), "")
 
 
 def npy(array):
@@ -92,6 +96,11 @@ def change_file(folder, name, edit):
     (folder / name).write_bytes(edit((folder / name).read_bytes()))
 
 
+def swap(folder, *suffixes):
+    for suffix in suffixes:
+        shutil.copy(folder / f"shard-00002.{suffix}", folder / f"shard-00001.{suffix}")
+
+
 def at(folder, within):
     return offsets(folder)[3] + within
 
@@ -106,6 +115,16 @@ CASES = {
     "a missing shard": (lambda f: (f / "shard-00001.tar").unlink(), range(8), "No such file"),
     "a missing index": (lambda f: (f / "shard-00001.tar.idx").unlink(), range(8), "No such file"),
     "a swapped shard": (lambda f: shutil.copy(f / "shard-00002.tar", f / "shard-00001.tar"), range(8), "CRC-32"),
+    "a shard swapped with its index files": (
+        lambda f: swap(f, "tar", "tar.idx", "tar.crc32"),
+        range(8),
+        "the CRC-32 of its shard's .crc32 is .* the shard was exchanged for another",
+    ),
+    "a bit of the checksums": (
+        lambda f: change_file(f, "shard-00001.tar.crc32", flip(12)),
+        range(8),
+        "the CRC-32 of its shard's .crc32 is .*: the file is damaged",
+    ),
     "an index of another shard": (
         lambda f: change_file(f, "shard-00001.tar.crc32", lambda data: (f / "shard-00002.tar.crc32").read_bytes()),
         range(8),
@@ -174,13 +193,19 @@ def test_damage_is_an_error_that_names_shard_and_sample_and_costs_nothing_else(f
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("case", ["a bit of a payload", "a wrong dtype", "cut in a payload", "a missing shard"])
+@pytest.mark.parametrize(
+    "case",
+    ["a bit of a payload", "cut in a payload", "a missing shard", "a wrong dtype", "a shard swapped with its index files"],
+)
 def test_a_row_of_padding_takes_the_place_of_a_damaged_sample_and_all_others_stay_where_they_were(
     folder, whole, case, num_workers
 ):
     damage, lost, _ = CASES[case]
+    if case == "a wrong dtype":  # with a manifest that fits
+        damage(folder)
     stream = Stream(folder, **SIZES, raises=False, num_workers=num_workers)
-    damage(folder)  # after the start: what is missing before is refused
+    if case != "a wrong dtype":  # after the start: what is missing before is refused
+        damage(folder)
     right = list(Stream(whole, **SIZES).iterate(0, end_sample=24))
     found = list(stream.iterate(0, end_sample=24))
     messages = [message for batch in found for message in batch.damage]
@@ -194,6 +219,27 @@ def test_a_row_of_padding_takes_the_place_of_a_damaged_sample_and_all_others_sta
             else:
                 assert batch.keys[row] == key
                 assert batch.tokens_BT[row].tolist() == expected.tokens_BT[row].tolist()
+
+
+def test_a_folder_whose_manifest_has_no_checksums_of_the_checksums_is_read_as_before(folder, whole):
+    content = json.loads((folder / "manifest.json").read_text())
+    crc32 = content["shards"][1].pop("crc32")
+    (folder / "manifest.json").write_text(json.dumps(content))
+    manifest = read_manifest(folder)
+    assert [shard.crc32 is None for shard in manifest.shards] == [False, True, False]
+    assert zlib.crc32((folder / "shard-00001.tar.crc32").read_bytes()) == crc32
+    reader, right = ShardReader(folder, manifest), ShardReader(whole, read_manifest(whole))
+    assert reader.read(1, 3).tokens.tolist() == right.read(1, 3).tokens.tolist()
+
+
+def test_the_checksums_are_held_against_the_manifest_once_a_shard(whole, monkeypatch):
+    reader, asked = ShardReader(whole, read_manifest(whole)), []
+    read = LocalFile.read
+    monkeypatch.setattr(LocalFile, "read", lambda file, start, size: asked.append((start, size)) or read(file, start, size))
+    for _ in range(2):
+        reader.read_many([0, 1, 0, 1], [0, 1, 2, 3])
+        reader._indices.clear()
+    assert asked.count((0, 4 * 8)) == 2  # of each shard; pieces of the index are asked for by the thousand
 
 
 def test_what_is_missing_at_the_start_is_refused_at_the_start(folder):
@@ -215,8 +261,8 @@ edits = st.lists(
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(edits=edits, suffix=st.sampled_from(["tar", "tar", "tar", "tar.idx", "tar.crc32"]))
-def test_any_mutation_of_a_shard_is_refused_or_gives_the_right_tokens(whole, tmp_path, edits, suffix):
+@given(edits=edits, suffix=st.sampled_from(["tar", "tar", "tar", "tar.idx", "tar.crc32"]), is_recognised=st.booleans())
+def test_any_mutation_of_a_shard_is_refused_or_gives_the_right_tokens(whole, tmp_path, edits, suffix, is_recognised):
     folder = tmp_path / "fuzzed"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
@@ -234,7 +280,11 @@ def test_any_mutation_of_a_shard_is_refused_or_gives_the_right_tokens(whole, tmp
             del data[position : position + amount]
     path.write_bytes(data)
     right = ShardReader(whole, read_manifest(whole))
-    reader = ShardReader(folder, read_manifest(whole))
+    manifest = read_manifest(whole)
+    if not is_recognised:  # what came before must do without the checksum of the checksums
+        shards = [shard.model_copy(update={"crc32": None}) for shard in manifest.shards]
+        manifest = manifest.model_copy(update={"shards": ShardTable.of(shards)})
+    reader = ShardReader(folder, manifest)
     for sample, found in enumerate(reader.read_many([1] * 8, list(range(8)))):
         expected = right.read(1, sample)
         if found.damage is None:

@@ -66,6 +66,19 @@ def test_shards_of_webdatasets_own_writer_are_adopted_and_read_for_training(tmp_
     assert sum(len(batch.tokens_BT) for batch in batches) == 12
 
 
+def test_foreign_shards_that_were_exchanged_with_their_index_files_are_noticed(tmp_path):
+    directory = write_shards(tmp_path / "data", rows(10))
+    manifest = index(directory, TOKENIZER)
+    for suffix in ("tar", "tar.idx", "tar.crc32"):
+        one, other = (directory / f"their-00{number}.{suffix}" for number in (0, 1))
+        assert one.stat().st_size == other.stat().st_size
+        one.rename(tmp_path / "spare")
+        other.rename(one)
+        (tmp_path / "spare").rename(other)
+    with pytest.raises(DataError, match=r"^shard their-001, sample 2, .* the shard was exchanged for another"):
+        ShardReader(directory, manifest).read(1, 2)
+
+
 def test_sources_may_be_named_and_must_be_enough(tmp_path):
     directory = write_shards(tmp_path / "data", rows(7))
     with pytest.raises(DataError, match="source 2, but the manifest names 2"):

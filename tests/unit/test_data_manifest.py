@@ -62,7 +62,7 @@ def test_the_keys_of_the_json_are_the_documented_ones(folder):
         "sources",
         "shards",
     ]
-    assert list(record["shards"][0]) == ["name", "samples", "tokens", "bytes", "sha256"]
+    assert list(record["shards"][0]) == ["name", "samples", "tokens", "bytes", "sha256", "crc32"]
     assert list(record["sources"][0]) == ["name", "documents", "tokens"]
 
 
@@ -103,6 +103,12 @@ def test_a_wrong_manifest_is_an_error_that_says_what_is_wrong(folder, changes, m
 def test_half_a_manifest_is_an_error(folder, text):
     (folder / MANIFEST_FILE).write_text(text)
     with pytest.raises(DataError, match="not a valid manifest"):
+        read_manifest(folder)
+
+
+def test_a_manifest_that_is_no_text_is_an_error(folder):
+    (folder / MANIFEST_FILE).write_bytes(b'{"format_version": 1, "\xff')
+    with pytest.raises(DataError, match=r"manifest.json is not a valid manifest: .*utf-8"):
         read_manifest(folder)
 
 

@@ -17,17 +17,20 @@ from tests.data_sets import numbered_data
 weights = st.lists(st.integers(1, 1000).map(lambda number: number / 100), min_size=1, max_size=6)
 
 
+# One, and the reciprocals of Fibonacci's numbers, as many as the tree may have levels below its root.
+LANE_BOUNDS = {1: 1, 2: 1, 3: 2, 4: Fraction(5, 2), 5: Fraction(17, 6), 6: Fraction(91, 30)}
+
+
 @settings(max_examples=25)
 @given(weights=weights, lanes=st.integers(1, 40), lane=st.integers(0, 39))
-def test_counts_are_those_of_choosing_one_by_one_and_prefixes_are_exact_but_for_the_depth_of_the_tree(weights, lanes, lane):
+def test_counts_are_those_of_choosing_one_by_one_and_prefixes_are_off_by_less_than_a_constant(weights, lanes, lane):
     schedule, taken = Schedule(weights, lanes), [0] * len(weights)
     lane %= lanes
     shares = [Fraction(str(weight)) / sum(Fraction(str(each)) for each in weights) for weight in weights]
     for number in range(60):
         assert schedule.counts(lane, number) == taken
-        # With n sets no tree is deeper than n - 1; with two sets no prefix is off by a whole sample.
         off = max(abs(count - share * number) for count, share in zip(taken, shares, strict=True))
-        assert off < max(1, len(weights) - 1)
+        assert off < LANE_BOUNDS[len(weights)]
         chosen, before = schedule.choose(lane, number)
         assert before == taken[chosen]
         taken[chosen] += 1
@@ -37,6 +40,25 @@ def test_a_long_run_is_exact_and_costs_nothing_to_find():
     schedule = Schedule([0.7, 0.2, 0.1], 256)
     assert schedule.counts(17, 10**15) == [7 * 10**14, 2 * 10**14, 10**14]
     assert schedule.choose(17, 10**15)[1] in schedule.counts(17, 10**15)
+
+
+def test_a_set_of_more_than_half_is_never_off_by_a_whole_sample():
+    for order in itertools.permutations([0.9, 0.04, 0.03, 0.02, 0.01]):
+        schedule, heavy = Schedule(order, 16), order.index(0.9)
+        assert all(abs(schedule.counts(5, number)[heavy] - Fraction(9, 10) * number) < 1 for number in range(200))
+
+
+@pytest.mark.parametrize(("num_sets", "most"), [(2, 1), (3, 8), (4, 16), (5, 24)])
+def test_the_whole_job_is_off_by_a_few_samples_after_any_round_however_many_there_were(num_sets, most):
+    draw, farthest = np.random.default_rng(num_sets), Fraction(0)
+    for _ in range(12):
+        schedule = Schedule((draw.integers(1, 1000, num_sets) / 100).tolist(), 256)
+        for number in (*draw.integers(1, 5000, 3).tolist(), int(draw.integers(10**9, 10**12))):
+            by_lane = [schedule.counts(lane, number) for lane in range(256)]
+            for own, share, counts in zip(range(num_sets), schedule.shares, zip(*by_lane, strict=True), strict=True):
+                assert max(abs(count - share * number) for count in counts) < LANE_BOUNDS[num_sets], own
+                farthest = max(farthest, abs(sum(counts) - 256 * share * number))
+    assert farthest < most
 
 
 def test_a_round_of_the_lanes_is_a_mixture_too():

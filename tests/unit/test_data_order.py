@@ -1,5 +1,7 @@
 """The order of a run's rows: against a naive oracle, and its promises."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.manifest import DataError
 from pipeline.data.order import EpochOrder, default_lanes
-from pipeline.data.permutation import BLOCK, SHARDS, permutation
+from pipeline.data.permutation import BLOCK, DEALT, GROUPS, SHARDS, permutation
 
 
 def naive_permutation(length, *name):
@@ -72,6 +74,68 @@ def test_no_sample_comes_twice_in_an_epoch_and_only_the_remainder_is_left_out(si
     last_of_the_order = naive_epoch(shards, 1, epoch, shuffle_block)[order.samples_per_epoch :]
     assert every_sample - set(seen) == set(last_of_the_order)
     assert order.dropped_per_epoch == len(last_of_the_order) < lanes
+
+
+def naive_order_of_many_shards(num_shards, seed, epoch, group=1024):
+    """Dealt into groups by the seed; groups permuted, and the shards in each."""
+    dealt = naive_permutation(num_shards, DEALT, seed)
+    groups = [dealt[start : start + group] for start in range(0, num_shards, group)]
+    order = []
+    for number in naive_permutation(len(groups), GROUPS, seed, epoch):
+        within = naive_permutation(len(groups[number]), SHARDS, seed, epoch, number)
+        order += [groups[number][index] for index in within]
+    return order
+
+
+@pytest.mark.parametrize("epoch", [0, 7])
+def test_more_shards_than_are_sorted_at_once_are_permuted_group_by_group(epoch):
+    num_shards = 2**15 + 1
+    samples = [1 + number % 5 for number in range(num_shards)]
+    order = EpochOrder(samples, lanes=3, seed=11, shuffle_block=2)
+    expected = naive_order_of_many_shards(num_shards, 11, epoch)
+    assert sorted(expected) == list(range(num_shards))
+    shards, _ = order.locate_lane(0, epoch * order.samples_per_lane, order.samples_per_lane)
+    rest = [order.locate(epoch, position)[0] for position in range(order.samples_per_lane, order.num_samples, 997)]
+    sequence = [shard for shard in expected for _ in range(samples[shard])]
+    assert shards.tolist() == sequence[: order.samples_per_lane]
+    assert rest == sequence[order.samples_per_lane :: 997]
+    # Every sample of every shard that lies wholly in the lane, in blocks of two.
+    where = [order.locate(epoch, position) for position in range(200)]
+    whole = dict.fromkeys(shard for shard, _ in where[: -max(samples)])
+    assert [sorted(sample for shard, sample in where if shard == each) for each in whole] == [
+        list(range(samples[each])) for each in whole
+    ]
+
+
+def test_up_to_32768_shards_are_one_permutation_by_seed_and_epoch():
+    order = EpochOrder([1] * 2**15, lanes=1, seed=4, shuffle_block=1)
+    shards, _ = order.locate_lane(0, 2 * 2**15, 2**15)
+    assert shards.tolist() == permutation(2**15, SHARDS, 4, 2).tolist()
+
+
+def test_epochs_of_many_shards_have_nothing_to_do_with_each_other_or_with_the_manifests_order():
+    num_shards = 2**16
+    order = EpochOrder([1] * num_shards, lanes=1, seed=0, shuffle_block=1)
+    first, second = (order.locate_lane(0, epoch * num_shards, num_shards)[0] for epoch in (0, 1))
+    for shards in (first, second):
+        assert np.array_equal(np.sort(shards), np.arange(num_shards))
+        # Neighbours in the manifest, as lie in a part of a merged folder, are far apart.
+        assert abs(np.corrcoef(shards, np.arange(num_shards))[0, 1]) < 0.02
+        assert abs(np.corrcoef(shards[1:], shards[:-1])[0, 1]) < 0.02
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
+    assert (first == second).mean() < 0.001
+
+
+@pytest.mark.parametrize(("num_shards", "most"), [(2**15, 2 * 2**20), (2**20, 2**24)])
+def test_memory_does_not_grow_with_epochs_or_with_what_was_looked_at(num_shards, most):
+    order = EpochOrder(np.ones(num_shards, np.int64), lanes=1, seed=0, shuffle_block=1)
+    tracemalloc.start()
+    try:
+        for number in range(2500):
+            order.locate(number // 100, number * 7919 % num_shards)
+        assert tracemalloc.get_traced_memory()[0] < most
+    finally:
+        tracemalloc.stop()
 
 
 def test_epochs_and_seeds_differ():

@@ -251,7 +251,7 @@ def test_the_command_lines_of_parts_merge_verify_inspect_and_index_work_together
         done = command_line(*arguments, "--part", part, "--output", f"parts/{part[0]}", "--weight", "web=1.5", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "left out: web.jsonl, line 2401: expected one JSON object a line" in done.stderr
-    assert ", 1 undecodable left out" in done.stdout
+    assert " documents; 1 undecodable left out" in done.stdout
     assert "packing best_fit: 0.00% of " in done.stdout
     assert ", weight 1.5" in done.stdout
     done = command_line("merge", "parts/1", "parts/2", "--output", "merged", script="shards.py", cwd=tmp_path)

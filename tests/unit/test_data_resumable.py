@@ -390,6 +390,14 @@ def test_a_complete_output_is_left_alone_and_the_same_request_is_done(corpus, tm
     assert contents(tmp_path / "out") == before
 
 
+def test_input_without_a_document_is_an_error_that_says_what_was_left_out_and_leaves_nothing(tmp_path):
+    (tmp_path / "web.jsonl").write_text('{"text": 5}\n{"text": ""}\nno json\n')
+    rules = Rules(on_undecodable="skip")
+    with pytest.raises(DataError, match=r"left out: 1 empty, 2 undecodable; .*web.jsonl, line 1: expected text .* got int"):
+        prepare_files([Input("", str(tmp_path / "web.jsonl"))], tmp_path / "out", byte_tokenizer(), Settings(16, rules=rules))
+    assert {path.name for path in tmp_path.iterdir()} == {"web.jsonl"}
+
+
 def test_lost_work_is_noticed_and_not_packed_around(corpus, tmp_path):
     interrupted(corpus, tmp_path / "out", 10)
     (tmp_path / "out.partial" / "work" / "train" / "slice-000000-000.documents").unlink()

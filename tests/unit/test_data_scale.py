@@ -15,7 +15,6 @@ from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.mixture import MixtureOrder
 from pipeline.data.order import EpochOrder
 from pipeline.data.shard_reader import ShardReader
-from pipeline.data.shard_table import ShardTable
 from pipeline.data.stream import Stream, rank_lanes
 from tests.data_sets import numbered_data
 
@@ -40,7 +39,8 @@ def write_large_manifest(directory: Path) -> None:
             file.write(
                 f'    {{\n      "name": "shard-{number:07d}",\n      "samples": {9766 + number % 3},\n'
                 '      "tokens": 20000000,\n'
-                f'      "bytes": 45000000,\n      "sha256": "{digest}"\n    }}{"," if number < NUM_SHARDS - 1 else ""}\n'
+                f'      "bytes": 45000000,\n      "sha256": "{digest}",\n      "crc32": {int(digest[:8], 16)}\n'
+                f"    }}{',' if number < NUM_SHARDS - 1 else ''}\n"
             )
         file.write("  ]\n}\n")
 
@@ -60,11 +60,10 @@ before = time.process_time()
 manifest = pipeline.data.manifest.read_manifest(Path(sys.argv[1]))
 order = EpochOrder(ShardTable.of(manifest.shards).samples, lanes=256, seed=0, shuffle_block=1024)
 opened = time.process_time() - before
-order.locate(0, 0), order.locate(1, 0)
 slowest = 0
-for number in range(200):
+for number in range(400):
     before = time.process_time()
-    order.locate(number % 2, number * 7_777_777_777 % order.num_samples)
+    order.locate(number // 2, number * 7_777_777_777 % order.num_samples)  # the first in an epoch, and another one
     slowest = max(slowest, time.process_time() - before)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps([len(manifest.shards), manifest.num_tokens, opened, slowest, peak]))
@@ -109,6 +108,9 @@ def test_the_fast_way_to_read_a_manifest_and_the_thorough_one_agree(tmp_path):
         ({"name": "shard-00000"}, "two shards have the same name"),
         ({"sha256": "A" * 64}, "shards.1.sha256"),
         ({"sha256": None}, "shards.1.sha256"),
+        ({"crc32": -1}, "shards.1.crc32"),
+        ({"crc32": 2**32}, "shards.1.crc32"),
+        ({"crc32": 1.0}, "shards.1.crc32"),
         ({"colour": "red"}, "shards.1.colour"),
     ],
 )
@@ -195,6 +197,17 @@ def test_samples_that_lie_side_by_side_come_by_one_read(four_shards, monkeypatch
     assert counted.calls < 16_500 / 4
 
 
+def test_what_is_read_at_a_time_grows_to_sixteen_mebibytes_and_no_further(four_shards, monkeypatch):
+    shards, asked, read_many = read_manifest(four_shards).shards, [], ShardReader.read_many
+    row_bytes = sum(shard.bytes for shard in shards) / sum(shard.samples for shard in shards)
+    monkeypatch.setattr(
+        ShardReader, "read_many", lambda reader, *names: asked.append(len(names[0])) or read_many(reader, *names)
+    )
+    epoch_bytes(four_shards, monkeypatch, lanes=4, global_batch=4, micro_batch=4)
+    assert asked[0] * row_bytes < 2**20
+    assert 2**22 < max(asked) * row_bytes <= 2**24
+
+
 def test_resuming_far_into_an_epoch_costs_a_seek(four_shards, monkeypatch):
     stream = Stream(four_shards, lanes=64, global_batch=64, micro_batch=8, rank=0, world_size=1, seed=0, shuffle_block=1024)
     counted = CountedReads(monkeypatch)
@@ -217,10 +230,11 @@ def test_open_files_and_memory_have_a_bound_whatever_the_lanes(tmp_path):
 
 
 @pytest.mark.slow
-def test_4096_ranks_get_equal_counts_no_sample_twice_and_few_of_them_want_the_same_shard():
-    world_size, steps = 4096, 2000
-    shards = ShardTable.of([])._from_columns([""] * 20_000, [9766] * 20_000, [1] * 20_000, [1] * 20_000, [""] * 20_000)
-    order = MixtureOrder([EpochOrder(shards.samples, lanes=world_size, seed=3, shuffle_block=1024)], [1.0])
+@pytest.mark.parametrize(("num_shards", "steps"), [(20_000, 2000), (1_000_000, 500)])
+def test_4096_ranks_get_equal_counts_no_sample_twice_and_few_of_them_want_the_same_shard(num_shards, steps):
+    world_size = 4096
+    samples = np.full(num_shards, 9766)
+    order = MixtureOrder([EpochOrder(samples, lanes=world_size, seed=3, shuffle_block=1024)], [1.0])
     located, wanted = [], []
     for rank in range(world_size):
         (lane,) = rank_lanes(world_size, 1, rank, world_size)

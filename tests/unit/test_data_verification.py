@@ -56,6 +56,16 @@ def test_damage_is_found_in_every_shard_that_has_some(folder):
     assert problems[3].startswith("shard shard-00003, sample 0, ")
 
 
+def test_of_many_damaged_samples_the_first_are_named_and_the_rest_counted(folder):
+    data = bytearray((folder / "shard-00000.tar").read_bytes())
+    for offset in np.fromfile(folder / "shard-00000.tar.idx", "<u8").tolist()[:-1]:
+        data[offset + 600] ^= 1
+    (folder / "shard-00000.tar").write_bytes(data)
+    problems = verify(folder)
+    assert [problem.partition(" in ")[0] for problem in problems[1:6]] == [f"shard shard-00000, sample {n}," for n in range(5)]
+    assert problems[6:] == ["shard shard-00000: 5 samples more are damaged"]
+
+
 def test_a_flipped_bit_in_the_padding_at_the_end_is_found(folder):
     data = bytearray((folder / "shard-00002.tar").read_bytes())
     data[-1] ^= 1
@@ -91,7 +101,9 @@ def test_swapped_shards_are_found(folder):
         one.rename(folder / "spare")
         two.rename(one)
         (folder / "spare").rename(two)
-    assert [problem.partition(":")[0] for problem in verify(folder)] == ["shard shard-00001", "shard shard-00002"]
+    problems = verify(folder)
+    assert [problem.partition(":")[0] for problem in problems] == ["shard shard-00001"] * 2 + ["shard shard-00002"] * 2
+    assert "the shard was exchanged for another" in problems[1]
 
 
 def test_a_missing_file_is_an_error(folder):
@@ -115,6 +127,15 @@ def test_inspecting_shows_totals_lengths_and_rows_with_their_documents(prepared)
     assert sum(line.endswith("ends:") for line in pieces) == 40
     counted = [int(line.split()[3].replace(",", "")) for line in lines if " to " in line and line.split()[1] == "to"]
     assert sum(counted) == len(pieces)
+    spans = [line.split()[:3] for line in lines if line.split()[1:2] == ["to"]]
+    assert spans == [
+        ["1", "to", "1"],
+        ["2", "to", "3"],
+        ["4", "to", "7"],
+        ["8", "to", "15"],
+        ["16", "to", "31"],
+        ["32", "to", "32"],
+    ]
     assert sum(" of web, " in line and line.endswith("ends:") for line in pieces) == 20
     rows = [line.partition(":")[0] for line in lines if line.startswith("row ")]
     assert rows == [f"row shard-{n // 10:05d}/{n:09d}" for n in range(num_rows)]

@@ -63,7 +63,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.faults, self.always, self.requests, self.sent = folder, [], None, [], 0
-        self.lock = threading.Lock()
+        self.lock, self.gone = threading.Lock(), threading.Event()
 
     @property
     def url(self):
@@ -90,6 +90,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if isinstance(fault, int):
             self.send_error(fault)
+            return
+        if fault == "silent":
+            self.server.gone.wait(20)
+            self.hang_up()
             return
         if fault == "delay":
             time.sleep(0.3)
@@ -203,6 +207,16 @@ def test_a_server_that_stays_away_is_an_error_after_the_stated_time(server):
     assert (first.document_ids_BT == -1).all()
 
 
+def test_a_server_that_says_nothing_is_given_a_part_of_the_stated_time_and_no_five_minutes(server):
+    stream = Stream(server.url, **SIZES, access=Access(retry_seconds=2))
+    server.always = "silent"
+    before = time.monotonic()
+    with pytest.raises(DataError, match=r"not read in 2 s .*, \d+ attempts; .*Timeout"):
+        next(stream.iterate(0))
+    server.gone.set()
+    assert time.monotonic() - before < 15
+
+
 def test_what_no_repetition_can_mend_is_said_at_once(server):
     for status, kind in ((404, FileNotFoundError), (403, StorageError)):
         server.always, count = status, len(server.requests)
@@ -272,6 +286,15 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(server, folder, tmp_path):
             data[len(data) // 3] ^= 1
             copy.write_bytes(data)
     assert rows(server.url, access=access) == rows(folder)
+
+
+def test_copies_in_the_cache_of_what_lay_at_an_address_before_are_fetched_again(server, folder, tmp_path):
+    access = Access(cache_dir=tmp_path / "cache", cache_bytes=64 * 2**20)
+    before = rows(server.url, access=access)
+    server.folder = numbered_data(tmp_path / "data", 60, first=100, sources=())
+    after = rows(server.url, access=access)
+    assert after == rows(server.folder)
+    assert after != before
 
 
 def size_of(directory):
