@@ -17,7 +17,7 @@ from pipeline.data.mixture import DataSet, read_joined, sets_of
 from pipeline.data.stream import Stream
 from pipeline.micro_step import Models
 from pipeline.runtime.checkpoint import Checkpoints
-from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
+from pipeline.runtime.deepspeed_json import precision_of, resolve_deepspeed_json
 from pipeline.runtime.description import identity_of
 from pipeline.runtime.distributed import World, smallest
 from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
@@ -72,8 +72,8 @@ def frozen_reference(job: Job, settings: Settings, config: dict[str, Any], shape
     on the fullest one, which saves its collectives."""
     sharding: str = settings.reference.sharding
     if sharding == "auto":
-        needed = num_parameters(shape) * (2 if config["bf16"]["enabled"] else 4)
-        free = smallest(free_bytes(job.device) / job.world.local_size, job.device)
+        needed = num_parameters(shape) * (2 if precision_of(config) == "bfloat16" else 4)
+        free = smallest(free_bytes(job.device, job.world.local_size), job.device)
         sharding = sharding_that_fits(needed, free)
     return build_reference(shape, settings.reference.path, sharding, config)
 

@@ -181,7 +181,8 @@ def _step(name: str, inputs: Inputs, select: Select) -> tuple[Selection, Tensor 
     valid_BTH = torch.ones_like(targets_BTH, dtype=torch.bool)
     scale_H = torch.full(targets_BTH.shape[-1:], 1 / targets_BTH.numel(), device=weight_VD.device)
     if name in ("two_pass", "predicted", "one_head"):
-        losses = chunked_losses(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, select, scale_H)
+        num_valid_H = [targets_BTH[..., 0].numel()] * targets_BTH.shape[-1]
+        losses = chunked_losses(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, select, scale_H, num_valid_H)
         losses.loss.backward()
         return losses.selection, losses.foreseen_BTK
     token_loss = {"plain": _plain, "linear_cross_entropy": _linear_cross_entropy, "liger": _liger()}[name]

@@ -7,8 +7,8 @@
                 and `torch.quantile` over the rank's own excess losses is the threshold
 
 One rank each, in a process of its own, on the same rows, round by round in turn (on CUDA one after the other, because the
-device's memory holds only one). What a step should cost is computed from its matrix products and attention; on a CPU,
-whose attention goes through a mask, every query meets every key.
+device's memory holds only one). What a step should cost is computed from its matrix products and attention: on a CPU, whose
+attention goes through a mask, every query meets every key; on CUDA those of its document up to itself.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.assembly import Job, build_run
-from pipeline.benchmark.streaming import random_rows
+from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
 from pipeline.benchmark.variants import Round, in_turn, medians, timed
 from pipeline.config import ModelSettings, Settings
 from pipeline.data.batch import Batch
@@ -38,8 +38,8 @@ from pipeline.weighting.selection import Select, select_all
 K_PERCENT, HEADS = 0.6, 4
 WARM_UP_ROUNDS = 2
 VARIANTS = ("next_token", "mtp", "selective", "origin")
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16 FLOP/s by a part of the device's name, from its makers' data sheets (SXM)."""
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from its makers' data sheets; SXM where nothing else is said."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +68,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     shape = shape_of(vars(options))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    keys = options.sequence_length / (2 * NUM_DOCUMENTS) if torch.cuda.is_available() else options.sequence_length
     tokens, plain = options.rows * options.sequence_length, figures["next_token"]
     for name, own in figures.items():
-        flops = tokens * flops_a_token(name, shape, options.sequence_length)
+        flops = tokens * flops_a_token(name, shape, keys)
         own["tokens_per_second"] = tokens / own["seconds"]
         own["time_ratio"] = own["seconds"] / plain["seconds"]
         own["peak_ratio"] = own["peak_bytes"] / plain["peak_bytes"]
-        own["flop_ratio"] = flops / (tokens * flops_a_token("next_token", shape, options.sequence_length))
+        own["flop_ratio"] = flops / (tokens * flops_a_token("next_token", shape, keys))
         own["time_over_flops"] = own["time_ratio"] / own["flop_ratio"]
         if peak_flops is not None:
             own["mfu"] = flops / own["seconds"] / peak_flops
@@ -93,12 +94,12 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def flops_a_token(variant: str, shape: ModelSettings, sequence_length: int) -> float:
+def flops_a_token(variant: str, shape: ModelSettings, keys_a_query: float) -> float:
     """Of a whole step, forward and backward: two for each weight of a matrix and token, and attention's two products."""
     query_dim = shape.num_attention_heads * attention_head_dim(shape)
     key_dim = (shape.num_key_value_heads or shape.num_attention_heads) * attention_head_dim(shape)
     weights = shape.dim * (2 * query_dim + 2 * key_dim + 3 * ffn_dim(shape))
-    block = 2 * weights + 4 * sequence_length * query_dim
+    block = 2 * weights + 4 * keys_a_query * query_dim
     assert shape.vocab_size is not None
     logits = 2 * shape.dim * shape.vocab_size
     trunk = (shape.num_layers - 1) * block

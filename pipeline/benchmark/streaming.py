@@ -28,7 +28,9 @@ from pipeline.data.packing import Row
 from pipeline.data.shards import token_dtype, write_shards
 from pipeline.data.stream import Stream
 
-_VOCAB_SIZE, _DOCUMENTS = 50_257, 4
+_VOCAB_SIZE = 50_257
+NUM_DOCUMENTS = 4
+"""Of equal length, in each row of `random_rows`."""
 _PACED_STEPS, _WARMING_STEPS = 60, 5
 
 
@@ -93,9 +95,9 @@ def table(figures: dict[str, Any]) -> str:
 
 def random_rows(directory: Path, num_rows: int, sequence_length: int, vocab_size: int = _VOCAB_SIZE) -> Path:
     draw = np.random.default_rng(0)
-    lengths = np.full(_DOCUMENTS, sequence_length // _DOCUMENTS, np.uint32)
+    lengths = np.full(NUM_DOCUMENTS, sequence_length // NUM_DOCUMENTS, np.uint32)
     rows = (
-        Row(draw.integers(0, vocab_size, sequence_length, np.uint32), lengths, np.zeros(_DOCUMENTS, np.uint8))
+        Row(draw.integers(0, vocab_size, sequence_length, np.uint32), lengths, np.zeros(NUM_DOCUMENTS, np.uint8))
         for _ in range(num_rows)
     )
     shards = write_shards(rows, directory, vocab_size=vocab_size, samples_per_shard=4096, named_sources=True)
@@ -106,7 +108,7 @@ def random_rows(directory: Path, num_rows: int, sequence_length: int, vocab_size
         end_of_document_id=0,
         tokenizer_file="tokenizer.json",
         tokenizer_sha256="0" * 64,
-        sources=(Source(name="random", documents=num_rows * _DOCUMENTS, tokens=num_rows * sequence_length),),
+        sources=(Source(name="random", documents=num_rows * NUM_DOCUMENTS, tokens=num_rows * sequence_length),),
         shards=tuple(shards),
     )
     write_manifest(directory, manifest)

@@ -52,8 +52,9 @@ def count(batches: Sequence[Batch], num_sources: int) -> Tensor:
         positions += held_BT.numel()
         damaged += len(batch.damage)
         failed += batch.failure is not None
-    totals = torch.tensor([positions, damaged, failed], dtype=torch.int64, device=device)
-    return torch.cat([tokens_S.sum().reshape(1), totals, tokens_S, samples_S])
+    # Filled in on the device: a tensor made from a list of the host's would be copied there, and the copy waited for.
+    totals = [tokens_S.new_full((1,), number) for number in (positions, damaged, failed)]
+    return torch.cat([tokens_S.sum().reshape(1), *totals, tokens_S, samples_S])
 
 
 def settle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSettings, before: int) -> list[str]:

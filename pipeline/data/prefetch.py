@@ -7,7 +7,7 @@ used is lost to nobody.
 """
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from queue import Empty, Full, Queue
 from typing import Any, TypeVar
 
@@ -18,15 +18,19 @@ from pipeline.data.batch import Batch
 Item = TypeVar("Item")
 
 _POLL_SECONDS = 0.1
+_LAST_SECONDS = 10.0
+"""How long the end waits for an item that is being made, say of a storage that does not answer; what is left ends with the
+process."""
 
 
 def prefetched(batches: Iterator[Batch], device: torch.device, depth: int) -> Iterator[Batch]:
-    """The same batches on `device`, up to `depth` of them ahead; on a CPU, where nothing is to be copied, as they are."""
+    """The same batches on `device`, `depth` of them ahead; on a CPU, where nothing is to be copied, as they are."""
     return _copied(batches, device, depth) if device.type == "cuda" else batches
 
 
-def ahead(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:
-    """The same items, made up to `depth` ahead in a thread; what making one raises is raised in its place.
+def ahead(items: Iterator[Item], depth: int, begin: Callable[[], None] = lambda: None) -> Generator[Item, None, None]:
+    """The same items, made ahead in a thread that calls `begin` first: `depth` wait, and one more is in hand. What making one
+    raises is raised in its place.
 
     The first is made in the calling thread: loaders fork their workers then, and no other thread should be at work.
     """
@@ -42,6 +46,7 @@ def ahead(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:
 
     def work() -> None:
         try:
+            begin()
             for item in items:
                 put(item, None)
                 if closing.is_set():
@@ -66,8 +71,8 @@ def ahead(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:
             yield item
     finally:
         closing.set()
-        thread.join()
-        if isinstance(items, Generator):
+        thread.join(_LAST_SECONDS)
+        if isinstance(items, Generator) and not thread.is_alive():
             items.close()
 
 
@@ -84,6 +89,11 @@ def _take(found: "Queue[tuple[Any, BaseException | None]]", thread: threading.Th
 def _copied(batches: Iterator[Batch], device: torch.device, depth: int) -> Generator[Batch, None, None]:
     copies = torch.cuda.Stream(device)
 
+    def begin() -> None:
+        # A thread begins on the first device, where it would leave a context of its own, and with all cores to itself.
+        torch.cuda.set_device(device)
+        torch.set_num_threads(1)
+
     def on_device() -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
         for batch in batches:
             # Not round the yield: the stream would stay the current one of whoever asked.
@@ -92,7 +102,7 @@ def _copied(batches: Iterator[Batch], device: torch.device, depth: int) -> Gener
                 arrived = copies.record_event()
             yield copied, arrived
 
-    for batch, arrived in ahead(on_device(), depth):
+    for batch, arrived in ahead(on_device(), depth, begin):
         current = torch.cuda.current_stream(device)
         current.wait_event(arrived)
         for tensor in batch.tensors:

@@ -101,7 +101,12 @@ def build_reference(settings: ModelSettings, directory: Path | None, sharding: s
         key: policy_config[key] for key in ("train_micro_batch_size_per_gpu", "bf16") if key in policy_config
     }
     zero = policy_config.get("zero_optimization", {})
-    names = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    names = (
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+    )
     kept = {name: zero[name] for name in names if name in zero}
     config |= {
         "zero_optimization": {"stage": 3, **kept} if sharding == "zero3" else {"stage": 0},

@@ -43,13 +43,14 @@ def total_bytes() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that could still be had, by all processes that share the device or this machine's memory together."""
+def free_bytes(device: torch.device, local_size: int) -> float:
+    """Bytes that this rank could still have: of a GPU, which is its own, all that is free; of this machine's memory its
+    part among `local_size` ranks."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert found is not None
-    return int(found[1]) * 1024
+    return int(found[1]) * 1024 / local_size
 
 
 def _resident_bytes(kind: str) -> int:

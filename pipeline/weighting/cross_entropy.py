@@ -5,9 +5,9 @@ known bit by bit, and its gradients with it: they are made while a chunk's log-p
 a row can be taken back. Gradients that exist before autograd asks for them must be scaled by whatever multiplies the loss
 later, as accumulation and world size do; `with_gradients` does that for both, so any such factor stays exact.
 
-Logits and losses are float32 whatever the dtype of the inputs; the weight's gradient is accumulated in float32 over all
-chunks and cast once. A row's weight multiplies its hidden state rather than its V logit gradients, which saves a pass
-over the chunk.
+Losses are float32 whatever the dtype of the inputs, and the weight's gradient is accumulated in float32 over all chunks and
+cast once; in bf16 it is the products, a chunk's logits and its part of that gradient, that are rounded to bf16. A row's
+weight multiplies its hidden state rather than its V logit gradients, which saves a pass over the chunk.
 
 Shapes: N rows, C rows of a chunk, D width, V vocabulary.
 """

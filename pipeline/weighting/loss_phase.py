@@ -14,7 +14,7 @@ computed once. A row costs one product with the unembedding to score, two for it
 three to take back. So that the device never waits for the host to count, room is made beforehand for the gradients of as
 many rows as will be selected; having been paid for, it is used by every row more probably selected than not.
 
-The host needs one number from the device, how many rows to repair. `num_valid_H` are the valid pairs of each head, where the
+The host waits for the device once, to know how many rows to repair. `num_valid_H` are the valid pairs of each head, where the
 host knows them; None counts them on the device, and waits.
 
 Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select, N = B * T * H pairs in a flat list, C of a chunk, D

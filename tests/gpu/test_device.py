@@ -168,7 +168,9 @@ def test_every_loss_phase_gives_the_losses_and_gradients_of_the_dense_one(
     select = Select(lambda loss: select_all(loss, selected), foresee, 0.6)
     arguments = hidden, weight, targets, valid, select, scale
     found, expected = chunked_losses(*arguments, valid.sum((0, 1)).tolist()), dense_losses(*arguments)
-    torch.testing.assert_close(found.policy_loss_BTH, expected.policy_loss_BTH, rtol=1e-5, atol=1e-5)
+    # In bf16 products of different shapes may be rounded differently, by 2^-9 of a logit.
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found.policy_loss_BTH, expected.policy_loss_BTH, rtol=tolerance, atol=tolerance)
     both = [torch.autograd.grad(losses.loss, (hidden, weight)) for losses in (found, expected)]
     error = relative_error(*({"hidden": grads[0].cpu(), "weight": grads[1].cpu()} for grads in both))
     assert error < (1e-5 if dtype == torch.float32 else 0.01)

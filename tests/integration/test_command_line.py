@@ -398,8 +398,11 @@ def put_a_bad_id_everywhere(directory):
     assert read_manifest(directory).vocab_size == 300
 
 
-def test_a_dry_run_reports_memory_and_token_budget_and_leaves_nothing(arguments, tiny_data, tmp_path):
-    finished = run(*arguments, "--dry-run")
+def test_a_dry_run_reports_memory_and_token_budget_and_leaves_nothing(arguments, tiny_data, tiny_reference, tmp_path):
+    # With a reference, and a JSON that says nothing but what it must.
+    arguments[arguments.index("--deepspeed") + 1] = str(tmp_path / "bare.json")
+    (tmp_path / "bare.json").write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
+    finished = run(*arguments, "training.k_percent=0.6", f"reference.path={tiny_reference}", "--dry-run")
     assert finished.returncode == 0, finished.stderr
     assert re.search(r"peak memory of the step +[1-9][\d,]* MiB", finished.stdout)
     assert re.search(r"memory plan +\d+\.\d MiB a rank, highest in ", finished.stdout)

@@ -208,10 +208,13 @@ def test_the_host_waits_for_the_device_once_a_micro_batch_and_once_to_plan(pool:
 def test_what_a_model_is_told_beforehand_is_what_it_is_given(pool: Any, horizon: str) -> None:
     settings = settings_for(1, MICRO_STEPS)
     policy, reference = dense_model(settings), references(settings)[horizon]
-    given = []
+    given, shares = [], []
 
     def told(model: MTPModel, *inputs: torch.Tensor, num_valid_H: list[int], spans: Any, **others: Any) -> Any:
         tokens, documents, _, valid = inputs
+        if "select" in others:
+            assert others["select"].foresee is not None
+            shares.append(others["select"].share)
         given.append((list(num_valid_H), valid.sum((0, 1)).tolist()))
         assert int(spans.starts_S[-1]) == tokens.numel() == documents.numel()
         return model(*inputs, num_valid_H=num_valid_H, spans=spans, **others)
@@ -221,6 +224,8 @@ def test_what_a_model_is_told_beforehand_is_what_it_is_given(pool: Any, horizon:
     training = TrainingSettings(selection_pool=pool)
     counts, _ = plan(micro_batches, training, [1.0] * HEADS, 1, None)
     models = Models(partial(told, policy), partial(told, reference), horizon, None)
-    assert len(list(selective_losses(models, micro_batches, counts, training))) == MICRO_STEPS
+    losses = selective_losses(models, micro_batches, counts, training, Prediction((0.1, 0.2, 0.3)))
+    assert len(list(losses)) == MICRO_STEPS
+    assert shares == [0.6] * MICRO_STEPS
     assert len(given) == MICRO_STEPS * (3 if pool == "step" else 2)
     assert all(numbers == of_tensor for numbers, of_tensor in given)

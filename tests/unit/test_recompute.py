@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.data.batch import Spans
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.recompute import block_runner
+from pipeline.model.transformer import attend_in_spans
 from tests.unit.test_model import rows, small
 
-PRODUCTS = {"mm", "addmm", "bmm"}
+PRODUCTS = {"mm", "addmm", "bmm", "_varlen_attn"}
 
 
 class Products(TorchDispatchMode):
@@ -51,6 +53,22 @@ def test_selective_runs_no_product_twice_and_full_runs_all_but_the_last_of_each_
     assert gradients_and_products("selective")[1:] == (forward, backward)
     blocks = 2 + 4  # Two of the trunk, four heads; what a block's last product gives is needed by nobody.
     assert gradients_and_products("full")[1:] == (forward, backward + forward - blocks)
+
+
+@pytest.mark.parametrize(("kind", "again"), [("none", 0), ("selective", 0), ("full", 1)])
+def test_flash_attention_over_spans_is_kept_as_a_product_is(kind: str, again: int) -> None:
+    """On meta tensors, for which torch's operation knows shapes on any machine."""
+    query, key, value = (torch.empty(1, 8, 4, 8, device="meta", requires_grad=True) for _ in range(3))
+    spans = Spans(torch.empty(3, dtype=torch.int32, device="meta"), 5)
+
+    def block(*inputs: torch.Tensor) -> torch.Tensor:
+        return attend_in_spans(*inputs, spans).square()
+
+    with Products() as forward:
+        attended = block_runner(kind)(block, query, key, value)
+    with Products() as backward:
+        attended.sum().backward()
+    assert (forward.count, backward.count) == (1, again)
 
 
 class Gathering(torch.nn.Module):
