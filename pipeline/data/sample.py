@@ -112,6 +112,9 @@ def members_of(data: bytes) -> tuple[str, dict[str, bytes]]:
         start = position + _BLOCK
         if size > len(data) - start:
             raise DamageError(f"a member claims {size} bytes, {len(data) - start} are there")
+        if kind in _EXTENSIONS and b"GNU.sparse" in data[start : start + size]:
+            # Whatever reads it would fill its holes, gigabytes perhaps, before anything can be checked.
+            raise DamageError("a member that is a sparse file")
         position = start + -(-size // _BLOCK) * _BLOCK
         is_plain = is_plain and kind in _PLAIN
         if not is_plain:
@@ -202,6 +205,9 @@ def _shape_from_header(header: bytes, dtype: str, what: str) -> tuple[int]:
         is_vector = len(shape) == 1 and isinstance(shape[0], int) and shape[0] >= 0
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
         raise DamageError(f"{what}.npy has no npy header of version 1.0") from None
-    if not header.startswith(_MAGIC) or found != dtype or not is_vector:
-        raise DamageError(f"{what}.npy is an array of {found!r} with shape {shape}, expected {dtype!r} with one dimension")
+    if not header.startswith(_MAGIC) or found != dtype or not is_vector or shape[0] >= 2**63:
+        # A number of some thousand digits cannot be printed: whatever is strange is shown as the header has it.
+        is_usual = isinstance(found, str) and is_vector and shape[0] < 2**63
+        text = f"{found!r} with shape {shape}" if is_usual else header[len(_MAGIC) + 2 :].decode("ascii")
+        raise DamageError(f"{what}.npy is an array of {text[:120].strip()}, expected {dtype!r} with one dimension")
     return shape

@@ -18,8 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field
 # Names become file names: a manifest from elsewhere must not be able to point outside its folder.
 NAME, SHA256 = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", r"[0-9a-f]{64}"
 FileName = Annotated[str, Field(pattern=f"^{NAME}$")]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+# Below these bounds sums over a million shards, and products with the sizes of items, stay within int64.
+_MOST_SAMPLES, _MOST_BYTES = 2**32, 2**42
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Positive = Annotated[int, Field(ge=1, lt=_MOST_SAMPLES)]
+OfShard = Annotated[int, Field(ge=0, lt=_MOST_BYTES)]
 Sha256 = Annotated[str, Field(pattern=f"^{SHA256}$")]
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -34,8 +37,8 @@ class Shard(Record):
 
     name: FileName
     samples: Positive
-    tokens: Count
-    bytes: Positive
+    tokens: OfShard
+    bytes: Annotated[OfShard, Field(ge=1)]
     sha256: Sha256
     crc32: Crc32 | None = None
 
@@ -171,7 +174,7 @@ def parse_with_table(text: str) -> tuple[Any, ShardTable] | None:
         if not isinstance(content, dict) or content.pop("shards", None) != [None] * len(columns[0]) or not _are_right(*columns):
             return None
         return content, ShardTable._from_columns(*columns)
-    except (ValueError, OverflowError):
+    except (ValueError, RecursionError):
         return None
 
 
@@ -185,7 +188,9 @@ def _are_right(
     known = [crc32 for crc32 in crc32s if crc32 is not None]
     if any(set(map(type, column)) - {int} for column in (samples, tokens, sizes, known)):
         return False
-    if min(samples) < 1 or min(tokens) < 0 or min(sizes) < 1 or min(known, default=0) < 0 or max(known, default=0) >= 2**32:
+    if min(samples) < 1 or min(tokens) < 0 or min(sizes) < 1 or min(known, default=0) < 0:
+        return False
+    if max(samples) >= _MOST_SAMPLES or max(*tokens, *sizes) >= _MOST_BYTES or max(known, default=0) >= 2**32:
         return False
     name, digest = re.compile(NAME), re.compile(SHA256)
     return all(map(name.fullmatch, names)) and all(map(digest.fullmatch, sha256))

@@ -40,13 +40,15 @@ def members(path: Path) -> Iterator[Member]:
     """The members of a tar that is not compressed, in their order.
 
     Raises:
-        DataError: the file is no tar, is cut, or has a damaged header; the message names the file.
+        DataError: the file is no tar, is cut, has a damaged header or a sparse member; the message names the file.
     """
     end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             while (entry := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                if entry.issparse():
+                    raise DataError(f"{path}: the member {entry.name!r} is a sparse file; pack it as a plain one")
                 size = entry.size if entry.isreg() else 0
                 member = Member(entry.name, entry.type in _FILE_TYPES, entry.isdir(), entry.offset, entry.offset_data, size)
                 end = member.end

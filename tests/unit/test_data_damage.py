@@ -85,6 +85,30 @@ def members(**changes):
     return [(f"000000011.{name}.npy", npy(array)) for name, array in arrays.items()]
 
 
+def members_with_header(header):
+    """The same members, the tokens' npy header another; numpy itself would not write it."""
+    text = header.encode() + b"\n"
+    tokens = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + np.arange(4, dtype="<u2").tobytes()
+    return [(name, tokens if "tokens" in name else data) for name, data in members()]
+
+
+def sparse_member(name, claimed):
+    """512 bytes that GNU's extension calls a file of `claimed`, the rest of it holes."""
+    fields = {"major": "0", "minor": "1", "name": name, "size": str(claimed), "map": "0,512"}
+    records = b"".join(pax_record(f"GNU.sparse.{key}={value}\n".encode()) for key, value in fields.items())
+    blocks = []
+    for member, kind, size in ((name, b"x", len(records)), (name, b"0", 512)):
+        info = tarfile.TarInfo(member)
+        info.type, info.size = kind, size
+        blocks.append(info.tobuf(tarfile.USTAR_FORMAT))
+    return blocks[0] + records + bytes(-len(records) % 512) + blocks[1] + b"\1" * 512
+
+
+def pax_record(text):
+    length = next(length for length in range(len(text), len(text) + 10) if len(f"{length} ") + len(text) == length)
+    return f"{length} ".encode() + text
+
+
 def flip(position, bit=1):
     def edit(data):
         return data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :]
@@ -159,6 +183,23 @@ CASES = {
         lambda f: rewrite(f, 3, edit=lambda block: claim(block, 2**30)),
         [3],
         "claims 1073741824 bytes",
+    ),
+    "a length of five thousand digits": (
+        lambda f: rewrite(
+            f, 3, members_with_header("{'descr': '<u2', 'fortran_order': False, 'shape': (0x1%s,)}" % ("0" * 4200))
+        ),
+        [3],
+        "tokens.npy is an array of {'descr': '<u2'.*expected '<u2' with one dimension",
+    ),
+    "a type of five thousand digits": (
+        lambda f: rewrite(f, 3, members_with_header("{'descr': 0x1%s, 'fortran_order': False, 'shape': (4,)}" % ("0" * 4200))),
+        [3],
+        "tokens.npy is an array of {'descr': 0x10.*expected '<u2' with one dimension",
+    ),
+    "a sparse member": (
+        lambda f: rewrite(f, 3, edit=lambda block: block + sparse_member("000000011.zzz.npy", 10**11)),
+        [3],
+        "a member that is a sparse file",
     ),
     "a member that is far too large": (
         lambda f: rewrite(f, 3, [*members(), ("000000011.evil", bytes(2**20))]),

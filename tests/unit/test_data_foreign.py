@@ -15,6 +15,7 @@ from pipeline.data.shard_reader import ShardReader
 from pipeline.data.stream import Stream
 from pipeline.data.tokenizer import END_OF_DOCUMENT, byte_tokenizer, end_of_document_id
 from pipeline.data.verification import verify
+from tests.unit.test_data_damage import sparse_member
 
 T = 16
 TOKENIZER = byte_tokenizer()
@@ -193,6 +194,13 @@ def gigabyte(tar):
     tar.offset += 1 << 30
 
 
+def sparse(tar):
+    tar.fileobj.seek(tar.offset)
+    block = sparse_member("key9.tokens.npy", 10**11)
+    tar.fileobj.write(block)
+    tar.offset += len(block)
+
+
 def twice(tar):
     add(tar, "key000.tokens.npy", npy(np.zeros(T, np.uint16)))
 
@@ -220,6 +228,15 @@ def test_an_evil_member_is_refused_by_its_name_and_nothing_is_run_or_extracted(t
     with pytest.raises(DataError, match=f"shard their-000, {message}"):
         index(directory, TOKENIZER)
     assert [file.name for file in tmp_path.rglob("*")] == ["data", "their-000.tar"]
+
+
+def test_a_sparse_member_is_refused_before_its_holes_are_filled(tmp_path):
+    directory = write_shards(tmp_path / "data", rows(3))
+    (path,) = directory.iterdir()
+    with tarfile.open(path, "a") as tar:
+        sparse(tar)
+    with pytest.raises(DataError, match=r"their-000.*'key9\.tokens\.npy' is a sparse file; pack it as a plain one"):
+        index(directory, TOKENIZER)
 
 
 def test_a_cut_shard_is_an_error(tmp_path):

@@ -90,6 +90,7 @@ def test_a_missing_folder_an_empty_one_and_one_without_manifest_are_told_apart(t
         ({"colour": "red"}, "colour"),
         ({"shards": []}, "lists no samples"),
         ({"tokenizer_file": "../../secret"}, "tokenizer_file"),
+        ({"sequence_length": 2**62}, "sequence_length"),
         ({"sources": [{"name": "a", "documents": 1, "tokens": 1}] * 2}, "two sources have the same name"),
     ],
 )
@@ -99,7 +100,18 @@ def test_a_wrong_manifest_is_an_error_that_says_what_is_wrong(folder, changes, m
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 1}'])
+@pytest.mark.parametrize(
+    "changes", [{"samples": 2**32}, {"samples": 2**70}, {"tokens": 2**42}, {"tokens": 2**63}, {"bytes": 2**64}, {"bytes": 0}]
+)
+def test_numbers_that_no_shard_can_have_are_an_error(folder, changes):
+    content = json.loads((folder / MANIFEST_FILE).read_text())
+    content["shards"][1] |= changes
+    (folder / MANIFEST_FILE).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"not a valid manifest: shards.*{next(iter(changes))}"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 1}', "[" * 200_000])
 def test_half_a_manifest_is_an_error(folder, text):
     (folder / MANIFEST_FILE).write_text(text)
     with pytest.raises(DataError, match="not a valid manifest"):
