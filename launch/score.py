@@ -4,7 +4,7 @@
     deepspeed launch/train.py --deepspeed ds_configs/zero3.json --config launch/recipes/NAME.yaml reference.cached=DIR
 
 Takes data, reference, precision and micro-batch from the same recipe as training, runs on any number of ranks, and goes on
-where it was when it is run again.
+where it was when it is run again. SIGTERM and SIGUSR1 end it after the piece in hand, with exit code 75.
 """
 
 import argparse
@@ -33,8 +33,7 @@ def score(job, options: argparse.Namespace, stop) -> int:
     from pipeline.job import with_builtin_data
     from pipeline.scoring import score
 
-    score(job, with_builtin_data(job), options.output, options.dtype)
-    return 0
+    return score(job, with_builtin_data(job), options.output, options.dtype, stop)
 
 
 if __name__ == "__main__":

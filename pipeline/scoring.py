@@ -26,21 +26,29 @@ from pipeline.model.reference import Reference, reference_columns
 from pipeline.runtime.deepspeed_json import precision_of
 from pipeline.runtime.description import model_fingerprint
 from pipeline.runtime.distributed import any_rank, from_first
+from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Place
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def score(job: Job, settings: Settings, cache: Path, dtype: str) -> None:
-    """Score every data set that the settings name with the reference that they name.
+def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopRequest) -> int:
+    """Score every data set that the settings name with the reference that they name, until a request to stop; returns the
+    exit code, 0 or `EXIT_TRY_AGAIN`.
 
     Raises:
         ConfigError: no reference is named, or nothing selects.
         DataError: data is damaged, or `cache` holds losses of another reference.
     """
     if settings.reference.path is None:
-        raise ConfigError(["reference.path: not set; name the directory of the reference that is to score the data"])
+        trained = (
+            ""
+            if settings.reference.training_steps is None
+            else f"; the one that this recipe trains is in {job.run_dir / 'reference'} when it is done: "
+            f"reference.path={job.run_dir / 'reference'} reference.training_steps=null reference.training_data=null"
+        )
+        raise ConfigError([f"reference.path: not set; name the directory of the reference that is to score the data{trained}"])
     settings = settings.with_values(reference={"cached": None})
     settings, config, _ = resolved(job, settings, job.run_dir)
     shape = reference_shape(settings)
@@ -48,12 +56,22 @@ def score(job: Job, settings: Settings, cache: Path, dtype: str) -> None:
         raise ConfigError(["model.num_prediction_heads: 1, so nothing selects and there is nothing to score for"])
     reference = frozen_reference(job, settings, config, shape)
     for place in data_places(settings):
-        _score_data_set(job, settings, place, reference, cache, precision_of(config), dtype)
+        if not _score_data_set(job, settings, place, reference, cache, precision_of(config), dtype, stop):
+            return EXIT_TRY_AGAIN
+    return 0
 
 
 def _score_data_set(
-    job: Job, settings: Settings, place: Place, reference: Reference, cache: Path, precision: str, dtype: str
-) -> None:
+    job: Job,
+    settings: Settings,
+    place: Place,
+    reference: Reference,
+    cache: Path,
+    precision: str,
+    dtype: str,
+    stop: StopRequest,
+) -> bool:
+    """Whether all of it is done."""
     manifest, model = read_manifest(place, settings.data.access), settings.reference.path
     assert model is not None
     horizon, num_heads = settings.reference.horizon, settings.model.num_prediction_heads
@@ -75,7 +93,7 @@ def _score_data_set(
         raise DataError(failure)
     if missing is None:
         _say(job, f"{place}: scored already, in {writer.folder}")
-        return
+        return True
     reader = ShardReader(place, manifest, settings.data.access)
     run = partial(_losses_of, reference, horizon, num_heads, settings.data.micro_batch, job.device)
     started = said = time.monotonic()
@@ -88,6 +106,9 @@ def _score_data_set(
         losses_NTC = np.concatenate(list(run(samples, _piece_rows(missing, first, world.size))))[: len(samples)]
         if first + world.rank < len(missing):
             writer.write(mine, losses_NTC)
+        if any_rank(stop.is_made, job.device):
+            _say(job, f"{place}: stopped on request; the same command continues from what was saved")
+            return False
         if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
             said, done = time.monotonic(), min(first + world.size, len(missing))
             left = (said - started) / done * (len(missing) - done)
@@ -100,6 +121,7 @@ def _score_data_set(
         writer.finish()
     dist.barrier()
     _say(job, f"{place}: reference losses of {manifest.num_samples:,} rows in {writer.folder}")
+    return True
 
 
 def _begin(writer: LossesWriter) -> tuple[list[Piece] | None, str | None]:

@@ -31,20 +31,23 @@ def check_sizes(
             f"data.global_batch = {global_batch} is not a multiple of data.lanes = {lanes}; "
             f"lanes that fit: {_listed(_divisors(global_batch), near=lanes)}"
         )
-    problems += _rank_problems(lanes, micro_batch, world_size, num_workers)
+    problems += _rank_problems(lanes, global_batch, micro_batch, world_size, num_workers)
     if num_samples is not None and num_samples < lanes:
         problems.append(too_few_samples(num_samples, lanes))
     return problems
 
 
-def _rank_problems(lanes: int, micro_batch: int, world_size: int, num_workers: int) -> list[str]:
+def _rank_problems(lanes: int, global_batch: int, micro_batch: int, world_size: int, num_workers: int) -> list[str]:
     if lanes % (world_size * micro_batch):
+        micro_step = world_size * micro_batch
+        fitting = [number for number in _divisors(global_batch) if number % micro_step == 0]
         return [
             f"data.lanes = {lanes} is not a multiple of ranks × data.micro_batch = {world_size} × {micro_batch}; "
             f"with micro-batches of {micro_batch}, numbers of ranks that fit: "
             f"{_listed(_divisors(lanes // micro_batch) if lanes % micro_batch == 0 else [], near=world_size)}; "
             f"with {world_size} ranks, micro-batches that fit: "
-            f"{_listed(_divisors(lanes // world_size) if lanes % world_size == 0 else [], near=micro_batch)}"
+            f"{_listed(_divisors(lanes // world_size) if lanes % world_size == 0 else [], near=micro_batch)}; "
+            f"with both as they are, data.lanes that fit: {_listed(fitting, near=lanes)}"
         ]
     own_lanes = lanes // world_size
     if num_workers > own_lanes:

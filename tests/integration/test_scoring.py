@@ -1,7 +1,9 @@
 """Cached reference losses on two ranks: the same training as with the live reference, and nothing stale is taken."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ def score_then_train(settings: Settings, cache: Path, dtype: str, run_dir: Path)
     from pipeline.runtime.preemption import StopRequest
     from pipeline.scoring import score
 
-    score(job_on_this_rank(settings, run_dir / "unused"), settings, cache, dtype)
-    score(job_on_this_rank(settings, run_dir / "unused"), settings, cache, dtype)  # Finds it done.
+    once = score(job_on_this_rank(settings, run_dir / "unused"), settings, cache, dtype, StopRequest())
+    again = score(job_on_this_rank(settings, run_dir / "unused"), settings, cache, dtype, StopRequest())  # Finds it done.
+    assert (once, again) == (0, 0)
     cached = settings.with_values(reference={"path": None, "cached": cache})
     codes = [run_job(job_on_this_rank(each, run_dir / name), StopRequest()) for name, each in (("c", cached), ("l", settings))]
     return {"exit_codes": codes}
@@ -81,14 +84,18 @@ def test_every_token_has_the_loss_that_the_reference_gives_it(scored, tiny_data:
     reader.close()
 
 
-def score_again(settings: Settings, cache: Path, dtype: str, run_dir: Path) -> str:
+def score_again(settings: Settings, cache: Path, dtype: str, run_dir: Path, asked_to_stop: bool = False) -> str:
+    from pipeline.runtime.preemption import StopRequest
     from pipeline.scoring import score
 
+    stop = StopRequest()
+    if asked_to_stop:
+        os.kill(os.getpid(), signal.SIGTERM)
     try:
-        score(job_on_this_rank(settings, run_dir), settings, cache, dtype)
+        exit_code = score(job_on_this_rank(settings, run_dir), settings, cache, dtype, stop)
     except (ConfigError, DataError) as error:
         return str(error)
-    return "scored"
+    return "scored" if exit_code == 0 else f"exit code {exit_code}"
 
 
 @pytest.mark.slow
@@ -106,6 +113,10 @@ def test_scoring_goes_on_where_it_was_and_ends_with_the_same_bytes(scored, tmp_p
     for name in names[1:]:
         (partial / f"{name}.losses").unlink()
     (partial / f"{names[1]}.00000000.piece.tmp-1").write_bytes(b"half of")
+    there = len(list(partial.glob("*.piece")))
+    # A signal is heeded after the piece in hand, which is kept.
+    assert run_ranks(score_again, 1, scored["settings"], cache, "float32", tmp_path / "run", True) == ["exit code 75"]
+    assert len(list(partial.glob("*.piece"))) == there + 1
     assert run_ranks(score_again, 1, scored["settings"], cache, "float32", tmp_path / "run") == ["scored"]
     assert (done / f"{names[0]}.losses").read_bytes() == finished
     for name in names[1:]:
