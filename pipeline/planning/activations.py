@@ -94,6 +94,8 @@ def in_loss(case: Case) -> int:
     chunk = rows * case.vocab_size
     # bf16: a chunk's logit gradients are cast, and its part of the weight's gradient comes in bf16 before it is added.
     casting = 0 if case.width == FLOAT32 else (chunk + case.unembedding) * case.width
+    if casting and not case.on_gpu:
+        casting += case.unembedding * FLOAT32  # There torch adds tensors of two precisions by way of a copy of the one.
     rows_at_work = 2 * rows * model.dim * case.width
     return gradients_of_loss(case) + chunk * FLOAT32 + casting + rows_at_work
 
