@@ -65,7 +65,9 @@ def _judgement(figures: dict[str, Any]) -> list[str]:
     memory = figures["device_memory"]
     if memory is None:
         return ["How much memory a device has is not known here: --device-memory GiB says whether this fits."]
-    aside = f" {_sized(figures['left_aside'])} of it are left aside for what the plan leaves out." if figures["left_aside"] else ""
+    aside = (
+        f" {_sized(figures['left_aside'])} of it are left aside for what the plan leaves out." if figures["left_aside"] else ""
+    )
     said = {
         "fits": f"It fits {_sized(memory)}, with {MARGIN:.0%} to spare.",
         "close": f"It may fit {_sized(memory)}, with less than the {MARGIN:.0%} to spare by which a plan can be wrong.",

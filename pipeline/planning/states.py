@@ -81,9 +81,9 @@ def reducing_alone(case: Case) -> int:
 
 
 def reducing_whole(case: Case) -> int:
-    """BF16_Optimizer's gradients are reduced when backward is over, by `buffered_allreduce_fallback`: one float32 tensor each of
-    matrices and of vectors, flattened into another one, but for matrices of more than 500M values, which go alone and in
-    place."""
+    """BF16_Optimizer's gradients are reduced when backward is over, by `buffered_allreduce_fallback`: a float32 tensor of all
+    matrices and one of all vectors, flattened into another one, but for matrices of more than 500M values, which go alone
+    and in place."""
     return FLOAT32 * case.whole if is_bf16_optimizer(case) and case.matrices <= _LARGEST_FLATTENED else 0
 
 
