@@ -2,8 +2,8 @@
 
 A step's memory has few moments at which it can be highest: the loss phase, when all activations wait and the loss's
 buffers are there; the start of backward, when the final norm's gradients are made; a block's backward, when a checkpointed
-one is made again; the end of backward, when the embedding's gradient is made; reductions; the optimiser's step; and, for models that
-are whole on each rank, their building. The plan is the highest of them.
+one is made again; the end of backward, when the embedding's gradient is made; reductions by themselves; the optimiser's
+step; and, for models that are whole on each rank, their building. The plan is the highest of them.
 """
 
 from collections.abc import Callable

@@ -54,8 +54,8 @@ def table(figures: dict[str, Any]) -> str:
         "",
         aligned(rows),
         "",
-        f"The peak is in {figures['peak_moment']}. The plan leaves out what CUDA, NCCL and fragmentation take (1.5 to 3 GB of a "
-        "GPU are common).",
+        f"The peak is in {figures['peak_moment']}. The plan leaves out what CUDA, NCCL and fragmentation take "
+        "(1.5 to 3 GB of a GPU are common).",
         *figures["notes"],
     ]
     return "\n".join([*lines, *_judgement(figures)])
