@@ -16,6 +16,7 @@ from pipeline.planning.advice import changes, plannable, verdict
 from pipeline.planning.case import Case
 from pipeline.planning.plan import Plan, plan_memory
 from pipeline.planning.reading import case_of
+from pipeline.planning.report import document
 from pipeline.runtime.engine import num_parameters
 
 CONTENT: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -504,3 +505,39 @@ def test_no_more_gpus_are_advised_than_the_lanes_can_feed() -> None:
 def test_a_gpu_has_two_gib_that_are_not_the_plans() -> None:
     assert plannable(case(on_gpu=True), 24 * 2**30) == 22 * 2**30
     assert plannable(case(on_gpu=False), 24 * 2**30) == 24 * 2**30
+
+
+def test_every_moment_has_the_gradients_that_are_there_by_then() -> None:
+    moments = ("the start of backward", "a head's backward", "the end of backward", "the optimiser's step")
+    bucket = {"reduce_bucket_size": 10_000, "overlap_comm": False}
+
+    def found(part: str, planned: Case) -> list[int]:
+        return [plan_memory(planned).moments[moment].get(part, 0) for moment in moments]
+
+    # The unembedding's gradient, which fits no bucket; the part of the average; the embedding's gradient; the norm in float64.
+    second = staged(2, bf16=True, **bucket)
+    norm = 8 * min(PART, EMBEDDING)
+    assert found("gradients", second) == [2 * EMBEDDING, 4 * PART, 4 * PART + 2 * EMBEDDING, 4 * PART + norm]
+    assert found("reduce buckets", second) == [0, 20_000 + 60_000, 20_000 + 60_000, 0]
+    # Beside the float32 accumulator of BF16_Optimizer what there is in bf16: one, one, all; with an earlier micro-step always
+    # all, and the one that is being added.
+    first, again = staged(1, bf16=True), staged(1, bf16=True, rows=8)
+    assert found("gradients", first) == [4 * WHOLE + more for more in (2 * EMBEDDING, 2 * EMBEDDING, 2 * WHOLE, 2 * WHOLE)]
+    assert found("gradients", again) == [4 * WHOLE + 2 * WHOLE + more for more in (2 * EMBEDDING, 0, 2 * EMBEDDING, 0)]
+    assert found("reduce buckets", first) == [0] * 4
+    # Beside the accumulator of stage 3 the one gradient; in the step all of this rank's once more.
+    third = staged(3, **bucket)
+    assert found("gradients", third) == [4 * PART + more for more in (4 * EMBEDDING, 0, 4 * EMBEDDING, 4 * PART)]
+    assert found("reduce buckets", third) == [40_000 + more for more in (0, 40_000, 40_000, 0)]
+
+
+def test_on_a_gpu_the_averaged_part_is_whole_from_its_first_gradient_on() -> None:
+    assert states.gradients_in_backward(case(on_gpu=True, zero={"stage": 2}, data={"micro_batch": 16})) == 4 * PART
+    assert states.gradients_in_backward(staged(2)) == 0
+
+
+def test_the_verdict_is_of_what_is_left_of_a_gpu() -> None:
+    planned = case(on_gpu=True, zero={"reduce_bucket_size": 10**5})
+    need = 1.15 * plan_memory(planned).total
+    found = [document(planned, need + aside, [])["verdict"] for aside in (2.001 * 2**30, 1.9 * 2**30)]
+    assert found == ["fits", "does not fit"]
