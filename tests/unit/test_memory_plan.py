@@ -355,8 +355,8 @@ def test_bf16_in_stage_1_reduces_all_gradients_at_once_unless_they_are_too_many(
 @pytest.mark.parametrize(
     ("stage", "bf16", "accumulated", "in_backward", "after", "in_step"),
     [
-        (1, False, 4 * WHOLE, 0, 4 * PART, 4 * PART + 8 * PART),
-        (2, False, 4 * PART, 0, 4 * PART, 4 * PART + 8 * PART),
+        (1, False, 4 * WHOLE, 0, 4 * PART, 2 * 4 * PART),
+        (2, False, 4 * PART, 0, 4 * PART, 2 * 4 * PART),
         (3, False, 0, 0, 0, 4 * PART),
         (1, True, 2 * WHOLE, 0, 2 * WHOLE, 2 * WHOLE),
         (2, True, 4 * PART, 4 * PART, 4 * PART, 4 * PART + 8 * EMBEDDING),
@@ -372,11 +372,14 @@ def test_gradients_of_a_step(stage: int, bf16: bool, accumulated: int, in_backwa
     assert states.gradients_in_backward(twice) == max(accumulated, in_backward)
     assert states.gradients_after_backward(once) == after
     assert states.gradients_after_backward(twice) == max(accumulated, after)
-    # The norm in float64 is of one gradient, or of as much of it as is this rank's.
-    norm = 8 * min(PART, EMBEDDING)
-    if stage < 3 and not bf16:
-        in_step = 4 * PART + max(4 * PART, norm)
     assert states.gradients_in_step(once) == states.gradients_in_step(twice) == in_step
+
+
+def test_the_norm_in_float64_is_of_one_gradient_or_of_as_much_of_it_as_is_this_ranks() -> None:
+    few, many = (case(bf16=True, num_ranks=ranks, zero={"stage": 2}) for ranks in (4, 16))
+    assert states.gradients_in_step(few) == 4 * PART + 8 * EMBEDDING
+    assert many.part < EMBEDDING
+    assert states.gradients_in_step(many) == 4 * many.part + 8 * many.part
 
 
 def test_stage_3_flattens_no_more_gradients_than_a_sub_group_has() -> None:
@@ -516,7 +519,7 @@ def test_every_moment_has_the_gradients_that_are_there_by_then() -> None:
 
     # The unembedding's gradient, which fits no bucket; the part of the average; the embedding's gradient; the norm in float64.
     second = staged(2, bf16=True, **bucket)
-    norm = 8 * min(PART, EMBEDDING)
+    norm = 8 * EMBEDDING
     assert found("gradients", second) == [2 * EMBEDDING, 4 * PART, 4 * PART + 2 * EMBEDDING, 4 * PART + norm]
     assert found("reduce buckets", second) == [0, 20_000 + 60_000, 20_000 + 60_000, 0]
     # Beside the float32 accumulator of BF16_Optimizer what there is in bf16: one, one, all; with an earlier micro-step always
