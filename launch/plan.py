@@ -9,6 +9,8 @@ highest, what of it is what, whether it fits, and what each setting that saves m
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,13 +53,27 @@ def _figures(parser: argparse.ArgumentParser, options: argparse.Namespace, unkno
     from pipeline.planning.report import document
     from pipeline.runtime.memory import total_bytes
 
-    if options.device_memory is not None and not options.device_memory > 0:
-        problems.append(f"--device-memory: got {options.device_memory}; expected GiB above 0")
+    if options.device_memory is not None and not 0 < options.device_memory < math.inf:
+        problems.append(f"--device-memory: got {options.device_memory}; expected a number of GiB above 0")
+    problems += _file_problems(options.json)
     settings, content = check_before_planning(settings, options.deepspeed, options.gpus, problems)
     on_gpu = options.device == "cuda"
     memory = total_bytes() if options.device_memory is None and on_gpu else (options.device_memory or 0) * 2**30 or None
     case, notes = case_of(settings, content, options.gpus, on_gpu, memory)
     return document(case, memory, notes)
+
+
+def _file_problems(path: Path | None) -> list[str]:
+    """Why the figures could not be written, before they are computed."""
+    if path is None:
+        return []
+    if path.is_dir():
+        return [f"--json: {path} is a directory; expected a file to write"]
+    if not path.parent.is_dir():
+        return [f"--json: {path.parent} is not a directory; make it first, or write elsewhere"]
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return [f"--json: {path} cannot be written to; choose another file"]
+    return []
 
 
 if __name__ == "__main__":

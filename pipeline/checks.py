@@ -41,13 +41,7 @@ def check_before_start(
     if problems:
         _, unreadable = _read_manifests(settings)
         raise ConfigError([*problems, *found, *unreadable, *_reference_problems(settings, None)])
-    found += check_sizes(
-        lanes=lanes_of(settings),
-        global_batch=settings.data.global_batch,
-        micro_batch=settings.data.micro_batch,
-        world_size=world.size,
-        num_workers=settings.data.num_workers,
-    )
+    found += size_problems(settings, world.size)
     found += _data_problems(settings)
     if not found:
         found += _cache_problems(settings, resolve_deepspeed_json(content, settings, world.size))
@@ -67,13 +61,7 @@ def check_before_planning(
     """
     content, found = read_deepspeed_json(deepspeed_json, settings)
     if not problems:
-        found += check_sizes(
-            lanes=lanes_of(settings),
-            global_batch=settings.data.global_batch,
-            micro_batch=settings.data.micro_batch,
-            world_size=num_ranks,
-            num_workers=settings.data.num_workers,
-        )
+        found += size_problems(settings, num_ranks)
     vocab_size = settings.model.vocab_size or (VOCAB_SIZE if settings.data.builtin else None)
     if vocab_size is None and not problems:
         manifests, unreadable = _read_manifests(settings)
@@ -123,6 +111,17 @@ def _data_problems(settings: Settings) -> list[str]:
 
 def lanes_of(settings: Settings) -> int:
     return settings.data.lanes or default_lanes(settings.data.global_batch)
+
+
+def size_problems(settings: Settings, num_ranks: int) -> list[str]:
+    """Why a step's rows cannot be shared out among so many ranks."""
+    return check_sizes(
+        lanes=lanes_of(settings),
+        global_batch=settings.data.global_batch,
+        micro_batch=settings.data.micro_batch,
+        world_size=num_ranks,
+        num_workers=settings.data.num_workers,
+    )
 
 
 def _read_manifests(settings: Settings) -> tuple[dict[Place, Manifest], list[str]]:

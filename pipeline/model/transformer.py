@@ -24,7 +24,7 @@ Documents = Tensor | Spans
 """A `document_mask`, or spans for flash attention."""
 
 # torch 2.11 wants as many key-value heads as query heads.
-_FLASH_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+FLASH_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention_head_dim(settings: ModelSettings) -> int:
@@ -55,7 +55,7 @@ def attend_in_spans(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, sp
     query_PNK, key_PGK, value_PGK = query_BTNK.flatten(0, 1), key_BTGK.flatten(0, 1), value_BTGK.flatten(0, 1)
     options: dict[str, Any] = {}
     groups = query_PNK.shape[1] // key_PGK.shape[1]
-    if groups > 1 and _FLASH_GROUPS_HEADS:
+    if groups > 1 and FLASH_GROUPS_HEADS:
         options = {"enable_gqa": True}
     elif groups > 1:
         key_PGK, value_PGK = key_PGK.repeat_interleave(groups, dim=1), value_PGK.repeat_interleave(groups, dim=1)

@@ -9,6 +9,7 @@ intermediates. On a CPU attention goes through a mask, which becomes numbers in 
 Shapes: N tokens of a micro-batch, D width, F width of the feed-forward layer, V vocabulary, H heads, C rows of a chunk.
 """
 
+from pipeline.model import transformer
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 from pipeline.planning.case import FLOAT32, Case
 from pipeline.weighting.cross_entropy import rows_per_chunk
@@ -24,7 +25,8 @@ def saved_by_block(case: Case) -> int:
     model = case.settings.model
     query, key = _projections(case)
     feed_forward = 4 * ffn_dim(model)  # gate, its SiLU, up, and their product: what goes into down.
-    values = 2 * query + 2 * key + 2 * model.dim + feed_forward  # Query, attended, key, value, what both norms give.
+    attended = query if _repeats_heads(case) else key
+    values = 2 * query + 2 * attended + 2 * model.dim + feed_forward  # Query, output, key, value, what both norms give.
     into_norms, norms = model.dim, 2 * _norm(case, model.dim)  # The stream between the block's halves.
     if model.qk_norm:
         # What these give is not saved, because rotating saves nothing of what it rotates.
@@ -57,7 +59,8 @@ def made_again(case: Case) -> int:
     if case.settings.training.activation_checkpointing == "full":
         return saved_by_block(case)
     query, key = _projections(case)
-    kept = (query + key + 2 * ffn_dim(case.settings.model)) * case.width + _log_sum(case)
+    kept_value = 0 if _repeats_heads(case) else key  # The repeated one is made again.
+    kept = (query + kept_value + 2 * ffn_dim(case.settings.model)) * case.width + _log_sum(case)
     return saved_by_block(case) - case.num_tokens * kept
 
 
@@ -91,6 +94,8 @@ def in_loss(case: Case) -> int:
     chunk = rows * case.vocab_size
     # bf16: a chunk's logit gradients are cast, and its part of the weight's gradient comes in bf16 before it is added.
     casting = 0 if case.width == FLOAT32 else (chunk + case.unembedding) * case.width
+    if casting and not case.on_gpu:
+        casting += case.unembedding * FLOAT32  # There torch adds tensors of two precisions by way of a copy of the one.
     rows_at_work = 2 * rows * model.dim * case.width
     return gradients_of_loss(case) + chunk * FLOAT32 + casting + rows_at_work
 
@@ -131,6 +136,11 @@ def _projections(case: Case) -> tuple[int, int]:
 
 def _key_value_heads(case: Case) -> int:
     return case.settings.model.num_key_value_heads or case.settings.model.num_attention_heads
+
+
+def _repeats_heads(case: Case) -> bool:
+    """Whether each key and value is copied for all query heads that share it, and saved so: torch 2.11's flash attention."""
+    return case.on_gpu and case.width != FLOAT32 and not transformer.FLASH_GROUPS_HEADS
 
 
 def _log_sum(case: Case) -> int:

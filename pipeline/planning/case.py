@@ -76,6 +76,11 @@ class Case:
         """Values of the policy's parameters."""
         return sum(self.parameters)
 
+    @cached_property
+    def matrices(self) -> int:
+        """Values of them that are in matrices, one of the two groups of `engine.parameter_groups`."""
+        return sum(parameter_sizes(self.settings.model, matrices_alone=True))
+
     @property
     def part(self) -> int:
         """Values of them that one rank owns: each parameter is cut evenly and padded (`partition_parameters.py`,
@@ -96,10 +101,11 @@ class Case:
 
 
 @cache
-def parameter_sizes(shape: ModelSettings) -> list[int]:
-    """Values of each parameter of a model of this shape."""
+def parameter_sizes(shape: ModelSettings, matrices_alone: bool = False) -> list[int]:
+    """Values of each parameter, or of each matrix, of a model of this shape."""
     with torch.device("meta"):
-        return [parameter.numel() for parameter in MTPModel(shape).parameters()]
+        parameters = MTPModel(shape).parameters()
+        return [parameter.numel() for parameter in parameters if parameter.ndim > 1 or not matrices_alone]
 
 
 def _on_host(offload: Any) -> bool:

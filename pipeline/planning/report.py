@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.planning.advice import MARGIN, changes, verdict
+from pipeline.planning.advice import MARGIN, changes, plannable, verdict
 from pipeline.planning.case import Case
 from pipeline.planning.plan import PARTS, Plan, plan_memory
 from pipeline.runtime.table import aligned
@@ -31,7 +31,8 @@ def document(case: Case, device_bytes: float | None, notes: list[str]) -> dict[s
         "total": plan.total,
         "host": plan.host,
         "device_memory": device_bytes,
-        "verdict": None if device_bytes is None else verdict(plan, device_bytes),
+        "left_aside": None if device_bytes is None else device_bytes - plannable(case, device_bytes),
+        "verdict": None if device_bytes is None else verdict(plan, plannable(case, device_bytes)),
         "changes": [change._asdict() for change in changes(case)],
         "notes": notes,
     }
@@ -53,7 +54,8 @@ def table(figures: dict[str, Any]) -> str:
         "",
         aligned(rows),
         "",
-        f"The peak is in {figures['peak_moment']}. The plan leaves out what libraries and communication take for themselves.",
+        f"The peak is in {figures['peak_moment']}. The plan leaves out what CUDA, NCCL and fragmentation take "
+        "(1.5 to 3 GB of a GPU are common).",
         *figures["notes"],
     ]
     return "\n".join([*lines, *_judgement(figures)])
@@ -63,11 +65,14 @@ def _judgement(figures: dict[str, Any]) -> list[str]:
     memory = figures["device_memory"]
     if memory is None:
         return ["How much memory a device has is not known here: --device-memory GiB says whether this fits."]
+    aside = (
+        f" {_sized(figures['left_aside'])} of it are left aside for what the plan leaves out." if figures["left_aside"] else ""
+    )
     said = {
         "fits": f"It fits {_sized(memory)}, with {MARGIN:.0%} to spare.",
         "close": f"It may fit {_sized(memory)}, with less than the {MARGIN:.0%} to spare by which a plan can be wrong.",
         "does not fit": f"It does not fit {_sized(memory)}.",
-    }[figures["verdict"]]
+    }[figures["verdict"]] + aside
     if figures["verdict"] == "fits":
         return [said]
     saving = [

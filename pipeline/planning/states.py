@@ -7,6 +7,8 @@ compares a device's name with a device, finds them different, and copies (`stage
 from pipeline.planning.case import FLOAT32, Case, parameter_sizes
 
 ADAM_STATES = 2
+_LARGEST_FLATTENED = 500_000_000
+"""engine.py, MEMORY_OPT_ALLREDUCE_SIZE."""
 
 
 def weights(case: Case) -> int:
@@ -57,25 +59,59 @@ def _touched(case: Case, written: int) -> int:
 
 
 def reducing(case: Case) -> int:
-    """`reduce_scatter_coalesced`: the gradients of a bucket once more, in the order of the ranks' parts; a single one that
-    fits no bucket is reduced in place, in bf16 in a float32 copy."""
-    if case.stage != 3:
+    """What the reduction of a bucket makes while it lasts.
+
+    Stage 3, `reduce_scatter_coalesced`: the bucket's gradients once more, in the order of the ranks' parts. Stages 1 and 2,
+    `average_tensor`, `allreduce_bucket`: the slices of each owner flattened, where there is more than one (in bf16 a rank's
+    own slices are never joined), and in bf16 a float32 copy of that, which is sent.
+    """
+    bucket = min(int(case.zero.reduce_bucket_size), case.whole)
+    if case.stage == 3:
+        return FLOAT32 * bucket
+    if is_bf16_optimizer(case):
         return 0
-    size = int(case.zero.reduce_bucket_size)
-    copied = case.unembedding if case.width != FLOAT32 and case.unembedding > size else 0
-    return FLOAT32 * max(min(size, case.whole), copied)
+    if case.width != FLOAT32:
+        return (case.width + FLOAT32) * bucket
+    return FLOAT32 * bucket if case.part < bucket else 0
+
+
+def reducing_alone(case: Case) -> int:
+    """A gradient that fits no bucket is reduced in place, in bf16 in a float32 copy."""
+    return 0 if case.width == FLOAT32 else FLOAT32 * case.unembedding
+
+
+def reducing_whole(case: Case) -> int:
+    """BF16_Optimizer's gradients are reduced when backward is over, by `buffered_allreduce_fallback`: a float32 tensor of all
+    matrices and one of all vectors, flattened into another one, but for matrices of more than 500M values, which go alone
+    and in place."""
+    return FLOAT32 * case.whole if is_bf16_optimizer(case) and case.matrices <= _LARGEST_FLATTENED else 0
+
+
+def fits_no_bucket(case: Case) -> bool:
+    """Whether the embedding's gradients are too large for a bucket: each stays where it is until the next one comes."""
+    return case.unembedding > int(case.zero.reduce_bucket_size)
 
 
 def gradients_accumulated(case: Case) -> int:
-    """What earlier micro-steps leave at the start of a backward, beside what is there at rest."""
-    if case.micro_steps == 1 or case.stage == 3 or is_bf16_optimizer(case):
+    """What earlier micro-steps leave at the start of a backward, beside what is there at rest: in bf16's stage 1 the weights'
+    own `.grad`, which are set to zero only in the step."""
+    if case.micro_steps == 1 or case.stage == 3:
         return 0
+    if is_bf16_optimizer(case):
+        return case.width * case.whole
     return FLOAT32 * (case.part if case.stage == 2 else case.whole)
+
+
+def gradients_in_backward(case: Case) -> int:
+    """What lies there beside it from the first reduction of a backward on: the averaged part, whole from the start in bf16
+    (`_build_compact_grad_partition_buffer`) and on a GPU (`grads_in_partition`), elsewhere as far as it is written."""
+    at_once = case.stage != 3 and not is_bf16_optimizer(case) and (case.width != FLOAT32 or case.on_gpu)
+    return max(gradients_accumulated(case), FLOAT32 * case.part if at_once else 0)
 
 
 def gradients_after_backward(case: Case) -> int:
     """At the end of a backward, beside what is there at rest: the averaged part that the step will flatten in stages 1 and
-    2, in bf16's stage 1 the whole gradient in bf16 until it is added to the float32 one."""
+    2, in bf16's stage 1 the whole gradient in bf16, the embedding's in it or added to it."""
     if is_bf16_optimizer(case):
         return case.width * case.whole
     return 0 if case.stage == 3 else max(FLOAT32 * case.part, gradients_accumulated(case))
@@ -83,12 +119,16 @@ def gradients_after_backward(case: Case) -> int:
 
 def gradients_in_step(case: Case) -> int:
     """_prepare_fp32_grad_for_sub_group, _get_preflattened_grad_partition: the gradients once more as one flat tensor, of no
-    more than sub_group_size values at a time in stage 3; bf16's accumulator is flat already."""
-    if case.offloads_optimizer or is_bf16_optimizer(case):
+    more than sub_group_size values at a time in stage 3; in bf16's stages they are flat already. The norm of the largest is
+    taken in float64 (get_norm_dtype); BF16_Optimizer still has the weights' own gradients."""
+    if case.offloads_optimizer:
         return 0
+    if is_bf16_optimizer(case):
+        return case.width * case.whole
     if case.stage == 3:
         return FLOAT32 * min(case.part, int(case.zero.sub_group_size))
-    return 2 * FLOAT32 * case.part if case.width == FLOAT32 else FLOAT32 * case.part
+    flattened = FLOAT32 * case.part if case.width == FLOAT32 else 0
+    return FLOAT32 * case.part + max(flattened, 2 * FLOAT32 * min(case.part, case.unembedding))
 
 
 def is_bf16_optimizer(case: Case) -> bool:

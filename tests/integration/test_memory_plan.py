@@ -1,5 +1,5 @@
-"""The memory plan against the measured peak, on a CPU: every stage, one and two ranks, what is kept, how losses are made, and
-where the reference lies."""
+"""The memory plan against the measured peak, on a CPU: every stage, both precisions, one and two ranks, what is kept, how
+losses are made, and where the reference lies."""
 
 import json
 from pathlib import Path
@@ -18,6 +18,12 @@ FEW_GATHERED = {
     | {"stage3_max_live_parameters": 10**6, "stage3_max_reuse_distance": 10**6}
 }
 
+
+def in_bf16(stage: str, micro_steps: int = 1) -> Job:
+    """Of few tokens: bf16 is slow on a CPU, and what differs is what DeepSpeed holds."""
+    return Job(SHIPPED[stage] | {"bf16": {"enabled": True}}, "cached", micro_steps, rows=2, tokens=128)
+
+
 ONE_RANK = {"zero3, replicated reference": Job(SHIPPED["zero3"], "replicate")}
 TWO_RANKS = {
     "zero3, partitioned reference": Job(SHIPPED["zero3"], "zero3"),
@@ -32,6 +38,10 @@ TWO_RANKS = {
     "zero3, parameters offloaded too": Job(PARAMETERS_TOO, "cached"),
     "zero2, two micro-steps": Job(SHIPPED["zero2"], "replicate", micro_steps=2),
     "zero1": Job(SHIPPED["zero1"], "cached"),
+    "zero1 in bf16": in_bf16("zero1"),
+    "zero1 in bf16, two micro-steps": in_bf16("zero1", micro_steps=2),
+    "zero2 in bf16": in_bf16("zero2"),
+    "zero3 in bf16": in_bf16("zero3"),
 }
 
 

@@ -72,3 +72,30 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     done = plan("--gpus", 3)
     assert done.returncode == 2
     assert "numbers of ranks that fit" in done.stderr
+
+
+def test_figures_that_cannot_be_written_and_a_memory_without_end_are_refused_before_anything_is_computed(
+    tmp_path: Path,
+) -> None:
+    expected = {
+        tmp_path / "nowhere" / "plan.json": f"--json: {tmp_path / 'nowhere'} is not a directory",
+        tmp_path: f"--json: {tmp_path} is a directory",
+    }
+    for path, problem in expected.items():
+        done = plan("--gpus", 2, "--device-memory", "inf", "--json", path)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert problem in done.stderr
+        assert "--device-memory: got inf; expected a number of GiB above 0" in done.stderr
+        assert "Traceback" not in done.stderr
+    done = plan("--gpus", 2, "--device-memory", "nan")
+    assert "--device-memory: got nan" in done.stderr
+
+
+def test_a_plan_that_fits_says_what_was_left_aside_on_a_gpu() -> None:
+    done = plan("--gpus", 2, "--device-memory", 40)
+    assert done.returncode == 0, done.stderr
+    assert "It fits 40.00 GiB, with 15% to spare. 2.00 GiB of it are left aside" in done.stdout
+    assert "CUDA, NCCL and fragmentation" in done.stdout
+    done = plan("--gpus", 2, "--device", "cpu", "--device-memory", 40)
+    assert "left aside" not in done.stdout

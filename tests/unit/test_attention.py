@@ -52,7 +52,7 @@ def kernel_without_groups(*tensors: Any, window_size: tuple[int, int]) -> torch.
 @pytest.fixture(params=[kernel, kernel_without_groups])
 def _loop(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformer, "varlen_attn", request.param)
-    monkeypatch.setattr(transformer, "_FLASH_GROUPS_HEADS", request.param is kernel)
+    monkeypatch.setattr(transformer, "FLASH_GROUPS_HEADS", request.param is kernel)
 
 
 @pytest.mark.usefixtures("_loop")

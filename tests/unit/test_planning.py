@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.checks import size_problems
 from pipeline.config import ConfigError, ModelSettings, Settings
+from pipeline.model import transformer
 from pipeline.model.recompute import block_runner
 from pipeline.model.transformer import Block, document_mask, rotary_angles
 from pipeline.planning import activations, states
-from pipeline.planning.advice import changes, verdict
+from pipeline.planning.advice import changes, plannable, verdict
 from pipeline.planning.case import Case
 from pipeline.planning.plan import Plan, plan_memory
 from pipeline.planning.reading import case_of
+from pipeline.planning.report import document
 from pipeline.runtime.engine import num_parameters
 
 CONTENT: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -282,3 +285,262 @@ def test_a_vocabulary_that_is_not_set_is_the_datas(tiny_data: Path, tmp_path: Pa
     settings = settings_of(data={"path": tiny_data / "train"}, model={"vocab_size": None})
     known, _ = check_before_planning(settings, json_file, 4)
     assert known.model.vocab_size == read_manifest(tiny_data / "train").vocab_size
+
+
+# What follows is counted by hand: 4 ranks, 4 rows of 64 tokens, 4 heads, width 96, feed-forward width 200, 512 ids.
+TOKENS, HEADS, DIM, FFN, VOCAB = 4 * 64, 4, 96, 200, 512
+EMBEDDING = VOCAB * DIM
+BLOCK = 4 * DIM * DIM + 3 * DIM * FFN + 2 * DIM
+# One trunk block less than layers, a block a head, two embeddings, the final norm.
+WHOLE = (2 + HEADS) * BLOCK + 2 * EMBEDDING + DIM
+VECTORS = (2 + HEADS) * 2 * DIM + DIM
+PART = WHOLE // 4
+
+
+def staged(stage: int, bf16: bool = False, rows: int = 16, **zero: Any) -> Case:
+    """With 16 rows a micro-batch is a whole step's, with 8 rows half of it."""
+    return case(bf16=bf16, zero={"stage": stage} | zero, data={"micro_batch": rows})
+
+
+def test_the_hand_counts_are_the_models() -> None:
+    assert case().whole == WHOLE == num_parameters(case().settings.model)
+    assert case().part == PART
+    assert case().matrices == WHOLE - VECTORS
+
+
+@pytest.mark.parametrize(
+    ("stage", "bf16", "bucket", "expected"),
+    [
+        (3, False, 10_000, 4 * 10_000),
+        (3, True, 10_000, 4 * 10_000),
+        (3, True, 10**9, 4 * WHOLE),
+        # One slice a rank's part, unless the bucket is larger than it.
+        (2, False, 10_000, 0),
+        (2, False, 10**9, 4 * WHOLE),
+        (1, False, PART + 1, 4 * (PART + 1)),
+        # Flattened in bf16, and sent in float32.
+        (2, True, 10_000, (2 + 4) * 10_000),
+        (2, True, 10**9, (2 + 4) * WHOLE),
+        (1, True, 10_000, 0),
+    ],
+)
+def test_reducing_a_bucket_makes_what_is_sent(stage: int, bf16: bool, bucket: int, expected: int) -> None:
+    assert states.reducing(staged(stage, bf16, reduce_bucket_size=bucket)) == expected
+
+
+def test_a_gradient_that_fits_no_bucket_waits_and_is_copied_in_bf16_alone() -> None:
+    for bf16, copied in ((False, 0), (True, 4 * EMBEDDING)):
+        for stage in (2, 3):
+            plan = plan_memory(staged(stage, bf16, reduce_bucket_size=EMBEDDING - 1))
+            moment, resident = plan.moments["the unembedding's reduction"], plan.at_rest
+            assert moment.get("reduce buckets", 0) - resident["reduce buckets"] == copied
+            averaged = 4 * PART if bf16 and stage == 2 else 0
+            assert moment["gradients"] - resident["gradients"] == (2 if bf16 else 4) * EMBEDDING + averaged
+    fitting = plan_memory(staged(3, reduce_bucket_size=EMBEDDING))
+    assert sum(fitting.moments["the unembedding's reduction"].values()) == sum(fitting.at_rest.values())
+
+
+def test_bf16_in_stage_1_reduces_all_gradients_at_once_unless_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = staged(1, bf16=True)
+    reduction = plan_memory(planned).moments["the gradient's reduction"]
+    assert reduction["gradients"] == (4 + 2) * WHOLE
+    assert reduction["reduce buckets"] == 4 * WHOLE
+    monkeypatch.setattr(states, "_LARGEST_FLATTENED", WHOLE - VECTORS - 1)
+    assert states.reducing_whole(planned) == 0
+    monkeypatch.setattr(states, "_LARGEST_FLATTENED", WHOLE - VECTORS)
+    assert states.reducing_whole(planned) == 4 * WHOLE
+    assert [states.reducing_whole(staged(stage, bf16)) for stage, bf16 in ((1, False), (2, True), (3, True))] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "bf16", "accumulated", "in_backward", "after", "in_step"),
+    [
+        (1, False, 4 * WHOLE, 0, 4 * PART, 2 * 4 * PART),
+        (2, False, 4 * PART, 0, 4 * PART, 2 * 4 * PART),
+        (3, False, 0, 0, 0, 4 * PART),
+        (1, True, 2 * WHOLE, 0, 2 * WHOLE, 2 * WHOLE),
+        (2, True, 4 * PART, 4 * PART, 4 * PART, 4 * PART + 8 * EMBEDDING),
+        (3, True, 0, 0, 0, 4 * PART),
+    ],
+)
+def test_gradients_of_a_step(stage: int, bf16: bool, accumulated: int, in_backward: int, after: int, in_step: int) -> None:
+    once, twice = staged(stage, bf16), staged(stage, bf16, rows=8)
+    assert (once.micro_steps, twice.micro_steps) == (1, 2)
+    assert states.gradients_accumulated(once) == 0
+    assert states.gradients_accumulated(twice) == accumulated
+    assert states.gradients_in_backward(once) == in_backward
+    assert states.gradients_in_backward(twice) == max(accumulated, in_backward)
+    assert states.gradients_after_backward(once) == after
+    assert states.gradients_after_backward(twice) == max(accumulated, after)
+    assert states.gradients_in_step(once) == states.gradients_in_step(twice) == in_step
+
+
+def test_the_norm_in_float64_is_of_one_gradient_or_of_as_much_of_it_as_is_this_ranks() -> None:
+    few, many = (case(bf16=True, num_ranks=ranks, zero={"stage": 2}) for ranks in (4, 16))
+    assert states.gradients_in_step(few) == 4 * PART + 8 * EMBEDDING
+    assert many.part < EMBEDDING
+    assert states.gradients_in_step(many) == 4 * many.part + 8 * many.part
+
+
+def test_stage_3_flattens_no_more_gradients_than_a_sub_group_has() -> None:
+    assert states.gradients_in_step(staged(3, sub_group_size=1000)) == 4 * 1000
+
+
+def test_nothing_is_flattened_on_the_device_for_an_optimiser_on_the_host() -> None:
+    assert [states.gradients_in_step(staged(stage, offload_optimizer={"device": "cpu"})) for stage in (2, 3)] == [0, 0]
+
+
+def test_buckets_are_one_for_good_or_two_in_turn() -> None:
+    size = 10_000
+    for bf16, width in ((False, 4), (True, 2)):
+        assert states.buckets_at_rest(staged(3, bf16, reduce_bucket_size=size)) == 4 * size
+        assert states.buckets_in_backward(staged(3, bf16, reduce_bucket_size=size), 0) == 4 * size
+        two = staged(2, bf16, reduce_bucket_size=size, overlap_comm=True)
+        one = staged(2, bf16, reduce_bucket_size=size, overlap_comm=False)
+        assert states.buckets_at_rest(two) == 0
+        # On a CPU only what was written is memory: the first bucket full, then the second.
+        assert [states.buckets_in_backward(two, written) for written in (0, 6_000, 14_000, 10**6)] == [
+            width * values for values in (0, 6_000, 14_000, 20_000)
+        ]
+        assert [states.buckets_in_backward(one, written) for written in (6_000, 10**6)] == [width * 6_000, width * size]
+    on_gpu = case(on_gpu=True, zero={"stage": 2, "reduce_bucket_size": size, "overlap_comm": True})
+    assert states.buckets_in_backward(on_gpu, 0) == 4 * 2 * size
+    assert states.buckets_in_backward(staged(1, bf16=True, reduce_bucket_size=size), 10**6) == 0
+    assert states.buckets_at_rest(staged(3, contiguous_gradients=False)) == 0
+
+
+def test_what_backward_adds_is_counted_by_its_steps() -> None:
+    hidden, logits = HEADS * TOKENS * DIM, TOKENS * VOCAB
+    single, half = case(), case(bf16=True)
+    on_gpu = case(on_gpu=True, bf16=True)
+    # The norm: gradients of what it gave and took, on a CPU four float32 tensors.
+    assert activations.in_backward_of_norm(single) == activations.in_backward_of_norm(half) == 4 * 4 * hidden
+    assert activations.in_backward_of_norm(on_gpu) == 2 * 2 * hidden
+    # The oracle: four heads' log-probabilities and one gradient of logits in float32, the unembedding's gradient twice, the
+    # hidden states'; in bf16 the logits' gradient once more.
+    assert activations.in_backward_of_dense(single) == 4 * (5 * logits + 2 * EMBEDDING + hidden)
+    assert activations.in_backward_of_dense(half) == 4 * 5 * logits + 2 * (logits + 2 * EMBEDDING + hidden)
+    # A block: the heads' gradients, two of the stream, two of the feed-forward layer, and what is made again.
+    assert activations.in_backward_of_block(single) == 4 * (hidden + 2 * TOKENS * DIM + 2 * TOKENS * FFN)
+    again = case(training={"activation_checkpointing": "full"})
+    added = activations.in_backward_of_block(again) - activations.in_backward_of_block(single)
+    assert added == activations.saved_by_block(again) > 0
+
+
+def test_adding_in_two_precisions_takes_a_copy_on_a_cpu_alone() -> None:
+    rows = TOKENS // 4
+    needed = 2 * HEADS * TOKENS * DIM + 4 * EMBEDDING + rows * (4 * VOCAB + 2 * VOCAB + 2 * 2 * DIM) + 2 * EMBEDDING
+    assert activations.in_loss(case(bf16=True)) == needed + 4 * EMBEDDING
+
+
+def test_a_model_that_is_whole_on_each_rank_is_there_twice_while_it_is_built() -> None:
+    assert plan_memory(staged(1)).moments["building"] == {"parameters": 2 * 4 * WHOLE}
+    assert plan_memory(staged(2, bf16=True)).moments["building"] == {"parameters": 2 * 2 * WHOLE}
+    assert "building" not in plan_memory(staged(3)).moments
+
+
+def test_torch_2_11_saves_keys_and_values_for_every_head_that_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped = {"num_key_value_heads": 2}
+    each = TOKENS * 2 * (DIM - 2 * 16)  # In bf16, of one of the two, what six heads need beyond two.
+
+    def counts(**more: Any) -> tuple[int, int, int]:
+        selective = case(model=grouped, training={"activation_checkpointing": "selective"}, **more)
+        return (
+            activations.saved_by_block(case(model=grouped, **more)),
+            activations.kept_by_block(selective),
+            activations.made_again(selective),
+        )
+
+    found = {}
+    for groups in (True, False):
+        monkeypatch.setattr(transformer, "FLASH_GROUPS_HEADS", groups)
+        found[groups] = counts(on_gpu=True, bf16=True)
+        # Under a mask attention takes them as they are.
+        assert counts(bf16=True) == counts(bf16=True, on_gpu=False)
+        on_cpu = activations.saved_by_block(case(model=grouped, bf16=True))
+        assert on_cpu == found.setdefault("cpu", on_cpu)  # type: ignore[call-overload]
+    saved, kept, again = (without - with_them for with_them, without in zip(found[True], found[False], strict=True))
+    assert (saved, kept) == (2 * each, 0)
+    # The value that was kept is not the one that is saved.
+    assert again == 2 * each + TOKENS * 2 * 2 * 16
+
+
+ADVISED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    '"stage": 2 in the DeepSpeed JSON': ({"zero": {"stage": 1}}, {"zero": {"stage": 2}}),
+    '"offload_optimizer": {"device": "cpu"} in the DeepSpeed JSON': ({}, {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    '"stage3_max_live_parameters" and "stage3_max_reuse_distance": 100000000 in the DeepSpeed JSON': (
+        {"model": {"vocab_size": 2_000_000}},
+        {"zero": {"stage3_max_live_parameters": 10**8, "stage3_max_reuse_distance": 10**8}},
+    ),
+    "reference.sharding=zero3": ({}, {"sharding": "zero3"}),
+    "reference.cached=DIR": ({}, {"reference": None}),
+    "data.micro_batch=2": ({"data": {"sequence_length": 512}}, {"sections": {"data": {"micro_batch": 2}}}),
+    "training.loss_phase=predicted": (
+        {"training": {"loss_phase": "dense"}},
+        {"sections": {"training": {"loss_phase": "predicted"}}},
+    ),
+    "--gpus 8": ({}, {"num_ranks": 8}),
+}
+
+
+@pytest.mark.parametrize("setting", ADVISED)
+def test_each_kind_of_advice_is_accepted_and_brings_what_it_says(setting: str) -> None:
+    given, change = ADVISED[setting]
+    given = given | {"zero": {"reduce_bucket_size": 10**5} | given.get("zero", {})}
+    planned = case(on_gpu=True, bf16=True, **given)
+    advised = {each.setting.partition(" (")[0]: each.total for each in changes(planned)}
+    changed = planned.changed(**change)
+    assert advised[setting] == plan_memory(changed).total < plan_memory(planned).total
+    assert size_problems(changed.settings, changed.num_ranks) == []
+    # What is there already is not advised again.
+    assert setting not in {each.setting.partition(" (")[0] for each in changes(changed)}
+
+
+def test_no_more_gpus_are_advised_than_the_lanes_can_feed() -> None:
+    def advised(lanes: int) -> bool:
+        sizes, few = {"global_batch": 64, "lanes": lanes, "micro_batch": 4}, {"reduce_bucket_size": 10**5}
+        return any(each.setting.startswith("--gpus") for each in changes(case(data=sizes, zero=few)))
+
+    # Four ranks of four rows: 16 lanes are all in use, whatever the number of micro-steps.
+    assert [advised(lanes) for lanes in (16, 32)] == [False, True]
+
+
+def test_a_gpu_has_two_gib_that_are_not_the_plans() -> None:
+    assert plannable(case(on_gpu=True), 24 * 2**30) == 22 * 2**30
+    assert plannable(case(on_gpu=False), 24 * 2**30) == 24 * 2**30
+
+
+def test_every_moment_has_the_gradients_that_are_there_by_then() -> None:
+    moments = ("the start of backward", "a head's backward", "the end of backward", "the optimiser's step")
+    bucket = {"reduce_bucket_size": 10_000, "overlap_comm": False}
+
+    def found(part: str, planned: Case) -> list[int]:
+        return [plan_memory(planned).moments[moment].get(part, 0) for moment in moments]
+
+    # The unembedding's gradient, which fits no bucket; the part of the average; the embedding's gradient; the norm in float64.
+    second = staged(2, bf16=True, **bucket)
+    norm = 8 * EMBEDDING
+    assert found("gradients", second) == [2 * EMBEDDING, 4 * PART, 4 * PART + 2 * EMBEDDING, 4 * PART + norm]
+    assert found("reduce buckets", second) == [0, 20_000 + 60_000, 20_000 + 60_000, 0]
+    # Beside the float32 accumulator of BF16_Optimizer what there is in bf16: one, one, all; with an earlier micro-step always
+    # all, and the one that is being added.
+    first, again = staged(1, bf16=True), staged(1, bf16=True, rows=8)
+    assert found("gradients", first) == [4 * WHOLE + more for more in (2 * EMBEDDING, 2 * EMBEDDING, 2 * WHOLE, 2 * WHOLE)]
+    assert found("gradients", again) == [4 * WHOLE + 2 * WHOLE + more for more in (2 * EMBEDDING, 0, 2 * EMBEDDING, 0)]
+    assert found("reduce buckets", first) == [0] * 4
+    # Beside the accumulator of stage 3 the one gradient; in the step all of this rank's once more.
+    third = staged(3, **bucket)
+    assert found("gradients", third) == [4 * PART + more for more in (4 * EMBEDDING, 0, 4 * EMBEDDING, 4 * PART)]
+    assert found("reduce buckets", third) == [40_000 + more for more in (0, 40_000, 40_000, 0)]
+
+
+def test_on_a_gpu_the_averaged_part_is_whole_from_its_first_gradient_on() -> None:
+    assert states.gradients_in_backward(case(on_gpu=True, zero={"stage": 2}, data={"micro_batch": 16})) == 4 * PART
+    assert states.gradients_in_backward(staged(2)) == 0
+
+
+def test_the_verdict_is_of_what_is_left_of_a_gpu() -> None:
+    planned = case(on_gpu=True, zero={"reduce_bucket_size": 10**5})
+    need = 1.15 * plan_memory(planned).total
+    found = [document(planned, need + aside, [])["verdict"] for aside in (2.001 * 2**30, 1.9 * 2**30)]
+    assert found == ["fits", "does not fit"]
