@@ -65,8 +65,9 @@ class Preparation(Record):
     """How `launch/prepare.py` made the data: enough to know it again, and what packing did.
 
     `request_sha256` is of all settings and of the input files' names and sizes; `weights` are how often the documents of a
-    named source were taken (1 where it is not named); `part` is "2/8" for the second of eight parts. `documents` are those in
-    this folder, copies included, `documents_cut` those among them that lie in more than one row.
+    named source were taken (1 where it is not named); `part` is "2/8" for the second of eight parts, and `whole_sha256` what
+    `request_sha256` would be without it, the same for all of them; parts made before it was thought of have none.
+    `documents` are those in this folder, copies included, `documents_cut` those among them that lie in more than one row.
     """
 
     request_sha256: Sha256
@@ -77,6 +78,7 @@ class Preparation(Record):
     validation: float
     weights: dict[str, float]
     part: str | None = None
+    whole_sha256: Sha256 | None = None
     documents: Count
     documents_cut: Count
 

@@ -43,6 +43,11 @@ def request_sha256(request: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
+def whole_sha256(request: dict[str, Any]) -> str | None:
+    """By which parts are known to be of one request: its hash without the part; None where there is no part."""
+    return request_sha256({**request, "part": None}) if request["part"] else None
+
+
 def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[str, Any]) -> bool:
     """Write the request down, or hold it against the one that is there; whether there was one.
 
