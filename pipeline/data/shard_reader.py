@@ -25,10 +25,10 @@ from pipeline.data.manifest import DataError, Manifest
 from pipeline.data.sample import DamageError, Sample, SampleDecoder
 from pipeline.data.shard_table import Shard, ShardTable
 from pipeline.data.shards import CRC, OFFSET
-from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, open_file
+from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, open_file, raise_if_of_the_machine
 from pipeline.storage.location import Place, Url
 
-_MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 64
 _INDEX_SAMPLES = 1024
 _MAX_INDEX_PIECES = 1024
 _MAX_RUN_BYTES = 8 * 2**20
@@ -76,7 +76,7 @@ class ShardReader:
     """Reads samples by shard and sample index, from at most `max_open_shards` shards (3 files each)."""
 
     def __init__(
-        self, directory: Place, manifest: Manifest, access: Access = DIRECT, max_open_shards: int = _MAX_OPEN_SHARDS
+        self, directory: Place, manifest: Manifest, access: Access = DIRECT, max_open_shards: int = MAX_OPEN_SHARDS
     ) -> None:
         self.directory = directory
         self.manifest = manifest
@@ -143,9 +143,8 @@ class ShardReader:
             if found != expected and crc32.forget(0, size):
                 idx.forget(0, OFFSET.itemsize * (num_samples + 1))
                 found = zlib.crc32(crc32.read(0, size))
-        except StorageError:
-            raise
         except OSError as error:
+            raise_if_of_the_machine(error, self.directory)
             return error
         if found != expected:
             return DamageError(
@@ -205,9 +204,8 @@ class ShardReader:
             _, idx, crc32 = self._files(shard)
             offsets = idx.read(OFFSET.itemsize * piece * _INDEX_SAMPLES, OFFSET.itemsize * (_INDEX_SAMPLES + 1))
             checksums = crc32.read(CRC.itemsize * piece * _INDEX_SAMPLES, CRC.itemsize * _INDEX_SAMPLES)
-        except StorageError:
-            raise
         except OSError as error:
+            raise_if_of_the_machine(error, self.directory)
             return error
         return _whole_items(offsets, OFFSET), _whole_items(checksums, CRC)
 
@@ -266,9 +264,8 @@ class ShardReader:
             if any(sample.damage is not None for sample in read) and tar.forget(start, size):
                 read = self._decode_all(tar.read(start, size), run)
             return read
-        except StorageError:
-            raise
         except OSError as error:
+            raise_if_of_the_machine(error, self.directory)
             return [self._blank(run.shard, sample, error) for sample in run.samples]
 
     def _decode_all(self, data: bytes, run: _Run) -> list[Sample]:

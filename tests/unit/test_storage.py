@@ -1,5 +1,7 @@
 """Remote data: read over a real HTTP server that drops, truncates, delays and fails; cached within bounds; and pipes."""
 
+import errno
+import fcntl
 import http.server
 import multiprocessing
 import os
@@ -295,6 +297,24 @@ def test_copies_in_the_cache_of_what_lay_at_an_address_before_are_fetched_again(
     after = rows(server.url, access=access)
     assert after == rows(server.folder)
     assert after != before
+
+
+def test_a_cache_on_a_file_system_without_locks_is_a_cache_all_the_same(server, folder, tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    access = Access(cache_dir=tmp_path / "cache", retry_seconds=5)
+    assert rows(server.url, access=access, raises=False) == rows(folder)
+    sent = server.sent
+    assert rows(server.url, access=access) == rows(folder)
+    assert server.sent - sent <= (folder / "manifest.json").stat().st_size
+
+
+def test_a_cache_whose_folder_goes_away_costs_only_the_copies(tmp_path):
+    cache = DiskCache(tmp_path / "cache", 10 * PART)
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.read("url", 3, 4, 10, lambda start, size: b"0123456789"[start : start + size]) == b"3456"
 
 
 def size_of(directory):
