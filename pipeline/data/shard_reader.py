@@ -116,11 +116,11 @@ class ShardReader:
         found: list[Sample | None] = [None] * len(shards)
         try:
             for places_of_shards in self._together(shards):
-                wanted = {shard: [samples[place] for place in places] for shard, places in places_of_shards.items()}
-                runs = list(self._runs(places_of_shards, wanted, self._index_pieces(wanted), found))
-                for run, read in zip(runs, self._map(self._read_run, runs), strict=True):
-                    for place, sample in zip(run.places, read, strict=True):
-                        found[place] = sample
+                self._read_places(places_of_shards, samples, found)
+                # What seems to be damaged may be where a damaged copy of the index, in the cache, says it is.
+                doubtful = self._with_forgotten_index(places_of_shards, samples, found)
+                if doubtful:
+                    self._read_places(doubtful, samples, found)
         except StorageError as error:
             raise DataError(str(error)) from None
         return found  # type: ignore[return-value]
@@ -161,6 +161,41 @@ class ShardReader:
             # Without waiting: an abandoned reader may be collected in the very thread that its requests wait for.
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+
+    def _read_places(self, places_of_shards: dict[int, list[int]], samples: Sequence[int], found: list[Sample | None]) -> None:
+        """Read what is wanted at these places of the caller's list into `found`."""
+        wanted = {shard: [samples[place] for place in places] for shard, places in places_of_shards.items()}
+        runs = list(self._runs(places_of_shards, wanted, self._index_pieces(wanted), found))
+        for run, read in zip(runs, self._map(self._read_run, runs), strict=True):
+            for place, sample in zip(run.places, read, strict=True):
+                found[place] = sample
+
+    def _with_forgotten_index(
+        self, places_of_shards: dict[int, list[int]], samples: Sequence[int], found: Sequence[Sample | None]
+    ) -> dict[int, list[int]]:
+        """The places of damaged samples, as `places_of_shards` has them, of whose index there were copies; these are gone."""
+        doubtful: dict[int, list[int]] = {}
+        for shard, places in places_of_shards.items():
+            damaged = [place for place in places if (sample := found[place]) is not None and sample.damage is not None]
+            pieces = {samples[place] // _INDEX_SAMPLES for place in damaged}
+            forgotten = {piece for piece in pieces if self._forget_index(shard, piece)}
+            if again := [place for place in damaged if samples[place] // _INDEX_SAMPLES in forgotten]:
+                doubtful[shard] = again
+        return doubtful
+
+    def _forget_index(self, shard: int, piece: int) -> bool:
+        self._indices.drop((shard, piece))
+        try:
+            _, idx, crc32 = self._files(shard)
+        except OSError as error:  # a file that is missing has no copies
+            raise_if_of_the_machine(error, self.directory)
+            return False
+        first = piece * _INDEX_SAMPLES
+        copies = [
+            idx.forget(OFFSET.itemsize * first, OFFSET.itemsize * (_INDEX_SAMPLES + 1)),
+            crc32.forget(CRC.itemsize * first, CRC.itemsize * _INDEX_SAMPLES),
+        ]
+        return any(copies)
 
     def _together(self, shards: Sequence[int]) -> Iterator[dict[int, list[int]]]:
         """Places in the caller's list by shard: remote shards all at once; others one by one, lest one be closed, to keep
