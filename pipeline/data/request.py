@@ -13,11 +13,8 @@ from tokenizers import Tokenizer
 
 from pipeline.data.inputs import InputFile
 from pipeline.data.manifest import DataError
-from pipeline.data.prepare import Settings
+from pipeline.data.prepare import LOCK_FILE, REQUEST_FILE, Settings
 from pipeline.data.shards import write_file
-
-REQUEST_FILE = "request.json"
-LOCK_FILE = "lock"
 
 
 def describe(

@@ -32,9 +32,9 @@ from pipeline.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.data.prepare import PARTIAL, Settings, assemble_split, is_taken, tokenization_into
+from pipeline.data.prepare import LOCK_FILE, Settings, assemble_split, is_taken, partial_of, tokenization_into
 from pipeline.data.progress import Display
-from pipeline.data.request import LOCK_FILE, begin_or_continue, describe, request_sha256, whole_sha256
+from pipeline.data.request import begin_or_continue, describe, request_sha256, whole_sha256
 from pipeline.data.shards import token_dtype, write_file
 from pipeline.data.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
@@ -76,7 +76,7 @@ def prepare_files(
     settings.check(names)
     files = input_files(inputs)
     request = describe(files, tokenizer, settings, names)
-    partial = output_dir.with_name(output_dir.name + PARTIAL)
+    partial = partial_of(output_dir)
     if is_taken(output_dir):
         prepared = _complete_already(output_dir, request, settings)
         shutil.rmtree(partial, ignore_errors=True)

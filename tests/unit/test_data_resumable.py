@@ -20,7 +20,7 @@ from pipeline.data.documents import Rules
 from pipeline.data.inputs import Input
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.parts import merge
-from pipeline.data.prepare import Settings
+from pipeline.data.prepare import Settings, prepare
 from pipeline.data.resumable import prepare_files
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
@@ -287,6 +287,26 @@ def test_what_was_merged_is_not_taken_for_the_first_part(corpus, tmp_path):
     for number in (1, 2):
         with pytest.raises(DataError, match="exists already; remove it"):
             prepare_files(inputs(corpus), tmp_path / "merged", byte_tokenizer(), settings(part=(number, 2)))
+
+
+def test_merging_leaves_a_preparation_that_is_not_finished_alone(corpus, tmp_path):
+    parts = two_parts(corpus, tmp_path)
+    interrupted(corpus, tmp_path / "out", 9)
+    before = contents(tmp_path / "out.partial")
+    assert len(before) > 10
+    with pytest.raises(DataError, match=r"out\.partial is a preparation that is not finished; finish it"):
+        merge(parts, tmp_path / "out")
+    assert contents(tmp_path / "out.partial") == before
+
+
+@pytest.mark.parametrize("output", [".", "..", "/"])
+def test_an_output_without_a_name_is_refused(corpus, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="expected an output folder with a name of its own"):
+        prepare_files(inputs(corpus), Path(output), byte_tokenizer(), settings())
+    with pytest.raises(DataError, match="expected an output folder with a name of its own"):
+        prepare([], Path(output), byte_tokenizer(), T, seed=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def documents_in_or_none(directory):
