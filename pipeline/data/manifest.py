@@ -10,7 +10,7 @@ to do.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,14 +125,17 @@ class Manifest(Record):
         return self
 
 
-def read_manifest(directory: Place, access: Access = DIRECT, *, may_be_empty: bool = False) -> Manifest:
+def read_manifest(
+    directory: Place, access: Access = DIRECT, *, may_be_empty: bool = False, looks_at_files: bool = True
+) -> Manifest:
     """Read a folder's manifest and check that its files are there and have their sizes.
 
     The files are looked at where that is quick: in a folder of this machine's file systems with up to a few thousand
     shards, of a larger one those of some shards, spread evenly. Whatever is missing or cut beyond that is found when it is
     read, because nothing is used that does not have its checksum.
 
-    `may_be_empty` is for the parts of a data set, one of which may have no held-out document.
+    `may_be_empty` is for the parts of a data set, one of which may have no held-out document. `looks_at_files` False leaves
+    the files to the caller.
 
     Raises:
         DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or the
@@ -141,14 +144,15 @@ def read_manifest(directory: Place, access: Access = DIRECT, *, may_be_empty: bo
     manifest = _parse(_manifest_text(directory, access), str(directory / MANIFEST_FILE))
     if manifest.num_samples == 0 and not may_be_empty:
         raise DataError(f"{directory / MANIFEST_FILE} lists no samples; prepare the data again with more documents")
-    if isinstance(directory, Path):
+    if looks_at_files and isinstance(directory, Path):
         if not (directory / manifest.tokenizer_file).is_file():
             raise DataError(
                 f"{directory / manifest.tokenizer_file} cannot be found, but {MANIFEST_FILE} names it as the data's tokenizer; "
                 "copy it again from where the data was prepared"
             )
         for number in range(0, len(manifest.shards), 1 + len(manifest.shards) // _MAX_SHARDS_LOOKED_AT):
-            _check_sizes_on_disk(directory, manifest.shards[number])
+            for problem in size_problems(directory, manifest.shards[number]):
+                raise DataError(problem)
     return manifest
 
 
@@ -222,7 +226,8 @@ class _Version(BaseModel):
     format_version: int
 
 
-def _check_sizes_on_disk(directory: Path, shard: Shard) -> None:
+def size_problems(directory: Path, shard: Shard) -> Iterator[str]:
+    """Which of a shard's files are missing or have another size than the manifest says."""
     expected = {
         f"{shard.name}.tar": shard.bytes,
         f"{shard.name}.tar.idx": 8 * (shard.samples + 1),
@@ -232,12 +237,13 @@ def _check_sizes_on_disk(directory: Path, shard: Shard) -> None:
         try:
             found = (directory / name).stat().st_size
         except OSError as error:
-            raise DataError(
+            yield (
                 f"shard {shard.name}: {directory / name} cannot be found ({error.strerror}), but the manifest lists it; "
                 "copy it again from where the data was prepared, or prepare again"
-            ) from None
+            )
+            continue
         if found != size:
-            raise DataError(
+            yield (
                 f"shard {shard.name}: {directory / name} has {found} bytes, expected {size}; "
                 "the file is cut or not of this data set: copy it again, or prepare again"
             )
