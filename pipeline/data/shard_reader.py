@@ -15,7 +15,6 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -23,9 +22,10 @@ import numpy as np
 from pipeline.data.cache import LeastRecentlyUsed
 from pipeline.data.manifest import DataError, Manifest
 from pipeline.data.sample import DamageError, Sample, SampleDecoder
-from pipeline.data.shard_table import Shard, ShardTable
+from pipeline.data.shard_files import OpenShard, Run
+from pipeline.data.shard_table import ShardTable
 from pipeline.data.shards import CRC, OFFSET
-from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, open_file, raise_if_of_the_machine
+from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, raise_if_of_the_machine
 from pipeline.storage.location import Place, Url
 
 MAX_OPEN_SHARDS = 64
@@ -43,35 +43,6 @@ class DamagedSampleError(DataError):
     """A sample that is damaged, missing or does not fit the manifest; the message names shard and sample."""
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Samples side by side in a shard: their places in the caller's list, numbers, offsets (one more) and checksums."""
-
-    shard: int
-    places: list[int]
-    samples: list[int]
-    offsets: list[int]
-    checksums: list[int]
-
-
-class _OpenShard:
-    """The three files of a shard."""
-
-    def __init__(self, place: Place, shard: Shard, access: Access) -> None:
-        self.files: list[OpenFile] = []
-        indices = {"tar.idx": OFFSET.itemsize * (shard.samples + 1), "tar.crc32": CRC.itemsize * shard.samples}
-        try:
-            for suffix, size in ({"tar": shard.bytes} | indices).items():
-                self.files.append(open_file(place / f"{shard.name}.{suffix}", size, access))
-        except OSError:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        while self.files:
-            self.files.pop().close()
-
-
 class ShardReader:
     """Reads samples by shard and sample index, from at most `max_open_shards` shards (3 files each)."""
 
@@ -83,7 +54,7 @@ class ShardReader:
         self._table = ShardTable.of(manifest.shards)
         self._access = access
         self._decoder = SampleDecoder(manifest)
-        self._open: LeastRecentlyUsed[int, _OpenShard] = LeastRecentlyUsed(max_open_shards, _OpenShard.close)
+        self._open: LeastRecentlyUsed[int, OpenShard] = LeastRecentlyUsed(max_open_shards, OpenShard.close)
         self._indices: LeastRecentlyUsed[tuple[int, int], _Index] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
         self._opening = threading.Lock()
         self._is_known = self._table.crc32s < 0
@@ -191,11 +162,8 @@ class ShardReader:
             raise_if_of_the_machine(error, self.directory)
             return False
         first = piece * _INDEX_SAMPLES
-        copies = [
-            idx.forget(OFFSET.itemsize * first, OFFSET.itemsize * (_INDEX_SAMPLES + 1)),
-            crc32.forget(CRC.itemsize * first, CRC.itemsize * _INDEX_SAMPLES),
-        ]
-        return any(copies)
+        had_offsets = idx.forget(OFFSET.itemsize * first, OFFSET.itemsize * (_INDEX_SAMPLES + 1))
+        return crc32.forget(CRC.itemsize * first, CRC.itemsize * _INDEX_SAMPLES) or had_offsets
 
     def _together(self, shards: Sequence[int]) -> Iterator[dict[int, list[int]]]:
         """Places in the caller's list by shard: remote shards all at once; others one by one, lest one be closed, to keep
@@ -246,7 +214,7 @@ class ShardReader:
 
     def _files(self, shard: int) -> list[OpenFile]:
         with self._opening:  # requests side by side ask for files side by side
-            return self._open.get(shard, lambda: _OpenShard(self.directory, self.manifest.shards[shard], self._access)).files
+            return self._open.get(shard, lambda: OpenShard(self.directory, self.manifest.shards[shard], self._access)).files
 
     def _runs(
         self,
@@ -254,10 +222,10 @@ class ShardReader:
         wanted: dict[int, list[int]],
         pieces: dict[tuple[int, int], _Index | Exception],
         found: list[Sample | None],
-    ) -> Iterator[_Run]:
+    ) -> Iterator[Run]:
         """The wanted samples as runs; those that the index does not place go to `found` as damaged."""
         for shard, samples in wanted.items():
-            run: _Run | None = None
+            run: Run | None = None
             for sample, place in sorted(zip(samples, places_of_shards[shard], strict=True)):
                 try:
                     start, end, checksum = self._extent(shard, sample, pieces[shard, sample // _INDEX_SAMPLES])
@@ -272,7 +240,7 @@ class ShardReader:
                     continue
                 if run is not None:
                     yield run
-                run = _Run(shard, [place], [sample], [start, end], [checksum])
+                run = Run(shard, [place], [sample], [start, end], [checksum])
             if run is not None:
                 yield run
 
@@ -290,7 +258,7 @@ class ShardReader:
             raise DamageError(f"its .idx gives it {end - start} bytes, a row has at most {self._decoder.max_bytes}")
         return start, end, int(checksums[within])
 
-    def _read_run(self, run: _Run) -> list[Sample]:
+    def _read_run(self, run: Run) -> list[Sample]:
         start, size = run.offsets[0], run.offsets[-1] - run.offsets[0]
         try:
             tar = self._files(run.shard)[0]
@@ -303,10 +271,10 @@ class ShardReader:
             raise_if_of_the_machine(error, self.directory)
             return [self._blank(run.shard, sample, error) for sample in run.samples]
 
-    def _decode_all(self, data: bytes, run: _Run) -> list[Sample]:
+    def _decode_all(self, data: bytes, run: Run) -> list[Sample]:
         return [self._decode(data, run, index) for index in range(len(run.samples))]
 
-    def _decode(self, data: bytes, run: _Run, index: int) -> Sample:
+    def _decode(self, data: bytes, run: Run, index: int) -> Sample:
         start, end = (offset - run.offsets[0] for offset in run.offsets[index : index + 2])
         own = data[start:end]
         try:
