@@ -94,12 +94,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _order(options: argparse.Namespace) -> int:
+    of_one = dict.fromkeys(("ranks", "global_batch", "micro_batch", "lanes", "shuffle_block"), 1)
+    of_none = dict.fromkeys(("steps", "workers", "start"), 0)
+    for name, least in (of_one | of_none).items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise DataError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
     found = arrivals(
         place_of(options.directory),
         world_size=options.ranks,
         global_batch=options.global_batch,
         micro_batch=options.micro_batch,
-        lanes=options.lanes or default_lanes(options.global_batch),
+        lanes=default_lanes(options.global_batch) if options.lanes is None else options.lanes,
         seed=options.seed,
         shuffle_block=options.shuffle_block,
         num_workers=options.workers,
@@ -120,7 +126,7 @@ def _merge(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     found = 0
     for folder in prepared_folders(options.directory):
-        num_bytes = sum(shard.bytes for shard in read_manifest(options.directory / folder).shards)
+        num_bytes = sum(shard.bytes for shard in read_manifest(options.directory / folder, looks_at_files=False).shards)
         with Display(Console(stderr=True, highlight=False)) as display:
             display.begin(f"verifying {folder}" if folder != "." else "verifying", num_bytes)
             problems = verify(options.directory / folder, lambda shard: display.advance(0, shard.tokens, shard.bytes))

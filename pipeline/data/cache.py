@@ -38,6 +38,12 @@ class LeastRecentlyUsed(Generic[Key, Value]):
         """Keep a value."""
         self.get(key, lambda: value)
 
+    def drop(self, key: Key) -> None:
+        """Forget the value of `key`, if it is there."""
+        if key in self._values:
+            self._values.move_to_end(key, last=False)
+            self._shrink_to(len(self._values) - 1)
+
     def clear(self) -> None:
         """Forget everything."""
         self._shrink_to(0)

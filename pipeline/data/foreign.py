@@ -1,8 +1,9 @@
 """Foreign shards: token tars that others wrote, with a plain `webdataset.ShardWriter` for one, adopted where they lie.
 
 The tars must hold what `shards` documents: KEY.tokens.npy, KEY.documents.npy and, if sources are to be told apart,
-KEY.sources.npy. They are not touched. Their offsets and checksums are written beside them, then every sample is read by the
-reader that feeds training, and only if all are good the manifest is written. Nothing of a tar is ever extracted, and a member
+KEY.sources.npy. They are not touched. Their offsets and checksums are written beside them, or, where there are some already,
+held against them: new ones would pass damage off as data. Then every sample is read by the reader that feeds training, and
+only if all are good the manifest is written. Nothing of a tar is ever extracted, and a member
 that has no business there is an error by its name.
 """
 
@@ -41,7 +42,8 @@ def index(
         source_names: in the order of the indices in KEY.sources.npy; empty: as many as there are, `source-0` and so on.
 
     Raises:
-        DataError: a manifest is there already, there are no tars, or a sample is damaged or not what it should be.
+        DataError: a manifest is there already, there are no tars, a sample is damaged or not what it should be, or a tar is not
+            the one of the index files beside it.
     """
     directory = Path(directory)
     if (directory / MANIFEST_FILE).exists():
@@ -106,9 +108,14 @@ def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
         raise DataError(f"shard {path.stem}: " + ("it has no samples" if not kinds else f"only some samples have {_SOURCES}"))
     bounds = np.array([*offsets, end], OFFSET).tobytes()
     checksums = _checksums(path, [*offsets, end]).tobytes()
-    for suffix, data in ((".idx", bounds), (".crc32", checksums)):
-        written.append(path.with_name(f"{path.name}{suffix}"))
-        write_file(written[-1], data)
+    new = {path.with_name(f"{path.name}{suffix}"): data for suffix, data in ((".idx", bounds), (".crc32", checksums))}
+    for beside, data in list(new.items()):
+        if beside.exists():
+            _compare(path, beside, data)
+            del new[beside]
+    for beside, data in new.items():
+        written.append(beside)
+        write_file(beside, data)
     shard = Shard(
         name=path.stem,
         samples=len(offsets),
@@ -118,6 +125,21 @@ def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
         crc32=zlib.crc32(checksums),
     )
     return shard, kinds.pop()
+
+
+def _compare(tar: Path, beside: Path, expected: bytes) -> None:
+    """Hold an index file that was there before, one number a sample, against the tar's own."""
+    size = (OFFSET if beside.suffix == ".idx" else CRC).itemsize
+    found = beside.read_bytes()
+    if found == expected:
+        return
+    starts = range(0, len(expected), size)
+    sample = next((n // size for n in starts if found[n : n + size] != expected[n : n + size]), len(starts))
+    raise DataError(
+        f"shard {tar.stem}: {beside}, which was there before, does not fit the tar ({len(found)} bytes, expected "
+        f"{len(expected)}; first difference at sample {sample}): one of them is damaged; copy both again, or remove "
+        f"{beside.name} if the tar is known to be right"
+    )
 
 
 def _checked_members(path: Path) -> Iterator[Member]:

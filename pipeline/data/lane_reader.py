@@ -16,7 +16,7 @@ from pipeline.data.manifest import DataError, Manifest
 from pipeline.data.mixture import DataSet, MixtureOrder
 from pipeline.data.reference_losses import ReaderWithLosses
 from pipeline.data.sample import Sample
-from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shard_reader import MAX_OPEN_SHARDS, ShardReader
 from pipeline.data.shard_table import ShardTable
 from pipeline.storage.files import Access
 from pipeline.storage.location import Url
@@ -127,7 +127,10 @@ class LaneRounds(IterableDataset):
 
     def __iter__(self) -> Iterator[Piece | DataError]:
         # An error goes out as a value: raised here, the DataLoader would bury its message in a traceback.
-        readers = [_reader(each, manifest, self.access) for each, manifest in zip(self.sets, self.manifests, strict=True)]
+        open_shards = max(1, MAX_OPEN_SHARDS // len(self.sets))
+        readers = [
+            _reader(each, manifest, self.access, open_shards) for each, manifest in zip(self.sets, self.manifests, strict=True)
+        ]
         lanes = _worker_share(self.lanes)
         try:
             for num_rounds, samples in self._windows(readers, lanes):
@@ -189,9 +192,9 @@ class LaneRounds(IterableDataset):
         return replace(sample, key=f"{self.sets[number].name}:{sample.key}", sources=source_map[own])
 
 
-def _reader(each: DataSet, manifest: Manifest, access: Access) -> Reader:
-    reader = ShardReader(each.place, manifest, access)
-    return reader if each.losses is None else ReaderWithLosses(reader, each.losses)
+def _reader(each: DataSet, manifest: Manifest, access: Access, max_open_shards: int) -> Reader:
+    reader = ShardReader(each.place, manifest, access, max_open_shards)
+    return reader if each.losses is None else ReaderWithLosses(reader, each.losses, max_open_shards)
 
 
 def _worker_share(lanes: Sequence[int]) -> Sequence[int]:

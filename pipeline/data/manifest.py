@@ -10,7 +10,7 @@ to do.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,8 +65,9 @@ class Preparation(Record):
     """How `launch/prepare.py` made the data: enough to know it again, and what packing did.
 
     `request_sha256` is of all settings and of the input files' names and sizes; `weights` are how often the documents of a
-    named source were taken (1 where it is not named); `part` is "2/8" for the second of eight parts. `documents` are those in
-    this folder, copies included, `documents_cut` those among them that lie in more than one row.
+    named source were taken (1 where it is not named); `part` is "2/8" for the second of eight parts, and `whole_sha256` what
+    `request_sha256` would be without it, the same for all of them; parts made before it was thought of have none.
+    `documents` are those in this folder, copies included, `documents_cut` those among them that lie in more than one row.
     """
 
     request_sha256: Sha256
@@ -77,6 +78,7 @@ class Preparation(Record):
     validation: float
     weights: dict[str, float]
     part: str | None = None
+    whole_sha256: Sha256 | None = None
     documents: Count
     documents_cut: Count
 
@@ -123,14 +125,17 @@ class Manifest(Record):
         return self
 
 
-def read_manifest(directory: Place, access: Access = DIRECT, *, may_be_empty: bool = False) -> Manifest:
+def read_manifest(
+    directory: Place, access: Access = DIRECT, *, may_be_empty: bool = False, looks_at_files: bool = True
+) -> Manifest:
     """Read a folder's manifest and check that its files are there and have their sizes.
 
     The files are looked at where that is quick: in a folder of this machine's file systems with up to a few thousand
     shards, of a larger one those of some shards, spread evenly. Whatever is missing or cut beyond that is found when it is
     read, because nothing is used that does not have its checksum.
 
-    `may_be_empty` is for the parts of a data set, one of which may have no held-out document.
+    `may_be_empty` is for the parts of a data set, one of which may have no held-out document. `looks_at_files` False leaves
+    the files to the caller.
 
     Raises:
         DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or the
@@ -139,14 +144,15 @@ def read_manifest(directory: Place, access: Access = DIRECT, *, may_be_empty: bo
     manifest = _parse(_manifest_text(directory, access), str(directory / MANIFEST_FILE))
     if manifest.num_samples == 0 and not may_be_empty:
         raise DataError(f"{directory / MANIFEST_FILE} lists no samples; prepare the data again with more documents")
-    if isinstance(directory, Path):
+    if looks_at_files and isinstance(directory, Path):
         if not (directory / manifest.tokenizer_file).is_file():
             raise DataError(
                 f"{directory / manifest.tokenizer_file} cannot be found, but {MANIFEST_FILE} names it as the data's tokenizer; "
                 "copy it again from where the data was prepared"
             )
         for number in range(0, len(manifest.shards), 1 + len(manifest.shards) // _MAX_SHARDS_LOOKED_AT):
-            _check_sizes_on_disk(directory, manifest.shards[number])
+            for problem in size_problems(directory, manifest.shards[number]):
+                raise DataError(problem)
     return manifest
 
 
@@ -220,7 +226,8 @@ class _Version(BaseModel):
     format_version: int
 
 
-def _check_sizes_on_disk(directory: Path, shard: Shard) -> None:
+def size_problems(directory: Path, shard: Shard) -> Iterator[str]:
+    """Which of a shard's files are missing or have another size than the manifest says."""
     expected = {
         f"{shard.name}.tar": shard.bytes,
         f"{shard.name}.tar.idx": 8 * (shard.samples + 1),
@@ -230,12 +237,13 @@ def _check_sizes_on_disk(directory: Path, shard: Shard) -> None:
         try:
             found = (directory / name).stat().st_size
         except OSError as error:
-            raise DataError(
+            yield (
                 f"shard {shard.name}: {directory / name} cannot be found ({error.strerror}), but the manifest lists it; "
                 "copy it again from where the data was prepared, or prepare again"
-            ) from None
+            )
+            continue
         if found != size:
-            raise DataError(
+            yield (
                 f"shard {shard.name}: {directory / name} has {found} bytes, expected {size}; "
                 "the file is cut or not of this data set: copy it again, or prepare again"
             )

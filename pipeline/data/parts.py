@@ -2,9 +2,11 @@
 
 The shards of the first part come first, then those of the second, and so on, numbered anew; their bytes stay as they are (and
 are linked where the file system can, not copied). The parts must be of one kind: sequence length, tokenizer, sources, splits.
-If `launch/prepare.py --part` made them, they must be all the parts of one request, each once.
+If `launch/prepare.py --part` made them, they must be all the parts of one request, each once. In no
+case may two of them have a shard in common: its rows would come twice in every epoch.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from pipeline.data.prepare import whole_or_absent
 from pipeline.data.shards import shard_name
 
 _OF_ONE_KIND = ("sequence_length", "vocab_size", "end_of_document_id", "tokenizer_sha256", "source_names")
+_OF_ONE_REQUEST = ("seed", "packing", "samples_per_shard", "validation", "weights", "whole_sha256")
 
 
 def merge(parts: Sequence[Path], output_dir: Path) -> dict[Path, Manifest]:
@@ -73,10 +76,37 @@ def _check(parts: Sequence[Path], folders: Sequence[str], manifests: Sequence[Ma
                 )
     numbers = [manifest.preparation.part if manifest.preparation else None for manifest in manifests]
     if any(numbers):
-        _check_parts(parts, [number or "" for number in numbers])
+        _check_numbers([number or "" for number in numbers])
+        _check_requests(parts, [manifest.preparation for manifest in manifests if manifest.preparation])
+    _check_shards(parts, manifests)
 
 
-def _check_parts(parts: Sequence[Path], numbers: Sequence[str]) -> None:
+def _check_requests(parts: Sequence[Path], made: Sequence[Preparation]) -> None:
+    for part, preparation in zip(parts, made, strict=True):
+        for name in _OF_ONE_REQUEST:
+            first, other = getattr(made[0], name), getattr(preparation, name)
+            if first == other or (name == "whole_sha256" and None in (first, other)):
+                continue
+            what = "the input or another setting" if name == "whole_sha256" else name
+            raise DataError(
+                f"{parts[0]} and {part} are parts of different requests: {what} differs, {first} in one and {other} in the "
+                "other; prepare all parts with the same command but for --part and --output"
+            )
+
+
+def _check_shards(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    seen: dict[str, int] = {}
+    for number, (part, manifest) in enumerate(zip(parts, manifests, strict=True)):
+        for shard in manifest.shards:
+            first = seen.setdefault(shard.sha256, number)
+            if first != number:
+                raise DataError(
+                    f"{parts[first]} and {part} have a shard in common ({shard.name} of the latter): its rows would be there "
+                    "twice; name every part once"
+                )
+
+
+def _check_numbers(numbers: Sequence[str]) -> None:
     count = numbers[0].partition("/")[2]
     expected = [f"{number}/{count}" for number in range(1, int(count or 0) + 1)]
     if sorted(numbers) != sorted(expected):
@@ -138,7 +168,10 @@ def _merged_preparation(made: Sequence[Preparation]) -> Preparation:
     return made[0].model_copy(
         update={
             "input": InputCounts(**counts),
+            # Not that of the first part, whose command would take the whole for its own output.
+            "request_sha256": hashlib.sha256("\n".join(each.request_sha256 for each in made).encode()).hexdigest(),
             "part": None,
+            "whole_sha256": None,
             "documents": sum(each.documents for each in made),
             "documents_cut": sum(each.documents_cut for each in made),
         }

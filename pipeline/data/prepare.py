@@ -32,7 +32,10 @@ from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerpr
 from pipeline.data.workers import Report, work_on
 
 SAMPLES_PER_SHARD = 8192
-PARTIAL = ".partial"
+_PARTIAL = ".partial"
+# In a partial folder of `resumable.prepare_files`: what was asked for, and who writes to it.
+REQUEST_FILE = "request.json"
+LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True)
@@ -135,16 +138,32 @@ def whole_or_absent(output_dir: Path) -> Iterator[Path]:
     """A new folder `OUTPUT.partial` to write to, renamed to OUTPUT at the end of the block if nothing was raised.
 
     Raises:
-        DataError: OUTPUT exists and is not an empty folder.
+        DataError: OUTPUT exists and is not an empty folder, or its partial folder is a preparation that can be gone on with.
     """
     output_dir = Path(output_dir)
+    partial = partial_of(output_dir)
     if is_taken(output_dir):
         raise DataError(f"the output {output_dir} exists already; remove it, or choose another one")
-    partial = output_dir.with_name(output_dir.name + PARTIAL)
+    if any((partial / name).exists() for name in (REQUEST_FILE, LOCK_FILE)):
+        raise DataError(
+            f"{partial} is a preparation that is not finished; finish it with its own launch/prepare.py command, remove it, or "
+            "choose another output"
+        )
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
     os.rename(partial, output_dir)
+
+
+def partial_of(output_dir: Path) -> Path:
+    """The folder beside the output in which it is made.
+
+    Raises:
+        DataError: the output's path does not end in a name.
+    """
+    if output_dir.name in ("", ".."):
+        raise DataError(f"expected an output folder with a name of its own, such as {output_dir / 'data'}, got {output_dir}")
+    return output_dir.with_name(output_dir.name + _PARTIAL)
 
 
 def is_taken(output_dir: Path) -> bool:

@@ -29,11 +29,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.data.cache import LeastRecentlyUsed
 from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest
 from pipeline.data.sample import Sample
-from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shard_reader import MAX_OPEN_SHARDS, ShardReader
 from pipeline.data.shards import CRC
+from pipeline.storage.files import StorageError, raise_if_of_the_machine
 
 PIECE_SAMPLES = 1024
-_MAX_OPEN_SHARDS = 64
 Piece = tuple[int, int, int]
 """(shard, first sample, end) of a run of a shard's samples."""
 _DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
@@ -128,21 +128,23 @@ def find_losses(
 class ReferenceLosses:
     """Reads a data set's losses by shard and sample index."""
 
-    def __init__(self, cached: CachedLosses, data: Manifest) -> None:
+    def __init__(self, cached: CachedLosses, data: Manifest, max_open_shards: int = MAX_OPEN_SHARDS) -> None:
         self._folder, self._losses, self._data = losses_folder(cached.cache, cached.manifest.data_sha256), cached.manifest, data
-        self._open: LeastRecentlyUsed[int, tuple[int, int]] = LeastRecentlyUsed(_MAX_OPEN_SHARDS, _close)
+        self._open: LeastRecentlyUsed[int, tuple[int, int]] = LeastRecentlyUsed(max_open_shards, _close)
 
     def read(self, shard_index: int, sample_index: int) -> np.ndarray:
         """float32 [T, C].
 
         Raises:
             DataError: the losses are damaged or not there; the message names shard and sample.
+            StorageError: they cannot be reached.
         """
         name, size = self._data.shards[shard_index].name, self._losses.sample_bytes
         try:
             losses, crc32 = self._open.get(shard_index, lambda: self._open_shard(name))
             data, expected = os.pread(losses, size, size * sample_index), os.pread(crc32, 4, 4 * sample_index)
         except OSError as error:
+            raise_if_of_the_machine(error, self._folder)
             raise DataError(f"{self._folder / name}.losses: {error.strerror}; score the data again") from None
         if len(data) != size or len(expected) != 4 or zlib.crc32(data) != int.from_bytes(expected, "little"):
             raise DataError(
@@ -161,7 +163,12 @@ class ReferenceLosses:
 
     def _open_shard(self, name: str) -> tuple[int, int]:
         path = self._folder / f"{name}.losses"
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.open(f"{path}.crc32", os.O_RDONLY | os.O_CLOEXEC)
+        losses = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return losses, os.open(f"{path}.crc32", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(losses)
+            raise
 
 
 def _close(files: tuple[int, int]) -> None:
@@ -172,13 +179,16 @@ def _close(files: tuple[int, int]) -> None:
 class ReaderWithLosses:
     """A `ShardReader` whose samples carry their reference losses. Losses that are damaged damage their sample."""
 
-    def __init__(self, reader: ShardReader, cached: CachedLosses) -> None:
-        self._reader, self._losses = reader, ReferenceLosses(cached, reader.manifest)
+    def __init__(self, reader: ShardReader, cached: CachedLosses, max_open_shards: int = MAX_OPEN_SHARDS) -> None:
+        self._reader, self._losses = reader, ReferenceLosses(cached, reader.manifest, max_open_shards)
 
     def read_many(self, shards: Sequence[int], samples: Sequence[int]) -> list[Sample]:
         """As `ShardReader.read_many`."""
         places = zip(self._reader.read_many(shards, samples), shards, samples, strict=True)
-        return [self._with_losses(sample, shard, index) for sample, shard, index in places]
+        try:
+            return [self._with_losses(sample, shard, index) for sample, shard, index in places]
+        except StorageError as error:
+            raise DataError(str(error)) from None
 
     def close(self) -> None:
         self._reader.close()

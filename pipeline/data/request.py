@@ -13,11 +13,8 @@ from tokenizers import Tokenizer
 
 from pipeline.data.inputs import InputFile
 from pipeline.data.manifest import DataError
-from pipeline.data.prepare import Settings
+from pipeline.data.prepare import LOCK_FILE, REQUEST_FILE, Settings
 from pipeline.data.shards import write_file
-
-REQUEST_FILE = "request.json"
-LOCK_FILE = "lock"
 
 
 def describe(
@@ -41,6 +38,11 @@ def describe(
 def request_sha256(request: dict[str, Any]) -> str:
     """By which a finished folder is known to be what is asked for."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def whole_sha256(request: dict[str, Any]) -> str | None:
+    """By which parts are known to be of one request: its hash without the part; None where there is no part."""
+    return request_sha256({**request, "part": None}) if request["part"] else None
 
 
 def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[str, Any]) -> bool:

@@ -32,9 +32,9 @@ from pipeline.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.data.prepare import PARTIAL, Settings, assemble_split, is_taken, tokenization_into
+from pipeline.data.prepare import LOCK_FILE, Settings, assemble_split, is_taken, partial_of, tokenization_into
 from pipeline.data.progress import Display
-from pipeline.data.request import LOCK_FILE, begin_or_continue, describe, request_sha256
+from pipeline.data.request import begin_or_continue, describe, request_sha256, whole_sha256
 from pipeline.data.shards import token_dtype, write_file
 from pipeline.data.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
@@ -76,7 +76,7 @@ def prepare_files(
     settings.check(names)
     files = input_files(inputs)
     request = describe(files, tokenizer, settings, names)
-    partial = output_dir.with_name(output_dir.name + PARTIAL)
+    partial = partial_of(output_dir)
     if is_taken(output_dir):
         prepared = _complete_already(output_dir, request, settings)
         shutil.rmtree(partial, ignore_errors=True)
@@ -90,7 +90,7 @@ def prepare_files(
             if was_begun:
                 done = len(list(job.work.glob("slice-*.json")))
                 job.display.say(f"continuing {partial}: {done:,} slices of the input are tokenised already")
-            return _make(job, tokenizer, request_sha256(request), output_dir)
+            return _make(job, tokenizer, request, output_dir)
         except DataError:
             if not any(job.work.glob("slice-*.json")):
                 shutil.rmtree(partial)
@@ -115,7 +115,7 @@ class _Job:
         return self.partial / "data"
 
 
-def _make(job: _Job, tokenizer: Tokenizer | int, request_hash: str, output_dir: Path) -> Prepared:
+def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output_dir: Path) -> Prepared:
     slices_ = _own_slices(job)
     trained = _tokenizer(job, tokenizer)
     records = _tokenize(job, trained, slices_)
@@ -128,7 +128,7 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request_hash: str, output_dir: 
     manifests = {}
     for split, folder in job.settings.splits.items():
         expected = sum(record.train_tokens if split == "train" else record.validation_tokens for record in records)
-        manifests[output_dir / folder] = _assemble(job, trained, split, folder, expected, counts, request_hash)
+        manifests[output_dir / folder] = _assemble(job, trained, split, folder, expected, counts, request)
     for leftover in job.data.rglob("*.tmp"):
         leftover.unlink()
     os.rename(job.data, output_dir)
@@ -199,7 +199,7 @@ def _tokenize(job: _Job, tokenizer: Tokenizer, slices_: Sequence[Sequence[Span]]
 
 
 def _assemble(
-    job: _Job, tokenizer: Tokenizer, split: str, folder: str, expected: int, counts: Counts, request_hash: str
+    job: _Job, tokenizer: Tokenizer, split: str, folder: str, expected: int, counts: Counts, request: dict[str, Any]
 ) -> Manifest:
     settings = job.settings
     size = expected * token_dtype(vocab_size(tokenizer)).itemsize
@@ -222,7 +222,7 @@ def _assemble(
         )
     found = {name: getattr(counts, name) for name in InputCounts.model_fields}
     preparation = Preparation(
-        request_sha256=request_hash,
+        request_sha256=request_sha256(request),
         input=InputCounts(**found),
         seed=settings.seed,
         packing=settings.packing,
@@ -230,6 +230,7 @@ def _assemble(
         validation=settings.validation_fraction,
         weights=settings.weights,
         part=f"{settings.part[0]}/{settings.part[1]}" if settings.part else None,
+        whole_sha256=whole_sha256(request),
         documents=sum(record.num_documents for record in records),
         documents_cut=sum(record.documents_cut for record in records),
     )

@@ -15,7 +15,6 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -23,12 +22,13 @@ import numpy as np
 from pipeline.data.cache import LeastRecentlyUsed
 from pipeline.data.manifest import DataError, Manifest
 from pipeline.data.sample import DamageError, Sample, SampleDecoder
-from pipeline.data.shard_table import Shard, ShardTable
+from pipeline.data.shard_files import OpenShard, Run
+from pipeline.data.shard_table import ShardTable
 from pipeline.data.shards import CRC, OFFSET
-from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, open_file
+from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, raise_if_of_the_machine
 from pipeline.storage.location import Place, Url
 
-_MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 64
 _INDEX_SAMPLES = 1024
 _MAX_INDEX_PIECES = 1024
 _MAX_RUN_BYTES = 8 * 2**20
@@ -43,47 +43,18 @@ class DamagedSampleError(DataError):
     """A sample that is damaged, missing or does not fit the manifest; the message names shard and sample."""
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Samples side by side in a shard: their places in the caller's list, numbers, offsets (one more) and checksums."""
-
-    shard: int
-    places: list[int]
-    samples: list[int]
-    offsets: list[int]
-    checksums: list[int]
-
-
-class _OpenShard:
-    """The three files of a shard."""
-
-    def __init__(self, place: Place, shard: Shard, access: Access) -> None:
-        self.files: list[OpenFile] = []
-        indices = {"tar.idx": OFFSET.itemsize * (shard.samples + 1), "tar.crc32": CRC.itemsize * shard.samples}
-        try:
-            for suffix, size in ({"tar": shard.bytes} | indices).items():
-                self.files.append(open_file(place / f"{shard.name}.{suffix}", size, access))
-        except OSError:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        while self.files:
-            self.files.pop().close()
-
-
 class ShardReader:
     """Reads samples by shard and sample index, from at most `max_open_shards` shards (3 files each)."""
 
     def __init__(
-        self, directory: Place, manifest: Manifest, access: Access = DIRECT, max_open_shards: int = _MAX_OPEN_SHARDS
+        self, directory: Place, manifest: Manifest, access: Access = DIRECT, max_open_shards: int = MAX_OPEN_SHARDS
     ) -> None:
         self.directory = directory
         self.manifest = manifest
         self._table = ShardTable.of(manifest.shards)
         self._access = access
         self._decoder = SampleDecoder(manifest)
-        self._open: LeastRecentlyUsed[int, _OpenShard] = LeastRecentlyUsed(max_open_shards, _OpenShard.close)
+        self._open: LeastRecentlyUsed[int, OpenShard] = LeastRecentlyUsed(max_open_shards, OpenShard.close)
         self._indices: LeastRecentlyUsed[tuple[int, int], _Index] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
         self._opening = threading.Lock()
         self._is_known = self._table.crc32s < 0
@@ -116,11 +87,11 @@ class ShardReader:
         found: list[Sample | None] = [None] * len(shards)
         try:
             for places_of_shards in self._together(shards):
-                wanted = {shard: [samples[place] for place in places] for shard, places in places_of_shards.items()}
-                runs = list(self._runs(places_of_shards, wanted, self._index_pieces(wanted), found))
-                for run, read in zip(runs, self._map(self._read_run, runs), strict=True):
-                    for place, sample in zip(run.places, read, strict=True):
-                        found[place] = sample
+                self._read_places(places_of_shards, samples, found)
+                # What seems to be damaged may be where a damaged copy of the index, in the cache, says it is.
+                doubtful = self._with_forgotten_index(places_of_shards, samples, found)
+                if doubtful:
+                    self._read_places(doubtful, samples, found)
         except StorageError as error:
             raise DataError(str(error)) from None
         return found  # type: ignore[return-value]
@@ -143,9 +114,8 @@ class ShardReader:
             if found != expected and crc32.forget(0, size):
                 idx.forget(0, OFFSET.itemsize * (num_samples + 1))
                 found = zlib.crc32(crc32.read(0, size))
-        except StorageError:
-            raise
         except OSError as error:
+            raise_if_of_the_machine(error, self.directory)
             return error
         if found != expected:
             return DamageError(
@@ -162,6 +132,38 @@ class ShardReader:
             # Without waiting: an abandoned reader may be collected in the very thread that its requests wait for.
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+
+    def _read_places(self, places_of_shards: dict[int, list[int]], samples: Sequence[int], found: list[Sample | None]) -> None:
+        """Read what is wanted at these places of the caller's list into `found`."""
+        wanted = {shard: [samples[place] for place in places] for shard, places in places_of_shards.items()}
+        runs = list(self._runs(places_of_shards, wanted, self._index_pieces(wanted), found))
+        for run, read in zip(runs, self._map(self._read_run, runs), strict=True):
+            for place, sample in zip(run.places, read, strict=True):
+                found[place] = sample
+
+    def _with_forgotten_index(
+        self, places_of_shards: dict[int, list[int]], samples: Sequence[int], found: Sequence[Sample | None]
+    ) -> dict[int, list[int]]:
+        """The places of damaged samples, as `places_of_shards` has them, of whose index there were copies; these are gone."""
+        doubtful: dict[int, list[int]] = {}
+        for shard, places in places_of_shards.items():
+            damaged = [place for place in places if (sample := found[place]) is not None and sample.damage is not None]
+            pieces = {samples[place] // _INDEX_SAMPLES for place in damaged}
+            forgotten = {piece for piece in pieces if self._forget_index(shard, piece)}
+            if again := [place for place in damaged if samples[place] // _INDEX_SAMPLES in forgotten]:
+                doubtful[shard] = again
+        return doubtful
+
+    def _forget_index(self, shard: int, piece: int) -> bool:
+        self._indices.drop((shard, piece))
+        try:
+            _, idx, crc32 = self._files(shard)
+        except OSError as error:  # a file that is missing has no copies
+            raise_if_of_the_machine(error, self.directory)
+            return False
+        first = piece * _INDEX_SAMPLES
+        had_offsets = idx.forget(OFFSET.itemsize * first, OFFSET.itemsize * (_INDEX_SAMPLES + 1))
+        return crc32.forget(CRC.itemsize * first, CRC.itemsize * _INDEX_SAMPLES) or had_offsets
 
     def _together(self, shards: Sequence[int]) -> Iterator[dict[int, list[int]]]:
         """Places in the caller's list by shard: remote shards all at once; others one by one, lest one be closed, to keep
@@ -205,15 +207,14 @@ class ShardReader:
             _, idx, crc32 = self._files(shard)
             offsets = idx.read(OFFSET.itemsize * piece * _INDEX_SAMPLES, OFFSET.itemsize * (_INDEX_SAMPLES + 1))
             checksums = crc32.read(CRC.itemsize * piece * _INDEX_SAMPLES, CRC.itemsize * _INDEX_SAMPLES)
-        except StorageError:
-            raise
         except OSError as error:
+            raise_if_of_the_machine(error, self.directory)
             return error
         return _whole_items(offsets, OFFSET), _whole_items(checksums, CRC)
 
     def _files(self, shard: int) -> list[OpenFile]:
         with self._opening:  # requests side by side ask for files side by side
-            return self._open.get(shard, lambda: _OpenShard(self.directory, self.manifest.shards[shard], self._access)).files
+            return self._open.get(shard, lambda: OpenShard(self.directory, self.manifest.shards[shard], self._access)).files
 
     def _runs(
         self,
@@ -221,10 +222,10 @@ class ShardReader:
         wanted: dict[int, list[int]],
         pieces: dict[tuple[int, int], _Index | Exception],
         found: list[Sample | None],
-    ) -> Iterator[_Run]:
+    ) -> Iterator[Run]:
         """The wanted samples as runs; those that the index does not place go to `found` as damaged."""
         for shard, samples in wanted.items():
-            run: _Run | None = None
+            run: Run | None = None
             for sample, place in sorted(zip(samples, places_of_shards[shard], strict=True)):
                 try:
                     start, end, checksum = self._extent(shard, sample, pieces[shard, sample // _INDEX_SAMPLES])
@@ -239,7 +240,7 @@ class ShardReader:
                     continue
                 if run is not None:
                     yield run
-                run = _Run(shard, [place], [sample], [start, end], [checksum])
+                run = Run(shard, [place], [sample], [start, end], [checksum])
             if run is not None:
                 yield run
 
@@ -257,7 +258,7 @@ class ShardReader:
             raise DamageError(f"its .idx gives it {end - start} bytes, a row has at most {self._decoder.max_bytes}")
         return start, end, int(checksums[within])
 
-    def _read_run(self, run: _Run) -> list[Sample]:
+    def _read_run(self, run: Run) -> list[Sample]:
         start, size = run.offsets[0], run.offsets[-1] - run.offsets[0]
         try:
             tar = self._files(run.shard)[0]
@@ -266,15 +267,14 @@ class ShardReader:
             if any(sample.damage is not None for sample in read) and tar.forget(start, size):
                 read = self._decode_all(tar.read(start, size), run)
             return read
-        except StorageError:
-            raise
         except OSError as error:
+            raise_if_of_the_machine(error, self.directory)
             return [self._blank(run.shard, sample, error) for sample in run.samples]
 
-    def _decode_all(self, data: bytes, run: _Run) -> list[Sample]:
+    def _decode_all(self, data: bytes, run: Run) -> list[Sample]:
         return [self._decode(data, run, index) for index in range(len(run.samples))]
 
-    def _decode(self, data: bytes, run: _Run, index: int) -> Sample:
+    def _decode(self, data: bytes, run: Run, index: int) -> Sample:
         start, end = (offset - run.offsets[0] for offset in run.offsets[index : index + 2])
         own = data[start:end]
         try:

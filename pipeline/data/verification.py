@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.manifest import DataError, Manifest, Shard, read_manifest
+from pipeline.data.manifest import DataError, Manifest, Shard, read_manifest, size_problems
 from pipeline.data.sample import Sample
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.shards import MAX_SOURCES
 from pipeline.data.tokenizer import fingerprint, load_tokenizer, vocab_size
+from pipeline.storage.files import StorageError
 
 _CHUNK = 1 << 20
 _MAX_SAMPLES_NAMED = 5
@@ -32,10 +33,10 @@ def verify(directory: Path, report: Callable[[Shard], None] = lambda shard: None
     """What is wrong with a prepared folder, one sentence each; empty if nothing is.
 
     Raises:
-        DataError: the manifest cannot be read, or a file is missing or of another size.
+        DataError: the manifest cannot be read, or the machine cannot read a file.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, looks_at_files=False)
     problems = [*_tokenizer_problems(directory, manifest), *_surplus(directory, manifest)]
     totals = Totals()
     reader = ShardReader(directory, manifest)
@@ -48,10 +49,17 @@ def verify(directory: Path, report: Callable[[Shard], None] = lambda shard: None
 
 def _shard_problems(directory: Path, manifest: Manifest, index: int, reader: ShardReader, totals: Totals) -> Iterator[str]:
     shard = manifest.shards[index]
+    yield from size_problems(directory, shard)
+    if not all((directory / f"{shard.name}.{suffix}").is_file() for suffix in ("tar", "tar.idx", "tar.crc32")):
+        return
     found = file_sha256(directory / f"{shard.name}.tar")
     if found != shard.sha256:
         yield f"shard {shard.name}: the sha256 of its tar is {found[:12]}…, expected {shard.sha256[:12]}…"
-    if strange := reader.recognise(index):
+    try:
+        strange = reader.recognise(index)
+    except StorageError as error:
+        raise DataError(str(error)) from None
+    if strange:
         yield f"shard {shard.name}: {strange}"
         return
     tokens, damaged = 0, []

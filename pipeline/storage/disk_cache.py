@@ -4,11 +4,14 @@ A file is kept in parts of 1 MiB, each a file of its own that appears by a renam
 is taken before a part is written: under the folder's lock the bytes in use are added up and, where they would be too
 many, the parts that were used longest ago go. A reader whose part goes meanwhile fetches it again. Two processes that
 want the same part at once fetch it once.
+
+A cache only saves time: what goes wrong with it (a full disk, a file system without locks) is never the reader's error.
 """
 
 import fcntl
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,7 +55,8 @@ class DiskCache:
     def _add(self, path: Path, data: bytes) -> None:
         if len(data) > self.capacity:
             return
-        temporary = path.with_name(f"{path.name}.partial")
+        # Of this thread alone: where there are no locks, another may be writing the same part.
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
         with self._locked("lock"), suppress(OSError):  # a full disk costs only the copy
             self._make_room(len(data))
             temporary.write_bytes(data)
@@ -92,9 +96,14 @@ class DiskCache:
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         # Opened anew each time: a lock belongs to the opened file, so it holds between threads too.
-        descriptor = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            descriptor = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            yield
+            return
+        try:
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)

@@ -6,6 +6,7 @@ servers restart, answers end early. What no repetition can mend (no such file, n
 is said at once. A pipe cannot be asked for a range: its whole output goes to a temporary file first.
 """
 
+import errno
 import os
 import subprocess
 import tempfile
@@ -38,6 +39,24 @@ class Access:
     cache_dir: Path | None = None
     cache_bytes: int = 64 * 2**30
     allow_pipe: bool = False
+
+
+def raise_if_of_the_machine(error: OSError, folder: Place) -> None:
+    """Tell what is wrong with a file of `folder` from what is wrong with the machine that reads it. The file is missing, though
+    its folder is there, or it ends too early (an error of ours, without a number): returns. Whatever else there is (too many
+    open files, no permission, a disk or server that does not answer, the folder gone) says nothing about the data.
+
+    Raises:
+        StorageError: it is the machine.
+    """
+    if isinstance(error, StorageError):
+        raise error
+    is_there = not isinstance(folder, Path) or folder.is_dir()
+    if error.errno is None or (error.errno == errno.ENOENT and is_there):
+        return
+    where, what = error.filename or folder, error.strerror or error
+    remedy = "raise its limit, `ulimit -n`" if error.errno in (errno.EMFILE, errno.ENFILE) else "mend that and go on"
+    raise StorageError(f"{where} cannot be read: {what}; the machine is at fault and not the data: {remedy}") from None
 
 
 DIRECT = Access()

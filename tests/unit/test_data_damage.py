@@ -4,9 +4,11 @@ import io
 import itertools
 import json
 import os
+import resource
 import shutil
 import tarfile
 import zlib
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.manifest import DataError, read_manifest, write_manifest
+from pipeline.data.reference_losses import CachedLosses, LossesManifest, LossesWriter, ReaderWithLosses
 from pipeline.data.shard_reader import DamagedSampleError, ShardReader
 from pipeline.data.shard_table import ShardTable
 from pipeline.data.stream import Stream
@@ -287,6 +290,74 @@ def test_what_is_missing_at_the_start_is_refused_at_the_start(folder):
     (folder / "shard-00001.tar").unlink()
     with pytest.raises(DataError, match=r"shard-00001.tar cannot be found"):
         Stream(folder, **SIZES, raises=False)
+
+
+@contextmanager
+def no_more_open_files():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextmanager
+def gone(folder):
+    folder.rename(folder.with_name("elsewhere"))
+    try:
+        yield
+    finally:
+        folder.with_name("elsewhere").rename(folder)
+
+
+def test_what_is_wrong_with_the_machine_is_an_error_and_never_a_row_of_padding(folder, whole):
+    reader, right = ShardReader(folder, read_manifest(folder)), ShardReader(whole, read_manifest(whole))
+    with no_more_open_files(), pytest.raises(DataError, match=r"Too many open files; .* not the data: .*ulimit -n"):
+        reader.read_many([1], [3])
+    with gone(folder), pytest.raises(DataError, match=r"No such file.*not the data: mend that and go on"):
+        reader.read_many([1], [3])
+    (folder / "shard-00002.tar.idx").unlink()
+    (folder / "shard-00002.tar.idx").symlink_to("shard-00002.tar.idx")
+    with pytest.raises(DataError, match=r"shard-00002\.tar\.idx cannot be read: Too many levels .*not the data"):
+        reader.read_many([1, 2], [3, 3])
+    (sample,) = reader.read_many([1], [3])
+    assert (sample.damage, sample.tokens.tolist()) == (None, right.read(1, 3).tokens.tolist())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_stops_where_the_machine_is_at_fault_though_damage_would_be_skipped(folder, num_workers):
+    batches = Stream(folder, **SIZES, raises=False, num_workers=num_workers).iterate(0, end_sample=24)
+    with gone(folder):
+        batch = next(batches)
+    assert (len(batch.damage), "the machine is at fault and not the data" in (batch.failure or "")) == (0, True)
+
+
+def test_reference_losses_that_cannot_be_reached_are_an_error_and_missing_ones_damage(whole, tmp_path):
+    manifest = read_manifest(whole)
+    losses = LossesManifest(
+        data_sha256="0" * 64,
+        reference_sha256="0" * 64,
+        reference="",
+        precision="fp32",
+        horizon="shifted",
+        dtype="float32",
+        sequence_length=4,
+        columns=1,
+    )
+    writer = LossesWriter(tmp_path, losses, manifest)
+    for piece in writer.begin():
+        writer.write(piece, np.full((8, 4, 1), piece[0], np.float32))
+    for shard in range(3):
+        writer.join(shard)
+    writer.finish()
+    reader = ReaderWithLosses(ShardReader(whole, manifest), CachedLosses(tmp_path, losses))
+    with gone(writer.folder), pytest.raises(DataError, match=r"No such file.*not the data"):
+        reader.read_many([1], [3])
+    (writer.folder / "shard-00002.losses.crc32").unlink()
+    one, two = reader.read_many([1, 2], [3, 3])
+    assert (one.damage, one.reference_losses.tolist()) == (None, [[1.0]] * 4)
+    assert "score the data again" in two.damage
 
 
 edits = st.lists(

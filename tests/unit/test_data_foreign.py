@@ -106,6 +106,43 @@ def test_what_is_adopted_already_and_what_holds_no_shards_is_an_error(tmp_path):
         index(tmp_path / "empty", TOKENIZER)
 
 
+def index_files(directory):
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.glob("*.tar.*")}
+
+
+def test_index_files_that_are_there_are_held_against_the_tars_and_kept(tmp_path):
+    directory = write_shards(tmp_path / "data", rows(10))
+    manifest = index(directory, TOKENIZER)
+    before = index_files(directory)
+    (directory / "manifest.json").unlink()
+    assert index(directory, TOKENIZER) == manifest
+    assert index_files(directory) == before
+    (directory / "manifest.json").unlink()
+    (directory / "their-001.tar.idx").unlink()
+    tar = bytearray((directory / "their-001.tar").read_bytes())
+    tar[np.fromfile(directory / "their-000.tar.idx", "<u8")[3] + 512 + 128] ^= 1  # a length or a token of sample 3
+    (directory / "their-001.tar").write_bytes(tar)
+    with pytest.raises(
+        DataError, match=r"their-001\.tar\.crc32, which was there .*first difference at sample 3\): one of them"
+    ):
+        index(directory, TOKENIZER)
+    assert index_files(directory) == {name: file for name, file in before.items() if name != "their-001.tar.idx"}
+    assert not (directory / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("suffix", ["idx", "crc32"])
+def test_an_index_file_that_is_there_and_cut_is_an_error(tmp_path, suffix):
+    directory = write_shards(tmp_path / "data", rows(5))
+    index(directory, TOKENIZER)
+    (directory / "manifest.json").unlink()
+    path = directory / f"their-000.tar.{suffix}"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        DataError, match=rf"their-000\.tar\.{suffix}, which was there before, does not fit the tar \(\d+ bytes, expected \d+"
+    ):
+        index(directory, TOKENIZER)
+
+
 def npy(array):
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=True)

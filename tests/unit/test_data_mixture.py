@@ -1,8 +1,10 @@
 """Mixtures: which set comes when, exactly and without memory; each set with its own epochs; sources that stay apart."""
 
 import itertools
+import os
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +145,16 @@ def test_sources_are_joined_by_name_and_unnamed_ones_are_called_after_their_set(
 def test_one_set_is_the_order_of_its_folder_alone(sets):
     alone = Stream(sets[0].place, lanes=6, global_batch=12, micro_batch=2, rank=0, world_size=1, seed=5, shuffle_block=8)
     assert rows_of(stream(sets[:1]).iterate(0, end_sample=60)) == rows_of(alone.iterate(0, end_sample=60))
+
+
+def test_the_bound_on_open_files_is_that_of_all_sets_together(tmp_path):
+    many = [DataSet(numbered_data(tmp_path / str(n), 60, samples_per_shard=2), 1, str(n)) for n in range(5)]
+    descriptors = Path("/proc/self/fd")
+    most = 0
+    for _ in stream(many).iterate(0, end_sample=360):
+        targets = [os.readlink(path) for path in descriptors.iterdir() if path.is_symlink()]
+        most = max(most, sum(target.startswith(str(tmp_path)) for target in targets))
+    assert 3 * 5 < most <= 3 * 64
 
 
 def test_sets_that_do_not_go_together_are_refused(sets, tmp_path):

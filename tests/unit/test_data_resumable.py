@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pipeline.data.documents import Rules
 from pipeline.data.inputs import Input
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.parts import merge
-from pipeline.data.prepare import Settings
+from pipeline.data.prepare import Settings, prepare
 from pipeline.data.resumable import prepare_files
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
@@ -239,6 +240,73 @@ def test_parts_merge_to_the_union_in_a_defined_order(corpus, tmp_path):
     assert sorted(union) == EVERY
     made = read_manifest(tmp_path / "merged" / "train").preparation
     assert (made.input.documents, made.input.empty, made.input.undecodable, made.part) == (1000, 2, 1, None)
+
+
+def two_parts(corpus, directory, second_corpus=None, **changes):
+    """Parts 1/2 and 2/2, of which the second was asked for with other settings or another corpus."""
+    parts = [directory / "part1", directory / "part2"]
+    prepare_files(inputs(corpus), parts[0], byte_tokenizer(), settings(part=(1, 2)))
+    prepare_files(inputs(second_corpus or corpus), parts[1], byte_tokenizer(), settings(part=(2, 2), **changes))
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed differs, 0 in one and 1 in the other"),
+        ({"packing": "best_fit"}, "packing differs"),
+        ({"weights": {"web": 2.0}}, "weights differs"),
+        ({"rules": Rules(max_document_bytes=500, on_undecodable="skip")}, "the input or another setting differs"),
+    ],
+)
+def test_parts_of_different_requests_are_not_merged(corpus, tmp_path, changes, named):
+    parts = two_parts(corpus, tmp_path, **changes)
+    with pytest.raises(DataError, match=f"part1 and .*part2 are parts of different requests: {named}"):
+        merge(parts, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_parts_of_different_inputs_are_not_merged(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "other")
+    write_lines(tmp_path / "other" / "prose" / "b.jsonl", PROSE[500:600])
+    parts = two_parts(corpus, tmp_path, tmp_path / "other")
+    with pytest.raises(DataError, match="parts of different requests: the input or another setting differs"):
+        merge(parts, tmp_path / "merged")
+
+
+def test_what_is_no_part_is_not_merged_with_itself(corpus, tmp_path):
+    prepare_files(inputs(corpus), tmp_path / "whole", byte_tokenizer(), settings())
+    shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+    for other in ("whole", "copy"):
+        with pytest.raises(DataError, match=f"whole and .*{other} have a shard in common .*there twice"):
+            merge([tmp_path / "whole", tmp_path / other], tmp_path / "merged")
+
+
+def test_what_was_merged_is_not_taken_for_the_first_part(corpus, tmp_path):
+    merge(two_parts(corpus, tmp_path), tmp_path / "merged")
+    for number in (1, 2):
+        with pytest.raises(DataError, match="exists already; remove it"):
+            prepare_files(inputs(corpus), tmp_path / "merged", byte_tokenizer(), settings(part=(number, 2)))
+
+
+def test_merging_leaves_a_preparation_that_is_not_finished_alone(corpus, tmp_path):
+    parts = two_parts(corpus, tmp_path)
+    interrupted(corpus, tmp_path / "out", 9)
+    before = contents(tmp_path / "out.partial")
+    assert len(before) > 10
+    with pytest.raises(DataError, match=r"out\.partial is a preparation that is not finished; finish it"):
+        merge(parts, tmp_path / "out")
+    assert contents(tmp_path / "out.partial") == before
+
+
+@pytest.mark.parametrize("output", [".", "..", "/"])
+def test_an_output_without_a_name_is_refused(corpus, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="expected an output folder with a name of its own"):
+        prepare_files(inputs(corpus), Path(output), byte_tokenizer(), settings())
+    with pytest.raises(DataError, match="expected an output folder with a name of its own"):
+        prepare([], Path(output), byte_tokenizer(), T, seed=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def documents_in_or_none(directory):

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.data.documents import Document
 from pipeline.data.inspection import inspect
-from pipeline.data.manifest import MANIFEST_FILE, DataError
+from pipeline.data.manifest import MANIFEST_FILE, DataError, read_manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenizer import byte_tokenizer, train_bpe
 from pipeline.data.verification import verify
@@ -106,9 +106,32 @@ def test_swapped_shards_are_found(folder):
     assert "the shard was exchanged for another" in problems[1]
 
 
-def test_a_missing_file_is_an_error(folder):
-    (folder / "shard-00002.tar.idx").unlink()
-    with pytest.raises(DataError, match=r"shard-00002\.tar\.idx cannot be found"):
+def test_every_file_that_is_cut_or_missing_is_found(folder):
+    last = read_manifest(folder).shards[3].samples - 1
+    for name in ("shard-00000.tar", "shard-00003.tar", "shard-00003.tar.idx"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    (folder / "shard-00001.tar.idx").unlink()
+    (folder / "shard-00002.tar").unlink()
+    (folder / "tokenizer.json").unlink()
+    problems = verify(folder)
+    expected = [
+        "tokenizer.json",
+        "shard-00000.tar has 40959 bytes, expected 40960",
+        "shard shard-00000: the sha256 of its tar is ",
+        "shard-00001.tar.idx cannot be found",
+        "shard-00002.tar cannot be found",
+        "shard-00003.tar has ",
+        "shard-00003.tar.idx has ",
+        "shard shard-00003: the sha256 of its tar is ",
+    ]
+    for text, problem in zip(expected, problems, strict=False):
+        assert text in problem
+    assert [problem.partition(", in ")[0] for problem in problems[len(expected) :]] == [f"shard shard-00003, sample {last}"]
+
+
+def test_a_folder_without_a_manifest_is_an_error(folder):
+    (folder / MANIFEST_FILE).unlink()
+    with pytest.raises(DataError, match=r"expected manifest\.json"):
         verify(folder)
 
 

@@ -1,5 +1,8 @@
 """Remote data: read over a real HTTP server that drops, truncates, delays and fails; cached within bounds; and pipes."""
 
+import errno
+import fcntl
+import hashlib
 import http.server
 import multiprocessing
 import os
@@ -14,8 +17,9 @@ import pytest
 import yaml
 
 from pipeline.config import DataSettings
-from pipeline.data.manifest import DataError, read_manifest
+from pipeline.data.manifest import DataError, read_manifest, write_manifest
 from pipeline.data.mixture import DataSet
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.stream import Stream
 from pipeline.storage.disk_cache import PART, DiskCache
 from pipeline.storage.files import Access, StorageError, fetch, read_whole
@@ -288,6 +292,40 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(server, folder, tmp_path):
     assert rows(server.url, access=access) == rows(folder)
 
 
+@pytest.mark.parametrize("suffix", ["tar.idx", "tar.crc32"])
+@pytest.mark.parametrize("has_crc32", [True, False])
+def test_a_damaged_copy_of_an_index_is_fetched_again_and_then_decided_upon(server, tmp_path, suffix, has_crc32):
+    server.folder = numbered_data(tmp_path / "data", 60)
+    manifest = read_manifest(server.folder)
+    if not has_crc32:
+        shards = tuple(shard.model_copy(update={"crc32": None}) for shard in manifest.shards)
+        write_manifest(server.folder, manifest.model_copy(update={"shards": shards}))
+    right = rows(server.folder)
+    access = Access(cache_dir=tmp_path / "cache", retry_seconds=5)
+    assert rows(server.url, access=access) == right
+    (copy,) = copies_of(tmp_path / "cache", server.url / f"shard-00001.{suffix}")
+    whole = copy.read_bytes()
+    for damaged in (whole[:9] + bytes([whole[9] ^ 1]) + whole[10:], whole[:20], b""):
+        copy.write_bytes(damaged)
+        assert rows(server.url, access=access) == right
+        assert copy.read_bytes() == whole
+
+
+def test_an_index_that_is_damaged_where_it_lies_is_fetched_twice_and_no_more(server, tmp_path):
+    server.folder = numbered_data(tmp_path / "data", 60)
+    manifest = read_manifest(server.folder)
+    path = server.folder / "shard-00001.tar.idx"
+    path.write_bytes(path.read_bytes()[:8] + bytes(8) + path.read_bytes()[16:])
+    reader = ShardReader(server.url, manifest, Access(cache_dir=tmp_path / "cache", retry_seconds=5))
+    samples = reader.read_many([1] * 11, list(range(11)))
+    assert [number for number, sample in enumerate(samples) if sample.damage] == [0, 1]
+    assert sum(request.endswith("shard-00001.tar.idx") for request in server.requests) == 2
+
+
+def copies_of(cache, url):
+    return list(cache.glob(f"{hashlib.sha256(url.encode()).hexdigest()[:32]}-*"))
+
+
 def test_copies_in_the_cache_of_what_lay_at_an_address_before_are_fetched_again(server, folder, tmp_path):
     access = Access(cache_dir=tmp_path / "cache", cache_bytes=64 * 2**20)
     before = rows(server.url, access=access)
@@ -295,6 +333,24 @@ def test_copies_in_the_cache_of_what_lay_at_an_address_before_are_fetched_again(
     after = rows(server.url, access=access)
     assert after == rows(server.folder)
     assert after != before
+
+
+def test_a_cache_on_a_file_system_without_locks_is_a_cache_all_the_same(server, folder, tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    access = Access(cache_dir=tmp_path / "cache", retry_seconds=5)
+    assert rows(server.url, access=access, raises=False) == rows(folder)
+    sent = server.sent
+    assert rows(server.url, access=access) == rows(folder)
+    assert server.sent - sent <= (folder / "manifest.json").stat().st_size
+
+
+def test_a_cache_whose_folder_goes_away_costs_only_the_copies(tmp_path):
+    cache = DiskCache(tmp_path / "cache", 10 * PART)
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.read("url", 3, 4, 10, lambda start, size: b"0123456789"[start : start + size]) == b"3456"
 
 
 def size_of(directory):
