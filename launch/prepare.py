@@ -131,7 +131,7 @@ def _prepare(options: argparse.Namespace) -> None:
     with Display() as display:
         prepared = prepare_files(inputs, options.output, tokenizer, settings, processes=options.processes, display=display)
     if prepared.was_complete:
-        print(f"{options.output} is complete already, made from the same input with the same settings")
+        print(f"{options.output} is complete already, made with the same settings from files of the same names and sizes")
     _print_counts(prepared.counts)
     for directory, manifest in prepared.manifests.items():
         _print_summary(directory, manifest)

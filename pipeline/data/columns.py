@@ -1,7 +1,7 @@
 """Text columns: .parquet files (with the optional `pyarrow`) and `hf:` folders (with the optional `datasets`).
 
-Both are read a few rows at a time: of a .parquet so few that they decode to no more than 64 MiB whatever its dictionary
-says, or one by one, beside a page of it, which a writer may make as large as 2 GiB but makes 1 MiB. A folder written by
+Both are read a few rows at a time: of a .parquet so few that by the sizes that its footer states they decode to no more
+than 64 MiB, or one by one, beside a page of it, which a writer may make as large as 2 GiB but makes 1 MiB. A folder written by
 `datasets.Dataset.save_to_disk` is read by `datasets` itself, which knows about its indices; nothing is downloaded, and no
 loading script is run.
 """

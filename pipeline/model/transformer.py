@@ -45,9 +45,12 @@ def document_mask(document_ids_BT: Tensor) -> Tensor:
 
 
 def flash_serves(hidden_BTD: Tensor, settings: ModelSettings) -> bool:
-    """Whether flash attention takes such hidden states: half precision on CUDA, attention heads that are not too wide."""
+    """Whether flash attention takes such hidden states: half precision on a GPU of compute capability 8 or more (Ampere),
+    attention heads that are not too wide."""
     width = attention_head_dim(settings)
-    return hidden_BTD.is_cuda and hidden_BTD.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
+    if not hidden_BTD.is_cuda or hidden_BTD.dtype not in (torch.bfloat16, torch.float16) or width > 256 or width % 8:
+        return False
+    return torch.cuda.get_device_capability(hidden_BTD.device)[0] >= 8
 
 
 def attend_in_spans(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, spans: Spans) -> Tensor:

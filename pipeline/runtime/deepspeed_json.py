@@ -183,7 +183,7 @@ def _autos(content: Any, place: str = "") -> list[str]:
 # reduced together: one collective a parameter costs such a model more than a tenth of its step.
 _SMALLEST_BUCKET = 2**22
 _AUTO = {
-    "bf16.enabled": lambda settings: torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+    "bf16.enabled": lambda settings: torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
     "zero_optimization.reduce_bucket_size": lambda settings: max(settings.model.dim**2, _SMALLEST_BUCKET),
     "zero_optimization.allgather_bucket_size": lambda settings: max(settings.model.dim**2, _SMALLEST_BUCKET),
     "zero_optimization.stage3_prefetch_bucket_size": lambda settings: int(0.9 * settings.model.dim**2),
