@@ -341,10 +341,12 @@ def test_a_cache_on_a_file_system_without_locks_is_a_cache_all_the_same(server, 
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     access = Access(cache_dir=tmp_path / "cache", retry_seconds=5)
-    assert rows(server.url, access=access, raises=False) == rows(folder)
-    sent = server.sent
-    assert rows(server.url, access=access) == rows(folder)
-    assert server.sent - sent <= (folder / "manifest.json").stat().st_size
+    sent = [server.sent]
+    for _ in range(2):
+        assert rows(server.url, access=access, raises=False) == rows(folder)
+        sent.append(server.sent)
+    # Two threads that add a copy at once may lose one, for want of a lock between them.
+    assert sent[2] - sent[1] < 0.1 * (sent[1] - sent[0])
 
 
 def test_a_cache_whose_folder_goes_away_costs_only_the_copies(tmp_path):
