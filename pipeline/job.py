@@ -25,7 +25,7 @@ from pipeline.planning.reading import case_of
 from pipeline.planning.report import summary
 from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.description import describe_run
-from pipeline.runtime.distributed import any_rank, from_first, made_once
+from pipeline.runtime.distributed import any_rank, from_first, largest, made_once
 from pipeline.runtime.engine import gathered, release
 from pipeline.runtime.memory import peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
@@ -79,8 +79,7 @@ def dry_run(job: Job) -> int:
     reset_peak(job.device)
     result = train_step(run, run.stream.iterate(0), progress)
     advance(progress, result, settings)
-    peaks = torch.tensor(peak_bytes(job.device), dtype=torch.int64, device=job.device)
-    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    peak = largest(peak_bytes(job.device))
     record = result.sums.record(result.plan.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
     case, _ = case_of(run.settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
     steps, epoch = settings.training.steps, run.stream.manifest.num_tokens
@@ -88,7 +87,7 @@ def dry_run(job: Job) -> int:
     _say(
         job,
         f"dry run: one step on {job.world.size} rank(s), loss {math.nan if record['loss'] is None else record['loss']:.4f}\n"
-        f"  peak memory of the step   {peaks.item() / 2**20:,.0f} MiB on the fullest rank ({_what_is_counted(job.device)})\n"
+        f"  peak memory of the step   {peak / 2**20:,.0f} MiB on the fullest rank ({_what_is_counted(job.device)})\n"
         f"  memory plan               {summary(plan_memory(case))}, what libraries take left out\n"
         f"  token budget              {steps} steps × {progress.tokens:,} tokens = {budget:,} tokens, "
         f"{budget / epoch:.2f} epochs of {epoch:,}\n"
@@ -133,7 +132,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
         training={"steps": settings.reference.training_steps, "head_weights": None} | _NO_SELECTION,
     )
     # Agreed, because every rank must take the same way and shared file systems show a new file to some before others.
-    if any_rank(not (directory / "config.json").exists(), job.device):
+    if any_rank(not (directory / "config.json").exists()):
         _say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
         exit_code = train_in(job, one_head, directory / "training", stop, export_to=directory)
         if exit_code:

@@ -30,13 +30,13 @@ from pipeline.weighting.selection import Select, Selection, select_all
 @dataclass(frozen=True)
 class MicroBatch:
     """A batch on the device, with what each head has to predict in it (int64, bool [B, T, H]) and the numbers of its
-    rows in the order of the whole run (int64 [B]). num_valid_H: valid pairs of each head; None if the host does not know."""
+    rows in the order of the whole run (int64 [B]). num_valid_H: valid pairs of each head."""
 
     batch: Batch
     targets_BTH: Tensor
     valid_BTH: Tensor
     rows_B: Tensor
-    num_valid_H: Sequence[int] | None = None
+    num_valid_H: Sequence[int]
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,9 +84,10 @@ def plan(
     group: Group,
 ) -> tuple[StepPlan, Consumed]:
     """What the data of these micro-batches determines of their loss, and what it was, over all ranks; one all-reduce."""
+    batches = [micro.batch for micro in micro_batches]
     step = plan_step(
-        [micro.valid_BTH for micro in micro_batches],
-        count([micro.batch for micro in micro_batches], num_sources),
+        [batch.valid_pairs(len(head_weights)) for batch in batches],
+        count(batches, num_sources),
         pool=training.selection_pool,
         k_percent=training.k_percent,
         normalize_by=training.normalize_by,
@@ -140,8 +141,9 @@ def _selects(
                     _select_in_micro_step, valid_BTK, num_valid_K, num_selected_K, training.selection_exchange, models.group
                 )
                 # The pools of a rank have thresholds of its own, or of every row's: there is none to follow.
-                if prediction is not None and prediction.level_K:
-                    foresee = partial(compare.surplus, on_device(prediction.levels, torch.float32, valid_BTK.device))
+                level_K = None if prediction is None else prediction.scores(valid_BTK.device)
+                if level_K is not None:
+                    foresee = partial(compare.surplus, level_K)
             else:
                 choose = partial(select_local, valid_BTK=valid_BTK, k_percent=training.k_percent, pool=training.selection_pool)
             yield Select(partial(_compare_and_choose, compare, choose), foresee, training.k_percent)
@@ -168,9 +170,9 @@ def _selected_beforehand(
         compare = _comparison(models, micro, training)
         # Head 0 does not compete: without valid pairs it costs the scoring pass nothing.
         scored_BTH = torch.cat([torch.zeros_like(micro.valid_BTH[..., :1]), micro.valid_BTH[..., 1:]], dim=-1)
-        num_scored_H = None if micro.num_valid_H is None else [0, *micro.num_valid_H[1:]]
+        known = micro.known | {"num_valid_H": [0, *micro.num_valid_H[1:]]}
         with torch.no_grad():
-            scored = models.policy(*micro.inputs[:3], scored_BTH, spans=micro.batch.spans, num_valid_H=num_scored_H)
+            scored = models.policy(*micro.inputs[:3], scored_BTH, **known)
         policy_loss_BTK = scored[..., 1:]
         compared.append((compare.scores(policy_loss_BTK), compare.excess(policy_loss_BTK)))
     selections = select_shared(

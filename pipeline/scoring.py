@@ -101,12 +101,12 @@ def _score_data_set(
         # Where there are fewer pieces than ranks some run one that another writes.
         mine = missing[min(first + world.rank, len(missing) - 1)]
         samples, damage = _read(reader, mine)
-        if any_rank(damage is not None, job.device):
+        if any_rank(damage is not None):
             raise DataError(damage or "another rank met damaged data, which it names")
         losses_NTC = np.concatenate(list(run(samples, _piece_rows(missing, first, world.size))))[: len(samples)]
         if first + world.rank < len(missing):
             writer.write(mine, losses_NTC)
-        if any_rank(stop.is_made, job.device):
+        if any_rank(stop.is_made):
             _say(job, f"{place}: stopped on request; the same command continues from what was saved")
             return False
         if time.monotonic() - said > _SECONDS_BETWEEN_LINES:

@@ -59,14 +59,14 @@ class Run:
 class StepResult:
     """consumed: what the data was, over all ranks. replaced: what was wrong with the samples whose places padding took.
     sums: this rank's. applied: False where all ranks discarded the step; `bad` then says who met what on which
-    samples. seconds: wall time; waited: those of them in which this rank waited for data."""
+    samples. seconds: wall time, to where the host has nothing more to say to the device; waited: those of them in which this
+    rank waited for data."""
 
     plan: StepPlan
     consumed: Consumed
     replaced: list[str]
     sums: SelectionSums
     learning_rate: float
-    grad_norm: float | None
     applied: bool
     bad: str | None
     seconds: float
@@ -91,11 +91,11 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         advance(progress, result, run.settings)
         reporter.step(progress, result)
         if training.check_ranks_every and progress.step % training.check_ranks_every == 0:
-            check_ranks_agree(common_values(run, progress, result), run.device)
+            check_ranks_agree(common_values(run, progress, result))
         finished = progress.step == training.steps
         if progress.step % logging.validation_every == 0 or finished:
             reporter.validate(progress)
-        stopping = any_rank(stop.is_made, run.device)
+        stopping = any_rank(stop.is_made)
         if progress.step % run.settings.checkpoint.every == 0 or finished or stopping:
             run.checkpoints.save(run.engine, progress)
     reporter.close()
@@ -127,9 +127,8 @@ def train_step(run: Run, batches: Iterator[Batch], progress: Progress) -> StepRe
         applied = end_micro_step(run.engine)
     keys = [micro.batch.keys for micro in micro_batches]
     bad = None if applied else who_met_bad_numbers(sums.bad_rows, run.engine.module.bad_gradient_rows, keys)
-    norm = gradient_norm(run.engine)
     seconds = time.perf_counter() - started
-    return StepResult(counts, consumed, replaced, sums, rate, norm, applied, bad, seconds, waited)
+    return StepResult(counts, consumed, replaced, sums, rate, applied, bad, seconds, waited)
 
 
 def all_finite_or_nan(sums: SelectionSums) -> Tensor:
@@ -151,7 +150,7 @@ def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
     progress.skipped_steps += not result.applied
     progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
     if result.applied and settings.training.selection_pool in SHARED_POOLS:
-        progress.prediction = progress.prediction.after(result.sums.read_thresholds())
+        progress.prediction = progress.prediction.after(result.sums.thresholds)
     if progress.skipped_in_a_row >= settings.training.max_skipped_steps:
         raise TrainingDivergedError(
             f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, met numbers that were not finite; in the "
@@ -175,12 +174,12 @@ def common_values(run: Run, progress: Progress, result: StepResult) -> dict[str,
     """What every rank must hold alike after a step; of the weights a sample of one parameter, each in its turn."""
     training = run.settings.training
     values: dict[str, Any] = {
-        "progress": progress,
+        "progress": progress.to_json(),
         "learning rate": result.learning_rate,
-        "gradient norm": result.grad_norm,
+        "gradient norm": gradient_norm(run.engine),
     }
     if training.selection_pool in SHARED_POOLS:
-        values["thresholds"] = result.sums.read_thresholds()
+        values["thresholds"] = [threshold_K.tolist() for threshold_K in result.sums.thresholds]
     name, sample = sample_parameter(run.engine, progress.step // (training.check_ranks_every or 1))
     return values | {f"parameter {name}": sample}
 
@@ -233,7 +232,7 @@ class Reporter:
         if not (wanted or progressed or detailed or drawn):
             return
         totals = result.sums.over_ranks(self.run.models.group)
-        data_wait = largest(self._share_waited(), self.run.device)
+        data_wait = largest(self._share_waited())
         if self.logbook is None:
             return
         record = self._record(progress, result, totals) | {"data_wait": data_wait}
@@ -291,7 +290,7 @@ class Reporter:
         position = {"step": progress.step, "samples": progress.samples, "tokens": progress.tokens}
         more = {
             "learning_rate": result.learning_rate,
-            "grad_norm": result.grad_norm,
+            "grad_norm": gradient_norm(self.run.engine),
             "tokens_per_second": tokens / seconds,
             "skipped_steps": progress.skipped_steps,
         }

@@ -7,7 +7,6 @@ in use by then.
 import gc
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -95,32 +94,21 @@ def settings_of(job: Job) -> Settings:
 
 def _run(job: Job, device: torch.device) -> None:
     from pipeline.checks import reference_shape
-    from pipeline.micro_step import Models
     from pipeline.runtime.checkpoint import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
-    from pipeline.runtime.distributed import World
     from pipeline.runtime.engine import build_policy, build_reference, release
-    from pipeline.train import Run, advance, train_step
+    from pipeline.train import advance, train_step
+    from tests.stepping import run_of
 
-    settings, rank, ranks = settings_of(job), dist.get_rank(), dist.get_world_size()
-    config = resolve_deepspeed_json(job.deepspeed, settings, ranks)
+    settings = settings_of(job)
+    config = resolve_deepspeed_json(job.deepspeed, settings, dist.get_world_size())
     engine = build_policy(settings, config)
     shape = reference_shape(settings, stand_in=True)
     reference = None if shape is None else build_reference(shape, None, settings.reference.sharding, config)
-    run = Run(
-        settings=settings,
-        world=World(rank, ranks, rank, ranks),
-        device=device,
-        run_dir=Path(),
-        engine=engine,
-        models=Models(engine, reference, "shifted", dist.group.WORLD),
-        stream=SimpleNamespace(micro_steps=job.micro_steps, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
-        validation=None,
-        checkpoints=None,  # type: ignore[arg-type]
-    )
+    run = run_of(settings, engine, reference, job.micro_steps, device)
     progress = Progress()
     for step in range(2):
-        result = train_step(run, iter(_batches(job, seed=10 * step + rank)), progress)
+        result = train_step(run, iter(_batches(job, seed=10 * step + dist.get_rank())), progress)
         advance(progress, result, settings)
         assert result.applied
     for each in filter(None, (engine, reference)):

@@ -1,4 +1,5 @@
-"""The training's own step under its engine, with the gradient read just before the optimiser would use it."""
+"""The training's own step under an engine, without the job round it; with the gradient read just before the optimiser would
+use it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,36 @@ from pipeline.config import Settings
 from pipeline.data.batch import Batch
 from pipeline.weighting.prediction import Prediction
 
+CPU = torch.device("cpu")
 Answer = tuple[dict[str, torch.Tensor], dict[str, Any]]
 """(gradients by name, the step's metrics)."""
+
+
+def run_of(
+    settings: Settings,
+    engine: Any,
+    reference: Any,
+    micro_steps: int,
+    device: torch.device = CPU,
+    policy: Any = None,
+) -> Any:
+    """What `train_step` works with, on each rank of a process group. policy: what runs in the engine's place."""
+    from pipeline.micro_step import Models
+    from pipeline.runtime.distributed import World
+    from pipeline.train import Run
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return Run(
+        settings=settings,
+        world=World(rank, world_size, rank, world_size),
+        device=device,
+        run_dir=Path(),
+        engine=engine,
+        models=Models(policy or engine, reference, "shifted", dist.group.WORLD),
+        stream=SimpleNamespace(micro_steps=micro_steps, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
+        validation=None,
+        checkpoints=None,  # type: ignore[arg-type]
+    )
 
 
 class WatchedEngine:
@@ -24,13 +53,12 @@ class WatchedEngine:
 
         self.engine = build_policy(settings, config)
         self.take_step, self.engine.step = self.engine.step, self.read_then_step
-        self.reads = True
         self.gradients: dict[str, torch.Tensor] = {}
 
     def read_then_step(self) -> None:
         from deepspeed.utils import safe_get_full_grad
 
-        if self.reads and self.engine.is_gradient_accumulation_boundary():
+        if self.engine.is_gradient_accumulation_boundary():
             for name, parameter in self.engine.module.named_parameters():
                 gradient = safe_get_full_grad(parameter)
                 assert gradient is not None, name
@@ -43,26 +71,13 @@ class WatchedEngine:
         reference: Any,
         batches: Sequence[Batch],
         prediction: Prediction,
-        device: torch.device = torch.device("cpu"),  # noqa: B008
+        device: torch.device = CPU,
     ) -> Answer:
         """One step over this rank's micro-batches."""
-        from pipeline.micro_step import Models
         from pipeline.runtime.checkpoint import Progress
-        from pipeline.runtime.distributed import World
-        from pipeline.train import Run, train_step
+        from pipeline.train import train_step
 
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        run = Run(
-            settings=settings,
-            world=World(rank, world_size, rank, world_size),
-            device=device,
-            run_dir=Path(),
-            engine=self.engine,
-            models=Models(self.engine, reference, "shifted", dist.group.WORLD),
-            stream=SimpleNamespace(micro_steps=len(batches), manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
-            validation=None,
-            checkpoints=None,  # type: ignore[arg-type]
-        )
         self.gradients = {}
+        run = run_of(settings, self.engine, reference, len(batches), device)
         result = train_step(run, iter(batches), Progress(prediction=prediction))
         return self.gradients, result.sums.record(result.plan.scale_H, ("",), dist.group.WORLD)

@@ -1,7 +1,10 @@
 """Counting, on a CPU, the operations for which a host would wait for its device."""
 
+import inspect
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,18 +20,26 @@ WAITING = {
 }
 
 
+_PACKAGE, _DEEPSPEED = str(Path(__file__).parents[1] / "pipeline"), str(Path(deepspeed.__file__).parent)
+
+
 class CountWaits(TorchDispatchMode):
-    """How often the host asked for what only the device knows. A tensor's `tolist` is one wait: its values come together,
-    but on a CPU they show as nothing at all, so they are counted where they are asked for."""
+    """Where the package asks, FILE:LINE, for what only the device knows; where DeepSpeed does is its own affair. A tensor's
+    `tolist` is one wait: its values come together, but on a CPU they show as nothing at all, so they are counted where they
+    are asked for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.number = 0
+        self.places: list[str] = []
         self._tolist = torch.Tensor.tolist
+
+    @property
+    def number(self) -> int:
+        return len(self.places)
 
     def __enter__(self) -> "CountWaits":
         def tolist(tensor: torch.Tensor) -> Any:
-            self.number += 1
+            self._note()
             return self._tolist(tensor)
 
         torch.Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
@@ -44,5 +55,13 @@ class CountWaits(TorchDispatchMode):
         masks = func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default) and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
-        self.number += func in WAITING or masks
+        if func in WAITING or masks:
+            self._note()
         return func(*args, **(kwargs or {}))
+
+    def _note(self) -> None:
+        frame = inspect.currentframe()
+        while frame is not None and not frame.f_code.co_filename.startswith((_PACKAGE, _DEEPSPEED)):
+            frame = frame.f_back
+        if frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+            self.places.append(f"{Path(frame.f_code.co_filename).relative_to(_PACKAGE)}:{frame.f_lineno}")

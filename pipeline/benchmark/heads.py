@@ -26,7 +26,6 @@ from torch import Tensor
 
 from pipeline.benchmark.variants import Round, in_turn, medians, timed
 from pipeline.micro_step import Comparison
-from pipeline.weighting.exchange import on_device
 from pipeline.weighting.loss_phase import chunked_losses
 from pipeline.weighting.pools import select_shared
 from pipeline.weighting.prediction import Prediction
@@ -139,7 +138,7 @@ def _prepare(name: str, tokens: int, dim: int, vocabulary: int, heads: int, thre
         if foreseen_BTK is not None:
             both_K = (foreseen_BTK & selection.selected_BTK).sum((0, 1))
             answer["hit_rates"] = (both_K / (foreseen_BTK | selection.selected_BTK).sum((0, 1))).tolist()
-        prediction = prediction.after([selection.threshold_K.tolist()])
+        prediction = prediction.after([selection.threshold_K])
         weight_VD.grad = None
         return answer
 
@@ -171,8 +170,8 @@ def _select(inputs: Inputs, prediction: Prediction) -> Select:
         scores_BTK = compare.scores(policy_loss_BTK)
         return select_shared(scores_BTK[None], valid_BTK[None], [num_valid_K], num_selected_K, "radix", None)[0]
 
-    levels = on_device(prediction.levels, torch.float32, valid_BTK.device)
-    return Select(choose, partial(compare.surplus, levels) if prediction.level_K else None, K_PERCENT)
+    level_K = prediction.scores(valid_BTK.device)
+    return Select(choose, None if level_K is None else partial(compare.surplus, level_K), K_PERCENT)
 
 
 def _step(name: str, inputs: Inputs, select: Select) -> tuple[Selection, Tensor | None]:

@@ -2,8 +2,9 @@
 
 B rows, T tokens, H heads.
 
-The pair (t, h) is valid when token j = t+1+h lies in the row, in the same document as t, and neither is padding. All losses,
-counts and thresholds of the project stand on `targets_and_valid`, so nothing else decides what is valid.
+The pair (t, h) is valid when token j = t+1+h lies in the row, in the same document as t, and neither is padding. All losses
+and thresholds of the project stand on `targets_and_valid`. The host counts the same pairs from the documents' lengths
+(`Batch.valid_pairs`), so that it need not wait for the device to know a step's counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +31,15 @@ class Spans(NamedTuple):
     longest: int
 
 
+class DocumentTable(NamedTuple):
+    """The D documents of a micro-batch as the host knows them, int64 [D] each: in which row, how many tokens, and the index of
+    the source."""
+
+    rows_D: np.ndarray
+    lengths_D: np.ndarray
+    sources_D: np.ndarray
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
@@ -41,19 +51,17 @@ class Batch:
     reference_losses_BTC: float32, cached losses of the frozen reference; None where they are computed.
     damage: what was wrong with rows that are here replaced by padding, one message a row.
     failure: why no rows came and all of these are padding; None if they did.
-    spans: None where only `document_ids_BT` tells where documents lie.
-    document_lengths: int64, tokens of each document, on the host; None likewise.
     """
 
     tokens_BT: Tensor
     document_ids_BT: Tensor
     sources_BT: Tensor
     keys: tuple[str, ...]
+    spans: Spans
+    documents: DocumentTable
     damage: tuple[str, ...] = ()
     failure: str | None = None
     reference_losses_BTC: Tensor | None = None
-    spans: Spans | None = None
-    document_lengths: np.ndarray | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -66,15 +74,20 @@ class Batch:
     @property
     def tensors(self) -> list[Tensor]:
         """All that lie on the device."""
-        found = [self.tokens_BT, self.document_ids_BT, self.sources_BT, self.reference_losses_BTC]
-        found += [] if self.spans is None else [self.spans.starts_S]
+        found = [self.tokens_BT, self.document_ids_BT, self.sources_BT, self.spans.starts_S, self.reference_losses_BTC]
         return [tensor for tensor in found if tensor is not None]
 
-    def num_valid(self, num_heads: int) -> list[int] | None:
-        """Valid pairs of each head, as `targets_and_valid` marks them; None where the host does not know the documents."""
-        if self.document_lengths is None:
-            return None
-        return [int(np.maximum(self.document_lengths - 1 - head, 0).sum()) for head in range(num_heads)]
+    def valid_pairs(self, num_heads: int) -> Tensor:
+        """int64 [B, H] on the host, the pairs of each row that `targets_and_valid` marks."""
+        valid_DH = np.maximum(self.documents.lengths_D[:, None] - 1 - np.arange(num_heads), 0)
+        valid_BH = np.zeros((len(self.keys), num_heads), np.int64)
+        np.add.at(valid_BH, self.documents.rows_D, valid_DH)
+        return torch.from_numpy(valid_BH)
+
+    def num_valid(self, num_heads: int) -> list[int]:
+        """Valid pairs of each head."""
+        found: list[int] = self.valid_pairs(num_heads).sum(0).numpy().tolist()
+        return found
 
     def _with_each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
@@ -83,7 +96,7 @@ class Batch:
             document_ids_BT=function(self.document_ids_BT),
             sources_BT=function(self.sources_BT),
             reference_losses_BTC=None if self.reference_losses_BTC is None else function(self.reference_losses_BTC),
-            spans=None if self.spans is None else self.spans._replace(starts_S=function(self.spans.starts_S)),
+            spans=self.spans._replace(starts_S=function(self.spans.starts_S)),
         )
 
 
@@ -103,16 +116,25 @@ def collate(samples: Sequence[Sample]) -> Batch:
         document_ids_BT=torch.from_numpy(document_ids_BT),
         sources_BT=_sources(samples, lengths, tokens_BT.shape),
         keys=tuple(sample.key for sample in samples),
+        spans=_spans(lengths),
+        documents=_document_table(samples),
         damage=tuple(sample.damage for sample in samples if sample.damage is not None),
         reference_losses_BTC=_reference_losses(samples),
-        spans=_spans(lengths),
-        document_lengths=lengths[document_ids >= 0],
     )
 
 
 def _spans(lengths: np.ndarray) -> Spans:
     ends = np.cumsum(lengths[lengths > 0])
     return Spans(torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)), int(lengths.max()))
+
+
+def _document_table(samples: Sequence[Sample]) -> DocumentTable:
+    counts = [len(sample.lengths) for sample in samples]
+    sources = [np.zeros(len(sample.lengths), np.int64) if sample.sources is None else sample.sources for sample in samples]
+    lengths_D, sources_D = (
+        np.concatenate(parts).astype(np.int64) for parts in ([sample.lengths for sample in samples], sources)
+    )
+    return DocumentTable(np.repeat(np.arange(len(samples)), counts), lengths_D, sources_D)
 
 
 def _reference_losses(samples: Sequence[Sample]) -> Tensor | None:
@@ -136,9 +158,9 @@ def blank_batch(num_rows: int, sequence_length: int, failure: str) -> Batch:
         padding_BT,
         zeros_BT,
         ("(not read)",) * num_rows,
+        _spans(np.full(num_rows, sequence_length)),
+        DocumentTable(*np.zeros((3, 0), np.int64)),
         failure=failure,
-        spans=_spans(np.full(num_rows, sequence_length)),
-        document_lengths=np.zeros(0, np.int64),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,22 +40,17 @@ class Consumed:
 
 
 def count(batches: Sequence[Batch], num_sources: int) -> Tensor:
-    """This rank's part, int64 [4 + 2 · num_sources]."""
-    device = batches[0].tokens_BT.device
-    tokens_S, samples_S = torch.zeros(2, num_sources, dtype=torch.int64, device=device)
-    positions = damaged = failed = 0
+    """This rank's part, int64 [4 + 2 · num_sources] on the host."""
+    tokens_S, samples_S = np.zeros((2, num_sources), np.int64)
     for batch in batches:
-        held_BT = batch.document_ids_BT >= 0
-        rows_BS = torch.zeros(len(held_BT), num_sources, dtype=torch.int64, device=device)
-        rows_BS.scatter_add_(1, batch.sources_BT, held_BT.long())
-        tokens_S += rows_BS.sum(0)
-        samples_S += (rows_BS > 0).sum(0)
-        positions += held_BT.numel()
-        damaged += len(batch.damage)
-        failed += batch.failure is not None
-    # Filled in on the device: a tensor made from a list of the host's would be copied there, and the copy waited for.
-    totals = [tokens_S.new_full((1,), number) for number in (positions, damaged, failed)]
-    return torch.cat([tokens_S.sum().reshape(1), *totals, tokens_S, samples_S])
+        tokens_BS = np.zeros((len(batch.keys), num_sources), np.int64)
+        np.add.at(tokens_BS, (batch.documents.rows_D, batch.documents.sources_D), batch.documents.lengths_D)
+        tokens_S += tokens_BS.sum(0)
+        samples_S += (tokens_BS > 0).sum(0)
+    positions = sum(batch.tokens_BT.numel() for batch in batches)
+    damaged = sum(len(batch.damage) for batch in batches)
+    failed = sum(batch.failure is not None for batch in batches)
+    return torch.from_numpy(np.concatenate([[tokens_S.sum(), positions, damaged, failed], tokens_S, samples_S]))
 
 
 def settle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSettings, before: int) -> list[str]:

@@ -8,7 +8,7 @@ job is one integer, samples consumed; nothing in training draws random numbers, 
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,17 @@ class Progress:
     def applied_steps(self) -> int:
         return self.step - self.skipped_steps
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, every bit of them; waits for the device."""
+        values = {known.name: getattr(self, known.name) for known in fields(self)}
+        return values | {"prediction": {"level_K": self.prediction.numbers()}}
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """What `asdict` and JSON made of it; JSON has no tuples."""
+        """From what `to_json` gave, or gave when there were fewer of them."""
         known = {known.name: values[known.name] for known in fields(cls) if known.name in values}
-        prediction = {key: tuple(numbers) for key, numbers in known.get("prediction", {}).items()}
-        return cls(**known | {"prediction": Prediction(**prediction)})
+        prediction = Prediction.of(known.get("prediction", {}).get("level_K", []))
+        return cls(**known | {"prediction": prediction})
 
 
 class Checkpoints:
@@ -72,7 +77,7 @@ class Checkpoints:
         engine.save_checkpoint(str(self.directory), tag=partial.name, save_latest=False)
         dist.barrier()
         if self.world.is_first:
-            state = {"progress": asdict(progress), "world_size": self.world.size, "identity": self.identity}
+            state = {"progress": progress.to_json(), "world_size": self.world.size, "identity": self.identity}
             (partial / "state.json").write_text(json.dumps(state, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)

@@ -48,7 +48,9 @@ def initialize_distributed(device: torch.device, level: str) -> None:
     """Start the process group and set how much of DeepSpeed's own log is shown."""
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(level.upper())
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=level == "debug")
+    # The hosts have a network of their own: what they agree on does not wait for what their devices are at.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=level == "debug")
 
 
 @contextmanager
@@ -151,7 +153,7 @@ def set_learning_rate(engine: Engine, learning_rate: float) -> None:
 
 
 def gradient_norm(engine: Engine) -> float | None:
-    """L2 norm of the last step's whole gradient before clipping; None where it was not finite."""
+    """L2 norm of the last step's whole gradient before clipping; None where it was not finite. Waits for the device."""
     norm = engine.get_global_grad_norm()
     norm = math.nan if norm is None else float(norm)
     return norm if math.isfinite(norm) else None

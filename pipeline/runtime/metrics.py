@@ -49,11 +49,6 @@ class SelectionSums:
         self.bad_rows: list[Tensor] = []
         self.thresholds: list[Tensor] = []
 
-    def read_thresholds(self) -> list[list[float]]:
-        """Of each micro-batch [K], in one transfer, which waits for the device."""
-        found: list[list[float]] = torch.stack(self.thresholds).tolist()
-        return found
-
     def add(self, losses: HeadLosses, valid_BTH: Tensor, sources_BT: Tensor) -> None:
         """Add a rank's micro-batch. Nothing here waits for the device."""
         selection, policy_loss_BTH = losses.selection, losses.policy_loss_BTH

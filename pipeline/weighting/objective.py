@@ -42,7 +42,7 @@ class StepPlan:
 
 
 def plan_step(
-    valid_ABTH: Sequence[Tensor],
+    valid_ABH: Sequence[Tensor],
     data: Tensor,
     *,
     pool: str,
@@ -51,17 +51,17 @@ def plan_step(
     head_weights: Sequence[float],
     group: Group,
 ) -> StepPlan:
-    """Count a step's pairs over all ranks with one all-reduce.
+    """Count a step's pairs over all ranks with one all-reduce, from host to host: nothing waits for a device.
 
     Args:
-        valid_ABTH: for each micro-step bool [B, T, H], this rank's valid pairs.
-        data: int64 [C], anything else of this rank to be added up over all.
+        valid_ABH: for each micro-step int64 [B, H] on the host, the valid pairs of this rank's rows.
+        data: int64 [C] on the host, anything else of this rank to be added up over all.
     """
-    valid_AH = torch.stack([valid_BTH.sum((0, 1)) for valid_BTH in valid_ABTH])
-    local_selected_H = torch.stack([_selected_locally(valid_BTH, pool, k_percent) for valid_BTH in valid_ABTH]).sum(0)
-    parts = [valid_AH.flatten(), local_selected_H, data]
-    # One transfer to the host, which waits for it.
-    numbers = all_reduce_sum(torch.cat(parts), group).tolist()
+    valid_AH = torch.stack([valid_BH.sum(0) for valid_BH in valid_ABH])
+    local_selected_H = torch.stack([_selected_locally(valid_BH, pool, k_percent) for valid_BH in valid_ABH]).sum(0)
+    counted = all_reduce_sum(torch.cat([valid_AH.flatten(), local_selected_H, data]), group)
+    # By way of numpy, which refuses what lies on a device.
+    numbers: list[int] = counted.numpy().tolist()
     num_heads, num_pairs = valid_AH.shape[1], valid_AH.numel()
     num_valid_AH = [numbers[first : first + num_heads] for first in range(0, num_pairs, num_heads)]
     selected_in_own_pools_H = numbers[num_pairs : num_pairs + num_heads]
@@ -85,14 +85,13 @@ def loss_scale(num_pairs_H: Sequence[int], head_weights: Sequence[float]) -> lis
     ]
 
 
-def _selected_locally(valid_BTH: Tensor, pool: str, k_percent: float) -> Tensor:
+def _selected_locally(valid_BH: Tensor, pool: str, k_percent: float) -> Tensor:
     """[H]: how many pairs this rank's own pools select; zeros for shared pools, whose sizes all ranks know together."""
-    num_heads = valid_BTH.shape[-1]
     if pool == "row":
-        return nums_selected(k_percent, valid_BTH.sum(1)).sum(0)
+        return nums_selected(k_percent, valid_BH).sum(0)
     if pool == "rank":
-        return nums_selected(k_percent, valid_BTH.sum((0, 1)))
-    return torch.zeros(num_heads, dtype=torch.int64, device=valid_BTH.device)
+        return nums_selected(k_percent, valid_BH.sum(0))
+    return torch.zeros_like(valid_BH[0])
 
 
 def _sum_of_columns(rows: Sequence[Sequence[int]]) -> list[int]:

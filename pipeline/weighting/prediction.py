@@ -4,7 +4,8 @@ A threshold moves little from one micro-step to the next: with training, slowly,
 is noise. So the level of each head is followed by an exponential mean.
 
 Predictions change the order in which gradients are summed, hence bits. They are therefore a value, the same on all
-ranks because thresholds of shared pools are, kept in the checkpoint as exact numbers.
+ranks because thresholds of shared pools are, kept in the checkpoint as exact numbers. It lives on the device, where thresholds
+come into being and levels are used: the host reads it only to save it.
 
 Shapes: K = H - 1 the heads that select.
 """
@@ -13,32 +14,57 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from pipeline.weighting.exchange import on_device
+
 FOLLOW = 0.5
 """How much of the way a level goes towards a new threshold: halfway is slow enough for noise and fast enough for the
 first steps, in which losses fall quickly."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
-    """level_K: expected thresholds, None for a head that had none yet; empty until there was a step."""
+    """level_K: expected thresholds, float64, NaN for a head that had none yet; None until there was a step."""
 
-    level_K: tuple[float | None, ...] = ()
+    level_K: Tensor | None = None
 
-    @property
-    def levels(self) -> list[float]:
-        """[K], the scores from which pairs are foreseen to be selected; infinite for a head that had no threshold yet."""
-        return [math.inf if level is None else level for level in self.level_K]
+    @classmethod
+    def of(cls, numbers: Sequence[float | None]) -> "Prediction":
+        """From what `numbers` gave."""
+        levels = [math.nan if number is None else number for number in numbers]
+        return cls(torch.tensor(levels, dtype=torch.float64) if levels else None)
 
-    def after(self, thresholds: Sequence[Sequence[float]]) -> "Prediction":
-        """The prediction when these thresholds [K] have been seen, in turn; NaN is a pool without pairs."""
+    def numbers(self) -> list[float | None]:
+        """[K], None for a head that had no threshold yet; empty until there was a step. Waits for the device."""
+        levels = [] if self.level_K is None else self.level_K.tolist()
+        return [None if math.isnan(level) else level for level in levels]
+
+    def scores(self, device: torch.device) -> Tensor | None:
+        """float32 [K], the scores from which pairs are foreseen to be selected; infinite for a head that had no threshold
+        yet."""
+        level_K = self._on(device)
+        return None if level_K is None else torch.where(level_K.isnan(), math.inf, level_K).float()
+
+    def after(self, thresholds: Sequence[Tensor]) -> "Prediction":
+        """The prediction when these thresholds (float32 [K]) have been seen, in turn; NaN is a pool without pairs."""
         now = self
         for threshold_K in thresholds:
-            level_K = now.level_K or (None,) * len(threshold_K)
-            now = Prediction(tuple(_follow(*values) for values in zip(level_K, threshold_K, strict=True)))
+            threshold_K, level_K = threshold_K.double(), now._on(threshold_K.device)
+            followed_K = threshold_K if level_K is None else level_K + FOLLOW * (threshold_K - level_K)
+            level_K = torch.full_like(threshold_K, math.nan) if level_K is None else level_K
+            followed_K = torch.where(level_K.isnan(), threshold_K, followed_K)
+            now = Prediction(torch.where(threshold_K.isfinite(), followed_K, level_K))
         return now
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prediction) and self.numbers() == other.numbers()
 
-def _follow(level: float | None, threshold: float) -> float | None:
-    if not math.isfinite(threshold):
-        return level
-    return threshold if level is None else level + FOLLOW * (threshold - level)
+    __hash__ = None  # type: ignore[assignment]
+
+    def _on(self, device: torch.device) -> Tensor | None:
+        if self.level_K is None or self.level_K.device == device:
+            return self.level_K
+        # From a checkpoint, on the host.
+        return on_device(self.level_K.tolist(), torch.float64, device)

@@ -105,7 +105,7 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 FORMS = {
     "two_pass": Prediction(),
-    "predicted": Prediction((0.0,) * (HEADS - 1)),
+    "predicted": Prediction.of([0.0] * (HEADS - 1)),
     "dense": Prediction(),
 }
 
@@ -187,7 +187,6 @@ def test_flash_attention_over_spans_is_attention_under_the_mask(groups: int) -> 
     )
     present = batch.document_ids_BT >= 0
     upstream = torch.randn(3, 256, 8, 64, generator=generator).to("cuda", torch.bfloat16) * present[..., None, None]
-    assert batch.spans is not None
     ways = [
         attend_in_spans(query, key, value, batch.spans),
         attend_under_mask(query, key, value, document_mask(batch.document_ids_BT)),
@@ -199,23 +198,32 @@ def test_flash_attention_over_spans_is_attention_under_the_mask(groups: int) -> 
 
 def waits_of_a_step() -> list[str]:
     """Where, in the package, a step over two micro-batches waits for the device, after steps that warm up."""
+    from pipeline.runtime.checkpoint import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
-    from pipeline.runtime.engine import build_reference, initialize_distributed
+    from pipeline.runtime.distributed import any_rank
+    from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
+    from pipeline.train import advance, train_step
+    from tests.stepping import run_of
 
-    initialize_distributed(torch.device("cuda"), "error")
+    device = torch.device("cuda")
+    initialize_distributed(device, "error")
     settings = settings_for()
     config = resolve_deepspeed_json({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, settings, 1)
-    engine = WatchedEngine(settings, config)
-    engine.reads = False
     shape = settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1})
     reference = build_reference(shape, None, "replicate", config)
-    arguments = settings, reference, [batch.to("cuda") for batch in micro_batches()], Prediction((0.0,) * (HEADS - 1))
+    run = run_of(settings, build_policy(settings, config), reference, 2, device)
+    progress, batches = Progress(), [batch.to(device) for batch in micro_batches()]
+
+    def step() -> None:
+        advance(progress, train_step(run, iter(batches), progress), settings)
+        any_rank(False)
+
     for _ in range(2):
-        engine.step(*arguments, torch.device("cuda"))
+        step()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        engine.step(*arguments, torch.device("cuda"))
+        step()
         torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
     package = str(ROOT / "pipeline")
@@ -224,12 +232,9 @@ def waits_of_a_step() -> list[str]:
 
 @on_cuda
 def test_the_host_waits_for_the_device_once_a_micro_batch() -> None:
-    """And once to plan the step, and once for the metrics, which `WatchedEngine.step` reads; DeepSpeed's waits are its own."""
+    """DeepSpeed's waits are its own. A CPU counts them too, in every way to take a step: tests/integration/test_waits.py."""
     (waits,) = run_ranks(waits_of_a_step, 1)
-    in_micro_batches = [wait for wait in waits if "weighting/cross_entropy" in wait]
-    assert len(in_micro_batches) == 2, waits
-    others = {wait.rpartition("/")[2].partition(":")[0] for wait in waits if wait not in in_micro_batches}
-    assert others <= {"objective.py", "metrics.py", "engine.py"}, waits
+    assert [wait.rpartition("/")[2].partition(":")[0] for wait in waits] == ["cross_entropy.py"] * 2, waits
 
 
 @on_cuda
@@ -242,6 +247,21 @@ def test_batches_arrive_on_the_device_as_they_were() -> None:
     for found, expected in zip(prefetched(given(), torch.device("cuda"), depth=3), batches, strict=True):
         assert {tensor.device.type for tensor in found.tensors} == {"cuda"}
         for one, other in zip(found.tensors, expected.tensors, strict=True):
+            assert torch.equal(one.cpu(), other)
+
+
+@on_cuda
+def test_batches_are_read_once_they_have_arrived_and_overwritten_once_they_were_read() -> None:
+    """So large that a copy takes longer than to ask for it; and a device that lags behind its host."""
+    batches = [batch_of([[2**20]] * 4, 2**20, VOCAB, seed) for seed in range(8)]
+    read = []
+    for batch in prefetched(iter(batches), torch.device("cuda"), depth=1):
+        if read:
+            torch.cuda._sleep(10**8)
+        read.append([tensor.clone() for tensor in reversed(batch.tensors)])
+        del batch
+    for found, expected in zip(read, batches, strict=True):
+        for one, other in zip(found, reversed(expected.tensors), strict=True):
             assert torch.equal(one.cpu(), other)
 
 

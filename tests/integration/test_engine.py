@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,8 +14,10 @@ import torch.distributed as dist
 
 from pipeline.model.mtp import MTPModel
 from pipeline.train import learning_rate
-from tests.integration.test_gradients import dense_model, part_of, settings_for, whole_batch
+from tests.integration.test_gradients import dense_model, settings_for, whole_batch
 from tests.ranks import run_ranks
+from tests.rows import part_of
+from tests.stepping import run_of
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 CONTENT = {
@@ -107,12 +108,10 @@ BAD = [Bad(*bad) for bad in itertools.product(PLACES, (math.nan, math.inf, -math
 def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) -> list[dict[str, Any]]:
     """Steps of two micro-steps each, always on the same rows; with bad ones, in every second step rank 1 alone meets a
     number that is not finite."""
-    from pipeline.micro_step import Models
     from pipeline.runtime.checkpoint import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
-    from pipeline.runtime.distributed import World
     from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
-    from pipeline.train import Run, advance, train_step
+    from pipeline.train import advance, train_step
 
     initialize_distributed(torch.device("cpu"), "error")
     rank = dist.get_rank()
@@ -154,17 +153,7 @@ def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) ->
     engine.module.trunk[0].register_forward_hook(
         lambda module, args, output: output.register_hook(poison_gradient) and None if output.requires_grad else None
     )
-    run = Run(
-        settings=settings,
-        world=World(rank, 2, rank, 2),
-        device=torch.device("cpu"),
-        run_dir=Path(),
-        engine=engine,
-        models=Models(maybe_poisoned_policy, maybe_poisoned_reference, "shifted", dist.group.WORLD),
-        stream=SimpleNamespace(micro_steps=2, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
-        validation=None,
-        checkpoints=None,  # type: ignore[arg-type]
-    )
+    run = run_of(settings, engine, maybe_poisoned_reference, 2, policy=maybe_poisoned_policy)
     first = part_of(whole_batch(), slice(4 + 2 * rank, 6 + 2 * rank))
     batches = [first, replace(first, keys=tuple(f"1{key}" for key in first.keys))]
     progress, seen = Progress(), []
@@ -203,7 +192,7 @@ def disagreements(run: Any, progress: Any, result: Any) -> list[str]:
     def said(pool: str, progress: Any, result: Any) -> str:
         changed = replace(run, settings=run.settings.with_values(training={"selection_pool": pool}))
         try:
-            check_ranks_agree(common_values(changed, progress, result), run.device)
+            check_ranks_agree(common_values(changed, progress, result))
         except RanksDisagreeError as error:
             return str(error)
         return "agreed"
@@ -279,6 +268,6 @@ def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_no
         # The reference's loss concerns all that is compared with it. Rank 1 has rows 6 and 7 in both micro-steps.
         heads = {"reference loss": (1, 2, 3), "head 0's loss": (0,), "head 2's loss": (2,), "gradient": ()}
         for bad, step in zip(bads, seen[1::2], strict=True):
-            rows = ("6, 7", "16, 17")[bad.micro_step]
+            rows = ("shard/6, shard/7", "1shard/6, 1shard/7")[bad.micro_step]
             said = "; ".join(f"rank 1, head {head}: {rows}" for head in heads[bad.where])
             assert step["bad"] == (said or f"rank 1, gradient: {rows}"), bad

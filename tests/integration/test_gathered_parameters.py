@@ -4,15 +4,14 @@ There, modules with several branches under activation checkpointing kept what wa
 holds is looked at whenever it has fetched something, the only thing that can make it more.
 """
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.ranks import run_ranks
+from tests.rows import batch_with
+from tests.stepping import run_of
 
 DIM, FEED_FORWARD = 32, 128
 BLOCK = 4 * DIM**2 + 3 * DIM * FEED_FORWARD + 2 * DIM
@@ -24,13 +23,10 @@ def steps(settings: Any, zero: dict[str, Any]) -> dict[str, list[int]]:
     """For each of two steps the most values of parameters that were gathered, and how many are after each backward."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    from pipeline.data.batch import Batch
-    from pipeline.micro_step import Models
     from pipeline.runtime.checkpoint import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
-    from pipeline.runtime.distributed import World
     from pipeline.runtime.engine import build_policy
-    from pipeline.train import Run, advance, train_step
+    from pipeline.train import advance, train_step
 
     engine = build_policy(settings, resolve_deepspeed_json({"zero_optimization": {"stage": 3, **zero}}, settings, 2))
     parameters = list(engine.module.parameters())
@@ -50,19 +46,8 @@ def steps(settings: Any, zero: dict[str, Any]) -> dict[str, list[int]]:
         seen["left"].append(gathered())
 
     coordinator.fetch_sub_module, engine.backward = fetch_and_look, backward_and_look
-    run = Run(
-        settings=settings,
-        world=World(dist.get_rank(), 2, dist.get_rank(), 2),
-        device=torch.device("cpu"),
-        run_dir=Path(),
-        engine=engine,
-        models=Models(engine, None, "shifted", dist.group.WORLD),
-        stream=SimpleNamespace(micro_steps=2, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
-        validation=None,
-        checkpoints=None,  # type: ignore[arg-type]
-    )
-    tokens_BT = torch.arange(32).view(2, 16)
-    batch = Batch(tokens_BT, torch.zeros(2, 16, dtype=torch.int32), torch.zeros_like(tokens_BT), ("a", "b"))
+    run = run_of(settings, engine, None, micro_steps=2)
+    batch = batch_with(torch.arange(32).view(2, 16), [[16], [16]])
     progress = Progress()
     for _ in range(2):
         during.clear()

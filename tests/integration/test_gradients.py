@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +15,7 @@ from pipeline.data.batch import Batch
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks
+from tests.rows import batch_with, part_of
 from tests.stepping import Answer, WatchedEngine
 
 ROWS, TOKENS, HEADS, VOCAB = 8, 14, 4, 37
@@ -36,17 +36,8 @@ def whole_batch() -> Batch:
     """Eight rows: the first two are padding alone (so some rank's whole micro-batch is), the others hold unequal documents,
     so that no two micro-steps have equally many pairs."""
     generator = torch.Generator().manual_seed(5)
-    documents = torch.full((ROWS, TOKENS), -1, dtype=torch.int32)
-    for row, lengths in {2: [4, 7], 3: [2, 2, 5], 4: [14], 5: [3, 6], 6: [1, 2, 11], 7: [5, 5, 1]}.items():
-        for number, (start, end) in enumerate(pairwise([0, *torch.tensor(lengths).cumsum(0).tolist()])):
-            documents[row, start:end] = number
-    tokens = torch.randint(VOCAB, (ROWS, TOKENS), generator=generator)
-    sources = torch.zeros_like(tokens)
-    return Batch(tokens, documents, sources, tuple(str(row) for row in range(ROWS)))
-
-
-def part_of(batch: Batch, rows: slice) -> Batch:
-    return Batch(batch.tokens_BT[rows], batch.document_ids_BT[rows], batch.sources_BT[rows], batch.keys[rows])
+    lengths = [[], [], [4, 7], [2, 2, 5], [14], [3, 6], [1, 2, 11], [5, 5, 1]]
+    return batch_with(torch.randint(VOCAB, (ROWS, TOKENS), generator=generator), lengths)
 
 
 def dense_model(settings: Settings, **changes: Any) -> MTPModel:
@@ -168,8 +159,8 @@ FORMS = {
     "two_pass": ("two_pass", Prediction()),
     "dense": ("dense", Prediction()),
     "nothing foreseen": ("predicted", Prediction()),
-    "some foreseen, some wrongly": ("predicted", Prediction((-0.01,) * 3)),
-    "all foreseen": ("predicted", Prediction((-1e6,) * 3)),
+    "some foreseen, some wrongly": ("predicted", Prediction.of([-0.01] * 3)),
+    "all foreseen": ("predicted", Prediction.of([-1e6] * 3)),
 }
 
 

@@ -13,7 +13,7 @@ from pipeline.runtime.distributed import World
 from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks
 
-EXPECTED = Prediction((1 / 3, None))
+EXPECTED = Prediction.of([1 / 3, None])
 IDENTITY = {
     "data.global_batch": 8,
     "data.lanes": 8,

@@ -105,7 +105,6 @@ def test_a_batch_moves_as_a_whole(non_blocking):
 def test_the_host_knows_spans_and_valid_pairs_as_the_tensors_have_them(rows, extra, num_heads):
     sequence_length = max(1, max(map(sum, rows)) + extra)
     batch = batch_of(rows, sequence_length, vocab_size=9)
-    assert batch.spans is not None
     starts, longest = batch.spans
     assert starts.dtype == torch.int32
     places = [(row, document) for row, ids in enumerate(batch.document_ids_BT.tolist()) for document in ids]
@@ -113,12 +112,12 @@ def test_the_host_knows_spans_and_valid_pairs_as_the_tensors_have_them(rows, ext
     assert starts.tolist() == [0, *itertools.accumulate(runs)]
     assert longest == max(runs)
     _, valid_BTH = targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads)
+    assert batch.valid_pairs(num_heads).tolist() == valid_BTH.sum(1).tolist()
     assert batch.num_valid(num_heads) == valid_BTH.sum((0, 1)).tolist()
 
 
 def test_rows_that_do_not_come_have_spans_and_no_valid_pairs():
     batch = blank_batch(2, 5, "gone")
-    assert batch.spans is not None
     assert (batch.spans.starts_S.tolist(), batch.spans.longest) == ([0, 5, 10], 5)
     assert batch.num_valid(3) == [0, 0, 0]
 

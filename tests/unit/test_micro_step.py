@@ -25,13 +25,11 @@ from tests.integration.test_gradients import (
     VOCAB,
     all_losses,
     dense_model,
-    part_of,
     settings_for,
     whole_batch,
 )
 from tests.ranks import run_ranks
-from tests.rows import batch_of, random_lengths
-from tests.waits import CountWaits
+from tests.rows import batch_of, part_of, random_lengths
 
 MICRO_STEPS, SELECTING = 2, HEADS - 1
 WAYS = [(pool, exchange) for pool in ("global", "step") for exchange in ("all_gather", "radix")] + [
@@ -137,7 +135,7 @@ def selected_in_each_way() -> list[tuple[torch.Tensor, dict[str, Any]]]:
         counts, _ = plan(micro_batches, training, [1.0] * HEADS, 1, group)
         sums, masks = SelectionSums(HEADS, 1, torch.device("cpu")), []
         models = Models(policy, frozen[horizon], horizon, group)
-        expected = Prediction((0.1, 0.2, 0.3))
+        expected = Prediction.of([0.1, 0.2, 0.3])
         losses_of_each = selective_losses(models, micro_batches, counts, training, expected)
         for micro, losses in zip(micro_batches, losses_of_each, strict=True):
             sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
@@ -180,29 +178,6 @@ def test_every_pool_score_and_horizon_selects_what_a_sort_of_the_whole_pool_does
             assert record[f"excess_mean_head_{head}"] == pytest.approx(excess[..., head - 1][here].mean().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("pool", ["global", "step", "rank", "row"])
-@pytest.mark.parametrize("loss_phase", ["predicted", "two_pass"])
-@pytest.mark.parametrize("exchange", ["all_gather", "radix"])
-def test_the_host_waits_for_the_device_once_a_micro_batch_and_once_to_plan(pool: Any, loss_phase: Any, exchange: Any) -> None:
-    settings = settings_for(1, MICRO_STEPS)
-    policy, reference = dense_model(settings), dense_model(settings, num_prediction_heads=1, seed=1)
-    training = TrainingSettings(selection_pool=pool, loss_phase=loss_phase, selection_exchange=exchange)
-    batches = [batch_of(random_lengths(4, TOKENS, seed), TOKENS, VOCAB) for seed in range(MICRO_STEPS)]
-    sums = SelectionSums(HEADS, 1, torch.device("cpu"))
-    waits = []
-    with CountWaits() as counted:
-        micro_batches = load_micro_batches(batches, 0, HEADS, 1, 0, torch.device("cpu"))
-        counts, _ = plan(micro_batches, training, [1.0] * HEADS, 1, None)
-        waits.append(counted.number)
-        models = Models(policy, reference, "shifted", None)
-        losses_of_each = selective_losses(models, micro_batches, counts, training, Prediction((0.1, 0.2, 0.3)))
-        for micro, losses in zip(micro_batches, losses_of_each, strict=True):
-            sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
-            losses.loss.backward()
-            waits.append(counted.number)
-    assert waits == list(range(1, MICRO_STEPS + 2))
-
-
 @pytest.mark.parametrize("pool", ["global", "step"])
 @pytest.mark.parametrize("horizon", ["shifted", "matched"])
 def test_what_a_model_is_told_beforehand_is_what_it_is_given(pool: Any, horizon: str) -> None:
@@ -224,7 +199,7 @@ def test_what_a_model_is_told_beforehand_is_what_it_is_given(pool: Any, horizon:
     training = TrainingSettings(selection_pool=pool)
     counts, _ = plan(micro_batches, training, [1.0] * HEADS, 1, None)
     models = Models(partial(told, policy), partial(told, reference), horizon, None)
-    losses = selective_losses(models, micro_batches, counts, training, Prediction((0.1, 0.2, 0.3)))
+    losses = selective_losses(models, micro_batches, counts, training, Prediction.of([0.1, 0.2, 0.3]))
     assert len(list(losses)) == MICRO_STEPS
     assert shares == [0.6] * MICRO_STEPS
     assert len(given) == MICRO_STEPS * (3 if pool == "step" else 2)

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.config import Settings
 from pipeline.data.consumption import Consumed
@@ -13,39 +15,63 @@ from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.train import StepResult, advance
 from pipeline.weighting.objective import StepPlan
-from pipeline.weighting.prediction import Prediction
+from pipeline.weighting.prediction import FOLLOW, Prediction
+
+CPU = torch.device("cpu")
+
+
+def followed(*thresholds: list[float]) -> Prediction:
+    """From nothing, one threshold after the other."""
+    return Prediction().after([torch.tensor(threshold_K) for threshold_K in thresholds])
 
 
 def test_before_the_first_step_nothing_is_foreseen() -> None:
-    assert Prediction().levels == []
+    assert Prediction().scores(CPU) is None
+    assert Prediction().numbers() == []
 
 
 def test_a_head_without_a_threshold_yet_is_foreseen_to_select_nothing() -> None:
-    assert Prediction().after([[math.nan, 0.5]]).levels == [math.inf, 0.5]
+    scores = followed([math.nan, 0.5]).scores(CPU)
+    assert scores is not None
+    assert (scores.dtype, scores.tolist()) == (torch.float32, [math.inf, 0.5])
 
 
 def test_the_level_goes_halfway() -> None:
-    prediction = Prediction().after([[1.0]]).after([[2.0]])
-    assert prediction == Prediction((1.5,))
-    assert prediction.after([[0.5]]) == Prediction((1.0,)) == Prediction().after([[1.0], [2.0], [0.5]])
+    assert followed([1.0], [2.0]).numbers() == [1.5]
+    assert followed([1.0]).after([torch.tensor([2.0])]).after([torch.tensor([0.5])]).numbers() == [1.0]
+    assert followed([math.nan], [2.0], [1.0]).numbers() == [1.5]
+
+
+@given(st.lists(st.floats(width=32), max_size=8))
+def test_levels_are_those_of_float64_arithmetic_on_the_host(thresholds: list[float]) -> None:
+    level = None
+    for threshold in filter(math.isfinite, thresholds):
+        level = threshold if level is None else level + FOLLOW * (threshold - level)
+    assert followed(*([threshold] for threshold in thresholds)).numbers() == ([level] if thresholds else [])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_pool_without_pairs_changes_nothing(bad: float) -> None:
-    assert Prediction((1.5, 0.25)).after([[bad, 0.75]]) == Prediction((1.5, 0.5))
+    assert Prediction.of([1.5, 0.25]).after([torch.tensor([bad, 0.75])]) == Prediction.of([1.5, 0.5])
+    assert Prediction.of([None, 0.25]).after([torch.tensor([bad, 0.75])]) == Prediction.of([None, 0.5])
+
+
+def test_predictions_are_equal_by_their_numbers() -> None:
+    assert Prediction() == Prediction.of([]) != Prediction.of([None]) != Prediction.of([0.0])
+    assert Prediction.of([1 / 3]) != Prediction.of([math.nextafter(1 / 3, 1)])
 
 
 def test_it_follows_a_threshold_that_drifts_and_lies_in_the_middle_of_its_noise() -> None:
     generator = torch.Generator().manual_seed(0)
-    noise = (0.05 * torch.randn(400, generator=generator)).tolist()
-    thresholds = [2.0 - 0.001 * step + noise[step] for step in range(400)]
+    thresholds = 2.0 - 0.001 * torch.arange(400) + 0.05 * torch.randn(400, generator=generator)
     prediction, above = Prediction(), 0
     for step, threshold in enumerate(thresholds):
         if step >= 20:
-            (level,) = prediction.levels
+            (level,) = prediction.numbers()
+            assert level is not None
             assert abs(level - threshold) < 0.25
             above += level >= threshold
-        prediction = prediction.after([[threshold]])
+        prediction = prediction.after([threshold[None]])
     assert 0.4 < above / 380 < 0.6
 
 
@@ -65,9 +91,8 @@ def test_pairs_are_foreseen_by_the_score_that_they_compete_with() -> None:
 
 
 def test_json_keeps_every_bit() -> None:
-    prediction = Prediction((1 / 3, None, math.pi / 7))
-    again = json.loads(json.dumps({"level_K": prediction.level_K}))
-    assert Prediction(tuple(again["level_K"])) == prediction
+    progress = Progress(step=3, prediction=Prediction.of([1 / 3, None, math.pi / 7]), tokens_by_source=[5])
+    assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
 
 
 @pytest.mark.parametrize(("applied", "pool", "level"), [(True, "global", 2.0), (False, "global", 1.0), (True, "rank", 1.0)])
@@ -75,7 +100,7 @@ def test_it_learns_from_applied_steps_of_pools_that_ranks_share_alone(applied: b
     sums = SelectionSums(2, 1, torch.device("cpu"))
     sums.thresholds.append(torch.tensor([3.0]))
     plan = StepPlan([[1, 1]], [1, 1], [[1]], [1.0, 1.0], [])
-    result = StepResult(plan, Consumed(9, 9, 0, 0, [9], [1]), [], sums, 0.1, 1.0, applied, None, 1.0, 0.0)
-    progress = Progress(prediction=Prediction((1.0,)))
+    result = StepResult(plan, Consumed(9, 9, 0, 0, [9], [1]), [], sums, 0.1, applied, None, 1.0, 0.0)
+    progress = Progress(prediction=Prediction.of([1.0]))
     advance(progress, result, Settings.model_validate({"training": {"selection_pool": pool}}))
-    assert progress.prediction.level_K == (level,)
+    assert progress.prediction.numbers() == [level]

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import ModelSettings, TrainingSettings
-from pipeline.data.batch import Batch
 from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.weighting.rho1 import compute_mtp_selective_weights, compute_rho1_stats
 from tests.ranks import run_ranks
+from tests.rows import batch_with
 
 BATCH, SEQ, HEADS, VOCAB = 3, 12, 4, 11
 
@@ -261,7 +261,7 @@ def training_beside_dense_api() -> tuple[torch.Tensor, torch.Tensor, dict[str, A
     rows = slice(rank * 8 // dist.get_world_size(), (rank + 1) * 8 // dist.get_world_size())
     tokens, documents = tokens[rows], documents[rows]
     training = TrainingSettings(selection_exchange="radix")
-    batch = Batch(tokens, documents, torch.zeros_like(tokens), tuple(map(str, range(len(tokens)))))
+    batch = batch_with(tokens, [[int(of_row)] for of_row in (documents >= 0).sum(1)])
     micro = load_micro_batches([batch], 0, HEADS, dist.get_world_size(), rank, torch.device("cpu"))
     counts, _ = plan(micro, training, [1.0] * HEADS, 1, group)
     (losses,) = selective_losses(Models(policy, reference, "shifted", group), micro, counts, training)
