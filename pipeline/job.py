@@ -23,6 +23,7 @@ from pipeline.model.mtp import MTPModel
 from pipeline.planning.plan import plan_memory
 from pipeline.planning.reading import case_of
 from pipeline.planning.report import summary
+from pipeline.run import Run
 from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, from_first, largest, made_once
@@ -32,7 +33,7 @@ from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.reporting import closing_table, read_records
 from pipeline.runtime.run_lock import RunLock
 from pipeline.storage.files import read_whole
-from pipeline.train import Run, advance, train, train_step
+from pipeline.train import advance, train, train_step
 
 # One head selects nothing; how the policy does is no property of the reference.
 _NO_SELECTION = TrainingSettings().model_dump(

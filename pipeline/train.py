@@ -8,10 +8,7 @@ them: metrics, validation, checkpoints, requests to stop.
 import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,57 +17,22 @@ from torch import Tensor
 
 from pipeline.config import Settings, TrainingSettings
 from pipeline.data.batch import Batch
-from pipeline.data.consumption import Consumed, curves, settle_damage
+from pipeline.data.consumption import Consumed, settle_damage
 from pipeline.data.prefetch import prefetched
-from pipeline.data.stream import Stream
-from pipeline.evaluate import evaluate
-from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
+from pipeline.micro_step import load_micro_batches, plan, selective_losses
+from pipeline.reporter import Reporter
+from pipeline.run import Run, StepResult
 from pipeline.runtime.agreement import check_ranks_agree, who_met_bad_numbers
-from pipeline.runtime.checkpoint import Checkpoints, Progress
-from pipeline.runtime.distributed import World, any_rank, largest
-from pipeline.runtime.engine import Engine, backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
-from pipeline.runtime.metrics import Record, SelectionSums, Totals
+from pipeline.runtime.checkpoint import Progress
+from pipeline.runtime.distributed import any_rank
+from pipeline.runtime.engine import backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
+from pipeline.runtime.metrics import SelectionSums
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
-from pipeline.runtime.reporting import Logbook, progress_line, selection_block, without_non_finite
-from pipeline.weighting.objective import StepPlan
 from pipeline.weighting.pools import SHARED_POOLS
 
 
 class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a loss or gradient that was not finite."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything a training run works with."""
-
-    settings: Settings
-    world: World
-    device: torch.device
-    run_dir: Path
-    engine: Engine
-    models: Models
-    stream: Stream
-    validation: Stream | None
-    checkpoints: Checkpoints
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """consumed: what the data was, over all ranks. replaced: what was wrong with the samples whose places padding took.
-    sums: this rank's. applied: False where all ranks discarded the step; `bad` then says who met what on which
-    samples. seconds: wall time, to where the host has nothing more to say to the device; waited: those of them in which this
-    rank waited for data."""
-
-    plan: StepPlan
-    consumed: Consumed
-    replaced: list[str]
-    sums: SelectionSums
-    learning_rate: float
-    applied: bool
-    bad: str | None
-    seconds: float
-    waited: float
 
 
 def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
@@ -197,108 +159,3 @@ def learning_rate(training: TrainingSettings, applied_steps: int) -> float:
     begins = max(training.warmup_steps, round(training.steps * (1 - training.decay_fraction)))
     decayed = min(1.0, max(0.0, (applied_steps - begins) / max(1, training.steps - begins)))
     return peak + (final - peak) * decayed
-
-
-class Reporter:
-    """Turns steps into metrics at the intervals that were asked for. The reductions run on all ranks; only the first
-    writes and prints."""
-
-    def __init__(self, run: Run, first_step: int):
-        self.run = run
-        self.logbook = None
-        if run.world.is_first:
-            self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads)
-        # Of the last steps: tokens, seconds, and those of them in which the data was waited for.
-        self.recent: deque[tuple[int, float, float]] = deque(maxlen=20)
-        self.began: tuple[int, float] | None = None  # The end of this process's first step: its number, and the time.
-        if first_step >= run.settings.training.steps:
-            self.say(f"already at step {first_step} of {run.settings.training.steps}; to train on raise training.steps")
-        elif first_step:
-            self.say(f"continuing from step {first_step}")
-
-    def step(self, progress: Progress, result: StepResult) -> None:
-        logging, step = self.run.settings.logging, progress.step
-        self.began = self.began or (step, time.perf_counter())
-        self.recent.append((result.consumed.tokens, result.seconds, result.waited))
-        for message in result.replaced:
-            self.say(f"step {step}: replaced by a row of padding: {message}")
-        if result.bad is not None:
-            self.say(f"step {step}: discarded on all ranks; what was not finite: {result.bad}")
-        every = (logging.metrics_every, logging.progress_every, logging.selection_every, logging.histogram_every)
-        wanted, progressed, detailed, drawn = (
-            interval is not None and (step % interval == 0 or step in (1, self.run.settings.training.steps))
-            for interval in every
-        )
-        if not (wanted or progressed or detailed or drawn):
-            return
-        totals = result.sums.over_ranks(self.run.models.group)
-        data_wait = largest(self._share_waited())
-        if self.logbook is None:
-            return
-        record = self._record(progress, result, totals) | {"data_wait": data_wait}
-        if wanted:
-            self.logbook.write(record)
-        if drawn:
-            self.logbook.write_histograms(step, totals)
-        if progressed:
-            left = self.run.settings.training.steps - step
-            self.say(progress_line(record, self.run.settings.training.steps, left * self._seconds_a_step(progress)))
-        if detailed and step % logging.selection_every == 0 and self.run.settings.model.num_prediction_heads > 1:
-            self.say(selection_block(record))
-
-    def validate(self, progress: Progress) -> None:
-        """Evaluate on the held-out data, if there is any."""
-        run = self.run
-        if run.validation is None:
-            return
-        run.engine.eval()
-        rows = run.validation.iterate(0, end_sample=validation_rows(run.validation, run.settings))
-        batches = prefetched(rows, run.device, depth=1)
-        names = run.validation.manifest.source_names or ("",)
-        record = evaluate(run.models, batches, run.settings, names, run.world, run.device)
-        run.engine.train()
-        record = {"step": progress.step, "samples": progress.samples, "split": "validation"} | without_non_finite(record)
-        if self.logbook is not None:
-            self.logbook.write(record)
-            heads = range(run.settings.model.num_prediction_heads)
-            losses = " ".join(f"{record[f'loss_head_{head}'] or math.nan:.3f}" for head in heads)
-            self.say(f"step {progress.step}: held-out loss per head {losses}")
-
-    def say(self, text: str) -> None:
-        if self.run.world.is_first:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self.logbook is not None:
-            self.logbook.close()
-
-    def _seconds_a_step(self, progress: Progress) -> float:
-        """By the clock, what lies between steps included; without the first step, which pays for warm-ups of every kind."""
-        assert self.began is not None
-        step, moment = self.began
-        return (time.perf_counter() - moment) / (progress.step - step) if progress.step > step else self.recent[-1][1]
-
-    def _share_waited(self) -> float:
-        _, seconds, waited = map(sum, zip(*self.recent, strict=True))
-        return waited / seconds
-
-    def _record(self, progress: Progress, result: StepResult, totals: Totals) -> Record:
-        record = totals.record(result.plan.scale_H, self.run.stream.manifest.source_names or ("",))
-        if not result.applied:
-            record["loss"] = None
-        tokens, seconds, _ = map(sum, zip(*self.recent, strict=True))
-        position = {"step": progress.step, "samples": progress.samples, "tokens": progress.tokens}
-        more = {
-            "learning_rate": result.learning_rate,
-            "grad_norm": gradient_norm(self.run.engine),
-            "tokens_per_second": tokens / seconds,
-            "skipped_steps": progress.skipped_steps,
-        }
-        data = curves(self.run.stream, progress.samples, progress, result.consumed)
-        return without_non_finite(position | record | more | data)
-
-
-def validation_rows(stream: Stream, settings: Settings) -> int:
-    """Rows that a validation reads: whole rounds of the lanes, at least one, at most `logging.validation_samples`."""
-    wanted = settings.logging.validation_samples or stream.samples_per_epoch
-    return min(stream.samples_per_epoch, max(stream.lanes, wanted - wanted % stream.lanes))

@@ -28,8 +28,8 @@ def run_of(
 ) -> Any:
     """What `train_step` works with, on each rank of a process group. policy: what runs in the engine's place."""
     from pipeline.micro_step import Models
+    from pipeline.run import Run
     from pipeline.runtime.distributed import World
-    from pipeline.train import Run
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     return Run(

@@ -29,10 +29,11 @@ from pipeline.data.prefetch import prefetched
 from pipeline.micro_step import load_micro_batches
 from pipeline.model.reference import losses_by_head
 from pipeline.model.transformer import attention_head_dim, ffn_dim
+from pipeline.run import Run
 from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.distributed import device_of, find_world
 from pipeline.runtime.engine import backward, end_micro_step, initialize_distributed
-from pipeline.train import Run, advance, train_step
+from pipeline.train import advance, train_step
 from pipeline.weighting.selection import Select, select_all
 
 K_PERCENT, HEADS = 0.6, 4

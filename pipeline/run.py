@@ -1,0 +1,49 @@
+"""What a training run works with, and what a step of it gives."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.config import Settings
+from pipeline.data.consumption import Consumed
+from pipeline.data.stream import Stream
+from pipeline.micro_step import Models
+from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.distributed import World
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.metrics import SelectionSums
+from pipeline.weighting.objective import StepPlan
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a training run works with."""
+
+    settings: Settings
+    world: World
+    device: torch.device
+    run_dir: Path
+    engine: Engine
+    models: Models
+    stream: Stream
+    validation: Stream | None
+    checkpoints: Checkpoints
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """consumed: what the data was, over all ranks. replaced: what was wrong with the samples whose places padding took.
+    sums: this rank's. applied: False where all ranks discarded the step; `bad` then says who met what on which
+    samples. seconds: wall time, to where the host has nothing more to say to the device; waited: those of them in which this
+    rank waited for data."""
+
+    plan: StepPlan
+    consumed: Consumed
+    replaced: list[str]
+    sums: SelectionSums
+    learning_rate: float
+    applied: bool
+    bad: str | None
+    seconds: float
+    waited: float
