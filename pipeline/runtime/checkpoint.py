@@ -14,9 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.config import POSITION, ConfigError, differences_that_matter
+from pipeline.config import ConfigError
 from pipeline.runtime.distributed import World, from_first
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.identity import POSITION, differences_that_matter
 from pipeline.weighting.prediction import Prediction
 
 REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from pipeline.config import DataSettings, Settings, flatten
+from pipeline.config import DataSettings, Settings
 from pipeline.runtime.checkpoint import replace_text
 from pipeline.runtime.distributed import World
+from pipeline.runtime.identity import flatten
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Place
 

@@ -6,8 +6,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import ConfigError, Settings, did_you_mean, differences_that_matter, flatten
+from pipeline.config import ConfigError, Settings, did_you_mean
 from pipeline.recipe import load_settings, read_settings
+from pipeline.runtime.identity import differences_that_matter, flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))

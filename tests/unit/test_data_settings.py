@@ -2,8 +2,9 @@
 
 import pytest
 
-from pipeline.config import ConfigError, differences_that_matter, flatten
+from pipeline.config import ConfigError
 from pipeline.recipe import load_settings
+from pipeline.runtime.identity import differences_that_matter, flatten
 from pipeline.storage.location import Url
 
 QUIET = ["training.k_percent=1"]
