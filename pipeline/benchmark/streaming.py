@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -175,4 +176,7 @@ def _mosaic(directory: Path, micro_batch: int) -> int:
     from streaming import StreamingDataset
 
     dataset = StreamingDataset(local=str(directory), batch_size=micro_batch, shuffle=True, shuffle_seed=0)
-    return sum(batch["tokens"].numel() for batch in DataLoader(dataset, batch_size=micro_batch, num_workers=1))
+    with warnings.catch_warnings():
+        # Its arrays are views of what was read; torch says so in every worker.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return sum(batch["tokens"].numel() for batch in DataLoader(dataset, batch_size=micro_batch, num_workers=1))
