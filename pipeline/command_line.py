@@ -88,16 +88,29 @@ def read_recipe(
     Raises:
         ConfigError: the recipe cannot be read at all.
     """
-    from pipeline.config import ConfigError, did_you_mean
+    from pipeline.config import ConfigError
     from pipeline.recipe import read_settings
 
-    known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
-    problems = [f"{option}: unknown option; {did_you_mean(option.partition('=')[0], known)}" for option in unknown]
+    problems = [_unknown(option, parser) for option in unknown]
     try:
         settings, found = read_settings(options.config, options.overrides)
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     return settings, problems + found
+
+
+def _unknown(option: str, parser: argparse.ArgumentParser) -> str:
+    from pipeline.config import did_you_mean
+    from pipeline.recipe import settings_named
+
+    name = option.partition("=")[0]
+    settings = settings_named(name.lstrip("-").replace("-", "_"))
+    if settings:
+        return (
+            f"{option}: unknown option; a setting is given without dashes, {' or '.join(f'{each}=VALUE' for each in settings)}"
+        )
+    known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
+    return f"{option}: unknown option; {did_you_mean(name, known)}"
 
 
 def end_process(exit_code: int) -> NoReturn:

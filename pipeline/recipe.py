@@ -55,7 +55,8 @@ def read_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> 
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:
     if not recipe.is_file():
-        raise ConfigError([f"--config: no such file: {recipe}"])
+        what = "expected a recipe, a YAML file, and this is a folder" if recipe.is_dir() else "no such file"
+        raise ConfigError([f"--config: {what}: {recipe}"])
     try:
         values = yaml.load(recipe.read_text(encoding="utf-8"), _SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -116,9 +117,16 @@ def _sentence(detail: Any) -> str:
         owner: Any = Settings
         for part in filter(lambda part: isinstance(part, str), detail["loc"][:-1]):
             owner = MixtureSet if part == "mixture" else owner.model_fields[part].annotation
-        kind = "setting" if len(detail["loc"]) > 1 else "section"
-        return f"{place}: unknown {kind}; {did_you_mean(str(detail['loc'][-1]), owner.model_fields)}"
+        kind, name = "setting" if len(detail["loc"]) > 1 else "section", str(detail["loc"][-1])
+        elsewhere = settings_named(name)
+        return f"{place}: unknown {kind}; {did_you_mean(name, elsewhere or owner.model_fields)}"
     return f"{place}: got {detail['input']!r}; {detail['msg'].removeprefix('Value error, ')}"
+
+
+def settings_named(name: str) -> list[str]:
+    """`section.key` of each setting with this name, which may be with its section."""
+    names = [f"{section}.{key}" for section, field in Settings.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]
+    return [known for known in names if name in (known, known.partition(".")[2])]
 
 
 def _inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:

@@ -331,6 +331,18 @@ def test_an_unknown_option_is_refused_with_a_suggestion(refused, option, suggest
     assert refused(option) == [f"{option}: unknown option; did you mean '{suggested}'?"]
 
 
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--micro-batch", "data.micro_batch=VALUE"),
+        ("--training.steps=5", "training.steps=VALUE"),
+        ("--seed", "data.seed=VALUE or model.seed=VALUE"),
+    ],
+)
+def test_a_setting_that_is_given_as_an_option_is_refused_with_how_it_is_given(refused, option, meant):
+    assert refused(option) == [f"{option}: unknown option; a setting is given without dashes, {meant}"]
+
+
 def test_settings_behind_an_unknown_option_are_still_settings(refused):
     assert refused("training.steps=3", "--alow-changed", "training.k_percent=1.5", "modl.dim=3") == [
         "--alow-changed: unknown option; did you mean '--allow-changed'?",

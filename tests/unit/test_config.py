@@ -126,9 +126,17 @@ def test_an_unknown_setting_of_an_override_is_refused_with_a_suggestion():
     assert problems_of(*SOURCES, "training.k_percnt=0.5") == ["training.k_percnt: unknown setting; did you mean 'k_percent'?"]
 
 
-def test_a_setting_in_the_wrong_section_is_refused_with_what_is_known_there():
+def test_a_setting_in_the_wrong_section_is_refused_with_where_it_belongs():
     (problem,) = problems_of(*SOURCES, "checkpoint.micro_batch=4")
-    assert problem == "checkpoint.micro_batch: unknown setting; known are: every, keep"
+    assert problem == "checkpoint.micro_batch: unknown setting; did you mean 'data.micro_batch'?"
+    # There are seeds of the data and of the model.
+    (problem,) = problems_of(*SOURCES, "checkpoint.seed=4")
+    assert problem == "checkpoint.seed: unknown setting; did you mean 'data.seed'?"
+
+
+def test_a_setting_like_no_other_is_refused_with_what_is_known_there():
+    (problem,) = problems_of(*SOURCES, "checkpoint.zzz=4")
+    assert problem == "checkpoint.zzz: unknown setting; known are: every, keep"
 
 
 def test_a_key_that_comes_twice_is_refused_with_its_line(tmp_path):
@@ -318,6 +326,7 @@ def test_a_recipe_that_is_none_is_refused_and_named(tmp_path, text, said):
 
 def test_a_missing_recipe_is_refused_and_named(tmp_path):
     assert problems_of(recipe=tmp_path / "none.yaml") == [f"--config: no such file: {tmp_path / 'none.yaml'}"]
+    assert problems_of(recipe=tmp_path) == [f"--config: expected a recipe, a YAML file, and this is a folder: {tmp_path}"]
 
 
 def test_an_empty_recipe_and_an_empty_section_mean_the_defaults(tmp_path):
