@@ -106,9 +106,8 @@ def _unknown(option: str, parser: argparse.ArgumentParser) -> str:
     name = option.partition("=")[0]
     settings = settings_named(name.lstrip("-").replace("-", "_"))
     if settings:
-        return (
-            f"{option}: unknown option; a setting is given without dashes, {' or '.join(f'{each}=VALUE' for each in settings)}"
-        )
+        meant = " or ".join(f"{setting}=VALUE" for setting in settings)
+        return f"{option}: unknown option; a setting is given without dashes, {meant}"
     known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
     return f"{option}: unknown option; {did_you_mean(name, known)}"
 
