@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest, Shard, Source, write_manifest
 from pipeline.data.shard_reader import ShardReader
-from pipeline.data.shard_table import NAME
+from pipeline.data.shard_table import NAME, crc32_of_pieces
 from pipeline.data.shards import CRC, MAX_SOURCES, OFFSET, write_file
 from pipeline.data.tars import Member, members, read_member
 from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
@@ -122,7 +122,7 @@ def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
         tokens=0,
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
-        crc32=zlib.crc32(checksums),
+        crc32=crc32_of_pieces(checksums),
     )
     return shard, kinds.pop()
 
