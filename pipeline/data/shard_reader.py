@@ -12,6 +12,7 @@ requests side by side. Of the indices only some pieces are kept at a time, and s
 files grow neither with a shard nor with their number.
 """
 
+import errno
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,12 +22,12 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.data.cache import LeastRecentlyUsed
-from pipeline.data.manifest import DataError, Manifest
+from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest
 from pipeline.data.sample import DamageError, Sample, SampleDecoder
 from pipeline.data.shard_files import OpenShard, Run
 from pipeline.data.shard_table import PIECE_SAMPLES, ShardTable
 from pipeline.data.shards import CRC, OFFSET
-from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, raise_if_of_the_machine
+from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, raise_if_gone, raise_if_of_the_machine
 from pipeline.storage.location import Place, Url
 
 MAX_OPEN_SHARDS = 64
@@ -171,7 +172,7 @@ class ShardReader:
             _, idx, crc32 = self._files(name[0])
             offsets, checksums = (file.read(*part) for file, part in zip((idx, crc32), self._piece(*name), strict=True))
         except OSError as error:
-            raise_if_of_the_machine(error, self.directory)
+            self._raise_if_no_damage(error)
             return error
         expected, found = self._table.piece_crc32(*name), zlib.crc32(checksums)
         if expected is not None and found != expected:
@@ -243,8 +244,13 @@ class ShardReader:
                 read = self._decode_all(tar.read(start, size), run)
             return read
         except OSError as error:
-            raise_if_of_the_machine(error, self.directory)
+            self._raise_if_no_damage(error)
             return [self._blank(run.shard, sample, error) for sample in run.samples]
+
+    def _raise_if_no_damage(self, error: OSError) -> None:
+        raise_if_of_the_machine(error, self.directory)
+        if isinstance(self.directory, Url) and error.errno == errno.ENOENT:
+            raise_if_gone(self.directory / MANIFEST_FILE, self._access)
 
     def _decode_all(self, data: bytes, run: Run) -> list[Sample]:
         return [self._decode(data, run, index) for index in range(len(run.samples))]

@@ -256,6 +256,17 @@ def test_a_remote_shard_that_is_cut_or_missing_is_damage_that_names_it(tmp_path,
     assert all(batch.failure is None for batch in batches)
 
 
+def test_a_remote_folder_that_is_gone_is_no_damage(server):
+    stream = Stream(server.url, **SIZES, raises=False)
+    server.always, count = 404, len(server.requests)
+    batch = next(stream.iterate(0))
+    assert re.search(
+        r"manifest.json was read before and cannot be read now: No such file; .* says nothing about the data", batch.failure
+    )
+    assert batch.damage == ()
+    assert len(server.requests) - count < 30
+
+
 def test_an_unknown_scheme_and_a_missing_package_are_named(monkeypatch):
     with pytest.raises(DataError, match=r"nosuch://host/data.*expected a folder, https://, http:// or s3://"):
         read_manifest(Url("nosuch://host/data"))
@@ -469,6 +480,25 @@ def test_a_pipe_that_fails_is_damage_with_what_it_said(folder):
     damage = [message for batch in batches for message in batch.damage]
     assert len(damage) == 11
     assert all("shard-00001" in message and "ended with code 3: no way" in message for message in damage)
+
+
+@pytest.mark.parametrize("command", ["nosuchcommand {}", "kill -9 $$ {}", "exit 255 {}"])
+def test_a_pipe_whose_command_cannot_be_run_is_the_machines_fault_and_no_damage(folder, command):
+    pipe = Url(f"pipe:case {{}} in *1.tar) {command};; *) cat {folder}/{{}};; esac")
+    batches = Stream(pipe, **SIZES, access=Access(allow_pipe=True), raises=False).iterate(0, end_sample=60)
+    first = next(batch for batch in batches if batch.failure or batch.damage)
+    assert re.search(r"could not be run to its end, code (127|-9|255): .*; the machine is at fault", first.failure)
+    assert first.damage == ()
+
+
+def test_pipes_that_fail_for_the_manifest_too_are_no_damage(folder, tmp_path):
+    (tmp_path / "connection").touch()
+    pipe = Url(f"pipe:test -e {tmp_path}/connection && cat {folder}/{{}}")
+    stream = Stream(pipe, **SIZES, access=Access(allow_pipe=True), raises=False)
+    (tmp_path / "connection").unlink()
+    batch = next(stream.iterate(0))
+    assert "manifest.json was read before and cannot be read now: the command ended with code 1" in batch.failure
+    assert batch.damage == ()
 
 
 def test_sets_of_a_mixture_may_lie_anywhere(server, folder):
