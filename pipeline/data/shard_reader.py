@@ -5,7 +5,7 @@ offsets of the shard's `.idx`, all of them, with the CRC-32 written when the sha
 and held against the manifest. The `.crc32` itself must be the one that the manifest means: else a shard that was exchanged
 for another, with both its index files, would pass for the right one. The manifest has a CRC-32 of every piece of it, a thousand
 samples long, so a piece is held against that when it is read, before any of its samples is, and a reader of few samples of a
-shard reads little else of it.
+shard reads little else of it. Of the `.idx` it reads the offsets of its samples, or of the whole piece if these are many.
 
 Samples are asked for many at a time. Those that lie side by side in a shard come by one read, those of remote shards by
 requests side by side. Of the indices only some pieces are kept at a time, and shards are closed again, so memory and open
@@ -19,12 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import numpy as np
-
 from pipeline.data.cache import LeastRecentlyUsed
 from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest
 from pipeline.data.sample import DamageError, Sample, SampleDecoder
-from pipeline.data.shard_files import OpenShard, Run
+from pipeline.data.shard_files import IndexPiece, OpenShard, Run
 from pipeline.data.shard_table import PIECE_SAMPLES, ShardTable
 from pipeline.data.shards import CRC, OFFSET
 from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, raise_if_gone, raise_if_of_the_machine
@@ -37,7 +35,6 @@ _REQUESTS_AT_ONCE = 32
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_Index = tuple[np.ndarray, np.ndarray]
 
 
 class DamagedSampleError(DataError):
@@ -56,7 +53,7 @@ class ShardReader:
         self._access = access
         self._decoder = SampleDecoder(manifest)
         self._open: LeastRecentlyUsed[int, OpenShard] = LeastRecentlyUsed(max_open_shards, OpenShard.close)
-        self._indices: LeastRecentlyUsed[tuple[int, int], _Index] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
+        self._indices: LeastRecentlyUsed[tuple[int, int], IndexPiece] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
         self._opening = threading.Lock()
         self._is_remote = isinstance(directory, Url) and not directory.is_pipe
         self._pool: ThreadPoolExecutor | None = None
@@ -154,33 +151,42 @@ class ShardReader:
             self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         return self._pool.map(function, items)
 
-    def _index_pieces(self, wanted: dict[int, list[int]]) -> dict[tuple[int, int], _Index | Exception]:
-        """Offsets and checksums of the thousands of samples that hold the wanted ones, by (shard, thousand)."""
-        names = {(shard, sample // PIECE_SAMPLES) for shard, samples in wanted.items() for sample in samples}
-        known = {name: self._indices.find(name) for name in sorted(names)}
-        pieces: dict[tuple[int, int], _Index | Exception]
-        pieces = {name: piece for name, piece in known.items() if piece is not None}
-        missing = [name for name in known if name not in pieces]
-        for name, piece in zip(missing, self._map(self._read_index, missing), strict=True):
+    def _index_pieces(self, wanted: dict[int, list[int]]) -> dict[tuple[int, int], IndexPiece | Exception]:
+        """The pieces of the index that hold the wanted samples, by (shard, number), with the offsets of these at least."""
+        of_pieces: dict[tuple[int, int], list[int]] = {}
+        for shard, samples in wanted.items():
+            for sample in samples:
+                of_pieces.setdefault((shard, sample // PIECE_SAMPLES), []).append(sample)
+        known = {name: self._indices.find(name) for name in sorted(of_pieces)}
+        pieces: dict[tuple[int, int], IndexPiece | Exception]
+        pieces = {name: piece for name, piece in known.items() if piece is not None and not piece.lacking(of_pieces[name])}
+        unread = [name for name in known if name not in pieces]
+        read = self._map(lambda name: self._read_index(name, known[name], of_pieces[name]), unread)
+        for name, piece in zip(unread, read, strict=True):
             if not isinstance(piece, Exception):
                 self._indices.put(name, piece)
             pieces[name] = piece
         return pieces
 
-    def _read_index(self, name: tuple[int, int]) -> _Index | DamageError | OSError:
+    def _read_index(
+        self, name: tuple[int, int], piece: IndexPiece | None, samples: Sequence[int]
+    ) -> IndexPiece | DamageError | OSError:
         try:
             _, idx, crc32 = self._files(name[0])
-            offsets, checksums = (file.read(*part) for file, part in zip((idx, crc32), self._piece(*name), strict=True))
+            if piece is None:
+                checksums = crc32.read(*self._piece(*name)[1])
+                expected, found = self._table.piece_crc32(*name), zlib.crc32(checksums)
+                if expected is not None and found != expected:
+                    return DamageError(
+                        f"the CRC-32 of its piece of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the "
+                        "file is damaged, or the shard was exchanged for another"
+                    )
+                piece = IndexPiece(name[1], int(self._table.samples[name[0]]), checksums)
+            piece.read_offsets(idx, samples, one_by_one=not self._is_remote)
         except OSError as error:
             self._raise_if_no_damage(error)
             return error
-        expected, found = self._table.piece_crc32(*name), zlib.crc32(checksums)
-        if expected is not None and found != expected:
-            return DamageError(
-                f"the CRC-32 of its piece of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the file is "
-                "damaged, or the shard was exchanged for another"
-            )
-        return _whole_items(offsets, OFFSET), _whole_items(checksums, CRC)
+        return piece
 
     def _piece(self, shard: int, piece: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Where the offsets and the checksums of a piece lie in their files, and their sizes."""
@@ -196,7 +202,7 @@ class ShardReader:
         self,
         places_of_shards: dict[int, list[int]],
         wanted: dict[int, list[int]],
-        pieces: dict[tuple[int, int], _Index | Exception],
+        pieces: dict[tuple[int, int], IndexPiece | Exception],
         found: list[Sample | None],
     ) -> Iterator[Run]:
         """The wanted samples as runs; those that the index does not place go to `found` as damaged."""
@@ -220,19 +226,18 @@ class ShardReader:
             if run is not None:
                 yield run
 
-    def _extent(self, shard: int, sample: int, piece: _Index | Exception) -> tuple[int, int, int]:
+    def _extent(self, shard: int, sample: int, piece: IndexPiece | Exception) -> tuple[int, int, int]:
         if isinstance(piece, Exception):
             raise piece
-        offsets, checksums = piece
-        within, num_bytes = sample % PIECE_SAMPLES, self._table.sizes[shard]
-        if within + 1 >= len(offsets) or within >= len(checksums):
-            raise DamageError(f"its .{'idx' if within + 1 >= len(offsets) else 'crc32'} ends before it")
-        start, end = int(offsets[within]), int(offsets[within + 1])
+        extent, num_bytes = piece.extent(sample), self._table.sizes[shard]
+        if extent is None:
+            raise DamageError("its .idx or .crc32 ends before it")
+        start, end, _ = extent
         if not start < end <= num_bytes:
             raise DamageError(f"its .idx puts it at bytes {start} to {end} of {num_bytes}")
         if end - start > self._decoder.max_bytes:
             raise DamageError(f"its .idx gives it {end - start} bytes, a row has at most {self._decoder.max_bytes}")
-        return start, end, int(checksums[within])
+        return extent
 
     def _read_run(self, run: Run) -> list[Sample]:
         start, size = run.offsets[0], run.offsets[-1] - run.offsets[0]
@@ -274,7 +279,3 @@ class ShardReader:
             "copy the shard and its .idx and .crc32 again from where the data was prepared, or prepare again"
         )
         return self._decoder.blank(f"{name}/(damaged: sample {sample})", message)
-
-
-def _whole_items(data: bytes, dtype: np.dtype) -> np.ndarray:
-    return np.frombuffer(data[: len(data) - len(data) % dtype.itemsize], dtype)

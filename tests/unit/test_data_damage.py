@@ -314,9 +314,10 @@ def test_of_the_checksums_that_piece_is_read_and_held_against_the_manifest_which
     read = LocalFile.read
     monkeypatch.setattr(LocalFile, "read", lambda file, start, size: asked.append((start, size)) or read(file, start, size))
     reader.read_many([0, 0], [2100, 2499])
-    assert asked[:2] == [(8 * 2048, 8 * 453), (4 * 2048, 4 * 452)]
+    assert asked[:3] == [(4 * 2048, 4 * 452), (8 * 2100, 16), (8 * 2499, 16)]
     reader.read_many([0], [2200])
-    assert len(asked) == 5  # and the samples'
+    assert asked[5] == (8 * 2200, 16)  # after those of the samples
+    assert len(asked) == 7
     reader.close()
 
 

@@ -172,25 +172,45 @@ def test_an_epoch_of_256_lanes_over_4_shards_requests_its_bytes_about_once(four_
     assert 0.97 * size < counted.requested <= 1.05 * size
 
 
+@pytest.fixture(scope="module")
+def four_shards_of_small_rows(tmp_path_factory):
+    # Rows of 2,048 bytes, the smallest that there are.
+    folder = tmp_path_factory.mktemp("small") / "data"
+    return numbered_data(folder, 16_500, samples_per_shard=4125, sequence_length=64, vocab_size=200_000, sources=())
+
+
+@pytest.mark.parametrize("data", ["four_shards", "four_shards_of_small_rows"])
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(8, 8), (64, 4), (256, 1)])
-def test_with_the_lanes_on_many_ranks_it_does_so_too(four_shards, monkeypatch, world_size, micro_batch):
+def test_with_the_lanes_on_many_ranks_it_does_so_too(request, monkeypatch, data, world_size, micro_batch):
+    folder = request.getfixturevalue(data)
     counted = CountedReads(monkeypatch)
     sizes = {"lanes": 256, "global_batch": 256, "micro_batch": micro_batch, "seed": 0, "shuffle_block": 1024}
     for rank in range(world_size):
-        stream = Stream(four_shards, rank=rank, world_size=world_size, **sizes)
+        stream = Stream(folder, rank=rank, world_size=world_size, **sizes)
         rows = sum(len(batch.keys) for batch in stream.iterate(0, end_sample=stream.samples_per_epoch))
         assert rows == 64 * 256 // world_size
-    size = sum(shard.bytes for shard in read_manifest(four_shards).shards)
+    size = sum(shard.bytes for shard in read_manifest(folder).shards)
     assert 0.97 * size < counted.requested <= 1.05 * size
 
 
-def test_offsets_and_checksums_of_neighbours_are_not_asked_for_again(four_shards, monkeypatch):
+def test_of_the_index_a_few_offsets_are_asked_for_and_then_a_thousand_and_none_again(four_shards, monkeypatch):
     offsets = np.fromfile(four_shards / "shard-00002.tar.idx", "<u8")
+    row = int(offsets[1])
     reader = ShardReader(four_shards, read_manifest(four_shards))
-    reader.read(2, 700)
     counted = CountedReads(monkeypatch)
-    reader.read(2, 5)
-    assert (counted.calls, counted.requested) == (1, offsets[6] - offsets[5])
+
+    def asked_for(*samples):
+        before = counted.requested
+        reader.read_many([2] * len(samples), samples)
+        return counted.requested - before
+
+    assert asked_for(700) == 4 * 1024 + 16 + row
+    assert asked_for(700) == row
+    assert asked_for(5, 3) == 2 * 16 + 2 * row
+    assert asked_for(*range(100, 257)) == 157 * 16 + 157 * row
+    assert asked_for(50) == 8 * 1025 + row
+    assert asked_for(*range(1024)) == 1024 * row
+    assert asked_for(*range(1024, 2048)) == 4 * 1024 + 8 * 1025 + 1024 * row
     reader.close()
 
 

@@ -485,10 +485,13 @@ def test_a_pipe_that_fails_is_damage_with_what_it_said(folder):
 @pytest.mark.parametrize("command", ["nosuchcommand {}", "kill -9 $$ {}", "exit 255 {}"])
 def test_a_pipe_whose_command_cannot_be_run_is_the_machines_fault_and_no_damage(folder, command):
     pipe = Url(f"pipe:case {{}} in *1.tar) {command};; *) cat {folder}/{{}};; esac")
-    batches = Stream(pipe, **SIZES, access=Access(allow_pipe=True), raises=False).iterate(0, end_sample=60)
-    first = next(batch for batch in batches if batch.failure or batch.damage)
-    assert re.search(r"could not be run to its end, code (127|-9|255): .*; the machine is at fault", first.failure)
-    assert first.damage == ()
+    reader = ShardReader(pipe, read_manifest(folder), Access(allow_pipe=True))
+    with pytest.raises(
+        DataError, match=r"could not be run to its end, code (127|-9|255): .*; the machine is at fault"
+    ) as raised:
+        reader.read(1, 0)
+    assert raised.type is DataError  # and not a damaged sample
+    reader.close()
 
 
 def test_pipes_that_fail_for_the_manifest_too_are_no_damage(folder, tmp_path):
