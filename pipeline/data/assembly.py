@@ -88,11 +88,15 @@ def _assemble(assembly: Assembly, before: np.ndarray, index: int) -> ShardRecord
         last_token = begin + documents.lengths - 1
         is_cut = begin // assembly.sequence_length != last_token // assembly.sequence_length
         packed = _between(documents, begin, first, last)
+        first_key = index * assembly.samples_per_shard
     else:
         is_cut = documents.lengths > assembly.sequence_length
         packed = own
+        # No two rows of best_fit could be one, so a shard has fewer rows than two for every T tokens up to where the next
+        # begins, and one: no two shards have a key in common, however long its last document is.
+        first_key = 2 * (int(begin[begins_here].min(initial=last)) // assembly.sequence_length + index)
     return ShardRecord(
-        shard=_write(assembly, index, packed) if len(packed.lengths) else None,
+        shard=_write(assembly, index, packed, first_key) if len(packed.lengths) else None,
         num_documents=len(own.lengths),
         documents_cut=int((is_cut & begins_here).sum()),
         documents=np.bincount(own.sources, minlength=assembly.num_sources).tolist(),
@@ -100,10 +104,8 @@ def _assemble(assembly: Assembly, before: np.ndarray, index: int) -> ShardRecord
     )
 
 
-def _write(assembly: Assembly, index: int, documents: TokenizedDocuments) -> Shard:
+def _write(assembly: Assembly, index: int, documents: TokenizedDocuments, first_key: int) -> Shard:
     rows = pack(documents, assembly.sequence_length, padding_id=assembly.end_of_document_id, packing=assembly.packing)
-    # best_fit never leaves two rows that one could hold, so twice as many numbers as rows of tokens are enough.
-    first_key = index * assembly.samples_per_shard * (1 if assembly.packing == "concat" else 2)
     return write_shard(
         ((f"{assembly.key_prefix}{number:09d}", row) for number, row in enumerate(rows, first_key)),
         assembly.directory,

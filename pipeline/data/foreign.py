@@ -2,7 +2,8 @@
 
 The tars must hold what `shards` documents: KEY.tokens.npy, KEY.documents.npy and, if sources are to be told apart,
 KEY.sources.npy. They are not touched. Their offsets and checksums are written beside them, or, where there are some already,
-held against them: new ones would pass damage off as data. Then every sample is read by the reader that feeds training, and
+held against them: new ones would pass damage off as data. A tokenizer.json that is there stays too, and has to be the same
+tokenizer. Then every sample is read by the reader that feeds training, and
 only if all are good the manifest is written. Nothing of a tar is ever extracted, and a member
 that has no business there is an error by its name.
 """
@@ -20,10 +21,10 @@ from tokenizers import Tokenizer
 
 from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest, Shard, Source, write_manifest
 from pipeline.data.shard_reader import ShardReader
-from pipeline.data.shard_table import NAME
+from pipeline.data.shard_table import NAME, crc32_of_pieces
 from pipeline.data.shards import CRC, MAX_SOURCES, OFFSET, write_file
 from pipeline.data.tars import Member, members, read_member
-from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
+from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, load_tokenizer, vocab_size
 from pipeline.data.verification import Totals, count_row, file_sha256
 
 _REQUIRED = {"tokens.npy", "documents.npy"}
@@ -42,8 +43,8 @@ def index(
         source_names: in the order of the indices in KEY.sources.npy; empty: as many as there are, `source-0` and so on.
 
     Raises:
-        DataError: a manifest is there already, there are no tars, a sample is damaged or not what it should be, or a tar is not
-            the one of the index files beside it.
+        DataError: a manifest is there already, or another tokenizer, there are no tars, a sample is damaged or not what it
+            should be, or a tar is not the one of the index files beside it.
     """
     directory = Path(directory)
     if (directory / MANIFEST_FILE).exists():
@@ -53,6 +54,7 @@ def index(
     paths = sorted(directory.glob("*.tar"))
     if not paths:
         raise DataError(f"expected shards, *.tar, in {directory}, but there are none")
+    _check_tokenizer(directory / TOKENIZER_FILE, tokenizer)
     written: list[Path] = []
     try:
         manifest = _index(paths, tokenizer, list(source_names), end_of_document, written)
@@ -60,9 +62,19 @@ def index(
         for path in written:
             path.unlink(missing_ok=True)
         raise
-    tokenizer.save(str(directory / TOKENIZER_FILE))
+    if not (directory / TOKENIZER_FILE).exists():
+        write_file(directory / TOKENIZER_FILE, tokenizer.to_str(pretty=True).encode())
     write_manifest(directory, manifest)
     return manifest
+
+
+def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """Hold a tokenizer that lies with the shards against the one that is said to have made them."""
+    if path.exists() and fingerprint(load_tokenizer(path)) != fingerprint(tokenizer):
+        raise DataError(
+            f"{path}, which was there before, is another tokenizer than the one given; leave --tokenizer out if the ids were "
+            "made with it, or move it away if they were not"
+        )
 
 
 def _index(
@@ -122,7 +134,7 @@ def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
         tokens=0,
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
-        crc32=zlib.crc32(checksums),
+        crc32=crc32_of_pieces(checksums),
     )
     return shard, kinds.pop()
 

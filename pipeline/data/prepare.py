@@ -9,7 +9,6 @@ A folder is written under another name and renamed once, so that it is complete 
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +29,12 @@ from pipeline.data.shards import MAX_SOURCES, token_dtype
 from pipeline.data.tokenization import Encoder, Tokenization, add_documents
 from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
 from pipeline.data.workers import Report, work_on
+from pipeline.data.writing_lock import LOCK_FILE, clear, locked
 
 SAMPLES_PER_SHARD = 8192
 _PARTIAL = ".partial"
-# In a partial folder of `resumable.prepare_files`: what was asked for, and who writes to it.
+# In a partial folder of `resumable.prepare_files`: what was asked for.
 REQUEST_FILE = "request.json"
-LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True)
@@ -138,21 +137,30 @@ def whole_or_absent(output_dir: Path) -> Iterator[Path]:
     """A new folder `OUTPUT.partial` to write to, renamed to OUTPUT at the end of the block if nothing was raised.
 
     Raises:
-        DataError: OUTPUT exists and is not an empty folder, or its partial folder is a preparation that can be gone on with.
+        DataError: OUTPUT exists and is not an empty folder, or another process is writing to its partial folder, or that is a
+            preparation that can be gone on with.
     """
     output_dir = Path(output_dir)
     partial = partial_of(output_dir)
+    _refuse_if_taken(output_dir)
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        _refuse_if_taken(output_dir)  # by whoever had the lock until now
+        if (partial / REQUEST_FILE).exists():
+            raise DataError(
+                f"{partial} is a preparation that is not finished; finish it with its own launch/prepare.py command, remove "
+                "it, or choose another output"
+            )
+        clear(partial)
+        yield partial
+        os.rename(partial, output_dir)
+        # Last: without it another process would take a folder that is written to for one that was left.
+        (output_dir / LOCK_FILE).unlink()
+
+
+def _refuse_if_taken(output_dir: Path) -> None:
     if is_taken(output_dir):
         raise DataError(f"the output {output_dir} exists already; remove it, or choose another one")
-    if any((partial / name).exists() for name in (REQUEST_FILE, LOCK_FILE)):
-        raise DataError(
-            f"{partial} is a preparation that is not finished; finish it with its own launch/prepare.py command, remove it, or "
-            "choose another output"
-        )
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    os.rename(partial, output_dir)
 
 
 def partial_of(output_dir: Path) -> Path:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +12,9 @@ from tokenizers import Tokenizer
 
 from pipeline.data.inputs import InputFile
 from pipeline.data.manifest import DataError
-from pipeline.data.prepare import LOCK_FILE, REQUEST_FILE, Settings
+from pipeline.data.prepare import REQUEST_FILE, Settings
 from pipeline.data.shards import write_file
+from pipeline.data.writing_lock import clear
 
 
 def describe(
@@ -64,8 +64,6 @@ def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[s
             )
         return True
     # Of a run that was killed before it had a request, or of an older program.
-    for leftover in partial.iterdir():
-        if leftover.name != LOCK_FILE:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    clear(partial)
     write_file(path, json.dumps(asked, indent=2).encode())
     return False

@@ -9,12 +9,10 @@ Bounds: a process holds one run (`runs.TOKENS_PER_RUN` tokens) or about three ti
 the table of the shuffle has 65,536 entries. None grows with the corpus. The disk needs room for the ids twice.
 """
 
-import fcntl
 import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +30,14 @@ from pipeline.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.data.prepare import LOCK_FILE, Settings, assemble_split, is_taken, partial_of, tokenization_into
+from pipeline.data.prepare import Settings, assemble_split, is_taken, partial_of, tokenization_into
 from pipeline.data.progress import Display
 from pipeline.data.request import begin_or_continue, describe, request_sha256, whole_sha256
 from pipeline.data.shards import token_dtype, write_file
 from pipeline.data.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
 from pipeline.data.workers import work_on
+from pipeline.data.writing_lock import locked
 
 # A BPE is trained on slices evenly spread over the input: more text than this changes it little.
 _TRAINING_BYTES = 1 << 30
@@ -83,7 +82,7 @@ def prepare_files(
         return prepared
     job = _Job(files, names, partial, settings, processes, display or Display())
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial):
+    with locked(partial):
         try:
             was_begun = begin_or_continue(partial, files, request)
             job.work.mkdir(exist_ok=True)
@@ -251,16 +250,3 @@ def _complete_already(output_dir: Path, request: dict[str, Any], settings: Setti
         manifests[output_dir / folder] = manifest
     counts = Counts(**next(iter(manifests.values())).preparation.input.model_dump())  # type: ignore[union-attr]
     return Prepared(manifests, counts, was_complete=True)
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Nobody else may write to it meanwhile; the lock of a killed process is released by the system."""
-    with open(partial / LOCK_FILE, "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is writing to {partial}; wait for it, or stop it") from None
-        except OSError:
-            pass  # some file systems have no locks
-        yield

@@ -2,41 +2,39 @@
 
 Tar readers pass over a cut between members and a flipped bit without a word. Here a sample's bytes are those between two
 offsets of the shard's `.idx`, all of them, with the CRC-32 written when the shard was made; only then are they decoded
-and held against the manifest. The `.crc32` itself must be the one that the manifest means, which is seen to before a shard's
-first sample is read: else a shard that was exchanged for another, with both its index files, would pass for the right one.
-That costs 4 bytes a sample, where hashing the tar would cost all of it.
+and held against the manifest. The `.crc32` itself must be the one that the manifest means: else a shard that was exchanged
+for another, with both its index files, would pass for the right one. The manifest has a CRC-32 of every piece of it, a thousand
+samples long, so a piece is held against that when it is read, before any of its samples is, and a reader of few samples of a
+shard reads little else of it. Of the `.idx` it reads the offsets of its samples, or of the whole piece if these are many.
 
 Samples are asked for many at a time. Those that lie side by side in a shard come by one read, those of remote shards by
-requests side by side. Of the indices only what belongs to a thousand samples is kept at a time, and shards are closed
-again, so memory and open files grow neither with a shard nor with their number.
+requests side by side. Of the indices only some pieces are kept at a time, and shards are closed again, so memory and open
+files grow neither with a shard nor with their number.
 """
 
+import errno
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import numpy as np
-
 from pipeline.data.cache import LeastRecentlyUsed
-from pipeline.data.manifest import DataError, Manifest
+from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest
 from pipeline.data.sample import DamageError, Sample, SampleDecoder
-from pipeline.data.shard_files import OpenShard, Run
-from pipeline.data.shard_table import ShardTable
+from pipeline.data.shard_files import IndexPiece, OpenShard, Run
+from pipeline.data.shard_table import PIECE_SAMPLES, ShardTable
 from pipeline.data.shards import CRC, OFFSET
-from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, raise_if_of_the_machine
+from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, raise_if_gone, raise_if_of_the_machine
 from pipeline.storage.location import Place, Url
 
 MAX_OPEN_SHARDS = 64
-_INDEX_SAMPLES = 1024
 _MAX_INDEX_PIECES = 1024
 _MAX_RUN_BYTES = 8 * 2**20
 _REQUESTS_AT_ONCE = 32
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_Index = tuple[np.ndarray, np.ndarray]
 
 
 class DamagedSampleError(DataError):
@@ -55,9 +53,8 @@ class ShardReader:
         self._access = access
         self._decoder = SampleDecoder(manifest)
         self._open: LeastRecentlyUsed[int, OpenShard] = LeastRecentlyUsed(max_open_shards, OpenShard.close)
-        self._indices: LeastRecentlyUsed[tuple[int, int], _Index] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
+        self._indices: LeastRecentlyUsed[tuple[int, int], IndexPiece] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
         self._opening = threading.Lock()
-        self._is_known = self._table.crc32s < 0
         self._is_remote = isinstance(directory, Url) and not directory.is_pipe
         self._pool: ThreadPoolExecutor | None = None
 
@@ -96,35 +93,6 @@ class ShardReader:
             raise DataError(str(error)) from None
         return found  # type: ignore[return-value]
 
-    def recognise(self, shard: int) -> DamageError | OSError | None:
-        """What is wrong with a shard's checksums as a whole; None if they are those that the manifest means, or it says nothing
-        about them.
-
-        Raises:
-            StorageError: they cannot be reached.
-        """
-        if self._is_known[shard]:
-            return None
-        expected, num_samples = int(self._table.crc32s[shard]), int(self._table.samples[shard])
-        size = CRC.itemsize * num_samples
-        try:
-            _, idx, crc32 = self._files(shard)
-            found = zlib.crc32(crc32.read(0, size))
-            # The copies in the cache may be damaged, or of what lay at this address before: then of both files.
-            if found != expected and crc32.forget(0, size):
-                idx.forget(0, OFFSET.itemsize * (num_samples + 1))
-                found = zlib.crc32(crc32.read(0, size))
-        except OSError as error:
-            raise_if_of_the_machine(error, self.directory)
-            return error
-        if found != expected:
-            return DamageError(
-                f"the CRC-32 of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the file is damaged, or "
-                "the shard was exchanged for another"
-            )
-        self._is_known[shard] = True
-        return None
-
     def close(self) -> None:
         """Close all files and let all threads end; reading starts them again."""
         self._open.clear()
@@ -148,9 +116,9 @@ class ShardReader:
         doubtful: dict[int, list[int]] = {}
         for shard, places in places_of_shards.items():
             damaged = [place for place in places if (sample := found[place]) is not None and sample.damage is not None]
-            pieces = {samples[place] // _INDEX_SAMPLES for place in damaged}
+            pieces = {samples[place] // PIECE_SAMPLES for place in damaged}
             forgotten = {piece for piece in pieces if self._forget_index(shard, piece)}
-            if again := [place for place in damaged if samples[place] // _INDEX_SAMPLES in forgotten]:
+            if again := [place for place in damaged if samples[place] // PIECE_SAMPLES in forgotten]:
                 doubtful[shard] = again
         return doubtful
 
@@ -161,9 +129,9 @@ class ShardReader:
         except OSError as error:  # a file that is missing has no copies
             raise_if_of_the_machine(error, self.directory)
             return False
-        first = piece * _INDEX_SAMPLES
-        had_offsets = idx.forget(OFFSET.itemsize * first, OFFSET.itemsize * (_INDEX_SAMPLES + 1))
-        return crc32.forget(CRC.itemsize * first, CRC.itemsize * _INDEX_SAMPLES) or had_offsets
+        offsets, checksums = self._piece(shard, piece)
+        had_offsets = idx.forget(*offsets)
+        return crc32.forget(*checksums) or had_offsets
 
     def _together(self, shards: Sequence[int]) -> Iterator[dict[int, list[int]]]:
         """Places in the caller's list by shard: remote shards all at once; others one by one, lest one be closed, to keep
@@ -183,34 +151,48 @@ class ShardReader:
             self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         return self._pool.map(function, items)
 
-    def _index_pieces(self, wanted: dict[int, list[int]]) -> dict[tuple[int, int], _Index | Exception]:
-        """Offsets and checksums of the thousands of samples that hold the wanted ones, by (shard, thousand)."""
-        names = {(shard, sample // _INDEX_SAMPLES) for shard, samples in wanted.items() for sample in samples}
-        known = {name: self._indices.find(name) for name in sorted(names)}
-        pieces: dict[tuple[int, int], _Index | Exception]
-        pieces = {name: piece for name, piece in known.items() if piece is not None}
-        missing = [name for name in known if name not in pieces]
-        unknown = list(dict.fromkeys(shard for shard, _ in missing if not self._is_known[shard]))
-        strange = {
-            shard: problem for shard, problem in zip(unknown, self._map(self.recognise, unknown), strict=True) if problem
-        }
-        read = dict(zip(missing, self._map(lambda name: strange.get(name[0]) or self._read_index(name), missing), strict=True))
-        for name, piece in read.items():
+    def _index_pieces(self, wanted: dict[int, list[int]]) -> dict[tuple[int, int], IndexPiece | Exception]:
+        """The pieces of the index that hold the wanted samples, by (shard, number), with the offsets of these at least."""
+        of_pieces: dict[tuple[int, int], list[int]] = {}
+        for shard, samples in wanted.items():
+            for sample in samples:
+                of_pieces.setdefault((shard, sample // PIECE_SAMPLES), []).append(sample)
+        known = {name: self._indices.find(name) for name in sorted(of_pieces)}
+        pieces: dict[tuple[int, int], IndexPiece | Exception]
+        pieces = {name: piece for name, piece in known.items() if piece is not None and not piece.lacking(of_pieces[name])}
+        unread = [name for name in known if name not in pieces]
+        read = self._map(lambda name: self._read_index(name, known[name], of_pieces[name]), unread)
+        for name, piece in zip(unread, read, strict=True):
             if not isinstance(piece, Exception):
                 self._indices.put(name, piece)
             pieces[name] = piece
         return pieces
 
-    def _read_index(self, name: tuple[int, int]) -> _Index | OSError:
-        shard, piece = name
+    def _read_index(
+        self, name: tuple[int, int], piece: IndexPiece | None, samples: Sequence[int]
+    ) -> IndexPiece | DamageError | OSError:
         try:
-            _, idx, crc32 = self._files(shard)
-            offsets = idx.read(OFFSET.itemsize * piece * _INDEX_SAMPLES, OFFSET.itemsize * (_INDEX_SAMPLES + 1))
-            checksums = crc32.read(CRC.itemsize * piece * _INDEX_SAMPLES, CRC.itemsize * _INDEX_SAMPLES)
+            _, idx, crc32 = self._files(name[0])
+            if piece is None:
+                checksums = crc32.read(*self._piece(*name)[1])
+                expected, found = self._table.piece_crc32(*name), zlib.crc32(checksums)
+                if expected is not None and found != expected:
+                    return DamageError(
+                        f"the CRC-32 of its piece of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the "
+                        "file is damaged, or the shard was exchanged for another"
+                    )
+                piece = IndexPiece(name[1], int(self._table.samples[name[0]]), checksums)
+            piece.read_offsets(idx, samples, one_by_one=not self._is_remote)
         except OSError as error:
-            raise_if_of_the_machine(error, self.directory)
+            self._raise_if_no_damage(error)
             return error
-        return _whole_items(offsets, OFFSET), _whole_items(checksums, CRC)
+        return piece
+
+    def _piece(self, shard: int, piece: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where the offsets and the checksums of a piece lie in their files, and their sizes."""
+        first = piece * PIECE_SAMPLES
+        count = min(PIECE_SAMPLES, int(self._table.samples[shard]) - first)
+        return (OFFSET.itemsize * first, OFFSET.itemsize * (count + 1)), (CRC.itemsize * first, CRC.itemsize * count)
 
     def _files(self, shard: int) -> list[OpenFile]:
         with self._opening:  # requests side by side ask for files side by side
@@ -220,7 +202,7 @@ class ShardReader:
         self,
         places_of_shards: dict[int, list[int]],
         wanted: dict[int, list[int]],
-        pieces: dict[tuple[int, int], _Index | Exception],
+        pieces: dict[tuple[int, int], IndexPiece | Exception],
         found: list[Sample | None],
     ) -> Iterator[Run]:
         """The wanted samples as runs; those that the index does not place go to `found` as damaged."""
@@ -228,7 +210,7 @@ class ShardReader:
             run: Run | None = None
             for sample, place in sorted(zip(samples, places_of_shards[shard], strict=True)):
                 try:
-                    start, end, checksum = self._extent(shard, sample, pieces[shard, sample // _INDEX_SAMPLES])
+                    start, end, checksum = self._extent(shard, sample, pieces[shard, sample // PIECE_SAMPLES])
                 except (DamageError, OSError) as damage:
                     found[place] = self._blank(shard, sample, damage)
                     continue
@@ -244,19 +226,18 @@ class ShardReader:
             if run is not None:
                 yield run
 
-    def _extent(self, shard: int, sample: int, piece: _Index | Exception) -> tuple[int, int, int]:
+    def _extent(self, shard: int, sample: int, piece: IndexPiece | Exception) -> tuple[int, int, int]:
         if isinstance(piece, Exception):
             raise piece
-        offsets, checksums = piece
-        within, num_bytes = sample % _INDEX_SAMPLES, self._table.sizes[shard]
-        if within + 1 >= len(offsets) or within >= len(checksums):
-            raise DamageError(f"its .{'idx' if within + 1 >= len(offsets) else 'crc32'} ends before it")
-        start, end = int(offsets[within]), int(offsets[within + 1])
+        extent, num_bytes = piece.extent(sample), self._table.sizes[shard]
+        if extent is None:
+            raise DamageError("its .idx or .crc32 ends before it")
+        start, end, _ = extent
         if not start < end <= num_bytes:
             raise DamageError(f"its .idx puts it at bytes {start} to {end} of {num_bytes}")
         if end - start > self._decoder.max_bytes:
             raise DamageError(f"its .idx gives it {end - start} bytes, a row has at most {self._decoder.max_bytes}")
-        return start, end, int(checksums[within])
+        return extent
 
     def _read_run(self, run: Run) -> list[Sample]:
         start, size = run.offsets[0], run.offsets[-1] - run.offsets[0]
@@ -268,8 +249,13 @@ class ShardReader:
                 read = self._decode_all(tar.read(start, size), run)
             return read
         except OSError as error:
-            raise_if_of_the_machine(error, self.directory)
+            self._raise_if_no_damage(error)
             return [self._blank(run.shard, sample, error) for sample in run.samples]
+
+    def _raise_if_no_damage(self, error: OSError) -> None:
+        raise_if_of_the_machine(error, self.directory)
+        if isinstance(self.directory, Url) and error.errno == errno.ENOENT:
+            raise_if_gone(self.directory / MANIFEST_FILE, self._access)
 
     def _decode_all(self, data: bytes, run: Run) -> list[Sample]:
         return [self._decode(data, run, index) for index in range(len(run.samples))]
@@ -293,7 +279,3 @@ class ShardReader:
             "copy the shard and its .idx and .crc32 again from where the data was prepared, or prepare again"
         )
         return self._decoder.blank(f"{name}/(damaged: sample {sample})", message)
-
-
-def _whole_items(data: bytes, dtype: np.dtype) -> np.ndarray:
-    return np.frombuffer(data[: len(data) - len(data) % dtype.itemsize], dtype)

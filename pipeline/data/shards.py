@@ -25,6 +25,7 @@ import numpy as np
 
 from pipeline.data.manifest import Shard
 from pipeline.data.packing import Row
+from pipeline.data.shard_table import crc32_of_pieces
 
 OFFSET = np.dtype("<u8")
 CRC = np.dtype("<u4")
@@ -94,7 +95,7 @@ def write_shard(
         tokens=tokens,
         bytes=offsets[-1] + len(end),
         sha256=sha256.hexdigest(),
-        crc32=zlib.crc32(checksums),
+        crc32=crc32_of_pieces(checksums),
     )
 
 

@@ -3,7 +3,7 @@
 A file is kept in parts of 1 MiB, each a file of its own that appears by a rename, so one that is there is complete. Room
 is taken before a part is written: under the folder's lock the bytes in use are added up and, where they would be too
 many, the parts that were used longest ago go. A reader whose part goes meanwhile fetches it again. Two processes that
-want the same part at once fetch it once.
+want the same part at once fetch it once; two threads of a process do so even where the file system has no locks.
 
 A cache only saves time: what goes wrong with it (a full disk, a file system without locks) is never the reader's error.
 """
@@ -13,13 +13,16 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 PART = 2**20
 _NUM_LOCKS = 64
 # What an eviction leaves: making room for many parts at once spares listing the folder for each.
 _LEFT = 0.9
+
+# By process, because a fork copies a lock as it is, but not the thread that would release it; and by path.
+_thread_locks: dict[tuple[int, str], threading.Lock] = {}
 
 
 class DiskCache:
@@ -55,7 +58,7 @@ class DiskCache:
     def _add(self, path: Path, data: bytes) -> None:
         if len(data) > self.capacity:
             return
-        # Of this thread alone: where there are no locks, another may be writing the same part.
+        # Of this thread alone: where there are no locks, another process may be writing the same part.
         temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
         with self._locked("lock"), suppress(OSError):  # a full disk costs only the copy
             self._make_room(len(data))
@@ -75,7 +78,7 @@ class DiskCache:
 
     def _evict(self, size: int) -> int:
         """Remove what was used longest ago, until `size` more bytes fit; returns the bytes that are left."""
-        parts = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in self._entries())
+        parts = sorted(self._ages_and_sizes())
         used = sum(bytes_ for _, bytes_, _ in parts)
         goal = self.capacity - size
         if used > goal:
@@ -86,27 +89,26 @@ class DiskCache:
             used -= bytes_ if _removed(Path(path)) else 0
         return used
 
-    def _entries(self) -> Iterator[os.DirEntry[str]]:
+    def _ages_and_sizes(self) -> Iterator[tuple[int, int, str]]:
         with os.scandir(self.directory) as entries:
-            yield from (entry for entry in entries if entry.name.partition(".")[0].count("-") == 1 and len(entry.name) > 20)
+            for entry in entries:
+                if entry.name.partition(".")[0].count("-") == 1 and len(entry.name) > 20:
+                    with suppress(FileNotFoundError):  # forgotten by another reader since it was listed
+                        found = entry.stat()
+                        yield found.st_mtime_ns, found.st_size, entry.path
 
     def _path(self, url: str, part: int) -> Path:
         return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}-{part:06d}"
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        # Opened anew each time: a lock belongs to the opened file, so it holds between threads too.
-        try:
-            descriptor = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:
-            yield
-            return
-        try:
+        path = str(self.directory / name)
+        with _thread_locks.setdefault((os.getpid(), path), threading.Lock()), ExitStack() as opened:
             with suppress(OSError):  # some file systems have no locks
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                opened.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(descriptor)
 
 
 def _read(path: Path) -> bytes | None:

@@ -20,6 +20,8 @@ from pipeline.storage.location import PIPE, Place, Url
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 10.0
 _SHORT_ANSWERS = 4
+# A shell's codes from here on: a command that it may not run, does not find, or that a signal killed; ssh's for no connection.
+_NOT_RUN = 126
 _CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 30.0
 
 
@@ -57,6 +59,24 @@ def raise_if_of_the_machine(error: OSError, folder: Place) -> None:
     where, what = error.filename or folder, error.strerror or error
     remedy = "raise its limit, `ulimit -n`" if error.errno in (errno.EMFILE, errno.ENFILE) else "mend that and go on"
     raise StorageError(f"{where} cannot be read: {what}; the machine is at fault and not the data: {remedy}") from None
+
+
+def raise_if_gone(place: Place, access: Access) -> None:
+    """Tell a file of a remote folder that is missing from a folder that cannot be reached any more, by another file of it
+    that was there before.
+
+    Raises:
+        StorageError: that one cannot be read either.
+    """
+    try:
+        fetch(place, 0, 1, access) if isinstance(place, Url) and not place.is_pipe else read_whole(place, access)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{place} was read before and cannot be read now: {error.strerror or error}; the folder was moved or cannot be "
+            "reached, which says nothing about the data: mend that and go on"
+        ) from None
 
 
 DIRECT = Access()
@@ -165,8 +185,13 @@ class PipeFile:
         self.size = os.fstat(self._file.fileno()).st_size
         if done.returncode:
             self.close()
-            said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-            raise FileNotFoundError(2, f"the command ended with code {done.returncode}: {' '.join(said)}", str(pipe))
+            said = " ".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
+            if not 0 < done.returncode < _NOT_RUN:
+                raise StorageError(
+                    f"{pipe}: the command could not be run to its end, code {done.returncode}: {said}; the machine is at fault "
+                    "and not the data: mend that and go on"
+                )
+            raise FileNotFoundError(2, f"the command ended with code {done.returncode}: {said}", str(pipe))
 
     def read(self, start: int, size: int) -> bytes:
         return os.pread(self._file.fileno(), size, start)

@@ -19,9 +19,10 @@ from pipeline.data.manifest import DataError, read_manifest, write_manifest
 from pipeline.data.reference_losses import CachedLosses, LossesManifest, LossesWriter, ReaderWithLosses
 from pipeline.data.shard_reader import DamagedSampleError, ShardReader
 from pipeline.data.shard_table import ShardTable
+from pipeline.data.shards import write_shards
 from pipeline.data.stream import Stream
 from pipeline.storage.files import LocalFile
-from tests.data_sets import numbered_data
+from tests.data_sets import numbered_data, numbered_row
 
 SIZES = {"lanes": 4, "global_batch": 4, "micro_batch": 2, "rank": 0, "world_size": 1, "seed": 5, "shuffle_block": 16}
 NUM_SAMPLES = 24
@@ -66,7 +67,7 @@ def rewrite(folder, sample, members=None, edit=None, **tar_info):
     np.array([zlib.crc32(block) for block in blocks], "<u4").tofile(f"{path}.crc32")
     manifest = read_manifest_of_any_size(folder)
     shards = list(manifest.shards)
-    crc32 = zlib.crc32((folder / "shard-00001.tar.crc32").read_bytes())
+    crc32 = f"{zlib.crc32((folder / 'shard-00001.tar.crc32').read_bytes()):08x}"
     shards[1] = shards[1].model_copy(update={"bytes": path.stat().st_size, "crc32": crc32})
     write_manifest(folder, manifest.model_copy(update={"shards": tuple(shards)}))
 
@@ -145,12 +146,12 @@ CASES = {
     "a shard swapped with its index files": (
         lambda f: swap(f, "tar", "tar.idx", "tar.crc32"),
         range(8),
-        "the CRC-32 of its shard's .crc32 is .* the shard was exchanged for another",
+        "the CRC-32 of its piece of its shard's .crc32 is .* the shard was exchanged for another",
     ),
     "a bit of the checksums": (
         lambda f: change_file(f, "shard-00001.tar.crc32", flip(12)),
         range(8),
-        "the CRC-32 of its shard's .crc32 is .*: the file is damaged",
+        "the CRC-32 of its piece of its shard's .crc32 is .*: the file is damaged",
     ),
     "an index of another shard": (
         lambda f: change_file(f, "shard-00001.tar.crc32", lambda data: (f / "shard-00002.tar.crc32").read_bytes()),
@@ -271,19 +272,53 @@ def test_a_folder_whose_manifest_has_no_checksums_of_the_checksums_is_read_as_be
     (folder / "manifest.json").write_text(json.dumps(content))
     manifest = read_manifest(folder)
     assert [shard.crc32 is None for shard in manifest.shards] == [False, True, False]
-    assert zlib.crc32((folder / "shard-00001.tar.crc32").read_bytes()) == crc32
+    assert f"{zlib.crc32((folder / 'shard-00001.tar.crc32').read_bytes()):08x}" == crc32
     reader, right = ShardReader(folder, manifest), ShardReader(whole, read_manifest(whole))
     assert reader.read(1, 3).tokens.tolist() == right.read(1, 3).tokens.tolist()
 
 
-def test_the_checksums_are_held_against_the_manifest_once_a_shard(whole, monkeypatch):
-    reader, asked = ShardReader(whole, read_manifest(whole)), []
+@pytest.fixture(scope="module")
+def long_shards(tmp_path_factory):
+    # Two shards of 2,500 samples: pieces of 1,024, 1,024 and 452.
+    return numbered_data(tmp_path_factory.mktemp("long") / "data", 5000, samples_per_shard=2500)
+
+
+def damaged_samples(folder, manifest, shard=0):
+    reader = ShardReader(folder, manifest)
+    read = reader.read_many([shard] * 2500, list(range(2500)))
+    reader.close()
+    return [sample for sample, found in enumerate(read) if found.damage is not None]
+
+
+@pytest.mark.parametrize(
+    ("checksum", "lost"), [(0, (0, 1024)), (1023, (0, 1024)), (1024, (1024, 2048)), (2048, (2048, 2500)), (2499, (2048, 2500))]
+)
+def test_a_bit_of_the_checksums_costs_its_piece_of_a_thousand_samples(long_shards, tmp_path, checksum, lost):
+    folder = shutil.copytree(long_shards, tmp_path / "data")
+    change_file(folder, "shard-00000.tar.crc32", flip(4 * checksum + 2))
+    assert damaged_samples(folder, read_manifest(folder)) == list(range(*lost))
+    assert damaged_samples(folder, read_manifest(folder), shard=1) == []
+
+
+def test_of_a_shard_exchanged_for_another_no_sample_is_used_that_is_not_in_a_piece_of_both(long_shards, tmp_path):
+    folder = numbered_data(tmp_path / "data", 5000, samples_per_shard=2500)
+    rows = [numbered_row(number, 4, 2) for number in [*range(1024), *range(2024, 3500)]]
+    write_shards(rows, tmp_path, vocab_size=60_000, samples_per_shard=2500, named_sources=True)
+    for suffix in ("tar", "tar.idx", "tar.crc32"):
+        shutil.copy(tmp_path / f"shard-00000.{suffix}", folder / f"shard-00000.{suffix}")
+    assert damaged_samples(folder, read_manifest(folder)) == list(range(1024, 2500))
+
+
+def test_of_the_checksums_that_piece_is_read_and_held_against_the_manifest_which_is_wanted(long_shards, monkeypatch):
+    reader, asked = ShardReader(long_shards, read_manifest(long_shards)), []
     read = LocalFile.read
     monkeypatch.setattr(LocalFile, "read", lambda file, start, size: asked.append((start, size)) or read(file, start, size))
-    for _ in range(2):
-        reader.read_many([0, 1, 0, 1], [0, 1, 2, 3])
-        reader._indices.clear()
-    assert asked.count((0, 4 * 8)) == 2  # of each shard; pieces of the index are asked for by the thousand
+    reader.read_many([0, 0], [2100, 2499])
+    assert asked[:3] == [(4 * 2048, 4 * 452), (8 * 2100, 16), (8 * 2499, 16)]
+    reader.read_many([0], [2200])
+    assert asked[5] == (8 * 2200, 16)  # after those of the samples
+    assert len(asked) == 7
+    reader.close()
 
 
 def test_what_is_missing_at_the_start_is_refused_at_the_start(folder):

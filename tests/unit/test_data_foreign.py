@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from pipeline.data.foreign import index
 from pipeline.data.manifest import DataError, read_manifest
@@ -104,6 +105,29 @@ def test_what_is_adopted_already_and_what_holds_no_shards_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"expected shards, \*\.tar"):
         index(tmp_path / "empty", TOKENIZER)
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+def test_a_tokenizer_that_lies_with_the_shards_stays_as_it_was(tmp_path, indent):
+    directory = write_shards(tmp_path / "data", rows(3))
+    text = json.dumps(json.loads(TOKENIZER.to_str()), indent=indent)
+    (directory / "tokenizer.json").write_text(text)
+    index(directory, TOKENIZER)
+    assert (directory / "tokenizer.json").read_text() == text
+    assert verify(directory) == []
+
+
+def test_another_tokenizer_that_lies_with_the_shards_is_refused_and_stays(tmp_path):
+    directory = write_shards(tmp_path / "data", rows(3))
+    other = Tokenizer.from_str(TOKENIZER.to_str())
+    other.add_tokens(["<|other|>"])
+    other.save(str(directory / "tokenizer.json"))
+    before = (directory / "tokenizer.json").read_bytes()
+    with pytest.raises(DataError, match=r"tokenizer.json, which was there before, is another tokenizer than the one given"):
+        index(directory, TOKENIZER)
+    assert (directory / "tokenizer.json").read_bytes() == before
+    assert sorted(path.suffix for path in directory.iterdir()) == [".json", ".tar"]
+    assert index(directory, other).vocab_size == 258
 
 
 def index_files(directory):

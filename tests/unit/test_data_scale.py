@@ -39,7 +39,7 @@ def write_large_manifest(directory: Path) -> None:
             file.write(
                 f'    {{\n      "name": "shard-{number:07d}",\n      "samples": {9766 + number % 3},\n'
                 '      "tokens": 20000000,\n'
-                f'      "bytes": 45000000,\n      "sha256": "{digest}",\n      "crc32": {int(digest[:8], 16)}\n'
+                f'      "bytes": 45000000,\n      "sha256": "{digest}",\n      "crc32": "{digest}{digest[:16]}"\n'
                 f"    }}{',' if number < NUM_SHARDS - 1 else ''}\n"
             )
         file.write("  ]\n}\n")
@@ -84,15 +84,21 @@ def test_a_million_shards_open_within_five_seconds_and_a_gibibyte_and_any_positi
     assert slowest < 0.01
 
 
-def test_the_fast_way_to_read_a_manifest_and_the_thorough_one_agree(tmp_path):
-    numbered_data(tmp_path, 50)
-    fast = read_manifest(tmp_path)
+@pytest.mark.parametrize("at_once", [1, 2, 5, 1 << 14])
+def test_the_fast_way_to_read_a_manifest_and_the_thorough_one_agree(tmp_path, monkeypatch, at_once):
+    numbered_data(tmp_path, 5000, samples_per_shard=1100)
     path = tmp_path / "manifest.json"
     content = json.loads(path.read_text())
+    del content["shards"][2]["crc32"]
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr("pipeline.data.shard_table._SHARDS_AT_ONCE", at_once)
+    fast = read_manifest(tmp_path)
+    assert [shard.crc32 and len(shard.crc32) for shard in fast.shards] == [16, 16, None, 16, 8]
     # Keys in another order are left to pydantic.
     content["shards"] = [dict(reversed(shard.items())) for shard in content["shards"]]
     path.write_text(json.dumps(content))
     assert read_manifest(tmp_path) == fast
+    assert [dict(reversed(shard.model_dump(exclude_none=True).items())) for shard in fast.shards] == content["shards"]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +114,15 @@ def test_the_fast_way_to_read_a_manifest_and_the_thorough_one_agree(tmp_path):
         ({"name": "shard-00000"}, "two shards have the same name"),
         ({"sha256": "A" * 64}, "shards.1.sha256"),
         ({"sha256": None}, "shards.1.sha256"),
-        ({"crc32": -1}, "shards.1.crc32"),
-        ({"crc32": 2**32}, "shards.1.crc32"),
-        ({"crc32": 1.0}, "shards.1.crc32"),
+        ({"crc32": 123}, "shards.1.crc32"),
+        ({"crc32": ""}, "shards.1.crc32"),
+        ({"crc32": "0123456"}, "shards.1.crc32: .*expected 8 digits, 8 for each 1,024 samples, got 7"),
+        ({"crc32": "0123456789abcdef"}, "shards.1.crc32: .*expected 8 digits, .* got 16"),
+        ({"crc32": "0123456A"}, "shards.1.crc32"),
+        ({"crc32": "012 4567"}, "shards.1.crc32"),
+        ({"crc32": "0123456é"}, "shards.1.crc32"),
+        ({"sha256": "0" * 63 + " "}, "shards.1.sha256"),
+        ({"sha256": "0" * 62}, "shards.1.sha256"),
         ({"colour": "red"}, "shards.1.colour"),
     ],
 )
@@ -160,23 +172,45 @@ def test_an_epoch_of_256_lanes_over_4_shards_requests_its_bytes_about_once(four_
     assert 0.97 * size < counted.requested <= 1.05 * size
 
 
-def test_with_the_lanes_on_many_ranks_it_does_so_too(four_shards, monkeypatch):
+@pytest.fixture(scope="module")
+def four_shards_of_small_rows(tmp_path_factory):
+    # Rows of 2,048 bytes, the smallest that there are.
+    folder = tmp_path_factory.mktemp("small") / "data"
+    return numbered_data(folder, 16_500, samples_per_shard=4125, sequence_length=64, vocab_size=200_000, sources=())
+
+
+@pytest.mark.parametrize("data", ["four_shards", "four_shards_of_small_rows"])
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(8, 8), (64, 4), (256, 1)])
+def test_with_the_lanes_on_many_ranks_it_does_so_too(request, monkeypatch, data, world_size, micro_batch):
+    folder = request.getfixturevalue(data)
     counted = CountedReads(monkeypatch)
-    sizes = {"lanes": 256, "global_batch": 256, "micro_batch": 8, "seed": 0, "shuffle_block": 1024, "world_size": 8}
-    for rank in range(8):
-        stream = Stream(four_shards, rank=rank, **sizes)
-        assert sum(len(batch.keys) for batch in stream.iterate(0, end_sample=stream.samples_per_epoch)) == 64 * 32
-    size = sum(shard.bytes for shard in read_manifest(four_shards).shards)
+    sizes = {"lanes": 256, "global_batch": 256, "micro_batch": micro_batch, "seed": 0, "shuffle_block": 1024}
+    for rank in range(world_size):
+        stream = Stream(folder, rank=rank, world_size=world_size, **sizes)
+        rows = sum(len(batch.keys) for batch in stream.iterate(0, end_sample=stream.samples_per_epoch))
+        assert rows == 64 * 256 // world_size
+    size = sum(shard.bytes for shard in read_manifest(folder).shards)
     assert 0.97 * size < counted.requested <= 1.05 * size
 
 
-def test_offsets_and_checksums_of_neighbours_are_not_asked_for_again(four_shards, monkeypatch):
+def test_of_the_index_a_few_offsets_are_asked_for_and_then_a_thousand_and_none_again(four_shards, monkeypatch):
     offsets = np.fromfile(four_shards / "shard-00002.tar.idx", "<u8")
+    row = int(offsets[1])
     reader = ShardReader(four_shards, read_manifest(four_shards))
-    reader.read(2, 700)
     counted = CountedReads(monkeypatch)
-    reader.read(2, 5)
-    assert (counted.calls, counted.requested) == (1, offsets[6] - offsets[5])
+
+    def asked_for(*samples):
+        before = counted.requested
+        reader.read_many([2] * len(samples), samples)
+        return counted.requested - before
+
+    assert asked_for(700) == 4 * 1024 + 16 + row
+    assert asked_for(700) == row
+    assert asked_for(5, 3) == 2 * 16 + 2 * row
+    assert asked_for(*range(100, 257)) == 157 * 16 + 157 * row
+    assert asked_for(50) == 8 * 1025 + row
+    assert asked_for(*range(1024)) == 1024 * row
+    assert asked_for(*range(1024, 2048)) == 4 * 1024 + 8 * 1025 + 1024 * row
     reader.close()
 
 

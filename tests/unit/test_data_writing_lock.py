@@ -1,0 +1,83 @@
+"""Two that write to one output: whoever comes second is refused, whichever two they are."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+
+from pipeline.data.inputs import Input
+from pipeline.data.manifest import DataError
+from pipeline.data.parts import merge
+from pipeline.data.prepare import Settings, prepare, whole_or_absent
+from pipeline.data.resumable import prepare_files
+from pipeline.data.tokenizer import byte_tokenizer
+from pipeline.data.verification import verify
+from tests.data_sets import numbered_data
+
+T = 8
+
+
+@pytest.fixture
+def parts(tmp_path):
+    return [numbered_data(tmp_path / f"part{number}", 5, first=10 * number) for number in range(2)]
+
+
+def prepare_at(output, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(20)))
+    return prepare_files([Input("", str(tmp_path / "a.jsonl"))], output, byte_tokenizer(), Settings(T))
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_who_comes_while_another_merges_is_refused_and_harms_nothing(tmp_path, parts):
+    output = tmp_path / "out"
+    with whole_or_absent(output) as partial:
+        (partial / "shard-00000.tar").write_bytes(b"half")
+        before = contents(partial)
+        for second in (
+            lambda: prepare_at(output, tmp_path),
+            lambda: merge(parts, output),
+            lambda: prepare([], output, byte_tokenizer(), T, seed=0),
+        ):
+            with pytest.raises(DataError, match=r"another process is writing to .*out\.partial; wait for it, or stop it"):
+                second()
+            assert contents(partial) == before
+    assert contents(output) == {"shard-00000.tar": b"half"}
+    assert not partial.exists()
+
+
+def test_what_was_merged_has_no_lock_in_it_and_is_not_overwritten(tmp_path, parts):
+    merge(parts, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if "shard" not in path.name) == [
+        "manifest.json",
+        "tokenizer.json",
+    ]
+    with pytest.raises(DataError, match="exists already"):
+        merge(parts, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def die_while_merging(output):
+    with whole_or_absent(output) as partial:
+        (partial / "shard-00007.tar").write_bytes(b"half")
+        os._exit(9)
+
+
+def test_what_a_killed_merge_left_is_in_nobodys_way(tmp_path, parts):
+    def left(output):
+        process = multiprocessing.get_context("spawn").Process(target=die_while_merging, args=(output,))
+        process.start()
+        process.join()
+        assert process.exitcode == 9
+        assert (tmp_path / f"{output.name}.partial" / "shard-00007.tar").exists()
+        return output
+
+    merge(parts, left(tmp_path / "merged"))
+    prepare_at(left(tmp_path / "prepared"), tmp_path)
+    assert verify(tmp_path / "prepared") == []
+    for name in ("merged", "prepared"):
+        assert not (tmp_path / name / "shard-00007.tar").exists()
+        assert not (tmp_path / f"{name}.partial").exists()
