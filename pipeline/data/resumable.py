@@ -5,7 +5,7 @@
 again, the same bytes in the same place. At the end `data` is renamed to OUTPUT. `request.json` says what was asked for; going
 on with another request, or with input that has changed meanwhile, is refused.
 
-Bounds: a process holds one run (`runs.TOKENS_PER_RUN` tokens) or about three times a shard; the index of a run is mapped, and
+Bounds: a worker holds one run (`runs.TOKENS_PER_RUN` tokens) or about three times a shard; the index of a run is mapped, and
 the table of the shuffle has 65,536 entries. None grows with the corpus. The disk needs room for the ids twice.
 """
 
@@ -66,7 +66,7 @@ def prepare_files(
 
     Args:
         tokenizer: or the size of the vocabulary of a BPE to train on the input.
-        processes: how many; the result does not depend on it.
+        processes: how many workers, one to a core; the result does not depend on it.
 
     Raises:
         DataError: the input or a setting cannot be used, the output is something else, or was begun with another request.
