@@ -171,7 +171,13 @@ def _files_of(entry: Input) -> list[InputFile]:
         ]
     paths = _paths(entry.path)
     if not paths:
-        raise DataError(f"no files at {entry.path!r}: expected a file, a folder with files in it, or a glob that matches some")
+        name, equals, _ = entry.path.partition("=")
+        rule = (
+            f"; {name!r} is no name for a source, which has letters, digits, _ and - only" if equals and not entry.name else ""
+        )
+        raise DataError(
+            f"no files at {entry.path!r}: expected a file, a folder with files in it, or a glob that matches some{rule}"
+        )
     return [_file(path, entry.name) for path in paths]
 
 

@@ -42,12 +42,14 @@ class Display:
         (self._bar.console if self._bar else self._console).print(text, markup=False, soft_wrap=True)
 
     def begin(self, title: str, total_bytes: int) -> None:
-        """Begin a stage that will work through `total_bytes`."""
+        """Begin a stage that will work through `total_bytes`, or with 0 one that cannot say how far it is."""
         self._title, self._total = title, total_bytes
         self._start = self._last_line = time.monotonic()
         self._documents = self._tokens = self._bytes = 0
         if self._bar is not None:
-            self._task = self._bar.add_task(title, total=max(total_bytes, 1), counts="")
+            self._task = self._bar.add_task(title, total=total_bytes or None, counts="")
+        elif not total_bytes:
+            self.say(f"{title} …")
 
     def advance(self, documents: int, tokens: int, size: int) -> None:
         """Documents, tokens and bytes more."""
@@ -55,20 +57,27 @@ class Display:
         self._tokens += tokens
         self._bytes += size
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._bytes, counts=self._counts())
+            self._bar.update(self._task, completed=self._bytes, counts=self._counts().removesuffix(", "))
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.say(f"{self._title}: {self._counts()}, {self._remaining()}")
+            self.say(f"{self._title}: {self._counts()}{self._remaining()}")
 
     def end(self) -> None:
         """End the stage."""
         if self._bar is None:
-            self.say(f"{self._title}: {self._counts()}, {time.monotonic() - self._start:.1f} s")
+            self.say(f"{self._title}: {self._counts()}{time.monotonic() - self._start:.1f} s")
+        elif self._task is not None:
+            self._bar.update(self._task, total=self._total, completed=self._total)
 
     def _counts(self) -> str:
+        """What has been counted, each with a comma after it."""
         speed = self._bytes / max(time.monotonic() - self._start, 1e-9) / 1e6
-        documents = f"{self._documents:,} documents, " if self._documents else ""
-        return f"{documents}{self._tokens:,} tokens, {speed:.1f} MB/s"
+        counts = [
+            f"{self._documents:,} documents" if self._documents else "",
+            f"{self._tokens:,} tokens" if self._tokens else "",
+            f"{self._bytes / 1e6:,.1f} MB, {speed:.1f} MB/s" if self._bytes else "",
+        ]
+        return "".join(f"{count}, " for count in counts if count)
 
     def _remaining(self) -> str:
         share = self._bytes / max(self._total, 1)

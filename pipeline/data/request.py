@@ -20,7 +20,12 @@ from pipeline.data.writing_lock import clear
 def describe(
     files: Sequence[InputFile], tokenizer: Tokenizer | int, settings: Settings, names: Sequence[str]
 ) -> dict[str, Any]:
-    """What is asked for. Undecodable documents are left out: what was done while they were an error had none."""
+    """What is asked for. Undecodable documents are left out: what was done while they were an error had none.
+
+    Of files that is their names and sizes. When they were changed is asked of unfinished work only (`begin_or_continue`):
+    input that was copied or fetched again, or part of which lies on another machine, is still the same, so finished data does
+    not know an edit that keeps a file's size, and `launch/prepare.py` says by what it knew its data.
+    """
     sizes = hashlib.sha256()
     for file in files:
         sizes.update(f"{file.source} {os.path.basename(file.path)} {file.size}\n".encode("utf-8", "surrogateescape"))

@@ -5,7 +5,7 @@
 again, the same bytes in the same place. At the end `data` is renamed to OUTPUT. `request.json` says what was asked for; going
 on with another request, or with input that has changed meanwhile, is refused.
 
-Bounds: a process holds one run (`runs.TOKENS_PER_RUN` tokens) or about three times a shard; the index of a run is mapped, and
+Bounds: a worker holds one run (`runs.TOKENS_PER_RUN` tokens) or about three times a shard; the index of a run is mapped, and
 the table of the shuffle has 65,536 entries. None grows with the corpus. The disk needs room for the ids twice.
 """
 
@@ -65,7 +65,7 @@ def prepare_files(
 
     Args:
         tokenizer: or the size of the vocabulary of a BPE to train on the input.
-        processes: how many; the result does not depend on it.
+        processes: how many workers, one to a core; the result does not depend on it.
 
     Raises:
         DataError: the input or a setting cannot be used, the output is something else, or was begun with another request.
@@ -121,13 +121,16 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
     counts = Counts()
     for record in records:
         counts.add(record.counts)
-    if not counts.documents and job.settings.part is None:
-        shutil.rmtree(job.work)  # there is nothing to go on with
-        raise DataError(_nothing_found(counts))
+    tokens = {
+        "train": sum(record.train_tokens for record in records),
+        "validation": sum(record.validation_tokens for record in records),
+    }
+    if job.settings.part is None and not all(tokens[split] for split in job.settings.splits):
+        shutil.rmtree(job.work)  # with another fraction or other input there is nothing to go on with
+        raise DataError(_nothing_found(counts, tokens, job.settings))
     manifests = {}
     for split, folder in job.settings.splits.items():
-        expected = sum(record.train_tokens if split == "train" else record.validation_tokens for record in records)
-        manifests[output_dir / folder] = _assemble(job, trained, split, folder, expected, counts, request)
+        manifests[output_dir / folder] = _assemble(job, trained, split, folder, tokens[split], counts, request)
     for leftover in job.data.rglob("*.tmp"):
         leftover.unlink()
     os.rename(job.data, output_dir)
@@ -135,7 +138,14 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
     return Prepared(manifests, counts, was_complete=False)
 
 
-def _nothing_found(counts: Counts) -> str:
+def _nothing_found(counts: Counts, tokens: dict[str, int], settings: Settings) -> str:
+    if counts.documents:
+        empty = next(split for split in settings.splits if not tokens[split])
+        fraction = f" with --validation {settings.validation_fraction:g}" if settings.validation_fraction else ""
+        return (
+            f"none of the {counts.documents:,} documents falls to the {empty} split{fraction}; give more input, another "
+            "fraction or other weights"
+        )
     kinds = {"empty": counts.empty, "undecodable": counts.undecodable, "oversized": counts.oversized}
     left_out = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count) or "none"
     return "; ".join([f"no documents with text; left out: {left_out}", *counts.notes[:1], "give other input"])
@@ -169,7 +179,7 @@ def _train(job: _Job, vocab_size: int) -> Tokenizer:
     step = -(-sum(file.size for file in job.files) // _TRAINING_BYTES)
     chosen = everything[:: max(1, step)]
     reader = DocumentReader(job.settings.rules)
-    job.display.begin(f"training a BPE of {vocab_size:,} tokens", sum(span.size for spans in chosen for span in spans))
+    job.display.begin("reading text for a BPE", sum(span.size for spans in chosen for span in spans))
 
     def texts() -> Iterator[str]:
         consumed = 0
@@ -179,6 +189,9 @@ def _train(job: _Job, vocab_size: int) -> Tokenizer:
                 yield document.text
             job.display.advance(1, 0, reader.consumed - consumed)
             consumed = reader.consumed
+        job.display.advance(0, 0, reader.consumed - consumed)
+        job.display.end()
+        job.display.begin(f"training a BPE of {vocab_size:,} tokens", 0)
 
     tokenizer = train_bpe(texts(), vocab_size)
     job.display.end()

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -29,6 +30,8 @@ from pipeline.data.workers import Report
 
 # Given to the tokenizer at once: enough to keep all cores busy where one process has them all, little enough to hold.
 _BATCH_CHARACTERS = 2_000_000
+
+_making_encoder = Lock()
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def tokenize_slice(work: tuple[Tokenization, int, Sequence[Span]], report: Repor
     if read_record(settings.directory, number) is not None:
         report(0, 0, sum(span.size for span in spans))
         return
-    encoder = _encoder(settings.tokenizer_file, settings.tokenizer_sha256, settings.end_of_document_id)
+    encoder = _encoder(settings)
     reader = DocumentReader(settings.rules)
     train, validation = (RunWriter(settings.directory / split, name, encoder.dtype) for split in ("train", "validation"))
     consumed = 0
@@ -166,7 +169,13 @@ def _record_file(directory: Path, number: int) -> Path:
     return directory / f"slice-{number:06d}.json"
 
 
+def _encoder(settings: Tokenization) -> Encoder:
+    # Threads that came at once would each make one.
+    with _making_encoder:
+        return _encoder_of(settings.tokenizer_file, settings.tokenizer_sha256, settings.end_of_document_id)
+
+
 @lru_cache(maxsize=1)
-def _encoder(tokenizer_file: Path, tokenizer_sha256: str, end_of_document_id: int) -> Encoder:
+def _encoder_of(tokenizer_file: Path, tokenizer_sha256: str, end_of_document_id: int) -> Encoder:
     # The hash is there to know another file of the same name.
     return Encoder(load_tokenizer(tokenizer_file), end_of_document_id)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -34,4 +35,11 @@ def test_the_command_prints_the_figures_that_it_writes(tmp_path):
     speeds = figures["tokens_per_second"]
     assert figures["characters"] == 48_000
     assert figures["prepare_over_encode_batch"] == pytest.approx(speeds["prepare"] / speeds["encode_batch"])
-    assert f"prepare / encode_batch         {figures['prepare_over_encode_batch']:8.2f}   (goal: 0.9)" in done.stdout
+    ratio, cpu_ratio = figures["prepare_over_encode_batch"], figures["cpu_prepare_over_encode_batch"]
+    assert f"prepare / encode_batch         {ratio:8.2f}   (goal: 0.9) {cpu_ratio:12.2f}" in done.stdout
+    assert figures["cpu_prepare_over_encode_batch_fast"] == pytest.approx(
+        figures["tokens_per_cpu_second"]["prepare"] / figures["tokens_per_cpu_second"]["encode_batch_fast"]
+    )
+    for name, turns in figures["turns"].items():
+        assert speeds[name] == statistics.median(by_clock for by_clock, _ in turns)
+        assert figures["tokens_per_cpu_second"][name] == statistics.median(by_cpu for _, by_cpu in turns)

@@ -369,6 +369,30 @@ def test_a_text_that_a_parquet_repeats_is_not_held_many_times(tmp_path, as_dicti
     assert memory < 400 * 1024  # KiB, of 2,000 MiB; pyarrow itself takes a hundred
 
 
+def test_a_parquet_whose_footer_understates_its_sizes_is_not_held_whole(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, text = tmp_path / "a.parquet", pyarrow.array(["x" * (1 << 23)])
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False, "write_batch_size": 1}
+    parquet.write_table(pyarrow.table({"text": pyarrow.chunked_array([text] * 120)}), path, **options)  # a page each
+    stated = parquet.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size
+    assert parquet.ParquetFile(path).metadata.row_group(0).num_rows == 120
+    data, integer = path.read_bytes(), thrift_integer(stated)
+    path.write_bytes(data.replace(integer, thrift_integer(1000, size=len(integer))))
+    assert parquet.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size == 1000
+    documents, oversized, memory = memory_of_reading(path)
+    assert (documents, oversized) == (0, 120)
+    assert memory < 400 * 1024  # KiB, of 960 MiB; pyarrow itself takes a hundred
+
+
+def thrift_integer(value, size=0):
+    """As the footer of a parquet has it: 7 bits a byte, the last ones first, in at least `size` bytes."""
+    value, data = 2 * value, []
+    while value or len(data) < size:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*data[:-1], data[-1] & 0x7F])
+
+
 def memory_of_reading(path):
     """Documents, oversized ones, and by how many KiB reading them raised the peak of a process's memory."""
     script = (

@@ -12,6 +12,18 @@ def test_names_are_parsed_from_the_front_of_an_input():
     assert parse_input("./a=b.txt") == Input("", "./a=b.txt")
 
 
+def test_a_name_that_cannot_be_one_is_an_error_that_says_what_names_are_made_of(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for argument, name in ((f"w x={tmp_path}/a.txt", "w x"), ("pro.se=*.txt", "pro.se")):
+        with pytest.raises(
+            DataError, match=rf"no files at .*; '{name}' is no name for a source, which has letters, digits, _ and"
+        ):
+            input_files([parse_input(argument)])
+    for argument in ("prose=nowhere=1", "nowhere.txt"):
+        with pytest.raises(DataError, match=r"no files at 'nowhere.*or a glob that matches some$"):
+            input_files([parse_input(argument)])
+
+
 def test_sources_are_named_all_or_none():
     assert source_names([Input("web", "a"), Input("prose", "b"), Input("web", "c")]) == ["web", "prose"]
     assert source_names([Input("", "a"), Input("", "b")]) == []

@@ -6,21 +6,25 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pipeline.data.documents import Rules
 from pipeline.data.inputs import Input
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.parts import merge
 from pipeline.data.prepare import Settings, prepare
+from pipeline.data.progress import Display
 from pipeline.data.resumable import prepare_files
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
@@ -360,7 +364,6 @@ class InterruptionError(Exception):
 
 def interrupted(corpus, out, after, **changes):
     """Prepare, and stop it with an exception after so many reports of progress."""
-    from pipeline.data.progress import Display
 
     class Stopping(Display):
         reports = 0
@@ -413,8 +416,6 @@ def test_going_on_with_changed_input_or_another_tokenizer_is_refused(tmp_path):
     source = [Input("", str(tmp_path / "a.jsonl"))]
 
     def interrupt():
-        from pipeline.data.progress import Display
-
         class Stopping(Display):
             def advance(self, documents, tokens, size):
                 if list((tmp_path / "out.partial" / "work").glob("slice-*.json")):
@@ -466,6 +467,46 @@ def test_input_without_a_document_is_an_error_that_says_what_was_left_out_and_le
     assert {path.name for path in tmp_path.iterdir()} == {"web.jsonl"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"validation_fraction": 1e-9},
+            "falls to the validation split with --validation 1e-09; give more input, another fraction",
+        ),
+        ({"validation_fraction": 1 - 1e-9}, "falls to the train split with --validation 1; give more input"),
+        ({"weights": {"prose": 1e-9}}, "falls to the train split; give more input, another fraction or other weights"),
+    ],
+)
+def test_a_split_without_a_document_is_refused_before_anything_is_packed_and_nothing_is_in_the_way(tmp_path, changes, named):
+    write_lines(tmp_path / "a.jsonl", PROSE)
+    source, titles = [Input("prose", str(tmp_path / "a.jsonl"))], []
+
+    class Titles(Display):
+        def begin(self, title, total_bytes):
+            titles.append(title)
+
+    with pytest.raises(DataError, match=f"none of the 700 documents {named}"):
+        prepare_files(source, tmp_path / "out", byte_tokenizer(), settings(**changes), display=Titles())
+    assert titles == ["tokenising"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    prepare_files(source, tmp_path / "out", byte_tokenizer(), settings(validation_fraction=0.1))
+
+
+def test_the_progress_of_a_bpe_is_the_text_read_and_then_its_training(tmp_path):
+    write_lines(tmp_path / "a.jsonl", PROSE)
+    output = StringIO()
+    display = Display(Console(file=output, width=200))
+    prepare_files([Input("", str(tmp_path / "a.jsonl"))], tmp_path / "out", 300, settings(), display=display)
+    size = (tmp_path / "a.jsonl").stat().st_size
+    lines = output.getvalue().splitlines()
+    assert re.fullmatch(rf"reading text for a BPE: 700 documents, {size / 1e6:.1f} MB, [\d.]+ MB/s, [\d.]+ s", lines[0])
+    assert lines[1] == "training a BPE of 300 tokens …"
+    assert re.fullmatch(r"training a BPE of 300 tokens: [\d.]+ s", lines[2])
+    tokens = read_manifest(tmp_path / "out").num_tokens
+    assert re.fullmatch(rf"tokenising: 700 documents, {tokens:,} tokens, [\d.]+ MB, [\d.]+ MB/s, [\d.]+ s", lines[3])
+
+
 def test_lost_work_is_noticed_and_not_packed_around(corpus, tmp_path):
     interrupted(corpus, tmp_path / "out", 10)
     (tmp_path / "out.partial" / "work" / "train" / "slice-000000-000.documents").unlink()
@@ -494,7 +535,7 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_bytes_of_an_uninterrup
         out = tmp_path / f"out{runs}"
         finished = False
         while not finished:
-            command = command_of(corpus, out, draw.choice([1, 2]))
+            command = command_of(corpus, out, draw.choice([1, 2, 3]))
             process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             try:
                 # Most of a run is the start of Python; what is killed should be mostly work.
