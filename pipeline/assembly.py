@@ -73,7 +73,7 @@ def frozen_reference(job: Job, settings: Settings, config: dict[str, Any], shape
     sharding: str = settings.reference.sharding
     if sharding == "auto":
         needed = num_parameters(shape) * (2 if precision_of(config) == "bfloat16" else 4)
-        free = smallest(free_bytes(job.device, job.world.local_size))
+        free = smallest(free_bytes(job.device, job.world.local_size), job.device)
         sharding = sharding_that_fits(needed, free)
     return build_reference(shape, settings.reference.path, sharding, config)
 

@@ -35,7 +35,7 @@ def evaluate(
         for batch in batches:
             micro_batches = load_micro_batches([batch], first_sample, num_heads, world.size, world.rank, device)
             first_sample += len(batch.tokens_BT) * world.size
-            counts, consumed = plan(micro_batches, training, settings.head_weights, len(source_names), models.group)
+            counts, consumed, _ = plan(micro_batches, training, settings.head_weights, len(source_names), models.group)()
             num_corrupt += len(settle_damage(consumed, [batch], settings.data, num_corrupt))
             (losses,) = selective_losses(models, micro_batches, counts, training)
             sums.add(losses, micro_batches[0].valid_BTH, micro_batches[0].batch.sources_BT)

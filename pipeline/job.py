@@ -7,6 +7,7 @@ one that is there is complete.
 
 import math
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.reporting import closing_table, read_records
 from pipeline.runtime.run_lock import RunLock
 from pipeline.storage.files import read_whole
-from pipeline.train import advance, train, train_step
+from pipeline.train import advance, begin_step, train, train_step
 
 # One head selects nothing; how the policy does is no property of the reference.
 _NO_SELECTION = TrainingSettings().model_dump(
@@ -78,10 +79,12 @@ def dry_run(job: Job) -> int:
     run = build_run(job, settings, job.run_dir, dry=True)
     progress = Progress()
     reset_peak(job.device)
-    result = train_step(run, run.stream.iterate(0), progress)
+    started = time.perf_counter()
+    result = train_step(run, begin_step(run, run.stream.iterate(0), first_sample=0), progress)
     advance(progress, result, settings)
-    peak = largest(peak_bytes(job.device))
+    peak = largest(peak_bytes(job.device), job.device)
     record = result.sums.record(result.plan.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
+    seconds = time.perf_counter() - started
     case, _ = case_of(run.settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
     steps, epoch = settings.training.steps, run.stream.manifest.num_tokens
     budget = progress.tokens * steps
@@ -92,7 +95,7 @@ def dry_run(job: Job) -> int:
         f"  memory plan               {summary(plan_memory(case))}, what libraries take left out\n"
         f"  token budget              {steps} steps × {progress.tokens:,} tokens = {budget:,} tokens, "
         f"{budget / epoch:.2f} epochs of {epoch:,}\n"
-        f"  time                      {result.seconds:.1f} s for this first step, the warm-up included",
+        f"  time                      {seconds:.1f} s for this first step, the warm-up included",
     )
     return 0
 
@@ -133,7 +136,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
         training={"steps": settings.reference.training_steps, "head_weights": None} | _NO_SELECTION,
     )
     # Agreed, because every rank must take the same way and shared file systems show a new file to some before others.
-    if any_rank(not (directory / "config.json").exists()):
+    if any_rank(not (directory / "config.json").exists(), job.device):
         _say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
         exit_code = train_in(job, one_head, directory / "training", stop, export_to=directory)
         if exit_code:

@@ -10,7 +10,7 @@ Shapes: A micro-steps, B rows, T tokens, H heads, K = H - 1 the heads that selec
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +30,13 @@ from pipeline.weighting.selection import Select, Selection, select_all
 @dataclass(frozen=True)
 class MicroBatch:
     """A batch on the device, with what each head has to predict in it (int64, bool [B, T, H]) and the numbers of its
-    rows in the order of the whole run (int64 [B]). num_valid_H: valid pairs of each head."""
+    rows in the order of the whole run (int64 [B]). num_valid_BH: valid pairs of each row, on the host."""
 
     batch: Batch
     targets_BTH: Tensor
     valid_BTH: Tensor
     rows_B: Tensor
-    num_valid_H: Sequence[int]
+    num_valid_BH: Tensor
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,7 +46,7 @@ class MicroBatch:
     @property
     def known(self) -> dict[str, Any]:
         """What the host knows beforehand, for a model's forward."""
-        return {"spans": self.batch.spans, "num_valid_H": self.num_valid_H}
+        return {"spans": self.batch.spans, "num_valid_H": self.num_valid_BH.numpy().sum(0).tolist()}
 
 
 @dataclass(frozen=True)
@@ -76,25 +76,42 @@ def load_micro_batches(
     return loaded
 
 
+class Planned(NamedTuple):
+    """What the data of a step determines of its loss, what it was, and whether any rank said so."""
+
+    step: StepPlan
+    consumed: Consumed
+    said: bool
+
+
 def plan(
     micro_batches: Sequence[MicroBatch],
     training: TrainingSettings,
     head_weights: Sequence[float],
     num_sources: int,
     group: Group,
-) -> tuple[StepPlan, Consumed]:
-    """What the data of these micro-batches determines of their loss, and what it was, over all ranks; one all-reduce."""
-    batches = [micro.batch for micro in micro_batches]
-    step = plan_step(
-        [batch.valid_pairs(len(head_weights)) for batch in batches],
-        count(batches, num_sources),
+    says: bool = False,
+) -> Callable[[], Planned]:
+    """Count micro-batches over all ranks, with one all-reduce; what is returned reads the counts, as `plan_step`'s. `says` is
+    anything that this rank has to say to the others."""
+    flag = torch.tensor([int(says)])
+    read = plan_step(
+        [micro.num_valid_BH for micro in micro_batches],
+        torch.cat([flag, count([micro.batch for micro in micro_batches], num_sources)]),
         pool=training.selection_pool,
         k_percent=training.k_percent,
         normalize_by=training.normalize_by,
         head_weights=head_weights,
+        device=micro_batches[0].valid_BTH.device,
         group=group,
     )
-    return step, Consumed.of(step.data)
+
+    def planned() -> Planned:
+        step = read()
+        num_saying, *counts = step.data
+        return Planned(step, Consumed.of(counts), num_saying > 0)
+
+    return planned
 
 
 def selective_losses(
@@ -170,9 +187,9 @@ def _selected_beforehand(
         compare = _comparison(models, micro, training)
         # Head 0 does not compete: without valid pairs it costs the scoring pass nothing.
         scored_BTH = torch.cat([torch.zeros_like(micro.valid_BTH[..., :1]), micro.valid_BTH[..., 1:]], dim=-1)
-        known = micro.known | {"num_valid_H": [0, *micro.num_valid_H[1:]]}
+        num_valid_H = micro.known["num_valid_H"]
         with torch.no_grad():
-            scored = models.policy(*micro.inputs[:3], scored_BTH, **known)
+            scored = models.policy(*micro.inputs[:3], scored_BTH, **micro.known | {"num_valid_H": [0, *num_valid_H[1:]]})
         policy_loss_BTK = scored[..., 1:]
         compared.append((compare.scores(policy_loss_BTK), compare.excess(policy_loss_BTK)))
     selections = select_shared(

@@ -26,18 +26,21 @@ class Reporter:
         self.logbook = None
         if run.world.is_first:
             self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads)
-        # Of the last steps: tokens, seconds, and those of them in which the data was waited for.
+        # Of the last steps: tokens, seconds from one's end to the next one's, and those of them in which data was waited for.
         self.recent: deque[tuple[int, float, float]] = deque(maxlen=20)
+        self.since = time.perf_counter()
         self.began: tuple[int, float] | None = None  # The end of this process's first step: its number, and the time.
         if first_step >= run.settings.training.steps:
             self.say(f"already at step {first_step} of {run.settings.training.steps}; to train on raise training.steps")
         elif first_step:
             self.say(f"continuing from step {first_step}")
 
-    def step(self, progress: Progress, result: StepResult) -> None:
-        logging, step = self.run.settings.logging, progress.step
-        self.began = self.began or (step, time.perf_counter())
-        self.recent.append((result.consumed.tokens, result.seconds, result.waited))
+    def step(self, progress: Progress, result: StepResult, waited: float) -> None:
+        """A step has ended, in which this rank waited for data for so many seconds."""
+        logging, step, now = self.run.settings.logging, progress.step, time.perf_counter()
+        self.began = self.began or (step, now)
+        self.recent.append((result.consumed.tokens, now - self.since, waited))
+        self.restart_clock()
         for message in result.replaced:
             self.say(f"step {step}: replaced by a row of padding: {message}")
         if result.bad is not None:
@@ -50,7 +53,7 @@ class Reporter:
         if not (wanted or progressed or detailed or drawn):
             return
         totals = result.sums.over_ranks(self.run.models.group)
-        data_wait = largest(self._share_waited())
+        data_wait = largest(self._share_waited(), self.run.device)
         if self.logbook is None:
             return
         record = self._record(progress, result, totals) | {"data_wait": data_wait}
@@ -75,12 +78,17 @@ class Reporter:
         names = run.validation.manifest.source_names or ("",)
         record = evaluate(run.models, batches, run.settings, names, run.world, run.device)
         run.engine.train()
+        self.restart_clock()
         record = {"step": progress.step, "samples": progress.samples, "split": "validation"} | without_non_finite(record)
         if self.logbook is not None:
             self.logbook.write(record)
             heads = range(run.settings.model.num_prediction_heads)
             losses = " ".join(f"{record[f'loss_head_{head}'] or math.nan:.3f}" for head in heads)
             self.say(f"step {progress.step}: held-out loss per head {losses}")
+
+    def restart_clock(self) -> None:
+        """What happened since the last step is no part of the next one."""
+        self.since = time.perf_counter()
 
     def say(self, text: str) -> None:
         if self.run.world.is_first:

@@ -1,5 +1,6 @@
 """What a training run works with, and what a step of it gives."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from pipeline.config import Settings
 from pipeline.data.consumption import Consumed
 from pipeline.data.stream import Stream
-from pipeline.micro_step import Models
+from pipeline.micro_step import MicroBatch, Models, Planned
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.distributed import World
 from pipeline.runtime.engine import Engine
@@ -32,11 +33,20 @@ class Run:
 
 
 @dataclass(frozen=True)
+class BegunStep:
+    """A step whose data is there. plan: reads its counts over all ranks, and whether any of them had been asked to stop when
+    it was begun. waited: seconds in which this rank waited for the data."""
+
+    micro_batches: list[MicroBatch]
+    plan: Callable[[], Planned]
+    waited: float
+
+
+@dataclass(frozen=True)
 class StepResult:
     """consumed: what the data was, over all ranks. replaced: what was wrong with the samples whose places padding took.
     sums: this rank's. applied: False where all ranks discarded the step; `bad` then says who met what on which
-    samples. seconds: wall time, to where the host has nothing more to say to the device; waited: those of them in which this
-    rank waited for data."""
+    samples."""
 
     plan: StepPlan
     consumed: Consumed
@@ -45,5 +55,3 @@ class StepResult:
     learning_rate: float
     applied: bool
     bad: str | None
-    seconds: float
-    waited: float

@@ -101,12 +101,12 @@ def _score_data_set(
         # Where there are fewer pieces than ranks some run one that another writes.
         mine = missing[min(first + world.rank, len(missing) - 1)]
         samples, damage = _read(reader, mine)
-        if any_rank(damage is not None):
+        if any_rank(damage is not None, job.device):
             raise DataError(damage or "another rank met damaged data, which it names")
         losses_NTC = np.concatenate(list(run(samples, _piece_rows(missing, first, world.size))))[: len(samples)]
         if first + world.rank < len(missing):
             writer.write(mine, losses_NTC)
-        if any_rank(stop.is_made):
+        if any_rank(stop.is_made, job.device):
             _say(job, f"{place}: stopped on request; the same command continues from what was saved")
             return False
         if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
@@ -158,7 +158,8 @@ def _losses_of(
         batch = collate(rows).to(device)
         targets_BTH, valid_BTH = targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads)
         inputs = batch.tokens_BT, batch.document_ids_BT, targets_BTH, valid_BTH
-        columns_BTC = reference_columns(reference, horizon, *inputs, spans=batch.spans, num_valid_H=batch.num_valid(num_heads))
+        num_valid_H = batch.num_valid(num_heads).numpy().sum(0).tolist()
+        columns_BTC = reference_columns(reference, horizon, *inputs, spans=batch.spans, num_valid_H=num_valid_H)
         yield columns_BTC.float().cpu().numpy()
 
 

@@ -3,6 +3,10 @@
 A step: fetch its A micro-batches, count their pairs over all ranks, run each (reference, policy, selection, loss,
 backward), agree whether every number was finite, apply. `train` puts steps in a row and sees to what happens between
 them: metrics, validation, checkpoints, requests to stop.
+
+A step is begun, fetched and counted, before the one before it is run, so that its counts are on the host when they are wanted;
+with them comes whether a rank was asked to stop. So nothing here waits for the device but what the loss phase has to repair,
+once a micro-batch; and what is logged, when it is logged.
 """
 
 import itertools
@@ -21,10 +25,9 @@ from pipeline.data.consumption import Consumed, settle_damage
 from pipeline.data.prefetch import prefetched
 from pipeline.micro_step import load_micro_batches, plan, selective_losses
 from pipeline.reporter import Reporter
-from pipeline.run import Run, StepResult
+from pipeline.run import BegunStep, Run, StepResult
 from pipeline.runtime.agreement import check_ranks_agree, who_met_bad_numbers
 from pipeline.runtime.checkpoint import Progress
-from pipeline.runtime.distributed import any_rank
 from pipeline.runtime.engine import backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
@@ -46,20 +49,20 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     reporter = Reporter(run, progress.step)
     if progress.step == 0:
         reporter.validate(progress)
-    batches = prefetched(run.stream.iterate(progress.samples), run.device, depth=run.stream.micro_steps)
-    stopping = False
-    while progress.step < training.steps and not stopping:
-        result = train_step(run, batches, progress)
+    for begun, following in begun_ahead(run, progress, stop):
+        result = train_step(run, begun, progress)
         advance(progress, result, run.settings)
-        reporter.step(progress, result)
+        reporter.step(progress, result, 0.0 if following is None else following.waited)
         if training.check_ranks_every and progress.step % training.check_ranks_every == 0:
-            check_ranks_agree(common_values(run, progress, result))
-        finished = progress.step == training.steps
-        if progress.step % logging.validation_every == 0 or finished:
+            check_ranks_agree(common_values(run, progress, result), run.device)
+        if progress.step % logging.validation_every == 0 or following is None:
             reporter.validate(progress)
-        stopping = any_rank(stop.is_made)
-        if progress.step % run.settings.checkpoint.every == 0 or finished or stopping:
+        stopping = following is not None and following.plan().said
+        if progress.step % run.settings.checkpoint.every == 0 or following is None or stopping:
             run.checkpoints.save(run.engine, progress)
+            reporter.restart_clock()
+        if stopping:
+            break
     reporter.close()
     if progress.step < training.steps:
         reporter.say(f"stopped on request after step {progress.step}; run the same command again to continue")
@@ -67,18 +70,42 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     return 0
 
 
-def train_step(run: Run, batches: Iterator[Batch], progress: Progress) -> StepResult:
-    """One optimiser step over the next A micro-batches of this rank."""
+def begun_ahead(run: Run, progress: Progress, stop: StopRequest) -> Iterator[tuple[BegunStep, BegunStep | None]]:
+    """Each step that is left, and the one after it, which is begun before: its counts are summed over ranks behind the first
+    one's work, and have long arrived when they are wanted."""
+    batches = prefetched(run.stream.iterate(progress.samples), run.device, depth=2 * run.stream.micro_steps)
+    num_steps, num_rows = run.settings.training.steps - progress.step, run.settings.data.global_batch
+    first_samples = range(progress.samples, progress.samples + num_steps * num_rows, num_rows)
+    steps = (begin_step(run, batches, first_sample, stop.is_made) for first_sample in first_samples)
+    begun = next(steps, None)
+    while begun is not None:
+        following = next(steps, None)
+        yield begun, following
+        begun = following
+
+
+def begin_step(run: Run, batches: Iterator[Batch], first_sample: int, asked_to_stop: bool = False) -> BegunStep:
+    """Fetch this rank's next A micro-batches and have them counted over all ranks. `first_sample`: the number of the step's
+    first row in the run."""
     started = time.perf_counter()
-    settings, training = run.settings, run.settings.training
-    num_heads, num_sources = settings.model.num_prediction_heads, len(run.stream.manifest.source_names) or 1
-    fetched = list(itertools.islice(batches, run.stream.micro_steps))
+    settings, micro_steps = run.settings, run.stream.micro_steps
+    fetched = list(itertools.islice(batches, micro_steps))
     waited = time.perf_counter() - started
-    micro_batches = load_micro_batches(fetched, progress.samples, num_heads, run.world.size, run.world.rank, run.device)
-    counts, consumed = plan(micro_batches, training, settings.head_weights, num_sources, run.models.group)
-    replaced = settle_damage(consumed, fetched, settings.data, progress.corrupt_samples)
+    num_heads, num_sources = settings.model.num_prediction_heads, len(run.stream.manifest.source_names) or 1
+    micro_batches = load_micro_batches(fetched, first_sample, num_heads, run.world.size, run.world.rank, run.device)
+    read = plan(micro_batches, settings.training, settings.head_weights, num_sources, run.models.group, asked_to_stop)
+    return BegunStep(micro_batches, read, waited)
+
+
+def train_step(run: Run, begun: BegunStep, progress: Progress) -> StepResult:
+    """One optimiser step."""
+    settings, training, micro_batches = run.settings, run.settings.training, begun.micro_batches
+    counts, consumed, _ = begun.plan()
+    batches = [micro.batch for micro in micro_batches]
+    replaced = settle_damage(consumed, batches, settings.data, progress.corrupt_samples)
     rate = learning_rate(training, progress.applied_steps)
     set_learning_rate(run.engine, rate)
+    num_heads, num_sources = settings.model.num_prediction_heads, len(consumed.tokens_by_source)
     sums, applied = SelectionSums(num_heads, num_sources, run.device), False
     run.engine.module.bad_gradient_rows.clear()
     losses_of_each = selective_losses(run.models, micro_batches, counts, training, progress.prediction)
@@ -87,10 +114,9 @@ def train_step(run: Run, batches: Iterator[Batch], progress: Progress) -> StepRe
         is_last = micro is micro_batches[-1]
         backward(run.engine, losses.loss * all_finite_or_nan(sums) if is_last else losses.loss)
         applied = end_micro_step(run.engine)
-    keys = [micro.batch.keys for micro in micro_batches]
+    keys = [batch.keys for batch in batches]
     bad = None if applied else who_met_bad_numbers(sums.bad_rows, run.engine.module.bad_gradient_rows, keys)
-    seconds = time.perf_counter() - started
-    return StepResult(counts, consumed, replaced, sums, rate, applied, bad, seconds, waited)
+    return StepResult(counts, consumed, replaced, sums, rate, applied, bad)
 
 
 def all_finite_or_nan(sums: SelectionSums) -> Tensor:

@@ -75,9 +75,9 @@ class WatchedEngine:
     ) -> Answer:
         """One step over this rank's micro-batches."""
         from pipeline.runtime.checkpoint import Progress
-        from pipeline.train import train_step
+        from pipeline.train import begin_step, train_step
 
         self.gradients = {}
         run = run_of(settings, self.engine, reference, len(batches), device)
-        result = train_step(run, iter(batches), Progress(prediction=prediction))
+        result = train_step(run, begin_step(run, iter(batches), 0), Progress(prediction=prediction))
         return self.gradients, result.sums.record(result.plan.scale_H, ("",), dist.group.WORLD)

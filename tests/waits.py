@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten: Any = torch.ops.aten
@@ -14,41 +16,57 @@ WAITING = {
     _aten.nonzero.default,
     _aten.masked_select.default,
     _aten.bincount.default,
+    _aten._unique.default,
     _aten._unique2.default,
+    _aten.unique_consecutive.default,
+    _aten.unique_dim.default,
     _aten.repeat_interleave.Tensor,
     _aten.equal.default,
 }
 
 
-_PACKAGE, _DEEPSPEED = str(Path(__file__).parents[1] / "pipeline"), str(Path(deepspeed.__file__).parent)
+_PACKAGE, _DEEPSPEED = f"{Path(__file__).parents[1] / 'pipeline'}/", f"{Path(deepspeed.__file__).parent}/"
 
 
 class CountWaits(TorchDispatchMode):
     """Where the package asks, FILE:LINE, for what only the device knows; where DeepSpeed does is its own affair. A tensor's
-    `tolist` is one wait: its values come together, but on a CPU they show as nothing at all, so they are counted where they
-    are asked for."""
+    `tolist` and `cpu` are one wait: on a CPU they show as nothing at all, so they are counted where they are asked for. What
+    has come to the host unasked is read by way of `numpy`, which does not wait. device_synchronized: how often anybody had the
+    host wait until the device had nothing left to do.
+
+    Not seen: copies to the device from memory that is not pinned, of which a CPU has none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.places: list[str] = []
-        self._tolist = torch.Tensor.tolist
+        self.device_synchronized = 0
+        self._patches = pytest.MonkeyPatch()
 
     @property
     def number(self) -> int:
         return len(self.places)
 
     def __enter__(self) -> "CountWaits":
-        def tolist(tensor: torch.Tensor) -> Any:
-            self._note()
-            return self._tolist(tensor)
+        def noted(original: Any) -> Any:
+            def call(tensor: torch.Tensor) -> Any:
+                self._note()
+                return original(tensor)
 
-        torch.Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
+            return call
+
+        def synchronized(*arguments: Any) -> None:
+            self.device_synchronized += 1
+
+        for name in ("tolist", "cpu"):
+            self._patches.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name)))
+        self._patches.setattr(type(get_accelerator()), "synchronize", synchronized)
         super().__enter__()
         return self
 
     def __exit__(self, *details: Any) -> None:
         super().__exit__(*details)
-        torch.Tensor.tolist = self._tolist  # type: ignore[method-assign]
+        self._patches.undo()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # An index that is a mask becomes the places where it is set.

@@ -33,7 +33,7 @@ from pipeline.run import Run
 from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.distributed import device_of, find_world
 from pipeline.runtime.engine import backward, end_micro_step, initialize_distributed
-from pipeline.train import advance, train_step
+from pipeline.train import advance, begin_step, train_step
 from pipeline.weighting.selection import Select, select_all
 
 K_PERCENT, HEADS = 0.6, 4
@@ -153,13 +153,18 @@ def _prepare(variant: str, directory: Path, options: dict[str, Any]) -> Round:
     settings = settings_of(variant, directory, options)
     content = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
     run = build_run(Job(settings, content, directory / "run", world, device), settings, directory / "run", dry=True)
-    batches, progress = prefetched(run.stream.iterate(0), device, depth=1), Progress()
+    batches, progress = prefetched(run.stream.iterate(0), device, depth=2), Progress()
+    following = None
 
     def one_step() -> None:
+        nonlocal following
         if variant == "origin":
             step_of_the_origin(run, next(batches))
-        else:
-            advance(progress, train_step(run, batches, progress), settings)
+            return
+        # As the loop does: the next step is begun before this one is run.
+        begun = following or begin_step(run, batches, progress.samples)
+        following = begin_step(run, batches, progress.samples + settings.data.global_batch)
+        advance(progress, train_step(run, begun, progress), settings)
 
     def measured(number: int) -> dict[str, float]:
         _, seconds, peak_bytes = timed(one_step, device)

@@ -4,7 +4,7 @@ B rows, T tokens, H heads.
 
 The pair (t, h) is valid when token j = t+1+h lies in the row, in the same document as t, and neither is padding. All losses
 and thresholds of the project stand on `targets_and_valid`. The host counts the same pairs from the documents' lengths
-(`Batch.valid_pairs`), so that it need not wait for the device to know a step's counts.
+(`Batch.num_valid`), so that it need not wait for the device to know a step's counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,17 +77,12 @@ class Batch:
         found = [self.tokens_BT, self.document_ids_BT, self.sources_BT, self.spans.starts_S, self.reference_losses_BTC]
         return [tensor for tensor in found if tensor is not None]
 
-    def valid_pairs(self, num_heads: int) -> Tensor:
-        """int64 [B, H] on the host, the pairs of each row that `targets_and_valid` marks."""
+    def num_valid(self, num_heads: int) -> Tensor:
+        """int64 [B, H] on the host, how many pairs of each row `targets_and_valid` marks."""
         valid_DH = np.maximum(self.documents.lengths_D[:, None] - 1 - np.arange(num_heads), 0)
         valid_BH = np.zeros((len(self.keys), num_heads), np.int64)
         np.add.at(valid_BH, self.documents.rows_D, valid_DH)
         return torch.from_numpy(valid_BH)
-
-    def num_valid(self, num_heads: int) -> list[int]:
-        """Valid pairs of each head."""
-        found: list[int] = self.valid_pairs(num_heads).sum(0).numpy().tolist()
-        return found
 
     def _with_each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(

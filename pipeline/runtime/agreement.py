@@ -46,7 +46,7 @@ def who_met_bad_numbers(bad_rows: Sequence[Tensor], bad_gradient_rows: Sequence[
     return "the gradient of all ranks together (each rank's own was finite)"
 
 
-def check_ranks_agree(values: dict[str, Any]) -> None:
+def check_ranks_agree(values: dict[str, Any], device: torch.device) -> None:
     """Compare named values (anything with an exact `repr`) over ranks by their digests; one small gather.
 
     Raises:
@@ -55,8 +55,8 @@ def check_ranks_agree(values: dict[str, Any]) -> None:
     own = [
         int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little", signed=True) for value in values.values()
     ]
-    gathered = [torch.empty(len(own), dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, torch.tensor(own, dtype=torch.int64))
+    gathered = [torch.empty(len(own), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, torch.tensor(own, dtype=torch.int64, device=device))
     problems = []
     for name, digests in zip(values, torch.stack(gathered, dim=1).tolist(), strict=True):
         common = max(digests, key=digests.count)

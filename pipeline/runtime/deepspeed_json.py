@@ -74,6 +74,8 @@ def resolve_deepspeed_json(content: dict[str, Any], settings: Settings, world_si
         "gradient_accumulation_steps": batch // (micro_batch * world_size),
         "gradient_clipping": settings.training.gradient_clipping or 0.0,
         "steps_per_print": None,
+        # On by default, it waits for the device at both ends of every micro-step, only to print.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

@@ -1,8 +1,7 @@
 """Who this process is among the others, and the few things all of them do together.
 
 Ranks come from the launcher's variables (`deepspeed`, torchrun) or, under srun, from Slurm's; without either this is a
-job of one process. Collectives used for agreement are tiny and run by every rank whatever its data; they go from host to
-host and never wait for a device.
+job of one process. Collectives used for agreement are tiny and run by every rank whatever its data.
 """
 
 import os
@@ -14,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -85,21 +83,21 @@ def made_once(path: Path, make: Callable[[], None], world: World, again: bool = 
         time.sleep(0.2)
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank; one collective."""
-    return largest(flag) > 0
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank; one collective, which waits for the device."""
+    return largest(flag, device) > 0
 
 
-def largest(value: float) -> float:
-    """The largest of the ranks' values; one collective."""
-    values = np.array([value], np.float64)
-    dist.all_reduce(torch.from_numpy(values), op=dist.ReduceOp.MAX)
-    return float(values[0])
+def largest(value: float, device: torch.device) -> float:
+    """The largest of the ranks' values; one collective, which waits for the device."""
+    found = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
 
 
-def smallest(value: float) -> float:
-    """The smallest of the ranks' values; one collective."""
-    return -largest(-value)
+def smallest(value: float, device: torch.device) -> float:
+    """The smallest of the ranks' values; one collective, which waits for the device."""
+    return -largest(-value, device)
 
 
 def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:

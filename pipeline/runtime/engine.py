@@ -48,9 +48,7 @@ def initialize_distributed(device: torch.device, level: str) -> None:
     """Start the process group and set how much of DeepSpeed's own log is shown."""
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(level.upper())
-    # The hosts have a network of their own: what they agree on does not wait for what their devices are at.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=level == "debug")
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=level == "debug")
 
 
 @contextmanager

@@ -63,9 +63,29 @@ def ranks_of(group: Group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def on_device(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(numbers: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host as a tensor, without waiting for the device: a copy from memory that is not pinned would."""
-    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    values = torch.as_tensor(numbers, dtype=dtype)
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+class OnTheWay:
+    """A device's values, on the way to the host from now on."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._arrived = values, None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(values.device).record_event()
+
+    def read(self) -> list[Any]:
+        """The values; waits if they have not arrived yet, and for nothing that the device was told to do after them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        # By way of numpy, which refuses what lies on a device.
+        found: list[Any] = self._values.numpy().tolist()
+        return found
 
 
 def suited_exchange(num_keys: int, ranks: int) -> str:

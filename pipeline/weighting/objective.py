@@ -9,13 +9,13 @@ sum over ranks and micro-steps is the objective exactly: no mean of means.
 Shapes: A micro-steps, B rows, T tokens, H heads, K = H - 1 the heads that select.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.weighting.exchange import Group, all_reduce_sum
+from pipeline.weighting.exchange import Group, OnTheWay, all_reduce_sum, on_device
 from pipeline.weighting.selection import num_selected, nums_selected
 
 
@@ -49,20 +49,35 @@ def plan_step(
     k_percent: float,
     normalize_by: str,
     head_weights: Sequence[float],
+    device: torch.device,
     group: Group,
-) -> StepPlan:
-    """Count a step's pairs over all ranks with one all-reduce, from host to host: nothing waits for a device.
+) -> Callable[[], StepPlan]:
+    """Count a step's pairs over all ranks with one all-reduce; what is returned reads it, and waits for the device only if it
+    is called before the device has come so far.
 
     Args:
         valid_ABH: for each micro-step int64 [B, H] on the host, the valid pairs of this rank's rows.
         data: int64 [C] on the host, anything else of this rank to be added up over all.
+        device: where the ranks meet.
     """
     valid_AH = torch.stack([valid_BH.sum(0) for valid_BH in valid_ABH])
     local_selected_H = torch.stack([_selected_locally(valid_BH, pool, k_percent) for valid_BH in valid_ABH]).sum(0)
-    counted = all_reduce_sum(torch.cat([valid_AH.flatten(), local_selected_H, data]), group)
-    # By way of numpy, which refuses what lies on a device.
-    numbers: list[int] = counted.numpy().tolist()
-    num_heads, num_pairs = valid_AH.shape[1], valid_AH.numel()
+    counted = on_device(torch.cat([valid_AH.flatten(), local_selected_H, data]), torch.int64, device)
+    coming = OnTheWay(all_reduce_sum(counted, group))
+    num_micro_steps, num_heads = valid_AH.shape
+    return lambda: _plan(coming.read(), num_micro_steps, num_heads, pool, k_percent, normalize_by, head_weights)
+
+
+def _plan(
+    numbers: list[int],
+    num_micro_steps: int,
+    num_heads: int,
+    pool: str,
+    k_percent: float,
+    normalize_by: str,
+    head_weights: Sequence[float],
+) -> StepPlan:
+    num_pairs = num_micro_steps * num_heads
     num_valid_AH = [numbers[first : first + num_heads] for first in range(0, num_pairs, num_heads)]
     selected_in_own_pools_H = numbers[num_pairs : num_pairs + num_heads]
     pools = {"global": num_valid_AH, "step": [_sum_of_columns(num_valid_AH)]}.get(pool, [])

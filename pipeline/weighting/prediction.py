@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.weighting.exchange import on_device
-
 FOLLOW = 0.5
 """How much of the way a level goes towards a new threshold: halfway is slow enough for noise and fast enough for the
 first steps, in which losses fall quickly."""
@@ -58,13 +56,6 @@ class Prediction:
             now = Prediction(torch.where(threshold_K.isfinite(), followed_K, level_K))
         return now
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Prediction) and self.numbers() == other.numbers()
-
-    __hash__ = None  # type: ignore[assignment]
-
     def _on(self, device: torch.device) -> Tensor | None:
-        if self.level_K is None or self.level_K.device == device:
-            return self.level_K
-        # From a checkpoint, on the host.
-        return on_device(self.level_K.tolist(), torch.float64, device)
+        """From a checkpoint it comes on the host: its first use waits."""
+        return None if self.level_K is None else self.level_K.to(device)

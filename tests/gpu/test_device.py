@@ -1,5 +1,6 @@
 """What only a device can show, `pytest -m gpu`; what a CPU can show of it runs on a CPU as well."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -200,9 +201,8 @@ def waits_of_a_step() -> list[str]:
     """Where, in the package, a step over two micro-batches waits for the device, after steps that warm up."""
     from pipeline.runtime.checkpoint import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
-    from pipeline.runtime.distributed import any_rank
     from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
-    from pipeline.train import advance, train_step
+    from pipeline.train import advance, begin_step, train_step
     from tests.stepping import run_of
 
     device = torch.device("cuda")
@@ -211,30 +211,50 @@ def waits_of_a_step() -> list[str]:
     config = resolve_deepspeed_json({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, settings, 1)
     shape = settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1})
     reference = build_reference(shape, None, "replicate", config)
-    run = run_of(settings, build_policy(settings, config), reference, 2, device)
-    progress, batches = Progress(), [batch.to(device) for batch in micro_batches()]
+    run, progress = run_of(settings, build_policy(settings, config), reference, 2, device), Progress()
+    found: list[str] = []
 
-    def step() -> None:
-        advance(progress, train_step(run, iter(batches), progress), settings)
-        any_rank(False)
+    def note(*details: Any) -> None:
+        found.append(place_in_package())
 
-    for _ in range(2):
-        step()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        step()
-        torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
-    package = str(ROOT / "pipeline")
-    return [f"{warning.filename}:{warning.lineno}" for warning in waits if warning.filename.startswith(package)]
+    def begun() -> Any:
+        return begin_step(run, prefetched(iter(micro_batches()), device, depth=2), progress.samples)
+
+    following = begun()
+    for step in range(3):
+        current, following = following, begun()
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+            if step == 2:
+                warnings.simplefilter("always")
+                # Where a warning comes from is not where the package asked for what waits.
+                patch.setattr(warnings, "showwarning", lambda message, *details: "synchroniz" in str(message) and note())
+                patch.setattr(torch.cuda, "synchronize", note)
+                patch.setattr(torch.cuda.Event, "synchronize", lambda event: event.query() or note())
+                torch.cuda.set_sync_debug_mode("warn")
+            advance(progress, train_step(run, current, progress), settings)
+            assert not following.plan().said
+            torch.cuda.set_sync_debug_mode("default")
+    return [place for place in found if place]
+
+
+def place_in_package() -> str:
+    """FILE:LINE of the innermost frame of the package; empty where DeepSpeed's is further in."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "/deepspeed/" in path:
+            return ""
+        if path.startswith(f"{ROOT / 'pipeline'}/"):
+            return f"{Path(path).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 @on_cuda
 def test_the_host_waits_for_the_device_once_a_micro_batch() -> None:
     """DeepSpeed's waits are its own. A CPU counts them too, in every way to take a step: tests/integration/test_waits.py."""
     (waits,) = run_ranks(waits_of_a_step, 1)
-    assert [wait.rpartition("/")[2].partition(":")[0] for wait in waits] == ["cross_entropy.py"] * 2, waits
+    assert [wait.partition(":")[0] for wait in waits] == ["cross_entropy.py"] * 2, waits
 
 
 @on_cuda
@@ -253,11 +273,11 @@ def test_batches_arrive_on_the_device_as_they_were() -> None:
 @on_cuda
 def test_batches_are_read_once_they_have_arrived_and_overwritten_once_they_were_read() -> None:
     """So large that a copy takes longer than to ask for it; and a device that lags behind its host."""
-    batches = [batch_of([[2**20]] * 4, 2**20, VOCAB, seed) for seed in range(8)]
+    batches = [batch_of([[2**20 - seed, seed]] * 4, 2**20, VOCAB, seed) for seed in range(1, 7)]
     read = []
     for batch in prefetched(iter(batches), torch.device("cuda"), depth=1):
         if read:
-            torch.cuda._sleep(10**8)
+            torch.cuda._sleep(10**9)  # about half a second
         read.append([tensor.clone() for tensor in reversed(batch.tensors)])
         del batch
     for found, expected in zip(read, batches, strict=True):

@@ -111,7 +111,7 @@ def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) ->
     from pipeline.runtime.checkpoint import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
-    from pipeline.train import advance, train_step
+    from pipeline.train import advance, begin_step, train_step
 
     initialize_distributed(torch.device("cpu"), "error")
     rank = dist.get_rank()
@@ -160,7 +160,7 @@ def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) ->
     steps = [bad for one in bads for bad in (None, one)] if with_bad_ones else [None] * len(bads)
     for step, bad in enumerate([*steps, None]):  # noqa: B007 (the hooks read it)
         before = whole_weights(engine.module)
-        result = train_step(run, iter(batches), progress)
+        result = train_step(run, begin_step(run, iter(batches), progress.samples), progress)
         advance(progress, result, settings)
         after = whole_weights(engine.module)
         seen.append(
@@ -192,7 +192,7 @@ def disagreements(run: Any, progress: Any, result: Any) -> list[str]:
     def said(pool: str, progress: Any, result: Any) -> str:
         changed = replace(run, settings=run.settings.with_values(training={"selection_pool": pool}))
         try:
-            check_ranks_agree(common_values(changed, progress, result))
+            check_ranks_agree(common_values(changed, progress, result), run.device)
         except RanksDisagreeError as error:
             return str(error)
         return "agreed"

@@ -14,14 +14,14 @@ CPU = torch.device("cpu")
 
 def compare() -> tuple[str, str, str]:
     rank = dist.get_rank()
-    check_ranks_agree({"step": 7, "threshold": 0.1 + 0.2, "weights": b"abc"})
+    check_ranks_agree({"step": 7, "threshold": 0.1 + 0.2, "weights": b"abc"}, CPU)
     said = []
     for own in (
         {"step": 7, "learning rate": 1e-3 if rank != 2 else math.nextafter(1e-3, 1)},
         {"step": rank // 2, "learning rate": 1},
     ):
         with pytest.raises(RanksDisagreeError) as caught:
-            check_ranks_agree(own)
+            check_ranks_agree(own, CPU)
         said.append(str(caught.value))
     bad = torch.zeros(2, 3, dtype=torch.bool)
     bad[1, 2] = rank == 1

@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from pipeline.data.manifest import DataError
-from pipeline.runtime.distributed import World, any_rank, find_world, made_once
+from pipeline.runtime.distributed import World, any_rank, find_world, largest, made_once, smallest
 from tests.ranks import run_ranks
 
+CPU = torch.device("cpu")
 LAUNCHER = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
     "SLURM_STEP_ID": "0",
@@ -108,7 +110,17 @@ def test_the_death_of_the_one_rank_ends_the_wait_of_the_others(tmp_path: Path) -
 
 
 def ask_all() -> list[bool]:
-    return [any_rank(False), any_rank(dist.get_rank() == 1), any_rank(True)]
+    return [any_rank(False, CPU), any_rank(dist.get_rank() == 1, CPU), any_rank(True, CPU)]
+
+
+def extremes() -> tuple[float, float]:
+    """Of -1 and -3."""
+    value = -1.0 - 2 * dist.get_rank()
+    return largest(value, CPU), smallest(value, CPU)
+
+
+def test_extremes_over_ranks() -> None:
+    assert run_ranks(extremes, 2) == [(-1.0, -3.0)] * 2
 
 
 def test_a_flag_of_one_rank_is_everybodys() -> None:

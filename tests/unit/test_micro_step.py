@@ -51,7 +51,7 @@ def collectives_of_a_step() -> list[list[Collective]]:
         training = TrainingSettings(selection_pool=pool, selection_exchange=exchange)  # type: ignore[arg-type]
         with CollectiveRecorder() as recorder:
             micro_batches = load_micro_batches(batches, 0, HEADS, 2, rank, torch.device("cpu"))
-            counts, _ = plan(micro_batches, training, [1.0] * HEADS, 2, group)
+            counts, _, _ = plan(micro_batches, training, [1.0] * HEADS, 2, group)()
             sums = SelectionSums(HEADS, 2, torch.device("cpu"))
             losses = selective_losses(Models(policy, reference, "shifted", group), micro_batches, counts, training)
             for micro, of_micro in zip(micro_batches, losses, strict=True):
@@ -75,8 +75,9 @@ def test_a_step_runs_one_plan_one_exchange_a_pool_and_one_reduction_of_metrics()
 
     for (pool, name), collectives in zip(WAYS, padded, strict=True):
         planning, *exchanges, metrics = collectives
-        # What the data was is counted along: tokens, positions, damage, and two numbers for each of two sources.
-        assert planning == Collective("all_reduce", 8 * (MICRO_STEPS * HEADS + HEADS + 4 + 2 * 2))
+        # What the data was is counted along, and whether a rank was asked to stop: tokens, positions, damage, and two numbers
+        # for each of two sources.
+        assert planning == Collective("all_reduce", 8 * (MICRO_STEPS * HEADS + HEADS + 1 + 4 + 2 * 2))
         expected = {"global": 2 * exchanged(name, 1), "step": exchanged(name, 2)}.get(pool, [])
         assert exchanges == expected, (pool, name)
         assert metrics.kind == "all_reduce"
@@ -132,7 +133,7 @@ def selected_in_each_way() -> list[tuple[torch.Tensor, dict[str, Any]]]:
         starts = [(micro_step * 2 + rank) * rows for micro_step in range(MICRO_STEPS)]
         batches = [part_of(whole_batch(), slice(start, start + rows)) for start in starts]
         micro_batches = load_micro_batches(batches, FIRST_ROW, HEADS, 2, rank, torch.device("cpu"))
-        counts, _ = plan(micro_batches, training, [1.0] * HEADS, 1, group)
+        counts, _, _ = plan(micro_batches, training, [1.0] * HEADS, 1, group)()
         sums, masks = SelectionSums(HEADS, 1, torch.device("cpu")), []
         models = Models(policy, frozen[horizon], horizon, group)
         expected = Prediction.of([0.1, 0.2, 0.3])
@@ -197,7 +198,7 @@ def test_what_a_model_is_told_beforehand_is_what_it_is_given(pool: Any, horizon:
     batches = [batch_of(random_lengths(4, TOKENS, seed), TOKENS, VOCAB) for seed in range(MICRO_STEPS)]
     micro_batches = load_micro_batches(batches, 0, HEADS, 1, 0, torch.device("cpu"))
     training = TrainingSettings(selection_pool=pool)
-    counts, _ = plan(micro_batches, training, [1.0] * HEADS, 1, None)
+    counts, _, _ = plan(micro_batches, training, [1.0] * HEADS, 1, None)()
     models = Models(partial(told, policy), partial(told, reference), horizon, None)
     losses = selective_losses(models, micro_batches, counts, training, Prediction.of([0.1, 0.2, 0.3]))
     assert len(list(losses)) == MICRO_STEPS

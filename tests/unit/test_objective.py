@@ -28,7 +28,15 @@ def valid_of(rank: int, micro_step: int) -> torch.Tensor:
 def planned(**settings: Any) -> StepPlan:
     rank = dist.get_rank()
     valid = [valid_of(rank, micro_step).sum(1) for micro_step in range(MICRO_STEPS)]
-    return plan_step(valid, torch.tensor([rank + 1, 10]), head_weights=WEIGHTS, group=dist.group.WORLD, **settings)
+    read = plan_step(
+        valid,
+        torch.tensor([rank + 1, 10]),
+        head_weights=WEIGHTS,
+        device=torch.device("cpu"),
+        group=dist.group.WORLD,
+        **settings,
+    )
+    return read()
 
 
 def size(k_percent: float, num_valid: int) -> int:

@@ -53,13 +53,8 @@ def test_levels_are_those_of_float64_arithmetic_on_the_host(thresholds: list[flo
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_pool_without_pairs_changes_nothing(bad: float) -> None:
-    assert Prediction.of([1.5, 0.25]).after([torch.tensor([bad, 0.75])]) == Prediction.of([1.5, 0.5])
-    assert Prediction.of([None, 0.25]).after([torch.tensor([bad, 0.75])]) == Prediction.of([None, 0.5])
-
-
-def test_predictions_are_equal_by_their_numbers() -> None:
-    assert Prediction() == Prediction.of([]) != Prediction.of([None]) != Prediction.of([0.0])
-    assert Prediction.of([1 / 3]) != Prediction.of([math.nextafter(1 / 3, 1)])
+    assert Prediction.of([1.5, 0.25]).after([torch.tensor([bad, 0.75])]).numbers() == [1.5, 0.5]
+    assert Prediction.of([None, 0.25]).after([torch.tensor([bad, 0.75])]).numbers() == [None, 0.5]
 
 
 def test_it_follows_a_threshold_that_drifts_and_lies_in_the_middle_of_its_noise() -> None:
@@ -93,7 +88,7 @@ def test_pairs_are_foreseen_by_the_score_that_they_compete_with() -> None:
 
 def test_json_keeps_every_bit() -> None:
     progress = Progress(step=3, prediction=Prediction.of([1 / 3, None, math.pi / 7]), tokens_by_source=[5])
-    assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
+    assert Progress.from_json(json.loads(json.dumps(progress.to_json()))).to_json() == progress.to_json()
 
 
 @pytest.mark.parametrize(("applied", "pool", "level"), [(True, "global", 2.0), (False, "global", 1.0), (True, "rank", 1.0)])
@@ -101,7 +96,7 @@ def test_it_learns_from_applied_steps_of_pools_that_ranks_share_alone(applied: b
     sums = SelectionSums(2, 1, torch.device("cpu"))
     sums.thresholds.append(torch.tensor([3.0]))
     plan = StepPlan([[1, 1]], [1, 1], [[1]], [1.0, 1.0], [])
-    result = StepResult(plan, Consumed(9, 9, 0, 0, [9], [1]), [], sums, 0.1, applied, None, 1.0, 0.0)
+    result = StepResult(plan, Consumed(9, 9, 0, 0, [9], [1]), [], sums, 0.1, applied, None)
     progress = Progress(prediction=Prediction.of([1.0]))
     advance(progress, result, Settings.model_validate({"training": {"selection_pool": pool}}))
     assert progress.prediction.numbers() == [level]

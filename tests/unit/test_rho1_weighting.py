@@ -263,7 +263,7 @@ def training_beside_dense_api() -> tuple[torch.Tensor, torch.Tensor, dict[str, A
     training = TrainingSettings(selection_exchange="radix")
     batch = batch_with(tokens, [[int(of_row)] for of_row in (documents >= 0).sum(1)])
     micro = load_micro_batches([batch], 0, HEADS, dist.get_world_size(), rank, torch.device("cpu"))
-    counts, _ = plan(micro, training, [1.0] * HEADS, 1, group)
+    counts, _, _ = plan(micro, training, [1.0] * HEADS, 1, group)()
     (losses,) = selective_losses(Models(policy, reference, "shifted", group), micro, counts, training)
     sums = SelectionSums(HEADS, 1, torch.device("cpu"))
     sums.add(losses, micro[0].valid_BTH, batch.sources_BT)
