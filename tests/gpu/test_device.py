@@ -222,7 +222,6 @@ def waits_of_a_step() -> list[str]:
 
     following = begun()
     for step in range(3):
-        current, following = following, begun()
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
             if step == 2:
                 warnings.simplefilter("always")
@@ -231,6 +230,7 @@ def waits_of_a_step() -> list[str]:
                 patch.setattr(torch.cuda, "synchronize", note)
                 patch.setattr(torch.cuda.Event, "synchronize", lambda event: event.query() or note())
                 torch.cuda.set_sync_debug_mode("warn")
+            current, following = following, begun()
             advance(progress, train_step(run, current, progress), settings)
             assert not following.plan().said
             torch.cuda.set_sync_debug_mode("default")
