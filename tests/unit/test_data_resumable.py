@@ -393,6 +393,48 @@ def test_what_is_done_is_not_made_again_and_the_bytes_are_the_same(corpus, tmp_p
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_another_request_leaves_what_was_begun_as_it_was_though_no_slice_is_done(corpus, tmp_path):
+    for tokenizer in (byte_tokenizer(), 300):
+        interrupted(corpus, tmp_path / "out", 0)
+        before = contents(tmp_path / "out.partial")
+        assert "request.json" in before
+        with pytest.raises(DataError, match="was begun with another request"):
+            prepare_files(inputs(corpus), tmp_path / "out", tokenizer, settings(seed=1))
+        assert contents(tmp_path / "out.partial") == before
+
+
+def test_an_error_leaves_a_trained_bpe_and_it_is_not_trained_again(corpus, tmp_path):
+    titles, wrong = [], settings(end_of_document="nowhere")
+
+    class Titles(Display):
+        def begin(self, title, total_bytes):
+            titles.append(title)
+
+    for _ in range(2):
+        with pytest.raises(DataError, match="nowhere"):
+            prepare_files(inputs(corpus), tmp_path / "out", 300, wrong, display=Titles())
+        assert (tmp_path / "out.partial" / "tokenizer.json").exists()
+    assert titles == ["reading text for a BPE", "training a BPE of 300 tokens"]
+
+
+def test_an_error_leaves_what_was_begun_before_and_nothing_of_what_was_not(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{broken\n" + json.dumps({"text": "whole"}) + "\n")
+    source, strict = [Input("", str(tmp_path / "a.jsonl"))], settings(rules=Rules(on_undecodable="error"))
+
+    class Stopping(Display):
+        def begin(self, title, total_bytes):
+            raise InterruptionError
+
+    for was_begun in (False, True):
+        if was_begun:
+            with pytest.raises(InterruptionError):
+                prepare_files(source, tmp_path / "out", byte_tokenizer(), strict, display=Stopping())
+        with pytest.raises(DataError, match="--on-undecodable skip"):
+            prepare_files(source, tmp_path / "out", byte_tokenizer(), strict)
+        assert (tmp_path / "out.partial" / "tokenizer.json").exists() == was_begun
+        assert (tmp_path / "out.partial").exists() == was_begun
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -491,6 +533,14 @@ def test_a_split_without_a_document_is_refused_before_anything_is_packed_and_not
     assert titles == ["tokenising"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     prepare_files(source, tmp_path / "out", byte_tokenizer(), settings(validation_fraction=0.1))
+
+
+def test_a_split_without_a_document_leaves_nothing_of_a_run_that_was_killed_or_trained_a_bpe(corpus, tmp_path):
+    interrupted(corpus, tmp_path / "out", 5, validation_fraction=1e-9)
+    for tokenizer in (byte_tokenizer(), 300):
+        with pytest.raises(DataError, match="falls to the validation split"):
+            prepare_files(inputs(corpus), tmp_path / "out", tokenizer, settings(validation_fraction=1e-9))
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_progress_of_a_bpe_is_the_text_read_and_then_its_training(tmp_path):
