@@ -92,7 +92,7 @@ def tokenize_slice(work: tuple[Tokenization, int, Sequence[Span]], report: Repor
     if read_record(settings.directory, number) is not None:
         report(0, 0, sum(span.size for span in spans))
         return
-    encoder = _encoder(settings)
+    encoder = shared_encoder(settings)
     reader = DocumentReader(settings.rules)
     train, validation = (RunWriter(settings.directory / split, name, encoder.dtype) for split in ("train", "validation"))
     consumed = 0
@@ -169,7 +169,8 @@ def _record_file(directory: Path, number: int) -> Path:
     return directory / f"slice-{number:06d}.json"
 
 
-def _encoder(settings: Tokenization) -> Encoder:
+def shared_encoder(settings: Tokenization) -> Encoder:
+    """This process's encoder, one for all its workers."""
     # Threads that came at once would each make one.
     with _making_encoder:
         return _encoder_of(settings.tokenizer_file, settings.tokenizer_sha256, settings.end_of_document_id)

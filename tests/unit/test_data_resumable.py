@@ -11,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
 
@@ -23,10 +25,11 @@ from pipeline.data.documents import Rules
 from pipeline.data.inputs import Input
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.parts import merge
-from pipeline.data.prepare import Settings, prepare
+from pipeline.data.prepare import Settings, prepare, tokenization_into
 from pipeline.data.progress import Display
 from pipeline.data.resumable import prepare_files
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.tokenization import shared_encoder
 from pipeline.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 from pipeline.data.verification import verify
 
@@ -124,6 +127,20 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(corpus, tmp_path, pa
         )
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
     assert len(read_manifest(tmp_path / "1" / "train").shards) > 20
+
+
+def test_workers_that_come_at_once_share_one_encoder(tmp_path):
+    tokenizer = train_bpe([*PROSE, *WEB], 1000)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenization = tokenization_into(tmp_path, tmp_path / "tokenizer.json", tokenizer, settings(), [""])
+    together = threading.Barrier(8)
+
+    def encoder(_):
+        together.wait()
+        return shared_encoder(tokenization)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(encoder, range(8)))) == 1
 
 
 def test_another_seed_is_another_order_of_the_same_documents(corpus, tmp_path):
