@@ -590,6 +590,35 @@ def command_of(corpus, out, processes):
     ]
 
 
+def worker_processes_of(group):
+    """How many processes of a group are workers, from the first moment on."""
+    found = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            is_worker = b"multiprocessing.spawn" in (process / "cmdline").read_bytes()
+            found += is_worker and os.getpgid(int(process.name)) == group
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return found
+
+
+def test_interrupted_while_workers_start_it_says_so_in_one_line_and_goes_on_the_next_time(corpus, tmp_path):
+    """Ctrl-C reaches all processes of a terminal, and the thread that draws the bar in it."""
+    piped = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": {**os.environ, "FORCE_COLOR": "1"}}
+    prepare_files(inputs(corpus), tmp_path / "whole", byte_tokenizer(), settings(validation_fraction=0.1))
+    command = command_of(corpus, tmp_path / "out", 5)
+    for num_processes, delay in [(1, 0), (2, 0), (3, 0.1)]:
+        with subprocess.Popen(command, start_new_session=True, **piped) as process:
+            while worker_processes_of(process.pid) < num_processes:
+                assert process.poll() is None
+            time.sleep(delay)
+            os.killpg(process.pid, signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (130, b"interrupted; the same command goes on where it was\n")
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_it_ends_with_the_bytes_of_an_uninterrupted_run(corpus, tmp_path):
     start = time.monotonic()
