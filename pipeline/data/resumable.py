@@ -1,4 +1,4 @@
-"""Preparing files in many processes, so that a kill at any moment costs only the work in hand.
+"""Preparing files with many workers, so that a kill at any moment costs only the work in hand.
 
 `OUTPUT.partial` holds what is done so far: the runs of tokenised slices, the records of slices and shards, the shards in
 `data`. A file gets its name when it is whole, and a record is written after what it stands for; what has no record is made

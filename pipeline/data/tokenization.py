@@ -4,8 +4,8 @@ A document's text becomes ids with the end-of-document token last. It goes to th
 the hash of its text alone, so that copies of it go the same way; it is held out once, and taken for training as often as its
 source's weight says: a weight of 2.3 takes each twice, and three in ten once more, by a hash of seed and place.
 
-`tokenize_slice` is what worker processes run. A slice is done when its record is there, which is written last; what a killed
-process left of a slice is written over.
+`tokenize_slice` is what workers run. A slice is done when its record is there, which is written last; what a killed worker left
+of a slice is written over.
 """
 
 import hashlib
