@@ -21,6 +21,14 @@ def square(number, report):
     return number * number
 
 
+def report_for_a_second(number, report):
+    times, end = 0, time.monotonic() + 1
+    while time.monotonic() < end:
+        report(1, 2, 3)
+        times += 1
+    return times
+
+
 def fail_at_three(number, report):
     if number == 3:
         raise DataError("three is bad")
@@ -97,6 +105,12 @@ def test_every_task_is_done_once_and_counted(workers):
     results = list(work_on(square, range(20), workers, lambda *counts: reports.append(counts)))
     assert sorted(results) == [number * number for number in range(20)]
     assert [sum(column) for column in zip(*reports, strict=True)] == [20, 190, 200]
+
+
+def test_workers_that_report_at_once_lose_nothing_of_each_other():
+    reports = []
+    times = sum(work_on(report_for_a_second, range(3), 3, lambda *counts: reports.append(counts)))
+    assert [sum(column) for column in zip(*reports, strict=True)] == [times, 2 * times, 3 * times]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
