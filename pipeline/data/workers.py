@@ -3,10 +3,10 @@
 Workers are threads, `_THREADS` to a process; up to so many are threads of this process. The tokenizers library lets Python go
 on while it works, and threads share its tables and its memory of words. Of several workers none is a process's first thread:
 that one allocates from the C library's main heap, between all that the process has ever made, and tokenising there was measured
-to take 4 to 24 % more CPU time than in the heap of a thread (Python's own library in documents of 2,000 characters, on a shared
-x86 machine). More threads to a process would wait for each other in what is Python's part: reading documents and handing over
-their ids. The price of threads of this process is that a kill for want of memory takes the whole program; the same command goes
-on from there.
+to take up to 24 % more CPU time than in the heap of a thread, in other runs no more (Python's own library in documents of about
+2,000 characters, on a shared x86 machine). More threads to a process would wait for each other in Python's part: reading
+documents and handing over their ids. The price of threads of this process is that a kill for want of memory takes the whole
+program; the same command goes on from there.
 
 Processes are started afresh (`spawn`): a forked one would inherit the threads and locks of the tokenizers library. Each worker
 counts what it has done in cells that no other writes, so there is no lock that a killed one could keep. A process whose parent
