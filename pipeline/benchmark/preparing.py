@@ -1,8 +1,8 @@
 """How fast text becomes shards, beside what the tokenizers library does alone on the same cores.
 
 Alone it has the texts in memory, encodes them in batches with its own threads, and drops the ids. Preparing reads the same
-texts from a .jsonl, in processes that it starts, and writes packed shards with their checksums and a manifest, all of it
-on the disk. Both take turns, so that a busy machine is busy for both; the figures are medians. Where others want the cores,
+texts from a .jsonl, with as many workers, and writes packed shards with their checksums and a manifest, all of it on the
+disk. Both take turns, so that a busy machine is busy for both; the figures are medians. Where others want the cores,
 tokens a CPU second, whoever spent it, says more than tokens a second; what it leaves out is cores that stand idle.
 """
 

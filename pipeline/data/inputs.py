@@ -6,8 +6,8 @@ out.
 
 A *span* is a stretch of one file that can be read by itself: bytes of a .jsonl, row groups of a .parquet, rows of a `hf:`
 folder, and of the others, which can only be read from their beginning, the whole file. A *slice* is some spans on end: the
-unit of work of one process, and of what is not done again after a kill. How the input is sliced does not depend on the number
-of processes.
+unit of work of one worker, and of what is not done again after a kill. How the input is sliced does not depend on the number
+of workers.
 """
 
 import glob
@@ -24,7 +24,7 @@ ACCEPTED_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".
 DATASET_PREFIX = "hf:"
 DATASET = "datasets"
 
-# Small enough to keep many processes busy to the end, large enough to be worth a file.
+# Small enough to keep many workers busy to the end, large enough to be worth a file.
 _LARGEST_SLICE = 1 << 25
 _SMALLEST_SLICE = 1 << 16
 _WANTED_SLICES = 64
@@ -118,7 +118,7 @@ def input_files(inputs: Iterable[Input]) -> list[InputFile]:
 
 
 def slice_size(files: Sequence[InputFile], parts: int = 1) -> int:
-    """Bytes of a slice that keep the processes of each of `parts` machines busy."""
+    """Bytes of a slice that keep the workers of each of `parts` machines busy."""
     wanted = sum(file.size for file in files) // (_WANTED_SLICES * parts)
     return min(max(wanted, _SMALLEST_SLICE), _LARGEST_SLICE)
 

@@ -1,6 +1,6 @@
 """Preparing: documents in, a folder of packed shards out, whole or not at all.
 
-`prepare` takes documents from anywhere, one by one, in this process; `resumable.prepare_files` takes files, in many processes,
+`prepare` takes documents from anywhere, one by one, in this thread; `resumable.prepare_files` takes files, with many workers,
 and goes on after a kill. Both tokenise documents into runs of ids on disk (`tokenization`, `runs`), from which every shard
 reads its stretch of the shuffled documents and packs it (`assembly`). The same documents, seed and tokenizer give the same
 bytes.

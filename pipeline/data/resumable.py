@@ -1,4 +1,4 @@
-"""Preparing files in many processes, so that a kill at any moment costs only the work in hand.
+"""Preparing files with many workers, so that a kill at any moment costs only the work in hand.
 
 `OUTPUT.partial` holds what is done so far: the runs of tokenised slices, the records of slices and shards, the shards in
 `data`. A file gets its name when it is whole, and a record is written after what it stands for; what has no record is made
@@ -83,16 +83,16 @@ def prepare_files(
     job = _Job(files, names, partial, settings, processes, display or Display())
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
+        was_begun = begin_or_continue(partial, files, request)
+        job.work.mkdir(exist_ok=True)
+        if was_begun:
+            job.display.say(f"continuing {partial}: {job.num_slices_done:,} slices of the input are tokenised already")
         try:
-            was_begun = begin_or_continue(partial, files, request)
-            job.work.mkdir(exist_ok=True)
-            if was_begun:
-                done = len(list(job.work.glob("slice-*.json")))
-                job.display.say(f"continuing {partial}: {done:,} slices of the input are tokenised already")
             return _make(job, tokenizer, request, output_dir)
         except DataError:
-            if not any(job.work.glob("slice-*.json")):
-                shutil.rmtree(partial)
+            has_trained = isinstance(tokenizer, int) and (partial / TOKENIZER_FILE).exists()
+            if not (was_begun or has_trained or job.num_slices_done):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
@@ -113,6 +113,10 @@ class _Job:
     def data(self) -> Path:
         return self.partial / "data"
 
+    @property
+    def num_slices_done(self) -> int:
+        return len(list(self.work.glob("slice-*.json")))
+
 
 def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output_dir: Path) -> Prepared:
     slices_ = _own_slices(job)
@@ -126,7 +130,8 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
         "validation": sum(record.validation_tokens for record in records),
     }
     if job.settings.part is None and not all(tokens[split] for split in job.settings.splits):
-        shutil.rmtree(job.work)  # with another fraction or other input there is nothing to go on with
+        # The same request would end here again, and another one has nothing to go on with.
+        shutil.rmtree(job.partial, ignore_errors=True)
         raise DataError(_nothing_found(counts, tokens, job.settings))
     manifests = {}
     for split, folder in job.settings.splits.items():

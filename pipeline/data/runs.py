@@ -3,7 +3,7 @@
 A document's key is a hash of the seed and of where the document came from (`permutation.sort_keys`); the shuffled order is
 the order of the keys. Because every run is sorted by key, the documents of any stretch of the shuffled order lie together in
 every run, and whoever wants a stretch reads one contiguous piece of each: an external merge sort whose last pass can begin
-anywhere. Memory is that of a stretch, whatever the size of the corpus, and so are many processes at once.
+anywhere. Memory is that of a stretch, whatever the size of the corpus, and so are many workers at once.
 
 How many tokens lie before a key is known by `NUM_BUCKETS` ranges of keys (their upper 16 bits), 8 bytes each.
 
@@ -19,7 +19,7 @@ from pipeline.data.packing import TokenizedDocuments
 from pipeline.data.shards import write_file
 
 NUM_BUCKETS = 1 << 16
-# 64 or 128 MB: what a process holds before it writes a run.
+# 64 or 128 MB: what a worker holds before it writes a run.
 TOKENS_PER_RUN = 1 << 25
 
 _BYTES_PER_DOCUMENT = 8 + 8 + 1

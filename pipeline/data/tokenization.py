@@ -4,8 +4,8 @@ A document's text becomes ids with the end-of-document token last. It goes to th
 the hash of its text alone, so that copies of it go the same way; it is held out once, and taken for training as often as its
 source's weight says: a weight of 2.3 takes each twice, and three in ten once more, by a hash of seed and place.
 
-`tokenize_slice` is what worker processes run. A slice is done when its record is there, which is written last; what a killed
-process left of a slice is written over.
+`tokenize_slice` is what workers run. A slice is done when its record is there, which is written last; what a killed worker left
+of a slice is written over.
 """
 
 import hashlib
@@ -92,7 +92,7 @@ def tokenize_slice(work: tuple[Tokenization, int, Sequence[Span]], report: Repor
     if read_record(settings.directory, number) is not None:
         report(0, 0, sum(span.size for span in spans))
         return
-    encoder = _encoder(settings)
+    encoder = shared_encoder(settings)
     reader = DocumentReader(settings.rules)
     train, validation = (RunWriter(settings.directory / split, name, encoder.dtype) for split in ("train", "validation"))
     consumed = 0
@@ -169,7 +169,8 @@ def _record_file(directory: Path, number: int) -> Path:
     return directory / f"slice-{number:06d}.json"
 
 
-def _encoder(settings: Tokenization) -> Encoder:
+def shared_encoder(settings: Tokenization) -> Encoder:
+    """This process's encoder, one for all its workers."""
     # Threads that came at once would each make one.
     with _making_encoder:
         return _encoder_of(settings.tokenizer_file, settings.tokenizer_sha256, settings.end_of_document_id)

@@ -1,26 +1,30 @@
 """Work on many cores: results as they come, progress meanwhile, and no orphans.
 
 Workers are threads, `_THREADS` to a process; up to so many are threads of this process. The tokenizers library lets Python go
-on while it works, and threads share its tables and its memory of words. Never a process's first thread, for it: that one
-allocates from the C library's main heap, between all that the process has ever made, and there the same tokenising was measured
-to take a fifth longer than in the heap of a thread. More threads to a process would wait for each other in what is Python's
-part: reading documents and handing over their ids.
+on while it works, and threads share its tables and its memory of words. Of several workers none is a process's first thread:
+that one allocates from the C library's main heap, between all that the process has ever made, and tokenising there was measured
+to take up to 24 % more CPU time than in the heap of a thread, in other runs no more (Python's own library in documents of about
+2,000 characters, on a shared x86 machine). More threads to a process would wait for each other in Python's part: reading
+documents and handing over their ids. The price of threads of this process is that a kill for want of memory takes the whole
+program; the same command goes on from there.
 
-Processes are started afresh (`spawn`): a forked one would inherit the threads and locks of the tokenizers library. Workers add
-what they have done to counters in shared memory. A process whose parent is gone, killed by a signal that nobody can catch, ends
-at once and so cannot write beside the next run.
+Processes are started afresh (`spawn`): a forked one would inherit the threads and locks of the tokenizers library. Each worker
+counts what it has done in cells that no other writes, so there is no lock that a killed one could keep. A process whose parent
+is gone, killed by a signal that nobody can catch, ends at once and so cannot write beside the next run.
 """
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from queue import SimpleQueue
@@ -37,7 +41,8 @@ _Worker = Callable[[Callable[[Any, Report], Any], Any], Any]
 
 _THREADS = 2
 _POLL_SECONDS = 0.2
-_DOCUMENTS, _TOKENS, _BYTES, _STOP = range(4)
+# Of the cells: the first tells all workers to stop, then come each one's documents, tokens and bytes.
+_STOP, _COUNTS = 0, 3
 _OF_TOKENIZERS = "TOKENIZERS_PARALLELISM"
 
 
@@ -59,13 +64,12 @@ def work_on(
         for task in tasks:
             yield function(task, report)
         return
-    counters = multiprocessing.get_context("spawn").Array("q", 4)
-    with _workers_here(workers, counters) if workers <= _THREADS else _workers_in_processes(workers, counters) as idle:
+    with _workers_here(workers) if workers <= _THREADS else _workers_in_processes(workers) as (idle, cells):
         executor = ThreadPoolExecutor(workers)
         try:
-            yield from _results(executor, partial(_run, idle, function), iter(tasks), workers, _Changes(counters, report))
+            yield from _results(executor, partial(_run, idle, function), iter(tasks), workers, _Changes(cells, report))
         finally:
-            counters[_STOP] = 1
+            cells[_STOP] = 1
             executor.shutdown(cancel_futures=True)
 
 
@@ -83,15 +87,15 @@ def _results(
 
 
 class _Changes:
-    """Passes on what the shared counters have grown by."""
+    """Passes on what all workers' counts have grown by."""
 
-    def __init__(self, counters: Any, report: Report) -> None:
-        self._counters = counters
+    def __init__(self, cells: Any, report: Report) -> None:
+        self._cells = cells
         self._report = report
-        self._last = (0, 0, 0)
+        self._last = [0] * _COUNTS
 
     def report(self) -> None:
-        now = tuple(self._counters[:_STOP])
+        now = [sum(self._cells[count::_COUNTS]) for count in range(1, 1 + _COUNTS)]
         self._report(*(new - old for new, old in zip(now, self._last, strict=True)))
         self._last = now
 
@@ -105,13 +109,13 @@ def _run(idle: "SimpleQueue[_Worker]", function: Callable[[Task, Report], Result
 
 
 @contextmanager
-def _workers_here(workers: int, counters: Any) -> Iterator["SimpleQueue[_Worker]"]:
+def _workers_here(workers: int) -> Iterator[tuple["SimpleQueue[_Worker]", Any]]:
     """Threads of this process; meanwhile the tokenizers library uses none of its own."""
     before = os.environ.get(_OF_TOKENIZERS)
     os.environ[_OF_TOKENIZERS] = "false"
-    add = partial(_add, counters)
+    cells = [0] * (1 + workers * _COUNTS)
     try:
-        yield _queue([lambda function, task: function(task, add)] * workers)
+        yield _queue(partial(_call, partial(_add, cells, worker)) for worker in range(workers)), cells
     finally:
         if before is None:
             del os.environ[_OF_TOKENIZERS]
@@ -120,22 +124,38 @@ def _workers_here(workers: int, counters: Any) -> Iterator["SimpleQueue[_Worker]
 
 
 @contextmanager
-def _workers_in_processes(workers: int, counters: Any) -> Iterator["SimpleQueue[_Worker]"]:
+def _workers_in_processes(workers: int) -> Iterator[tuple["SimpleQueue[_Worker]", Any]]:
     """Threads of other processes, each at the other end of a pipe."""
     context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(workers)]
+    cells = context.RawArray("q", 1 + workers * _COUNTS)
+    connections: list[Connection] = []
     processes = []
-    for first in range(0, workers, _THREADS):
-        theirs = [other for _, other in pipes[first : first + _THREADS]]
-        processes.append(context.Process(target=_serve, args=(theirs, counters), daemon=True))
-        processes[-1].start()
-        # Only where nobody else has the other end is a process that is gone seen to be gone.
-        for connection in theirs:
-            connection.close()
+
+    def start() -> None:
+        # Ctrl-C reaches all processes of a terminal, and the parent says what happens: what a thread that blocks it starts is
+        # deaf to it from the first moment. The tracker, which comes with the first process, would unblock it.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        for first in range(0, workers, _THREADS):
+            theirs = []
+            for worker in range(first, min(first + _THREADS, workers)):
+                ours, other = context.Pipe()
+                connections.append(ours)
+                theirs.append((other, partial(_add, cells, worker)))
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            processes.append(process)
+            # Only where nobody else has the other end is a process that is gone seen to be gone.
+            for other, _ in theirs:
+                other.close()
+
     try:
-        yield _queue([partial(_ask, connection) for connection, _ in pipes])
+        # KeyboardInterrupt is raised in the first thread, whichever the signal came to: so it does not break off a start.
+        with ThreadPoolExecutor(1) as starter:
+            starter.submit(start).result()
+        yield _queue(partial(_ask, connection) for connection in connections), cells
     finally:
-        for connection, _ in pipes:
+        for connection in connections:
             connection.close()
         for process in processes:
             process.join()
@@ -146,6 +166,10 @@ def _queue(workers: Iterable[_Worker]) -> "SimpleQueue[_Worker]":
     for worker in workers:
         queue.put(worker)
     return queue
+
+
+def _call(report: Report, function: Callable[[Task, Report], Result], task: Task) -> Result:
+    return function(task, report)
 
 
 def _ask(connection: Connection, function: Callable[[Task, Report], Result], task: Task) -> Result:
@@ -162,13 +186,11 @@ def _ask(connection: Connection, function: Callable[[Task, Report], Result], tas
     return result
 
 
-def _serve(connections: Sequence[Connection], counters: Any) -> None:
+def _serve(workers: Sequence[tuple[Connection, Report]]) -> None:
     # All cores have a thread already.
     os.environ[_OF_TOKENIZERS] = "false"
-    # Ctrl-C reaches all processes of a terminal; the parent says what happens.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    threads = [threading.Thread(target=_answer, args=(connection, partial(_add, counters))) for connection in connections]
+    threads = [threading.Thread(target=_answer, args=worker) for worker in workers]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -176,18 +198,29 @@ def _serve(connections: Sequence[Connection], counters: Any) -> None:
 
 
 def _answer(connection: Connection, report: Report) -> None:
-    """Do what is asked until nobody can ask any more."""
-    with connection:
+    """Do what is asked until nobody can ask, or be told, any more."""
+    with connection, suppress(EOFError, OSError):
         while True:
-            try:
-                function, task = connection.recv()
-            except EOFError:
-                return
-            try:
-                connection.send((function(task, report), None))
-            except Exception as error:
-                error.add_note(f"In a worker process:\n{traceback.format_exc()}")
-                connection.send((None, error))
+            connection.send_bytes(_outcome(connection.recv_bytes(), report))
+
+
+def _outcome(asked: bytes, report: Report) -> bytes:
+    """What becomes of it, as the parent will read it: (result, None) or (None, error)."""
+    try:
+        function, task = pickle.loads(asked)
+        return pickle.dumps((function(task, report), None))
+    except BaseException as error:
+        sent = error if _can_be_sent(error) else RuntimeError(f"{type(error).__name__}: {error}")
+        sent.add_note(f"In a worker process:\n{traceback.format_exc()}")
+        return pickle.dumps((None, sent))
+
+
+def _can_be_sent(error: BaseException) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 def _end_with_parent() -> None:
@@ -197,10 +230,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _add(counters: Any, documents: int, tokens: int, size: int) -> None:
-    with counters.get_lock():
-        if counters[_STOP]:
-            raise _StopError
-        counters[_DOCUMENTS] += documents
-        counters[_TOKENS] += tokens
-        counters[_BYTES] += size
+def _add(cells: Any, worker: int, *counts: int) -> None:
+    if cells[_STOP]:
+        raise _StopError
+    for cell, count in enumerate(counts, start=1 + worker * _COUNTS):
+        cells[cell] += count

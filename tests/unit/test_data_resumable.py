@@ -11,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
 
@@ -23,10 +25,11 @@ from pipeline.data.documents import Rules
 from pipeline.data.inputs import Input
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.parts import merge
-from pipeline.data.prepare import Settings, prepare
+from pipeline.data.prepare import Settings, prepare, tokenization_into
 from pipeline.data.progress import Display
 from pipeline.data.resumable import prepare_files
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.tokenization import shared_encoder
 from pipeline.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 from pipeline.data.verification import verify
 
@@ -124,6 +127,20 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(corpus, tmp_path, pa
         )
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
     assert len(read_manifest(tmp_path / "1" / "train").shards) > 20
+
+
+def test_workers_that_come_at_once_share_one_encoder(tmp_path):
+    tokenizer = train_bpe([*PROSE, *WEB], 1000)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenization = tokenization_into(tmp_path, tmp_path / "tokenizer.json", tokenizer, settings(), [""])
+    together = threading.Barrier(8)
+
+    def encoder(_):
+        together.wait()
+        return shared_encoder(tokenization)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(encoder, range(8)))) == 1
 
 
 def test_another_seed_is_another_order_of_the_same_documents(corpus, tmp_path):
@@ -393,6 +410,48 @@ def test_what_is_done_is_not_made_again_and_the_bytes_are_the_same(corpus, tmp_p
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_another_request_leaves_what_was_begun_as_it_was_though_no_slice_is_done(corpus, tmp_path):
+    for tokenizer in (byte_tokenizer(), 300):
+        interrupted(corpus, tmp_path / "out", 0)
+        before = contents(tmp_path / "out.partial")
+        assert "request.json" in before
+        with pytest.raises(DataError, match="was begun with another request"):
+            prepare_files(inputs(corpus), tmp_path / "out", tokenizer, settings(seed=1))
+        assert contents(tmp_path / "out.partial") == before
+
+
+def test_an_error_leaves_a_trained_bpe_and_it_is_not_trained_again(corpus, tmp_path):
+    titles, wrong = [], settings(end_of_document="nowhere")
+
+    class Titles(Display):
+        def begin(self, title, total_bytes):
+            titles.append(title)
+
+    for _ in range(2):
+        with pytest.raises(DataError, match="nowhere"):
+            prepare_files(inputs(corpus), tmp_path / "out", 300, wrong, display=Titles())
+        assert (tmp_path / "out.partial" / "tokenizer.json").exists()
+    assert titles == ["reading text for a BPE", "training a BPE of 300 tokens"]
+
+
+def test_an_error_leaves_what_was_begun_before_and_nothing_of_what_was_not(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{broken\n" + json.dumps({"text": "whole"}) + "\n")
+    source, strict = [Input("", str(tmp_path / "a.jsonl"))], settings(rules=Rules(on_undecodable="error"))
+
+    class Stopping(Display):
+        def begin(self, title, total_bytes):
+            raise InterruptionError
+
+    for was_begun in (False, True):
+        if was_begun:
+            with pytest.raises(InterruptionError):
+                prepare_files(source, tmp_path / "out", byte_tokenizer(), strict, display=Stopping())
+        with pytest.raises(DataError, match="--on-undecodable skip"):
+            prepare_files(source, tmp_path / "out", byte_tokenizer(), strict)
+        assert (tmp_path / "out.partial" / "tokenizer.json").exists() == was_begun
+        assert (tmp_path / "out.partial").exists() == was_begun
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -493,6 +552,14 @@ def test_a_split_without_a_document_is_refused_before_anything_is_packed_and_not
     prepare_files(source, tmp_path / "out", byte_tokenizer(), settings(validation_fraction=0.1))
 
 
+def test_a_split_without_a_document_leaves_nothing_of_a_run_that_was_killed_or_trained_a_bpe(corpus, tmp_path):
+    interrupted(corpus, tmp_path / "out", 5, validation_fraction=1e-9)
+    for tokenizer in (byte_tokenizer(), 300):
+        with pytest.raises(DataError, match="falls to the validation split"):
+            prepare_files(inputs(corpus), tmp_path / "out", tokenizer, settings(validation_fraction=1e-9))
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_the_progress_of_a_bpe_is_the_text_read_and_then_its_training(tmp_path):
     write_lines(tmp_path / "a.jsonl", PROSE)
     output = StringIO()
@@ -521,6 +588,35 @@ def command_of(corpus, out, processes):
         *("--input", f"prose={corpus / 'prose'}", "--input", f"web={corpus / 'web'}", "--output", str(out)),
         *("--tokenizer", "bytes", "--sequence-length", str(T), "--samples-per-shard", "25", "--validation", "0.1"),
     ]
+
+
+def worker_processes_of(group):
+    """How many processes of a group are workers, from the first moment on."""
+    found = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            is_worker = b"multiprocessing.spawn" in (process / "cmdline").read_bytes()
+            found += is_worker and os.getpgid(int(process.name)) == group
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return found
+
+
+def test_interrupted_while_workers_start_it_says_so_in_one_line_and_goes_on_the_next_time(corpus, tmp_path):
+    """Ctrl-C reaches all processes of a terminal, and the thread that draws the bar in it."""
+    piped = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": {**os.environ, "FORCE_COLOR": "1"}}
+    prepare_files(inputs(corpus), tmp_path / "whole", byte_tokenizer(), settings(validation_fraction=0.1))
+    command = command_of(corpus, tmp_path / "out", 5)
+    for num_processes, delay in [(1, 0), (2, 0), (3, 0.1)]:
+        with subprocess.Popen(command, start_new_session=True, **piped) as process:
+            while worker_processes_of(process.pid) < num_processes:
+                assert process.poll() is None
+            time.sleep(delay)
+            os.killpg(process.pid, signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (130, b"interrupted; the same command goes on where it was\n")
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
