@@ -95,7 +95,7 @@ class OpenFile(Protocol):
         """
 
     def forget(self, start: int, size: int) -> bool:
-        """Drop copies of these bytes; True if there were any, so that reading again may give others."""
+        """Drop copies of these bytes; True if there may have been any, so that reading again may give others."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -166,7 +166,11 @@ class RemoteFile:
         return self._cache.read(self.url, start, size, self.size, lambda at, length: fetch(self.url, at, length, self._access))
 
     def forget(self, start: int, size: int) -> bool:
-        return self._cache is not None and self._cache.forget(self.url, start, size)
+        if self._cache is None:
+            return False
+        # True even if nothing is there any more: what was read may be a copy that somebody else has dropped since.
+        self._cache.forget(self.url, start, size)
+        return True
 
     def close(self) -> None:
         pass

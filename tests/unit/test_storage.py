@@ -25,7 +25,7 @@ from pipeline.data.mixture import DataSet
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.stream import Stream
 from pipeline.storage.disk_cache import PART, DiskCache
-from pipeline.storage.files import Access, StorageError, fetch, read_whole
+from pipeline.storage.files import Access, RemoteFile, StorageError, fetch, read_whole
 from pipeline.storage.location import Url, place_of
 from tests.data_sets import numbered_data
 
@@ -325,6 +325,31 @@ def test_a_damaged_copy_of_an_index_is_fetched_again_and_then_decided_upon(serve
         assert copy.read_bytes() == whole
 
 
+@pytest.mark.parametrize("suffix", ["tar.idx", "tar.crc32"])
+def test_a_damaged_copy_of_an_index_is_no_damage_of_any_of_its_pieces(server, tmp_path, suffix):
+    server.folder = numbered_data(tmp_path / "data", 1100, samples_per_shard=1100)  # pieces of 1,024 and 76
+    access, wanted = Access(cache_dir=tmp_path / "cache", retry_seconds=5), [0, 1023, 1024, 1099]
+    for _ in range(2):
+        reader = ShardReader(server.url, read_manifest(server.folder), access)
+        assert [sample.damage for sample in reader.read_many([0] * 4, wanted)] == [None] * 4
+        reader.close()
+        (copy,) = copies_of(tmp_path / "cache", server.url / f"shard-00000.{suffix}")
+        copy.write_bytes(bytes(byte ^ 1 for byte in copy.read_bytes()))
+
+
+def test_a_copy_that_another_reader_has_dropped_meanwhile_is_worth_reading_again_too(server, folder, tmp_path):
+    whole = (folder / "shard-00001.tar").read_bytes()
+    name, access = server.url / "shard-00001.tar", Access(cache_dir=tmp_path / "cache", retry_seconds=5)
+    files = [RemoteFile(name, len(whole), access) for _ in range(2)]
+    assert files[0].read(0, 9) == whole[:9]
+    (copy,) = copies_of(tmp_path / "cache", name)
+    copy.write_bytes(bytes(len(whole)))
+    assert [file.read(0, 9) for file in files] == [bytes(9)] * 2
+    assert [file.forget(0, 9) for file in files] == [True, True]
+    assert [file.read(0, 9) for file in files] == [whole[:9]] * 2
+    assert not RemoteFile(name, len(whole), Access()).forget(0, 9)
+
+
 def test_an_index_that_is_damaged_where_it_lies_is_fetched_twice_and_no_more(server, tmp_path):
     server.folder = numbered_data(tmp_path / "data", 60)
     manifest = read_manifest(server.folder)
@@ -384,7 +409,7 @@ def test_a_part_that_goes_while_room_is_made_is_no_obstacle(tmp_path, monkeypatc
 
     def forgotten_meanwhile(directory):
         entries = list(listed(directory))
-        assert cache.forget("a", 0, 1)
+        cache.forget("a", 0, 1)
         return contextlib.nullcontext(entries)
 
     monkeypatch.setattr(os, "scandir", forgotten_meanwhile)
