@@ -127,7 +127,7 @@ class ShardReader:
         try:
             _, idx, crc32 = self._files(shard)
         except OSError as error:  # a file that is missing has no copies
-            raise_if_of_the_machine(error, self.directory)
+            raise_if_of_the_machine(error, self.directory, MANIFEST_FILE)
             return False
         offsets, checksums = self._piece(shard, piece)
         had_offsets = idx.forget(*offsets)
@@ -253,7 +253,7 @@ class ShardReader:
             return [self._blank(run.shard, sample, error) for sample in run.samples]
 
     def _raise_if_no_damage(self, error: OSError) -> None:
-        raise_if_of_the_machine(error, self.directory)
+        raise_if_of_the_machine(error, self.directory, MANIFEST_FILE)
         if isinstance(self.directory, Url) and error.errno == errno.ENOENT:
             raise_if_gone(self.directory / MANIFEST_FILE, self._access)
 

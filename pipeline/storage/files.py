@@ -43,17 +43,19 @@ class Access:
     allow_pipe: bool = False
 
 
-def raise_if_of_the_machine(error: OSError, folder: Place) -> None:
+def raise_if_of_the_machine(error: OSError, folder: Place, witness: str) -> None:
     """Tell what is wrong with a file of `folder` from what is wrong with the machine that reads it. The file is missing, though
-    its folder is there, or it ends too early (an error of ours, without a number): returns. Whatever else there is (too many
-    open files, no permission, a disk or server that does not answer, the folder gone) says nothing about the data.
+    `witness`, a file that was there before, still is, or it ends too early (an error of ours, without a number): returns.
+    Whatever else there is (too many open files, no permission, a disk or server that does not answer, the folder gone or not
+    mounted) says nothing about the data. For what is missing in a remote folder `raise_if_gone` asks.
 
     Raises:
         StorageError: it is the machine.
     """
     if isinstance(error, StorageError):
         raise error
-    is_there = not isinstance(folder, Path) or folder.is_dir()
+    # Not `Path.is_file`, which itself raises what it meets: no permission, a stale handle.
+    is_there = not isinstance(folder, Path) or os.path.isfile(folder / witness)
     if error.errno is None or (error.errno == errno.ENOENT and is_there):
         return
     where, what = error.filename or folder, error.strerror or error
