@@ -196,7 +196,10 @@ class ShardReader:
 
     def _files(self, shard: int) -> list[OpenFile]:
         with self._opening:  # requests side by side ask for files side by side
-            return self._open.get(shard, lambda: OpenShard(self.directory, self.manifest.shards[shard], self._access)).files
+            opened = self._open.get(shard, lambda: OpenShard(self.directory, self.manifest.shards[shard], self._access))
+            # A list of their own, for the next request may close the shard. A remote file, which holds nothing open, is read
+            # all the same; of others there is one request at a time.
+            return list(opened.files)
 
     def _runs(
         self,

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -282,6 +283,27 @@ def test_any_file_system_that_fsspec_knows_will_do(folder):
     for path in folder.iterdir():
         memory.pipe_file(f"/bucket/data/{path.name}", path.read_bytes())
     assert rows(Url("memory://bucket/data")) == rows(folder)
+
+
+def test_shards_are_closed_while_other_threads_read_them_and_nobody_is_the_worse(tmp_path):
+    import fsspec
+
+    folder, memory = numbered_data(tmp_path, 400, samples_per_shard=10), fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        memory.pipe_file(f"/many/{path.name}", path.read_bytes())
+    reader = ShardReader(Url("memory://many"), read_manifest(folder), max_open_shards=1)
+    shards, samples = [number % 40 for number in range(200)], [number * 7 % 10 for number in range(200)]
+    switches = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(25):
+            read = reader.read_many(shards, samples)
+            assert [sample.damage for sample in read] == [None] * 200
+    finally:
+        sys.setswitchinterval(switches)
+        reader.close()
+    expected = [10 * (10 * shard + sample) for shard, sample in zip(shards, samples, strict=True)]
+    assert [int(sample.tokens[0]) for sample in read] == expected
 
 
 # The cache.
