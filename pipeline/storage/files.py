@@ -19,7 +19,7 @@ from pipeline.storage.disk_cache import DiskCache
 from pipeline.storage.location import PIPE, Place, Url
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 10.0
-_SHORT_ANSWERS = 4
+_WRONG_ANSWERS = 4
 # A shell's codes from here on: a command that it may not run, does not find, or that a signal killed; ssh's for no connection.
 _NOT_RUN = 126
 _CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 30.0
@@ -225,13 +225,16 @@ def fetch(url: Url, start: int, size: int | None, access: Access) -> bytes:
             data = system.cat_file(path, **wanted)
             if size is None or len(data) == size:
                 return data
-            answers += 1
             problem = f"the answer to a request for {size} bytes had {len(data)}"
-            if answers == _SHORT_ANSWERS:
-                # Not a connection that broke: the file is short, or the server does not know ranges.
-                raise OSError(f"{url}: {problem}, {answers} times; the file is cut, or its server ignores range requests")
+            # A server that does not know ranges, or a page to log in, answers a request for one byte with more too.
+            is_no_range = len(data) > size or len(system.cat_file(path, start=start, end=start + 1)) > 1
+            answers += 1
+            if answers == _WRONG_ANSWERS:
+                if is_no_range:
+                    raise StorageError(f"{url}: {problem}, {answers} times; its server, or what is before it, ignores ranges")
+                raise OSError(f"{url}: {problem}, {answers} times; the file is cut")
         except Exception as error:  # every file system has its own kinds
-            if answers == _SHORT_ANSWERS or _is_final(error):
+            if answers == _WRONG_ANSWERS or _is_final(error):
                 raise _final(error, url) from None
             problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         if time.monotonic() - began + pause > access.retry_seconds:

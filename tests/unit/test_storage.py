@@ -66,7 +66,7 @@ def test_a_name_is_joined_to_a_url_before_its_query_and_quoted_in_a_pipe():
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder by ranges. `faults` are done to one request each: drop, truncate, delay, a status; or `always`."""
+    """Serves a folder by ranges. `faults` are done to one request each: drop, truncate, login, a status, …; or `always`."""
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -109,8 +109,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not path.is_file():
             self.send_error(404)
             return
-        data = path.read_bytes()
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        data = b"<html>Please log in</html>" if fault == "login" else path.read_bytes()
+        wanted = None if fault in ("login", "no range") else re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         start, end = (int(wanted[1]), min(int(wanted[2]) + 1, len(data))) if wanted else (0, len(data))
         if start >= len(data):
             self.send_error(416)
@@ -235,7 +235,7 @@ def test_what_no_repetition_can_mend_is_said_at_once(server):
     with pytest.raises(OSError, match="ends before"):
         fetch(server.url / "manifest.json", 10**6, 10, Access())
     server.always = "lie"
-    with pytest.raises(OSError, match=r"had 5, 4 times; the file is cut, or its server ignores range requests"):
+    with pytest.raises(OSError, match=r"had 5, 4 times; the file is cut"):
         fetch(server.url / "manifest.json", 0, 10, Access())
     server.always = 404
     with pytest.raises(DataError, match=r"manifest.json cannot be read: No such file"):
@@ -266,6 +266,18 @@ def test_a_remote_folder_that_is_gone_is_no_damage(server):
     )
     assert batch.damage == ()
     assert len(server.requests) - count < 30
+
+
+@pytest.mark.parametrize("fault", ["no range", "login"])
+@pytest.mark.parametrize("size", [1, 10, 100])
+def test_an_answer_that_is_no_range_says_nothing_about_the_data(server, fault, size):
+    server.always, count = fault, len(server.requests)
+    with pytest.raises(StorageError, match=rf"request for {size} bytes had \d+, 4 times; .* ignores ranges"):
+        fetch(server.url / "manifest.json", 3, size, Access(retry_seconds=60))
+    assert len(server.requests) - count <= 8
+    server.always, server.faults = None, ["no range", "login"]
+    right = (server.folder / "manifest.json").read_bytes()[3 : 3 + size]
+    assert fetch(server.url / "manifest.json", 3, size, Access()) == right
 
 
 def test_an_unknown_scheme_and_a_missing_package_are_named(monkeypatch):
