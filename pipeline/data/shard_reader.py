@@ -17,6 +17,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 from pipeline.data.cache import LeastRecentlyUsed
@@ -50,7 +51,8 @@ class ShardReader:
         self.directory = directory
         self.manifest = manifest
         self._table = ShardTable.of(manifest.shards)
-        self._access = access
+        self._closed = threading.Event()
+        self._access = replace(access, abandoned=self._closed)
         self._decoder = SampleDecoder(manifest)
         self._open: LeastRecentlyUsed[int, OpenShard] = LeastRecentlyUsed(max_open_shards, OpenShard.close)
         self._indices: LeastRecentlyUsed[tuple[int, int], IndexPiece] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
@@ -94,7 +96,8 @@ class ShardReader:
         return found  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Close all files and let all threads end; reading starts them again."""
+        """Close all files and let all threads end; what they read is repeated no more, and nobody reads again."""
+        self._closed.set()
         self._open.clear()
         if self._pool is not None:
             # Without waiting: an abandoned reader may be collected in the very thread that its requests wait for.

@@ -10,8 +10,9 @@ import errno
 import os
 import subprocess
 import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,13 +35,14 @@ class Access:
     """How data that is not on this machine is reached.
 
     retry_seconds: how long a read is repeated. cache_dir, cache_bytes: a folder of this machine for what was read, and the
-    bytes it may take. allow_pipe: whether a `pipe:` may run its command.
+    bytes it may take. allow_pipe: whether a `pipe:` may run its command. abandoned: once set, no read is repeated any more.
     """
 
     retry_seconds: float = 120.0
     cache_dir: Path | None = None
     cache_bytes: int = 64 * 2**30
     allow_pipe: bool = False
+    abandoned: threading.Event | None = field(default=None, compare=False)
 
 
 def raise_if_of_the_machine(error: OSError, folder: Place, witness: str) -> None:
@@ -241,7 +243,10 @@ def fetch(url: Url, start: int, size: int | None, access: Access) -> bytes:
             raise StorageError(
                 f"{url}: not read in {access.retry_seconds:g} s (data.retry_seconds), {attempts} attempts; {problem}"
             )
-        time.sleep(pause)
+        if access.abandoned is None:
+            time.sleep(pause)
+        elif access.abandoned.wait(pause):
+            raise StorageError(f"{url}: not read; its reader was closed meanwhile; {problem}")
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
