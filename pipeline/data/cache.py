@@ -35,7 +35,7 @@ class LeastRecentlyUsed(Generic[Key, Value]):
         return self._values.get(key)
 
     def put(self, key: Key, value: Value) -> None:
-        """Keep a value."""
+        """Keep a value, unless `key` has one already: that one stays."""
         self.get(key, lambda: value)
 
     def drop(self, key: Key) -> None:

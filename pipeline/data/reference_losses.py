@@ -144,7 +144,7 @@ class ReferenceLosses:
             losses, crc32 = self._open.get(shard_index, lambda: self._open_shard(name))
             data, expected = os.pread(losses, size, size * sample_index), os.pread(crc32, 4, 4 * sample_index)
         except OSError as error:
-            raise_if_of_the_machine(error, self._folder)
+            raise_if_of_the_machine(error, self._folder, MANIFEST_FILE)
             raise DataError(f"{self._folder / name}.losses: {error.strerror}; score the data again") from None
         if len(data) != size or len(expected) != 4 or zlib.crc32(data) != int.from_bytes(expected, "little"):
             raise DataError(

@@ -17,6 +17,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 from pipeline.data.cache import LeastRecentlyUsed
@@ -50,7 +51,8 @@ class ShardReader:
         self.directory = directory
         self.manifest = manifest
         self._table = ShardTable.of(manifest.shards)
-        self._access = access
+        self._closed = threading.Event()
+        self._access = replace(access, abandoned=self._closed)
         self._decoder = SampleDecoder(manifest)
         self._open: LeastRecentlyUsed[int, OpenShard] = LeastRecentlyUsed(max_open_shards, OpenShard.close)
         self._indices: LeastRecentlyUsed[tuple[int, int], IndexPiece] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
@@ -94,7 +96,8 @@ class ShardReader:
         return found  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Close all files and let all threads end; reading starts them again."""
+        """Close all files and let all threads end; what they read is repeated no more, and nobody reads again."""
+        self._closed.set()
         self._open.clear()
         if self._pool is not None:
             # Without waiting: an abandoned reader may be collected in the very thread that its requests wait for.
@@ -127,7 +130,7 @@ class ShardReader:
         try:
             _, idx, crc32 = self._files(shard)
         except OSError as error:  # a file that is missing has no copies
-            raise_if_of_the_machine(error, self.directory)
+            raise_if_of_the_machine(error, self.directory, MANIFEST_FILE)
             return False
         offsets, checksums = self._piece(shard, piece)
         had_offsets = idx.forget(*offsets)
@@ -196,7 +199,10 @@ class ShardReader:
 
     def _files(self, shard: int) -> list[OpenFile]:
         with self._opening:  # requests side by side ask for files side by side
-            return self._open.get(shard, lambda: OpenShard(self.directory, self.manifest.shards[shard], self._access)).files
+            opened = self._open.get(shard, lambda: OpenShard(self.directory, self.manifest.shards[shard], self._access))
+            # A list of their own, for the next request may close the shard. A remote file, which holds nothing open, is read
+            # all the same; of others there is one request at a time.
+            return list(opened.files)
 
     def _runs(
         self,
@@ -253,7 +259,7 @@ class ShardReader:
             return [self._blank(run.shard, sample, error) for sample in run.samples]
 
     def _raise_if_no_damage(self, error: OSError) -> None:
-        raise_if_of_the_machine(error, self.directory)
+        raise_if_of_the_machine(error, self.directory, MANIFEST_FILE)
         if isinstance(self.directory, Url) and error.errno == errno.ENOENT:
             raise_if_gone(self.directory / MANIFEST_FILE, self._access)
 

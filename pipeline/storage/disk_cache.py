@@ -39,10 +39,10 @@ class DiskCache:
         data = b"".join(self._part(url, part, file_size, fetch) for part in parts)
         return data[start - parts.start * PART :][:size]
 
-    def forget(self, url: str, start: int, size: int) -> bool:
-        """Remove the parts that hold these bytes; True if there were any."""
-        paths = [self._path(url, part) for part in range(start // PART, (start + size - 1) // PART + 1)]
-        return sum(map(_removed, paths)) > 0
+    def forget(self, url: str, start: int, size: int) -> None:
+        """Remove the parts that hold these bytes."""
+        for part in range(start // PART, (start + size - 1) // PART + 1):
+            _removed(self._path(url, part))
 
     def _part(self, url: str, part: int, file_size: int, fetch: Callable[[int, int], bytes]) -> bytes:
         path = self._path(url, part)

@@ -10,8 +10,9 @@ import errno
 import os
 import subprocess
 import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from pipeline.storage.disk_cache import DiskCache
 from pipeline.storage.location import PIPE, Place, Url
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 10.0
-_SHORT_ANSWERS = 4
+_WRONG_ANSWERS = 4
 # A shell's codes from here on: a command that it may not run, does not find, or that a signal killed; ssh's for no connection.
 _NOT_RUN = 126
 _CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 30.0
@@ -34,26 +35,29 @@ class Access:
     """How data that is not on this machine is reached.
 
     retry_seconds: how long a read is repeated. cache_dir, cache_bytes: a folder of this machine for what was read, and the
-    bytes it may take. allow_pipe: whether a `pipe:` may run its command.
+    bytes it may take. allow_pipe: whether a `pipe:` may run its command. abandoned: once set, no read is repeated any more.
     """
 
     retry_seconds: float = 120.0
     cache_dir: Path | None = None
     cache_bytes: int = 64 * 2**30
     allow_pipe: bool = False
+    abandoned: threading.Event | None = field(default=None, compare=False)
 
 
-def raise_if_of_the_machine(error: OSError, folder: Place) -> None:
+def raise_if_of_the_machine(error: OSError, folder: Place, witness: str) -> None:
     """Tell what is wrong with a file of `folder` from what is wrong with the machine that reads it. The file is missing, though
-    its folder is there, or it ends too early (an error of ours, without a number): returns. Whatever else there is (too many
-    open files, no permission, a disk or server that does not answer, the folder gone) says nothing about the data.
+    `witness`, a file that was there before, still is, or it ends too early (an error of ours, without a number): returns.
+    Whatever else there is (too many open files, no permission, a disk or server that does not answer, the folder gone or not
+    mounted) says nothing about the data. For what is missing in a remote folder `raise_if_gone` asks.
 
     Raises:
         StorageError: it is the machine.
     """
     if isinstance(error, StorageError):
         raise error
-    is_there = not isinstance(folder, Path) or folder.is_dir()
+    # Not `Path.is_file`, which itself raises what it meets: no permission, a stale handle.
+    is_there = not isinstance(folder, Path) or os.path.isfile(folder / witness)
     if error.errno is None or (error.errno == errno.ENOENT and is_there):
         return
     where, what = error.filename or folder, error.strerror or error
@@ -95,7 +99,7 @@ class OpenFile(Protocol):
         """
 
     def forget(self, start: int, size: int) -> bool:
-        """Drop copies of these bytes; True if there were any, so that reading again may give others."""
+        """Drop copies of these bytes; True if there may have been any, so that reading again may give others."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -166,7 +170,11 @@ class RemoteFile:
         return self._cache.read(self.url, start, size, self.size, lambda at, length: fetch(self.url, at, length, self._access))
 
     def forget(self, start: int, size: int) -> bool:
-        return self._cache is not None and self._cache.forget(self.url, start, size)
+        if self._cache is None:
+            return False
+        # True even if nothing is there any more: what was read may be a copy that somebody else has dropped since.
+        self._cache.forget(self.url, start, size)
+        return True
 
     def close(self) -> None:
         pass
@@ -219,20 +227,26 @@ def fetch(url: Url, start: int, size: int | None, access: Access) -> bytes:
             data = system.cat_file(path, **wanted)
             if size is None or len(data) == size:
                 return data
-            answers += 1
             problem = f"the answer to a request for {size} bytes had {len(data)}"
-            if answers == _SHORT_ANSWERS:
-                # Not a connection that broke: the file is short, or the server does not know ranges.
-                raise OSError(f"{url}: {problem}, {answers} times; the file is cut, or its server ignores range requests")
+            # A server that does not know ranges, or a page to log in, answers a request for one byte with more too.
+            is_no_range = len(data) > size or len(system.cat_file(path, start=start, end=start + 1)) > 1
+            answers += 1
+            if answers == _WRONG_ANSWERS:
+                if is_no_range:
+                    raise StorageError(f"{url}: {problem}, {answers} times; its server, or what is before it, ignores ranges")
+                raise OSError(f"{url}: {problem}, {answers} times; the file is cut")
         except Exception as error:  # every file system has its own kinds
-            if answers == _SHORT_ANSWERS or _is_final(error):
+            if answers == _WRONG_ANSWERS or _is_final(error):
                 raise _final(error, url) from None
             problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         if time.monotonic() - began + pause > access.retry_seconds:
             raise StorageError(
                 f"{url}: not read in {access.retry_seconds:g} s (data.retry_seconds), {attempts} attempts; {problem}"
             )
-        time.sleep(pause)
+        if access.abandoned is None:
+            time.sleep(pause)
+        elif access.abandoned.wait(pause):
+            raise StorageError(f"{url}: not read; its reader was closed meanwhile; {problem}")
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 

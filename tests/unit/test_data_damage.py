@@ -1,5 +1,6 @@
 """Damage of every kind: an error that names shard and sample, or a row of padding in the sample's place; nothing else."""
 
+import errno
 import io
 import itertools
 import json
@@ -346,11 +347,44 @@ def gone(folder):
         folder.with_name("elsewhere").rename(folder)
 
 
+@contextmanager
+def unmounted(folder):
+    """An empty folder in its place, as a mount point is."""
+    with gone(folder):
+        folder.mkdir()
+        try:
+            yield
+        finally:
+            folder.rmdir()
+
+
+@contextmanager
+def stale(folder):
+    """What a file system of the network says of a folder, and of all in it, that its server has forgotten."""
+
+    def refusing(call):
+        def refused(path, *arguments, **options):
+            if str(path).startswith(str(folder)):
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return call(path, *arguments, **options)
+
+        return refused
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", refusing(os.open))
+        patch.setattr(os, "stat", refusing(os.stat))
+        yield
+
+
 def test_what_is_wrong_with_the_machine_is_an_error_and_never_a_row_of_padding(folder, whole):
     reader, right = ShardReader(folder, read_manifest(folder)), ShardReader(whole, read_manifest(whole))
     with no_more_open_files(), pytest.raises(DataError, match=r"Too many open files; .* not the data: .*ulimit -n"):
         reader.read_many([1], [3])
     with gone(folder), pytest.raises(DataError, match=r"No such file.*not the data: mend that and go on"):
+        reader.read_many([1], [3])
+    with stale(folder), pytest.raises(DataError, match=r"Stale file handle; .* not the data: mend that and go on"):
+        reader.read_many([1], [3])
+    with unmounted(folder), pytest.raises(DataError, match=r"No such file.*not the data: mend that and go on"):
         reader.read_many([1], [3])
     (folder / "shard-00002.tar.idx").unlink()
     (folder / "shard-00002.tar.idx").symlink_to("shard-00002.tar.idx")
@@ -361,9 +395,10 @@ def test_what_is_wrong_with_the_machine_is_an_error_and_never_a_row_of_padding(f
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_stops_where_the_machine_is_at_fault_though_damage_would_be_skipped(folder, num_workers):
+@pytest.mark.parametrize("fault", [gone, unmounted, stale])
+def test_training_stops_where_the_machine_is_at_fault_though_damage_would_be_skipped(folder, num_workers, fault):
     batches = Stream(folder, **SIZES, raises=False, num_workers=num_workers).iterate(0, end_sample=24)
-    with gone(folder):
+    with fault(folder):
         batch = next(batches)
     assert (len(batch.damage), "the machine is at fault and not the data" in (batch.failure or "")) == (0, True)
 
@@ -408,8 +443,8 @@ edits = st.lists(
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(edits=edits, suffix=st.sampled_from(["tar", "tar", "tar", "tar.idx", "tar.crc32"]), is_recognised=st.booleans())
-def test_any_mutation_of_a_shard_is_refused_or_gives_the_right_tokens(whole, tmp_path, edits, suffix, is_recognised):
+@given(edits=edits, suffix=st.sampled_from(["tar", "tar", "tar", "tar.idx", "tar.crc32"]), has_crc32=st.booleans())
+def test_any_mutation_of_a_shard_is_refused_or_gives_the_right_tokens(whole, tmp_path, edits, suffix, has_crc32):
     folder = tmp_path / "fuzzed"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
@@ -428,7 +463,7 @@ def test_any_mutation_of_a_shard_is_refused_or_gives_the_right_tokens(whole, tmp
     path.write_bytes(data)
     right = ShardReader(whole, read_manifest(whole))
     manifest = read_manifest(whole)
-    if not is_recognised:  # what came before must do without the checksum of the checksums
+    if not has_crc32:  # what came before must do without the checksum of the checksums
         shards = [shard.model_copy(update={"crc32": None}) for shard in manifest.shards]
         manifest = manifest.model_copy(update={"shards": ShardTable.of(shards)})
     reader = ShardReader(folder, manifest)
