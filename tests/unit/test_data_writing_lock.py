@@ -1,5 +1,6 @@
 """Two that write to one output: whoever comes second is refused, whichever two they are."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from pipeline.data.prepare import Settings, prepare, whole_or_absent
 from pipeline.data.resumable import prepare_files
 from pipeline.data.tokenizer import byte_tokenizer
 from pipeline.data.verification import verify
+from pipeline.data.writing_lock import locked
 from tests.data_sets import numbered_data
 
 T = 8
@@ -58,6 +60,18 @@ def test_what_was_merged_has_no_lock_in_it_and_is_not_overwritten(tmp_path, part
     with pytest.raises(DataError, match="exists already"):
         merge(parts, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_lock_that_was_removed_before_it_could_be_taken_is_none(tmp_path, monkeypatch):
+    def removed_meanwhile(file, operation, flock=fcntl.flock):
+        (tmp_path / "lock").unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with pytest.raises(DataError, match=r"another process was writing to .* until now"), locked(tmp_path):
+        pass
+    with pytest.raises(DataError, match=r"another process was writing to .* until now"), locked(tmp_path / "gone"):
+        pass
 
 
 def die_while_merging(output):
