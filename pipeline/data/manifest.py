@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from pipeline.data.shard_table import Count, FileName, Positive, Record, Sha256, Shard, ShardTable, parse_with_table
-from pipeline.storage.files import DIRECT, Access, StorageError, read_whole
+from pipeline.storage.files import DIRECT, Access, StorageError, raise_if_of_the_machine, read_whole
 from pipeline.storage.location import Place, Url
 
 FORMAT_VERSION = 1
@@ -226,8 +226,24 @@ class _Version(BaseModel):
     format_version: int
 
 
+def raise_if_no_damage(error: OSError, folder: Path) -> None:
+    """Return if a file of `folder` is missing or cut.
+
+    Raises:
+        DataError: it is the machine that cannot read it.
+    """
+    try:
+        raise_if_of_the_machine(error, folder)
+    except StorageError as fault:
+        raise DataError(str(fault)) from None
+
+
 def size_problems(directory: Path, shard: Shard) -> Iterator[str]:
-    """Which of a shard's files are missing or have another size than the manifest says."""
+    """Which of a shard's files are missing or have another size than the manifest says.
+
+    Raises:
+        DataError: the machine cannot tell.
+    """
     expected = {
         f"{shard.name}.tar": shard.bytes,
         f"{shard.name}.tar.idx": 8 * (shard.samples + 1),
@@ -237,8 +253,9 @@ def size_problems(directory: Path, shard: Shard) -> Iterator[str]:
         try:
             found = (directory / name).stat().st_size
         except OSError as error:
+            raise_if_no_damage(error, directory)
             yield (
-                f"shard {shard.name}: {directory / name} cannot be found ({error.strerror}), but the manifest lists it; "
+                f"shard {shard.name}: {directory / name} cannot be found, but the manifest lists it; "
                 "copy it again from where the data was prepared, or prepare again"
             )
             continue
