@@ -16,6 +16,18 @@ from pipeline.data.manifest import DataError
 LOCK_FILE = "lock"
 
 
+def make_partial(partial: Path) -> None:
+    """Make this folder, or take the one that a killed process left.
+
+    Raises:
+        DataError: no process of this program left it: what is in it would be lost.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    # Whoever writes to it takes the lock first.
+    if not (partial / LOCK_FILE).exists() and any(partial.iterdir()):
+        raise DataError(f"{partial} holds files that no interrupted command left there; move it away, or choose another output")
+
+
 @contextmanager
 def locked(partial: Path, lock_file: str = LOCK_FILE) -> Iterator[None]:
     """Nobody else may write to this folder until the end of the block.

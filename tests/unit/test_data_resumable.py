@@ -448,6 +448,7 @@ def test_a_complete_output_is_left_alone_and_the_same_request_is_done(corpus, tm
     prepare_files(inputs(corpus), tmp_path / "out", byte_tokenizer(), settings(validation_fraction=0.1))
     before = contents(tmp_path / "out")
     (tmp_path / "out.partial" / "work").mkdir(parents=True)  # killed after the rename, before it was removed
+    (tmp_path / "out.partial" / "lock").touch()
     again = prepare_files(inputs(corpus), tmp_path / "out", byte_tokenizer(), settings(validation_fraction=0.1))
     assert again.was_complete
     assert (again.counts.documents, again.counts.empty) == (1000, 2)
@@ -457,6 +458,43 @@ def test_a_complete_output_is_left_alone_and_the_same_request_is_done(corpus, tm
     with pytest.raises(DataError, match="exists already"):
         prepare_files(inputs(corpus), tmp_path / "out", byte_tokenizer(), settings())
     assert contents(tmp_path / "out") == before
+
+
+def small(tmp_path):
+    write_lines(tmp_path / "a.jsonl", ["one", "two", "three"])
+    return prepare_files([Input("", str(tmp_path / "a.jsonl"))], tmp_path / "out", byte_tokenizer(), Settings(4))
+
+
+def test_who_comes_while_the_finished_work_of_another_is_removed_finds_it_complete_and_harms_nothing(tmp_path, monkeypatch):
+    found = []
+
+    def remove(path, *arguments, rmtree=shutil.rmtree, **options):
+        if Path(path).name == "out.partial" and not found:
+            found.append(None)
+            found.append(small(tmp_path).was_complete)
+        rmtree(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    assert not small(tmp_path).was_complete
+    assert found == [None, True]
+    assert verify(tmp_path / "out") == []
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out"}
+
+
+def test_who_has_looked_just_before_another_was_done_does_nothing_again(tmp_path, monkeypatch):
+    found = []
+
+    def look(path, lexists=os.path.lexists):
+        was_there = lexists(path)
+        if Path(path) == tmp_path / "out" and not found:
+            found.append(None)
+            found.append(small(tmp_path).was_complete)
+        return was_there
+
+    monkeypatch.setattr(os.path, "lexists", look)
+    assert small(tmp_path).was_complete
+    assert found == [None, False]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out"}
 
 
 def test_input_without_a_document_is_an_error_that_says_what_was_left_out_and_leaves_nothing(tmp_path):

@@ -62,6 +62,25 @@ def test_what_was_merged_has_no_lock_in_it_and_is_not_overwritten(tmp_path, part
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_what_no_command_of_ours_left_is_nobodys_to_remove(tmp_path, parts):
+    output = tmp_path / "out"
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    for command in (
+        lambda: prepare_at(output, tmp_path),
+        lambda: merge(parts, output),
+        lambda: prepare([], output, byte_tokenizer(), T, seed=0),
+    ):
+        with pytest.raises(DataError, match=r"out\.partial holds files that no interrupted command left there; move it away"):
+            command()
+        assert contents(tmp_path / "out.partial") == {"thesis.txt": b"mine"}
+    (tmp_path / "out.partial").rename(tmp_path / "mine")
+    prepare_at(output, tmp_path)
+    (tmp_path / "mine").rename(tmp_path / "out.partial")
+    assert prepare_at(output, tmp_path).was_complete
+    assert contents(tmp_path / "out.partial") == {"thesis.txt": b"mine"}
+
+
 def test_a_lock_that_was_removed_before_it_could_be_taken_is_none(tmp_path, monkeypatch):
     def removed_meanwhile(file, operation, flock=fcntl.flock):
         (tmp_path / "lock").unlink()
