@@ -108,6 +108,7 @@ def _index(
 ) -> Manifest:
     """Index every tar, then read and count every sample; `written` is told of each file made."""
     indexed = [_index_tar(path, written) for path in paths]
+    _refuse_copies([shard for shard, _ in indexed])
     kinds = {kinds for _, kinds in indexed}
     if len(kinds) > 1:
         raise DataError(f"some samples of {paths[0].parent} have {_SOURCES} and some have none; it must be all or none")
@@ -125,6 +126,16 @@ def _index(
         shards=tuple(shard for shard, _ in indexed),
     )
     return _counted(paths[0].parent, manifest, len(source_names))
+
+
+def _refuse_copies(shards: Sequence[Shard]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        first = seen.setdefault(shard.sha256, shard.name)
+        if first != shard.name:
+            raise DataError(
+                f"{shard.name}.tar is the same file as {first}.tar: its rows would come twice in every epoch; move one away"
+            )
 
 
 def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:

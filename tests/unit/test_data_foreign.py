@@ -108,6 +108,14 @@ def test_what_is_adopted_already_and_what_holds_no_shards_is_an_error(tmp_path):
         index(tmp_path / "empty", TOKENIZER)
 
 
+def test_a_tar_that_is_there_under_two_names_is_refused(tmp_path):
+    directory = write_shards(tmp_path / "data", rows(10))
+    shutil.copy(directory / "their-001.tar", directory / "their-007.tar")
+    with pytest.raises(DataError, match=r"their-007\.tar is the same file as their-001\.tar: its rows would come twice"):
+        index(directory, TOKENIZER)
+    assert sorted(path.name for path in directory.iterdir()) == ["their-000.tar", "their-001.tar", "their-007.tar"]
+
+
 def test_who_adopts_shards_while_another_does_is_refused_and_harms_nothing(tmp_path):
     directory = write_shards(tmp_path / "data", rows(3))
     (directory / "their-000.tar.idx.17.tmp").write_bytes(b"half")
