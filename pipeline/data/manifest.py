@@ -2,14 +2,13 @@
 
 A tar reader cannot tell a complete shard from one that was cut between two members, so every count, size and hash is
 written down when the shards are made. `read_manifest` makes the checks that cost only a `stat` a file; the CRC-32 of each
-sample is checked when the sample is read (`shards`), and the sha256 of a whole shard is there for whoever copies data.
+sample is checked when the sample is read (`shard_reader`), and the sha256 of a whole shard is there for whoever copies data.
 
 Every mistake a user can make with data is a `DataError`, whose message says what was expected, what was found, and what
 to do.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from pipeline.data.shard_table import Count, FileName, Positive, Record, Sha256, Shard, ShardTable, parse_with_table
+from pipeline.data.shards import write_file
 from pipeline.storage.files import DIRECT, Access, StorageError, raise_if_of_the_machine, read_whole
 from pipeline.storage.location import Place, Url
 
@@ -158,10 +158,7 @@ def read_manifest(
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `directory/manifest.json`; a reader sees the old file or the new one, never half of one."""
-    path = Path(directory) / MANIFEST_FILE
-    temporary = path.with_name(f"{MANIFEST_FILE}.tmp")
-    temporary.write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(Path(directory) / MANIFEST_FILE, (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
 
 
 def _manifest_text(directory: Place, access: Access) -> str:
