@@ -243,7 +243,15 @@ def test_parts_merge_to_the_union_in_a_defined_order(corpus, tmp_path):
         assert [shard.name for shard in merged.shards] == [f"shard-{number:05d}" for number in range(len(shards))]
     assert sorted(union) == EVERY
     made = read_manifest(tmp_path / "merged" / "train").preparation
-    assert (made.input.documents, made.input.empty, made.input.undecodable, made.part) == (1000, 2, 1, None)
+    assert (made.input.documents, made.input.empty, made.input.undecodable) == (1000, 2, 1)
+    assert (made.part, made.whole_sha256) == (None, None)
+
+
+def test_a_whole_and_a_part_do_not_merge_and_the_message_says_how_many_parts_there_are(corpus, tmp_path):
+    prepare_files(inputs(corpus), tmp_path / "whole", byte_tokenizer(), settings())
+    prepare_files(inputs(corpus), tmp_path / "part", byte_tokenizer(), settings(part=(1, 2)))
+    with pytest.raises(DataError, match=r"expected all 2 parts of one .* missing: 2/2; there twice or not of it: no part$"):
+        merge([tmp_path / "whole", tmp_path / "part"], tmp_path / "merged")
 
 
 def two_parts(corpus, directory, second_corpus=None, **changes):

@@ -93,6 +93,29 @@ def test_a_lock_that_was_removed_before_it_could_be_taken_is_none(tmp_path, monk
         pass
 
 
+def test_merging_links_the_shards_where_it_can(tmp_path, parts):
+    merge(parts, tmp_path / "out")
+    for suffix in ("tar", "tar.idx", "tar.crc32"):
+        assert (tmp_path / "out" / f"shard-00001.{suffix}").samefile(parts[1] / f"shard-00000.{suffix}")
+
+
+def test_who_has_looked_just_before_another_was_done_overwrites_nothing(tmp_path, parts, monkeypatch):
+    output, merged = tmp_path / "out", []
+
+    def look(path, lexists=os.path.lexists):
+        was_there = lexists(path)
+        if path == output and not merged:
+            merged.append(None)
+            merge(parts, output)
+            merged.append(contents(output))
+        return was_there
+
+    monkeypatch.setattr(os.path, "lexists", look)
+    with pytest.raises(DataError, match="exists already; remove it"):
+        merge(parts[:1], output)
+    assert contents(output) == merged[1]
+
+
 def die_while_merging(output):
     with whole_or_absent(output) as partial:
         (partial / "shard-00007.tar").write_bytes(b"half")
