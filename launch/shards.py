@@ -9,7 +9,7 @@
                                                           read by the code that feeds training
 
 DIR may also be a folder of prepared folders (train, validation). Exit code 0; 1 if `verify` found damage; 2, with one message,
-when something about the arguments or the data has to be mended.
+when something about the arguments or the data has to be mended; 130 on Ctrl-C.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pipeline.data.parts import merge, prepared_folders
 from pipeline.data.progress import Display
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.verification import verify
-from pipeline.storage.location import place_of
+from pipeline.storage.location import Url, place_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough
         sys.stdout = None
         return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
     return 2
@@ -100,8 +103,11 @@ def _order(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < least:
             raise DataError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
+    place = place_of(options.directory)
+    if isinstance(place, Url) and place.is_pipe:
+        raise DataError(f"order runs no command of a pipe, as in {place}; name a folder or another URL")
     found = arrivals(
-        place_of(options.directory),
+        place,
         world_size=options.ranks,
         global_batch=options.global_batch,
         micro_batch=options.micro_batch,

@@ -32,9 +32,8 @@ def arrivals(
         DataError: as `Stream`, and where a sample is damaged.
         ValueError: `start_sample` is not a multiple of G.
     """
-    streams = [
-        Stream(place, world_size=world_size, rank=rank, global_batch=global_batch, **sizes) for rank in range(world_size)
-    ]
+    first = Stream(place, world_size=world_size, rank=0, global_batch=global_batch, **sizes)
+    streams = [first.of_rank(rank) for rank in range(world_size)]
     end = start_sample + num_steps * global_batch
     at_a_time = max(1, _ROWS_AT_A_TIME // global_batch) * global_batch
     for start in range(start_sample, end, at_a_time):

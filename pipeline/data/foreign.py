@@ -26,11 +26,14 @@ from pipeline.data.shards import CRC, MAX_SOURCES, OFFSET, write_file
 from pipeline.data.tars import Member, members, read_member
 from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, load_tokenizer, vocab_size
 from pipeline.data.verification import Totals, count_row, file_sha256
+from pipeline.data.writing_lock import locked
 
 _REQUIRED = {"tokens.npy", "documents.npy"}
 _SOURCES = "sources.npy"
 # A row of four million ids; what is larger is no row, and is not read.
 _MAX_MEMBER_BYTES = 1 << 24
+# Of a name that nobody's own file will have.
+_LOCK_FILE = ".index.lock"
 
 
 def index(
@@ -43,21 +46,44 @@ def index(
         source_names: in the order of the indices in KEY.sources.npy; empty: as many as there are, `source-0` and so on.
 
     Raises:
-        DataError: a manifest is there already, or another tokenizer, there are no tars, a sample is damaged or not what it
-            should be, or a tar is not the one of the index files beside it.
+        DataError: a manifest is there already, another tokenizer, or another process that indexes; there are no tars, a
+            sample is damaged or not what it should be, or a tar is not the one of the index files beside it.
     """
     directory = Path(directory)
+    _refuse_if_adopted(directory)
+    paths = sorted(directory.glob("*.tar"))
+    if not paths:
+        raise DataError(f"expected shards, *.tar, in {directory}, but there are none")
+    with locked(directory, _LOCK_FILE):
+        try:
+            _refuse_if_adopted(directory)  # by whoever had the lock until now
+            _clear_leftovers(directory)
+            return _adopt(directory, paths, tokenizer, list(source_names), end_of_document)
+        finally:
+            (directory / _LOCK_FILE).unlink()
+
+
+def _refuse_if_adopted(directory: Path) -> None:
     if (directory / MANIFEST_FILE).exists():
         raise DataError(
             f"{directory / MANIFEST_FILE} is there already; check the folder with `launch/shards.py verify {directory}`"
         )
-    paths = sorted(directory.glob("*.tar"))
-    if not paths:
-        raise DataError(f"expected shards, *.tar, in {directory}, but there are none")
+
+
+def _clear_leftovers(directory: Path) -> None:
+    """Remove the files that a killed process had not finished."""
+    for kind in ("tar.idx", "tar.crc32", "json"):
+        for leftover in directory.glob(f"*.{kind}.*.tmp"):
+            leftover.unlink()
+
+
+def _adopt(
+    directory: Path, paths: Sequence[Path], tokenizer: Tokenizer, source_names: list[str], end_of_document: str | None
+) -> Manifest:
     _check_tokenizer(directory / TOKENIZER_FILE, tokenizer)
     written: list[Path] = []
     try:
-        manifest = _index(paths, tokenizer, list(source_names), end_of_document, written)
+        manifest = _index(paths, tokenizer, source_names, end_of_document, written)
     except BaseException:
         for path in written:
             path.unlink(missing_ok=True)
@@ -82,6 +108,7 @@ def _index(
 ) -> Manifest:
     """Index every tar, then read and count every sample; `written` is told of each file made."""
     indexed = [_index_tar(path, written) for path in paths]
+    _refuse_copies([shard for shard, _ in indexed])
     kinds = {kinds for _, kinds in indexed}
     if len(kinds) > 1:
         raise DataError(f"some samples of {paths[0].parent} have {_SOURCES} and some have none; it must be all or none")
@@ -99,6 +126,16 @@ def _index(
         shards=tuple(shard for shard, _ in indexed),
     )
     return _counted(paths[0].parent, manifest, len(source_names))
+
+
+def _refuse_copies(shards: Sequence[Shard]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        first = seen.setdefault(shard.sha256, shard.name)
+        if first != shard.name:
+            raise DataError(
+                f"{shard.name}.tar is the same file as {first}.tar: its rows would come twice in every epoch; move one away"
+            )
 
 
 def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:

@@ -2,14 +2,13 @@
 
 A tar reader cannot tell a complete shard from one that was cut between two members, so every count, size and hash is
 written down when the shards are made. `read_manifest` makes the checks that cost only a `stat` a file; the CRC-32 of each
-sample is checked when the sample is read (`shards`), and the sha256 of a whole shard is there for whoever copies data.
+sample is checked when the sample is read (`shard_reader`), and the sha256 of a whole shard is there for whoever copies data.
 
 Every mistake a user can make with data is a `DataError`, whose message says what was expected, what was found, and what
 to do.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +23,8 @@ from pydantic import (
 )
 
 from pipeline.data.shard_table import Count, FileName, Positive, Record, Sha256, Shard, ShardTable, parse_with_table
-from pipeline.storage.files import DIRECT, Access, StorageError, read_whole
+from pipeline.data.shards import write_file
+from pipeline.storage.files import DIRECT, Access, StorageError, raise_if_of_the_machine, read_whole
 from pipeline.storage.location import Place, Url
 
 FORMAT_VERSION = 1
@@ -158,10 +158,7 @@ def read_manifest(
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `directory/manifest.json`; a reader sees the old file or the new one, never half of one."""
-    path = Path(directory) / MANIFEST_FILE
-    temporary = path.with_name(f"{MANIFEST_FILE}.tmp")
-    temporary.write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(Path(directory) / MANIFEST_FILE, (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
 
 
 def _manifest_text(directory: Place, access: Access) -> str:
@@ -185,8 +182,8 @@ def _manifest_bytes(directory: Place, access: Access) -> bytes:
         raise DataError(f"expected a folder of prepared shards at {directory}, but there is no such folder; {remedy}")
     try:
         return (directory / MANIFEST_FILE).read_bytes()
-    except FileNotFoundError:
-        pass
+    except OSError as error:
+        raise_if_no_damage(error, directory)
     if not any(directory.iterdir()):
         raise DataError(f"expected prepared shards in {directory}, but the folder is empty; {remedy}")
     hint = _prepared_subfolders(directory)
@@ -226,8 +223,24 @@ class _Version(BaseModel):
     format_version: int
 
 
+def raise_if_no_damage(error: OSError, folder: Path) -> None:
+    """Return if a file of `folder` is missing or cut.
+
+    Raises:
+        DataError: it is the machine that cannot read it.
+    """
+    try:
+        raise_if_of_the_machine(error, folder)
+    except StorageError as fault:
+        raise DataError(str(fault)) from None
+
+
 def size_problems(directory: Path, shard: Shard) -> Iterator[str]:
-    """Which of a shard's files are missing or have another size than the manifest says."""
+    """Which of a shard's files are missing or have another size than the manifest says.
+
+    Raises:
+        DataError: the machine cannot tell.
+    """
     expected = {
         f"{shard.name}.tar": shard.bytes,
         f"{shard.name}.tar.idx": 8 * (shard.samples + 1),
@@ -237,8 +250,9 @@ def size_problems(directory: Path, shard: Shard) -> Iterator[str]:
         try:
             found = (directory / name).stat().st_size
         except OSError as error:
+            raise_if_no_damage(error, directory)
             yield (
-                f"shard {shard.name}: {directory / name} cannot be found ({error.strerror}), but the manifest lists it; "
+                f"shard {shard.name}: {directory / name} cannot be found, but the manifest lists it; "
                 "copy it again from where the data was prepared, or prepare again"
             )
             continue

@@ -107,8 +107,8 @@ def _check_shards(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
 
 
 def _check_numbers(numbers: Sequence[str]) -> None:
-    count = numbers[0].partition("/")[2]
-    expected = [f"{number}/{count}" for number in range(1, int(count or 0) + 1)]
+    count = next(number for number in numbers if number).partition("/")[2]
+    expected = [f"{number}/{count}" for number in range(1, int(count) + 1)]
     if sorted(numbers) != sorted(expected):
         missing = sorted(set(expected) - set(numbers)) or ["none"]
         surplus = sorted(number or "no part" for number in numbers if number not in expected or numbers.count(number) > 1)

@@ -29,7 +29,7 @@ from pipeline.data.shards import MAX_SOURCES, token_dtype
 from pipeline.data.tokenization import Encoder, Tokenization, add_documents
 from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
 from pipeline.data.workers import Report, work_on
-from pipeline.data.writing_lock import LOCK_FILE, clear, locked
+from pipeline.data.writing_lock import LOCK_FILE, clear, locked, make_partial
 
 SAMPLES_PER_SHARD = 8192
 _PARTIAL = ".partial"
@@ -138,12 +138,12 @@ def whole_or_absent(output_dir: Path) -> Iterator[Path]:
 
     Raises:
         DataError: OUTPUT exists and is not an empty folder, or another process is writing to its partial folder, or that is a
-            preparation that can be gone on with.
+            preparation that can be gone on with, or not of this program.
     """
     output_dir = Path(output_dir)
     partial = partial_of(output_dir)
     _refuse_if_taken(output_dir)
-    partial.mkdir(parents=True, exist_ok=True)
+    make_partial(partial)
     with locked(partial):
         _refuse_if_taken(output_dir)  # by whoever had the lock until now
         if (partial / REQUEST_FILE).exists():

@@ -4,7 +4,10 @@ A cache directory holds a folder for each data set that was scored, named by the
 
     CACHE/3f2a91c07d5e8b64/manifest.json          what was scored, with which reference, and how
                            NAME.losses            of each shard: little-endian floats [samples, T, C]
-                           NAME.losses.crc32      uint32 CRC-32 of every sample's bytes
+                           NAME.losses.crc32      uint32 of every sample: the CRC-32 of its bytes behind that of whose they are
+
+"Whose" is what was scored, how, and the shard's sha256 (`LossesManifest.checksum`), so that files of another shard, data set
+or reference pass for nothing but damage.
 
 C is 1 where the reference gives each token's loss given all before it (`shifted`), or H, one column a head of its own, at the
 position from which the head looks ahead (`matched`). float32 keeps every bit, so that the selection is that of the live
@@ -30,10 +33,11 @@ from pipeline.data.cache import LeastRecentlyUsed
 from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest
 from pipeline.data.sample import Sample
 from pipeline.data.shard_reader import MAX_OPEN_SHARDS, ShardReader
+from pipeline.data.shard_table import Shard
 from pipeline.data.shards import CRC
 from pipeline.storage.files import StorageError, raise_if_of_the_machine
 
-PIECE_SAMPLES = 1024
+_SAMPLES_SCORED_AT_ONCE = 1024
 Piece = tuple[int, int, int]
 """(shard, first sample, end) of a run of a shard's samples."""
 _DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
@@ -45,7 +49,7 @@ class LossesManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     data_sha256: str
     reference_sha256: str
     reference: str
@@ -58,6 +62,11 @@ class LossesManifest(BaseModel):
     @property
     def sample_bytes(self) -> int:
         return self.sequence_length * self.columns * _DTYPES[self.dtype].itemsize
+
+    def checksum(self, shard: Shard, data: bytes | memoryview) -> int:
+        """Of a sample's bytes, as losses of this shard made in this way. Where the reference lay does not count."""
+        whose = [*self.model_dump(exclude={"reference"}).values(), shard.sha256]
+        return zlib.crc32(data, zlib.crc32("\n".join(map(str, whose)).encode()))
 
 
 def data_fingerprint(manifest_json: bytes) -> str:
@@ -139,17 +148,18 @@ class ReferenceLosses:
             DataError: the losses are damaged or not there; the message names shard and sample.
             StorageError: they cannot be reached.
         """
-        name, size = self._data.shards[shard_index].name, self._losses.sample_bytes
+        shard, size = self._data.shards[shard_index], self._losses.sample_bytes
+        name = shard.name
         try:
             losses, crc32 = self._open.get(shard_index, lambda: self._open_shard(name))
             data, expected = os.pread(losses, size, size * sample_index), os.pread(crc32, 4, 4 * sample_index)
         except OSError as error:
             raise_if_of_the_machine(error, self._folder, MANIFEST_FILE)
             raise DataError(f"{self._folder / name}.losses: {error.strerror}; score the data again") from None
-        if len(data) != size or len(expected) != 4 or zlib.crc32(data) != int.from_bytes(expected, "little"):
+        if len(data) != size or len(expected) != 4 or self._losses.checksum(shard, data) != int.from_bytes(expected, "little"):
             raise DataError(
-                f"the reference losses of shard {name}, sample {sample_index}, in {self._folder} are damaged; "
-                "copy the folder again, or remove it and score the data again"
+                f"the reference losses of shard {name}, sample {sample_index}, in {self._folder} are damaged, or not of this "
+                "shard; copy the folder again, or remove it and score the data again"
             )
         stored = np.frombuffer(data, _DTYPES[self._losses.dtype])
         return stored.astype(np.float32).reshape(self._losses.sequence_length, self._losses.columns)
@@ -241,14 +251,14 @@ class LossesWriter:
 
     def join(self, shard: int) -> None:
         """Put a shard's pieces together; all of them are there."""
-        name, size = self._data.shards[shard].name, self._losses.sample_bytes
+        of, size = self._data.shards[shard], self._losses.sample_bytes
         checksums = []
-        with (self.partial / f"{name}.losses").open("wb") as file:
+        with (self.partial / f"{of.name}.losses").open("wb") as file:
             for piece in self._pieces_of(shard):
                 data = memoryview(self._file_of(piece).read_bytes())
-                checksums += [zlib.crc32(data[start : start + size]) for start in range(0, len(data), size)]
+                checksums += [self._losses.checksum(of, data[start : start + size]) for start in range(0, len(data), size)]
                 file.write(data)
-        (self.partial / f"{name}.losses.crc32").write_bytes(np.array(checksums, CRC).tobytes())
+        (self.partial / f"{of.name}.losses.crc32").write_bytes(np.array(checksums, CRC).tobytes())
 
     def finish(self) -> None:
         """Remove the pieces and give the folder its name; one process calls, when all shards are joined."""
@@ -262,8 +272,8 @@ class LossesWriter:
 
     def _pieces_of(self, shard: int) -> Iterator[Piece]:
         samples = self._data.shards[shard].samples
-        for first in range(0, samples, PIECE_SAMPLES):
-            yield shard, first, min(first + PIECE_SAMPLES, samples)
+        for first in range(0, samples, _SAMPLES_SCORED_AT_ONCE):
+            yield shard, first, min(first + _SAMPLES_SCORED_AT_ONCE, samples)
 
     def _file_of(self, piece: Piece) -> Path:
         shard, first, _ = piece

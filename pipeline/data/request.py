@@ -68,7 +68,7 @@ def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[s
                 f"{partial} was begun with another request ({listed}); ask for the same to go on, or remove it to begin anew"
             )
         return True
-    # Of a run that was killed before it had a request, or of an older program.
+    # Of a run that was killed before it had a request.
     clear(partial)
     write_file(path, json.dumps(asked, indent=2).encode())
     return False

@@ -37,7 +37,7 @@ from pipeline.data.shards import token_dtype, write_file
 from pipeline.data.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
 from pipeline.data.workers import work_on
-from pipeline.data.writing_lock import locked
+from pipeline.data.writing_lock import LOCK_FILE, locked, make_partial
 
 # A BPE is trained on slices evenly spread over the input: more text than this changes it little.
 _TRAINING_BYTES = 1 << 30
@@ -76,13 +76,15 @@ def prepare_files(
     files = input_files(inputs)
     request = describe(files, tokenizer, settings, names)
     partial = partial_of(output_dir)
-    if is_taken(output_dir):
-        prepared = _complete_already(output_dir, request, settings)
-        shutil.rmtree(partial, ignore_errors=True)
-        return prepared
+    if is_taken(output_dir) and not partial.exists():
+        return _complete_already(output_dir, request, settings)
     job = _Job(files, names, partial, settings, processes, display or Display())
-    partial.mkdir(parents=True, exist_ok=True)
+    make_partial(partial)
     with locked(partial):
+        if is_taken(output_dir):  # by whoever had the lock until now, or was killed before it tidied up
+            prepared = _complete_already(output_dir, request, settings)
+            shutil.rmtree(partial, ignore_errors=True)
+            return prepared
         was_begun = begin_or_continue(partial, files, request)
         job.work.mkdir(exist_ok=True)
         if was_begun:
@@ -139,7 +141,7 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
     for leftover in job.data.rglob("*.tmp"):
         leftover.unlink()
     os.rename(job.data, output_dir)
-    shutil.rmtree(job.partial)
+    shutil.rmtree(job.partial, ignore_errors=True)
     return Prepared(manifests, counts, was_complete=False)
 
 
@@ -266,5 +268,8 @@ def _complete_already(output_dir: Path, request: dict[str, Any], settings: Setti
         if manifest.preparation is None or manifest.preparation.request_sha256 != request_sha256(request):
             raise taken
         manifests[output_dir / folder] = manifest
+    if (partial_of(output_dir) / LOCK_FILE).exists():
+        # Of the run that made the output, which may be removing it too.
+        shutil.rmtree(partial_of(output_dir), ignore_errors=True)
     counts = Counts(**next(iter(manifests.values())).preparation.input.model_dump())  # type: ignore[union-attr]
     return Prepared(manifests, counts, was_complete=True)

@@ -23,9 +23,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipeline.data.manifest import Shard
 from pipeline.data.packing import Row
-from pipeline.data.shard_table import crc32_of_pieces
+from pipeline.data.shard_table import Shard, crc32_of_pieces
 
 OFFSET = np.dtype("<u8")
 CRC = np.dtype("<u4")
@@ -104,11 +103,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that gets its name at the end of the block, once all of it is on the disk."""
     # Of this process alone: one that outlived its killed parent may be writing the same file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_file(path: Path, data: bytes) -> None:

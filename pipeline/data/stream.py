@@ -14,6 +14,7 @@ A sample that is damaged is replaced by a row of padding that says so, and data 
 ever: where the ranks have to go on together until they agree, the batches carry the bad news; elsewhere it is raised.
 """
 
+import copy
 import itertools
 import os
 import signal
@@ -95,6 +96,13 @@ class Stream:
         self.access = access
         self.raises = raises
         self.order = order_of(self.manifests, self.sets, lanes=lanes, seed=seed, shuffle_block=shuffle_block)
+
+    def of_rank(self, rank: int) -> "Stream":
+        """The view of another rank, without reading any manifest again."""
+        assert 0 <= rank < self.world_size
+        other = copy.copy(self)
+        other.rank = rank
+        return other
 
     @property
     def lanes(self) -> int:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.manifest import DataError, Manifest, Shard, read_manifest, size_problems
+from pipeline.data.manifest import DataError, Manifest, Shard, raise_if_no_damage, read_manifest, size_problems
 from pipeline.data.sample import Sample
-from pipeline.data.shard_reader import ShardReader
-from pipeline.data.shard_table import crc32_of_pieces
+from pipeline.data.shard_reader import DamagedSampleError, ShardReader
+from pipeline.data.shard_table import PIECE_SAMPLES, crc32_of_pieces
 from pipeline.data.shards import MAX_SOURCES
 from pipeline.data.tokenizer import fingerprint, load_tokenizer, vocab_size
 
@@ -40,11 +40,24 @@ def verify(directory: Path, report: Callable[[Shard], None] = lambda shard: None
     problems = [*_tokenizer_problems(directory, manifest), *_surplus(directory, manifest)]
     totals = Totals()
     reader = ShardReader(directory, manifest)
-    for index, shard in enumerate(manifest.shards):
-        problems += _shard_problems(directory, manifest, index, reader, totals)
-        report(shard)
+    try:
+        for index, shard in enumerate(manifest.shards):
+            problems += _shard_problems(directory, manifest, index, reader, totals)
+            report(shard)
+    except (DataError, OSError) as error:
+        found = [f"found before that: {problem}" for problem in problems]
+        raise DataError("\n".join([_fault(error, directory), *found])) from None
     reader.close()
     return problems if problems else list(_source_problems(manifest, totals))
+
+
+def _fault(error: DataError | OSError, directory: Path) -> str:
+    if isinstance(error, OSError):
+        try:
+            raise_if_no_damage(error, directory)
+        except DataError as fault:
+            return str(fault)
+    return str(error)
 
 
 def _shard_problems(directory: Path, manifest: Manifest, index: int, reader: ShardReader, totals: Totals) -> Iterator[str]:
@@ -55,24 +68,34 @@ def _shard_problems(directory: Path, manifest: Manifest, index: int, reader: Sha
     found = file_sha256(directory / f"{shard.name}.tar")
     if found != shard.sha256:
         yield f"shard {shard.name}: the sha256 of its tar is {found[:12]}…, expected {shard.sha256[:12]}…"
-    checksums = (directory / f"{shard.name}.tar.crc32").read_bytes()
-    if shard.crc32 is not None and crc32_of_pieces(checksums) != shard.crc32:
+    foreign = _foreign_pieces(shard, (directory / f"{shard.name}.tar.crc32").read_bytes())
+    if foreign:
         yield (
-            f"shard {shard.name}: its .crc32 is not the one that the manifest means: the file is damaged, or the shard was "
+            f"shard {shard.name}: its .crc32 is not the one that the manifest means, at samples "
+            f"{', '.join(f'{piece[0]:,} to {piece[-1]:,}' for piece in foreign)}: the file is damaged, or the shard was "
             "exchanged for another"
         )
-        return
     tokens, damaged = 0, []
     for sample in range(shard.samples):
+        if any(sample in piece for piece in foreign):
+            continue
         try:
             tokens += count_row(reader.read(index, sample), manifest, totals)
-        except DataError as error:
+        except DamagedSampleError as error:
             damaged.append(str(error))
     yield from damaged[:_MAX_SAMPLES_NAMED]
     if len(damaged) > _MAX_SAMPLES_NAMED:
         yield f"shard {shard.name}: {len(damaged) - _MAX_SAMPLES_NAMED:,} samples more are damaged"
-    if not damaged and tokens != shard.tokens:
+    if not damaged and not foreign and tokens != shard.tokens:
         yield f"shard {shard.name}: it has {tokens:,} tokens, expected {shard.tokens:,}"
+
+
+def _foreign_pieces(shard: Shard, checksums: bytes) -> list[range]:
+    """The samples of every piece of a shard's `.crc32` that is not the manifest's."""
+    found, expected = crc32_of_pieces(checksums), shard.crc32 or ""
+    starts = range(0, len(expected), 8)
+    wrong = (number for number, at in enumerate(starts) if found[at : at + 8] != expected[at : at + 8])
+    return [range(n * PIECE_SAMPLES, min((n + 1) * PIECE_SAMPLES, shard.samples)) for n in wrong]
 
 
 def count_row(row: Sample, manifest: Manifest, totals: Totals) -> int:

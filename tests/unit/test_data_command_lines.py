@@ -1,10 +1,12 @@
 """Command lines of data: what is wrong with an argument or a folder is one clear message, and the exit code says which."""
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
 import pytest
 
+from pipeline.data.tokenizer import byte_tokenizer
 from tests.data_sets import numbered_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +44,56 @@ def test_an_order_that_cannot_be_is_refused_by_the_name_of_its_option(tmp_path, 
 def test_no_steps_are_no_lines(tmp_path, capsys):
     assert run("shards", "order", numbered_data(tmp_path / "data", 24), "--global-batch", 4, "--steps", 0) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_order_over_many_ranks_reads_the_manifest_once(tmp_path, capsys, monkeypatch):
+    folder = numbered_data(tmp_path / "data", 64)
+    read = []
+
+    def read_bytes(path, of=Path.read_bytes):
+        read.append(path.name)
+        return of(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    arguments = ["--global-batch", 16, "--steps", 2]
+    assert run("shards", "order", folder, *arguments, "--ranks", 16) == 0
+    assert read == ["manifest.json"]
+    of_many = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [int(rank) for _, rank, _, _ in of_many] == [*range(16)] * 2
+    assert run("shards", "order", folder, *arguments) == 0
+    of_one = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(step, *where) for step, _, *where in of_many] == [(step, *where) for step, _, *where in of_one]
+
+
+def test_an_order_of_a_pipe_is_refused_without_an_option_that_it_has_not(capsys):
+    assert run("shards", "order", "pipe:cat data/{}", "--global-batch", 4, "--steps", 1) == 2
+    assert capsys.readouterr().err == (
+        "error: order runs no command of a pipe, as in pipe:cat data/{}; name a folder or another URL\n"
+    )
+
+
+def test_an_interruption_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    folder = numbered_data(tmp_path / "data", 24)
+    monkeypatch.setattr(hashlib, "sha256", interrupted)
+    assert run("shards", "verify", folder) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+
+
+def test_what_the_machine_cannot_read_is_told_with_what_is_known(tmp_path, capsys):
+    folder = numbered_data(tmp_path / "data", 24)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to("/proc/self/mem")  # a file whose first bytes are an input/output error
+    assert run("shards", "inspect", folder) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folder} cannot be read: Input/output error; the machine is at fault")
+    (folder / "manifest.json").unlink()
+    (folder / "tokenizer.json").write_text(byte_tokenizer().to_str())
+    (folder / "shard-00000.tar").unlink()
+    (folder / "shard-00000.tar").symlink_to("/proc/self/mem")
+    assert run("shards", "index", folder) == 2
+    assert capsys.readouterr().err == "error: [Errno 5] Input/output error\n"
 
 
 @pytest.mark.parametrize("output", [".", "..", "/"])

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.manifest import DataError, read_manifest, write_manifest
-from pipeline.data.reference_losses import CachedLosses, LossesManifest, LossesWriter, ReaderWithLosses
+from pipeline.data.reference_losses import CachedLosses, LossesManifest, LossesWriter, ReaderWithLosses, read_losses_manifest
 from pipeline.data.shard_reader import DamagedSampleError, ShardReader
 from pipeline.data.shard_table import ShardTable
 from pipeline.data.shards import write_shards
@@ -403,11 +403,12 @@ def test_training_stops_where_the_machine_is_at_fault_though_damage_would_be_ski
     assert (len(batch.damage), "the machine is at fault and not the data" in (batch.failure or "")) == (0, True)
 
 
-def test_reference_losses_that_cannot_be_reached_are_an_error_and_missing_ones_damage(whole, tmp_path):
-    manifest = read_manifest(whole)
+def scored(cache, data, number):
+    """The losses of numbered data, folder and manifest: for row n of shard s 100 s + n + `number`."""
+    manifest = read_manifest(data)
     losses = LossesManifest(
         data_sha256="0" * 64,
-        reference_sha256="0" * 64,
+        reference_sha256=f"{number:064}",
         reference="",
         precision="fp32",
         horizon="shifted",
@@ -415,19 +416,45 @@ def test_reference_losses_that_cannot_be_reached_are_an_error_and_missing_ones_d
         sequence_length=4,
         columns=1,
     )
-    writer = LossesWriter(tmp_path, losses, manifest)
-    for piece in writer.begin():
-        writer.write(piece, np.full((8, 4, 1), piece[0], np.float32))
-    for shard in range(3):
+    writer = LossesWriter(cache, losses, manifest)
+    for shard, first, end in writer.begin():
+        rows = np.arange(first, end, dtype=np.float32)[:, None, None]
+        writer.write((shard, first, end), np.broadcast_to(100 * shard + rows + number, (end - first, 4, 1)))
+    for shard in range(len(manifest.shards)):
         writer.join(shard)
     writer.finish()
-    reader = ReaderWithLosses(ShardReader(whole, manifest), CachedLosses(tmp_path, losses))
-    with gone(writer.folder), pytest.raises(DataError, match=r"No such file.*not the data"):
+    return writer.folder, ReaderWithLosses(ShardReader(data, manifest), CachedLosses(cache, losses))
+
+
+def test_reference_losses_that_cannot_be_reached_are_an_error_and_missing_ones_damage(whole, tmp_path):
+    losses, reader = scored(tmp_path, whole, 0)
+    with gone(losses), pytest.raises(DataError, match=r"No such file.*not the data"):
         reader.read_many([1], [3])
-    (writer.folder / "shard-00002.losses.crc32").unlink()
+    (losses / "shard-00002.losses.crc32").unlink()
     one, two = reader.read_many([1, 2], [3, 3])
-    assert (one.damage, one.reference_losses.tolist()) == (None, [[1.0]] * 4)
+    assert (one.damage, one.reference_losses.tolist()) == (None, [[103.0]] * 4)
     assert "score the data again" in two.damage
+
+
+def test_reference_losses_of_another_shard_or_reference_are_not_taken_for_the_right_ones(whole, tmp_path):
+    losses, reader = scored(tmp_path / "one", whole, 0)
+    others, _ = scored(tmp_path / "other", whole, 5)
+    for suffix in ("losses", "losses.crc32"):
+        first, second = (losses / f"shard-0000{number}.{suffix}" for number in (0, 1))
+        first.rename(tmp_path / "spare")
+        second.rename(first)
+        (tmp_path / "spare").rename(second)
+        shutil.copy(others / f"shard-00002.{suffix}", losses)
+    for sample in reader.read_many([0, 1, 2], [3, 3, 3]):
+        assert "are damaged, or not of this shard; copy the folder again" in sample.damage
+
+
+def test_reference_losses_of_a_version_whose_checksums_say_less_are_refused(whole, tmp_path):
+    losses, _ = scored(tmp_path, whole, 0)
+    manifest = json.loads((losses / "manifest.json").read_text())
+    (losses / "manifest.json").write_text(json.dumps(manifest | {"format_version": 1}))
+    with pytest.raises(DataError, match=r"cannot be read \((.|\n)*format_version(.|\n)*\); remove .* and score it"):
+        read_losses_manifest(tmp_path, "0" * 64, "the data")
 
 
 edits = st.lists(

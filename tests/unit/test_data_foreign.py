@@ -16,6 +16,7 @@ from pipeline.data.shard_reader import ShardReader
 from pipeline.data.stream import Stream
 from pipeline.data.tokenizer import END_OF_DOCUMENT, byte_tokenizer, end_of_document_id
 from pipeline.data.verification import verify
+from pipeline.data.writing_lock import locked
 from tests.unit.test_data_damage import sparse_member
 
 T = 16
@@ -105,6 +106,25 @@ def test_what_is_adopted_already_and_what_holds_no_shards_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"expected shards, \*\.tar"):
         index(tmp_path / "empty", TOKENIZER)
+
+
+def test_a_tar_that_is_there_under_two_names_is_refused(tmp_path):
+    directory = write_shards(tmp_path / "data", rows(10))
+    shutil.copy(directory / "their-001.tar", directory / "their-007.tar")
+    with pytest.raises(DataError, match=r"their-007\.tar is the same file as their-001\.tar: its rows would come twice"):
+        index(directory, TOKENIZER)
+    assert sorted(path.name for path in directory.iterdir()) == ["their-000.tar", "their-001.tar", "their-007.tar"]
+
+
+def test_who_adopts_shards_while_another_does_is_refused_and_harms_nothing(tmp_path):
+    directory = write_shards(tmp_path / "data", rows(3))
+    (directory / "their-000.tar.idx.17.tmp").write_bytes(b"half")
+    with locked(directory, ".index.lock"), pytest.raises(DataError, match=r"another process is writing to .*data; wait"):
+        index(directory, TOKENIZER)
+    assert sorted(path.name for path in directory.iterdir()) == [".index.lock", "their-000.tar", "their-000.tar.idx.17.tmp"]
+    index(directory, TOKENIZER)
+    names = ["manifest.json", "their-000.tar", "their-000.tar.crc32", "their-000.tar.idx", "tokenizer.json"]
+    assert sorted(path.name for path in directory.iterdir()) == names
 
 
 @pytest.mark.parametrize("indent", [None, 4])

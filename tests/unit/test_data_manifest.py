@@ -1,6 +1,7 @@
 """The manifest comes back as written, and every way to get a folder wrong has its message."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -42,6 +43,19 @@ def test_a_manifest_comes_back_as_it_was_written(folder):
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
     assert {path.name for path in folder.iterdir() if "shard" not in path.name} == {MANIFEST_FILE, "tokenizer.json"}
+
+
+def test_a_manifest_gets_its_name_when_it_is_on_the_disk_and_leaves_nothing_if_it_cannot_be(folder, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    before = (folder / MANIFEST_FILE).read_bytes()
+    names = sorted(folder.iterdir())
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_manifest(folder, read_manifest(folder).model_copy(update={"end_of_document_id": 7}))
+    assert (folder / MANIFEST_FILE).read_bytes() == before
+    assert sorted(folder.iterdir()) == names
 
 
 def test_a_missing_tokenizer_is_named(folder):

@@ -120,6 +120,7 @@ def test_a_tokenizer_that_truncates_or_pads_does_neither_here(tmp_path, tokenize
 
 def test_a_leftover_of_a_killed_run_is_made_again_and_a_failed_one_leaves_no_output(tmp_path, tokenizer):
     (tmp_path / "out.partial" / "shards").mkdir(parents=True)
+    (tmp_path / "out.partial" / "lock").touch()
 
     def failing():
         yield Document("one", "")

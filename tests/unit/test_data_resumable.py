@@ -260,7 +260,15 @@ def test_parts_merge_to_the_union_in_a_defined_order(corpus, tmp_path):
         assert [shard.name for shard in merged.shards] == [f"shard-{number:05d}" for number in range(len(shards))]
     assert sorted(union) == EVERY
     made = read_manifest(tmp_path / "merged" / "train").preparation
-    assert (made.input.documents, made.input.empty, made.input.undecodable, made.part) == (1000, 2, 1, None)
+    assert (made.input.documents, made.input.empty, made.input.undecodable) == (1000, 2, 1)
+    assert (made.part, made.whole_sha256) == (None, None)
+
+
+def test_a_whole_and_a_part_do_not_merge_and_the_message_says_how_many_parts_there_are(corpus, tmp_path):
+    prepare_files(inputs(corpus), tmp_path / "whole", byte_tokenizer(), settings())
+    prepare_files(inputs(corpus), tmp_path / "part", byte_tokenizer(), settings(part=(1, 2)))
+    with pytest.raises(DataError, match=r"expected all 2 parts of one .* missing: 2/2; there twice or not of it: no part$"):
+        merge([tmp_path / "whole", tmp_path / "part"], tmp_path / "merged")
 
 
 def two_parts(corpus, directory, second_corpus=None, **changes):
@@ -507,6 +515,7 @@ def test_a_complete_output_is_left_alone_and_the_same_request_is_done(corpus, tm
     prepare_files(inputs(corpus), tmp_path / "out", byte_tokenizer(), settings(validation_fraction=0.1))
     before = contents(tmp_path / "out")
     (tmp_path / "out.partial" / "work").mkdir(parents=True)  # killed after the rename, before it was removed
+    (tmp_path / "out.partial" / "lock").touch()
     again = prepare_files(inputs(corpus), tmp_path / "out", byte_tokenizer(), settings(validation_fraction=0.1))
     assert again.was_complete
     assert (again.counts.documents, again.counts.empty) == (1000, 2)
@@ -516,6 +525,43 @@ def test_a_complete_output_is_left_alone_and_the_same_request_is_done(corpus, tm
     with pytest.raises(DataError, match="exists already"):
         prepare_files(inputs(corpus), tmp_path / "out", byte_tokenizer(), settings())
     assert contents(tmp_path / "out") == before
+
+
+def small(tmp_path):
+    write_lines(tmp_path / "a.jsonl", ["one", "two", "three"])
+    return prepare_files([Input("", str(tmp_path / "a.jsonl"))], tmp_path / "out", byte_tokenizer(), Settings(4))
+
+
+def test_who_comes_while_the_finished_work_of_another_is_removed_finds_it_complete_and_harms_nothing(tmp_path, monkeypatch):
+    found = []
+
+    def remove(path, *arguments, rmtree=shutil.rmtree, **options):
+        if Path(path).name == "out.partial" and not found:
+            found.append(None)
+            found.append(small(tmp_path).was_complete)
+        rmtree(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    assert not small(tmp_path).was_complete
+    assert found == [None, True]
+    assert verify(tmp_path / "out") == []
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out"}
+
+
+def test_who_has_looked_just_before_another_was_done_does_nothing_again(tmp_path, monkeypatch):
+    found = []
+
+    def look(path, lexists=os.path.lexists):
+        was_there = lexists(path)
+        if Path(path) == tmp_path / "out" and not found:
+            found.append(None)
+            found.append(small(tmp_path).was_complete)
+        return was_there
+
+    monkeypatch.setattr(os.path, "lexists", look)
+    assert small(tmp_path).was_complete
+    assert found == [None, False]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out"}
 
 
 def test_input_without_a_document_is_an_error_that_says_what_was_left_out_and_leaves_nothing(tmp_path):

@@ -106,6 +106,40 @@ def test_swapped_shards_are_found(folder):
     assert "the shard was exchanged for another" in problems[1]
 
 
+def test_of_checksums_that_are_partly_wrong_the_rest_is_looked_at_all_the_same(tmp_path):
+    documents = [Document("x" * 2111, "")]
+    prepare(documents, tmp_path / "data", byte_tokenizer(), 2, seed=0, samples_per_shard=2000)
+    for name, at in (("crc32", 3), ("idx", 8 * 1040)):
+        path = tmp_path / "data" / f"shard-00000.tar.{name}"
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+    wrong, before, behind = verify(tmp_path / "data")
+    assert "its .crc32 is not the one that the manifest means, at samples 0 to 1,023: the file is damaged" in wrong
+    assert (before.partition(" in ")[0], behind.partition(" in ")[0]) == tuple(
+        f"shard shard-00000, sample {sample}," for sample in (1039, 1040)
+    )
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.idx", "tar.crc32"])
+def test_a_file_that_the_machine_cannot_read_is_no_damage_and_hides_none(folder, suffix):
+    (folder / "shard-00000.tar.idx").unlink()
+    file = folder / f"shard-00001.{suffix}"
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # a file whose first bytes are an input/output error
+    with pytest.raises(
+        DataError, match=r"cannot be read: Input/output error; the machine is at fault and not the data"
+    ) as told:
+        verify(folder)
+    assert "\nfound before that: shard shard-00000: " in str(told.value)
+    (folder / "shard-00000.tar.idx").write_bytes(bytes(88))
+    file.unlink()
+    file.symlink_to(file.name)
+    for look in (verify, read_manifest):
+        with pytest.raises(DataError, match=rf"{file.name} cannot be read: Too many levels .*the machine is at fault"):
+            look(folder)
+
+
 def test_every_file_that_is_cut_or_missing_is_found(folder):
     last = read_manifest(folder).shards[3].samples - 1
     for name in ("shard-00000.tar", "shard-00003.tar", "shard-00003.tar.idx"):

@@ -1,5 +1,6 @@
 """Two that write to one output: whoever comes second is refused, whichever two they are."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from pipeline.data.prepare import Settings, prepare, whole_or_absent
 from pipeline.data.resumable import prepare_files
 from pipeline.data.tokenizer import byte_tokenizer
 from pipeline.data.verification import verify
+from pipeline.data.writing_lock import locked
 from tests.data_sets import numbered_data
 
 T = 8
@@ -58,6 +60,60 @@ def test_what_was_merged_has_no_lock_in_it_and_is_not_overwritten(tmp_path, part
     with pytest.raises(DataError, match="exists already"):
         merge(parts, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_no_command_of_ours_left_is_nobodys_to_remove(tmp_path, parts):
+    output = tmp_path / "out"
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    for command in (
+        lambda: prepare_at(output, tmp_path),
+        lambda: merge(parts, output),
+        lambda: prepare([], output, byte_tokenizer(), T, seed=0),
+    ):
+        with pytest.raises(DataError, match=r"out\.partial holds files that no interrupted command left there; move it away"):
+            command()
+        assert contents(tmp_path / "out.partial") == {"thesis.txt": b"mine"}
+    (tmp_path / "out.partial").rename(tmp_path / "mine")
+    prepare_at(output, tmp_path)
+    (tmp_path / "mine").rename(tmp_path / "out.partial")
+    assert prepare_at(output, tmp_path).was_complete
+    assert contents(tmp_path / "out.partial") == {"thesis.txt": b"mine"}
+
+
+def test_a_lock_that_was_removed_before_it_could_be_taken_is_none(tmp_path, monkeypatch):
+    def removed_meanwhile(file, operation, flock=fcntl.flock):
+        (tmp_path / "lock").unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with pytest.raises(DataError, match=r"another process was writing to .* until now"), locked(tmp_path):
+        pass
+    with pytest.raises(DataError, match=r"another process was writing to .* until now"), locked(tmp_path / "gone"):
+        pass
+
+
+def test_merging_links_the_shards_where_it_can(tmp_path, parts):
+    merge(parts, tmp_path / "out")
+    for suffix in ("tar", "tar.idx", "tar.crc32"):
+        assert (tmp_path / "out" / f"shard-00001.{suffix}").samefile(parts[1] / f"shard-00000.{suffix}")
+
+
+def test_who_has_looked_just_before_another_was_done_overwrites_nothing(tmp_path, parts, monkeypatch):
+    output, merged = tmp_path / "out", []
+
+    def look(path, lexists=os.path.lexists):
+        was_there = lexists(path)
+        if path == output and not merged:
+            merged.append(None)
+            merge(parts, output)
+            merged.append(contents(output))
+        return was_there
+
+    monkeypatch.setattr(os.path, "lexists", look)
+    with pytest.raises(DataError, match="exists already; remove it"):
+        merge(parts[:1], output)
+    assert contents(output) == merged[1]
 
 
 def die_while_merging(output):
