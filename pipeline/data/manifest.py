@@ -230,7 +230,7 @@ def raise_if_no_damage(error: OSError, folder: Path) -> None:
         DataError: it is the machine that cannot read it.
     """
     try:
-        raise_if_of_the_machine(error, folder)
+        raise_if_of_the_machine(error, folder, MANIFEST_FILE)
     except StorageError as fault:
         raise DataError(str(fault)) from None
 

@@ -76,12 +76,12 @@ def prepare_files(
     files = input_files(inputs)
     request = describe(files, tokenizer, settings, names)
     partial = partial_of(output_dir)
-    if is_taken(output_dir) and not partial.exists():
+    if is_taken(output_dir):
         return _complete_already(output_dir, request, settings)
     job = _Job(files, names, partial, settings, processes, display or Display())
     make_partial(partial)
     with locked(partial):
-        if is_taken(output_dir):  # by whoever had the lock until now, or was killed before it tidied up
+        if is_taken(output_dir):  # by whoever had the lock until now
             prepared = _complete_already(output_dir, request, settings)
             shutil.rmtree(partial, ignore_errors=True)
             return prepared
