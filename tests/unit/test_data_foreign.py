@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +126,22 @@ def test_who_adopts_shards_while_another_does_is_refused_and_harms_nothing(tmp_p
     index(directory, TOKENIZER)
     names = ["manifest.json", "their-000.tar", "their-000.tar.crc32", "their-000.tar.idx", "tokenizer.json"]
     assert sorted(path.name for path in directory.iterdir()) == names
+
+
+def test_who_has_looked_just_before_another_was_done_adopts_nothing_again(tmp_path, monkeypatch):
+    directory, adopted = write_shards(tmp_path / "data", rows(3)), []
+
+    def glob(path, pattern, of=Path.glob):
+        if not adopted:
+            adopted.append(None)
+            index(directory, TOKENIZER)
+            adopted.append((directory / "manifest.json").stat().st_mtime_ns)
+        return of(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    with pytest.raises(DataError, match=r"is there already; .*verify"):
+        index(directory, TOKENIZER)
+    assert (directory / "manifest.json").stat().st_mtime_ns == adopted[1]
 
 
 @pytest.mark.parametrize("indent", [None, 4])
