@@ -35,7 +35,8 @@ from pipeline.data.sample import Sample
 from pipeline.data.shard_reader import MAX_OPEN_SHARDS, ShardReader
 from pipeline.data.shard_table import Shard
 from pipeline.data.shards import CRC
-from pipeline.storage.files import StorageError, raise_if_of_the_machine
+from pipeline.storage.faults import raise_if_of_the_machine
+from pipeline.storage.files import StorageError
 
 _SAMPLES_SCORED_AT_ONCE = 1024
 Piece = tuple[int, int, int]

@@ -26,7 +26,8 @@ from pipeline.data.sample import DamageError, Sample, SampleDecoder
 from pipeline.data.shard_files import IndexPiece, OpenShard, Run
 from pipeline.data.shard_table import PIECE_SAMPLES, ShardTable
 from pipeline.data.shards import CRC, OFFSET
-from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError, raise_if_gone, raise_if_of_the_machine
+from pipeline.storage.faults import raise_if_gone, raise_if_of_the_machine
+from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError
 from pipeline.storage.location import Place, Url
 
 MAX_OPEN_SHARDS = 64
@@ -127,11 +128,9 @@ class ShardReader:
 
     def _forget_index(self, shard: int, piece: int) -> bool:
         self._indices.drop((shard, piece))
-        try:
-            _, idx, crc32 = self._files(shard)
-        except OSError as error:  # a file that is missing has no copies
-            raise_if_of_the_machine(error, self.directory, MANIFEST_FILE)
+        if not self._is_remote:  # no copies; and to look for them a pipe would be run
             return False
+        _, idx, crc32 = self._files(shard)
         offsets, checksums = self._piece(shard, piece)
         had_offsets = idx.forget(*offsets)
         return crc32.forget(*checksums) or had_offsets

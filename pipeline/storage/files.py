@@ -6,7 +6,6 @@ servers restart, answers end early. What no repetition can mend (no such file, n
 is said at once. A pipe cannot be asked for a range: its whole output goes to a temporary file first.
 """
 
-import errno
 import os
 import subprocess
 import tempfile
@@ -23,6 +22,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 10.0
 _WRONG_ANSWERS = 4
 # A shell's codes from here on: a command that it may not run, does not find, or that a signal killed; ssh's for no connection.
 _NOT_RUN = 126
+_PIPE_PAUSE = 0.5
 _CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 30.0
 
 
@@ -43,44 +43,6 @@ class Access:
     cache_bytes: int = 64 * 2**30
     allow_pipe: bool = False
     abandoned: threading.Event | None = field(default=None, compare=False)
-
-
-def raise_if_of_the_machine(error: OSError, folder: Place, witness: str) -> None:
-    """Tell what is wrong with a file of `folder` from what is wrong with the machine that reads it. The file is missing, though
-    `witness`, a file that was there before, still is, or it ends too early (an error of ours, without a number): returns.
-    Whatever else there is (too many open files, no permission, a disk or server that does not answer, the folder gone or not
-    mounted) says nothing about the data. For what is missing in a remote folder `raise_if_gone` asks.
-
-    Raises:
-        StorageError: it is the machine.
-    """
-    if isinstance(error, StorageError):
-        raise error
-    # Not `Path.is_file`, which itself raises what it meets: no permission, a stale handle.
-    is_there = not isinstance(folder, Path) or os.path.isfile(folder / witness)
-    if error.errno is None or (error.errno == errno.ENOENT and is_there):
-        return
-    where, what = error.filename or folder, error.strerror or error
-    remedy = "raise its limit, `ulimit -n`" if error.errno in (errno.EMFILE, errno.ENFILE) else "mend that and go on"
-    raise StorageError(f"{where} cannot be read: {what}; the machine is at fault and not the data: {remedy}") from None
-
-
-def raise_if_gone(place: Place, access: Access) -> None:
-    """Tell a file of a remote folder that is missing from a folder that cannot be reached any more, by another file of it
-    that was there before.
-
-    Raises:
-        StorageError: that one cannot be read either.
-    """
-    try:
-        fetch(place, 0, 1, access) if isinstance(place, Url) and not place.is_pipe else read_whole(place, access)
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"{place} was read before and cannot be read now: {error.strerror or error}; the folder was moved or cannot be "
-            "reached, which says nothing about the data: mend that and go on"
-        ) from None
 
 
 DIRECT = Access()
@@ -189,7 +151,11 @@ class PipeFile:
         if access.cache_dir is not None:
             access.cache_dir.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=access.cache_dir)  # noqa: SIM115 (closed by `close`)
-        done = subprocess.run(pipe.removeprefix(PIPE), shell=True, stdout=self._file, stderr=subprocess.PIPE, check=False)
+        done = self._run(pipe)
+        if 0 < done.returncode < _NOT_RUN:
+            # It may say that there is no such file, or mean a connection that broke: a second time tells most of these apart.
+            time.sleep(min(_PIPE_PAUSE, access.retry_seconds))
+            done = self._run(pipe)
         self.size = os.fstat(self._file.fileno()).st_size
         if done.returncode:
             self.close()
@@ -200,6 +166,11 @@ class PipeFile:
                     "and not the data: mend that and go on"
                 )
             raise FileNotFoundError(2, f"the command ended with code {done.returncode}: {said}", str(pipe))
+
+    def _run(self, pipe: Url) -> "subprocess.CompletedProcess[bytes]":
+        self._file.seek(0)
+        self._file.truncate()
+        return subprocess.run(pipe.removeprefix(PIPE), shell=True, stdout=self._file, stderr=subprocess.PIPE, check=False)
 
     def read(self, start: int, size: int) -> bytes:
         return os.pread(self._file.fileno(), size, start)

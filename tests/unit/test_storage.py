@@ -558,6 +558,23 @@ def test_a_pipe_that_fails_is_damage_with_what_it_said(folder):
     assert all("shard-00001" in message and "ended with code 3: no way" in message for message in damage)
 
 
+@pytest.mark.parametrize("name", ["shard-00001.tar", "manifest.json"])
+def test_a_pipe_that_fails_once_and_not_again_is_no_damage(folder, tmp_path, name):
+    # What it printed before it failed is not what is read.
+    once = f"mkdir {tmp_path}/failed 2>/dev/null && head -c 99999 /dev/zero && exit 7"
+    pipe = Url(f"pipe:case {{}} in {name}) {once};; esac; cat {folder}/{{}}")
+    assert rows(pipe, 12, 60, access=Access(allow_pipe=True)) == rows(folder, 12, 60)
+    assert (tmp_path / "failed").exists()
+
+
+def test_a_pipe_that_fails_is_run_twice_and_no_more(folder, tmp_path):
+    pipe = Url(f"pipe:case {{}} in *1.tar) echo >> {tmp_path}/runs; exit 2;; *) cat {folder}/{{}};; esac")
+    reader = ShardReader(pipe, read_manifest(folder), Access(allow_pipe=True))
+    (sample,) = reader.read_many([1], [0])
+    assert "shard-00001, sample 0" in sample.damage
+    assert (tmp_path / "runs").read_text() == "\n\n"
+
+
 @pytest.mark.parametrize("command", ["nosuchcommand {}", "kill -9 $$ {}", "exit 255 {}"])
 def test_a_pipe_whose_command_cannot_be_run_is_the_machines_fault_and_no_damage(folder, command):
     pipe = Url(f"pipe:case {{}} in *1.tar) {command};; *) cat {folder}/{{}};; esac")
