@@ -24,7 +24,8 @@ from pydantic import (
 
 from pipeline.data.shard_table import Count, FileName, Positive, Record, Sha256, Shard, ShardTable, parse_with_table
 from pipeline.data.shards import write_file
-from pipeline.storage.files import DIRECT, Access, StorageError, raise_if_of_the_machine, read_whole
+from pipeline.storage.faults import raise_if_of_the_machine
+from pipeline.storage.files import DIRECT, Access, StorageError, read_whole
 from pipeline.storage.location import Place, Url
 
 FORMAT_VERSION = 1
