@@ -11,8 +11,8 @@ the table of the shuffle has 65,536 entries. None grows with the corpus. The dis
 
 import itertools
 import os
-import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from pipeline.data.shards import token_dtype, write_file
 from pipeline.data.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
 from pipeline.data.workers import work_on
-from pipeline.data.writing_lock import LOCK_FILE, locked, make_partial
+from pipeline.data.writing_lock import LOCK_FILE, locked, make_partial, remove
 
 # A BPE is trained on slices evenly spread over the input: more text than this changes it little.
 _TRAINING_BYTES = 1 << 30
@@ -77,13 +77,20 @@ def prepare_files(
     request = describe(files, tokenizer, settings, names)
     partial = partial_of(output_dir)
     if is_taken(output_dir):
-        return _complete_already(output_dir, request, settings)
+        prepared = _complete_already(output_dir, request, settings)
+        # What there is of it was left by who was killed just before the end, or will be removed by who is there.
+        if (partial / LOCK_FILE).exists():
+            with suppress(DataError), locked(partial):
+                remove(partial)
+        with suppress(OSError):  # it is not there, or not empty
+            partial.rmdir()
+        return prepared
     job = _Job(files, names, partial, settings, processes, display or Display())
     make_partial(partial)
     with locked(partial):
         if is_taken(output_dir):  # by whoever had the lock until now
             prepared = _complete_already(output_dir, request, settings)
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             return prepared
         was_begun = begin_or_continue(partial, files, request)
         job.work.mkdir(exist_ok=True)
@@ -94,7 +101,7 @@ def prepare_files(
         except DataError:
             has_trained = isinstance(tokenizer, int) and (partial / TOKENIZER_FILE).exists()
             if not (was_begun or has_trained or job.num_slices_done):
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
             raise
 
 
@@ -133,7 +140,7 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
     }
     if job.settings.part is None and not all(tokens[split] for split in job.settings.splits):
         # The same request would end here again, and another one has nothing to go on with.
-        shutil.rmtree(job.partial, ignore_errors=True)
+        remove(job.partial)
         raise DataError(_nothing_found(counts, tokens, job.settings))
     manifests = {}
     for split, folder in job.settings.splits.items():
@@ -141,7 +148,7 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
     for leftover in job.data.rglob("*.tmp"):
         leftover.unlink()
     os.rename(job.data, output_dir)
-    shutil.rmtree(job.partial, ignore_errors=True)
+    remove(job.partial)
     return Prepared(manifests, counts, was_complete=False)
 
 
@@ -268,8 +275,5 @@ def _complete_already(output_dir: Path, request: dict[str, Any], settings: Setti
         if manifest.preparation is None or manifest.preparation.request_sha256 != request_sha256(request):
             raise taken
         manifests[output_dir / folder] = manifest
-    if (partial_of(output_dir) / LOCK_FILE).exists():
-        # Of the run that made the output, which may be removing it too.
-        shutil.rmtree(partial_of(output_dir), ignore_errors=True)
     counts = Counts(**next(iter(manifests.values())).preparation.input.model_dump())  # type: ignore[union-attr]
     return Prepared(manifests, counts, was_complete=True)

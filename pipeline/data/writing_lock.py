@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.data.manifest import DataError
@@ -51,6 +51,13 @@ def locked(partial: Path, lock_file: str = LOCK_FILE) -> Iterator[None]:
             # It was removed since it was opened, so that the next would lock another one.
             raise just_ended
         yield
+
+
+def remove(partial: Path) -> None:
+    """Remove a folder that is locked, if it is there; the lock last: who is killed meanwhile leaves what is known for our own."""
+    with suppress(FileNotFoundError):
+        clear(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def clear(partial: Path) -> None:
