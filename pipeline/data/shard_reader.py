@@ -149,6 +149,8 @@ class ShardReader:
     def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterable[Result]:
         if not self._is_remote or len(items) < 2:
             return map(function, items)
+        if self._closed.is_set():  # by another thread than the one that reads: nobody would end a new pool's threads
+            raise StorageError(f"{self.directory}: not read; its reader was closed meanwhile")
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         return self._pool.map(function, items)
