@@ -54,7 +54,7 @@ def locked(partial: Path, lock_file: str = LOCK_FILE) -> Iterator[None]:
 
 
 def remove(partial: Path) -> None:
-    """Remove a folder that is locked, if it is there; the lock last: who is killed meanwhile leaves what is known for our own."""
+    """Remove a folder that is locked, if it is there; the lock last, so that what is left by a kill is known for our own."""
     with suppress(FileNotFoundError):
         clear(partial)
     shutil.rmtree(partial, ignore_errors=True)
