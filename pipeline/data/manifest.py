@@ -183,6 +183,8 @@ def _manifest_bytes(directory: Place, access: Access) -> bytes:
         raise DataError(f"expected a folder of prepared shards at {directory}, but there is no such folder; {remedy}")
     try:
         return (directory / MANIFEST_FILE).read_bytes()
+    except FileNotFoundError:
+        pass
     except OSError as error:
         raise_if_no_damage(error, directory)
     if not any(directory.iterdir()):
