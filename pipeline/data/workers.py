@@ -218,7 +218,7 @@ def _outcome(asked: bytes, report: Report) -> bytes:
 def _can_be_sent(error: BaseException) -> bool:
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # an error's own way to be made again may raise anything
         return False
     return True
 
