@@ -75,7 +75,7 @@ def frozen_reference(job: Job, settings: Settings, config: dict[str, Any], shape
         needed = num_parameters(shape) * (2 if precision_of(config) == "bfloat16" else 4)
         free = smallest(free_bytes(job.device, job.world.local_size), job.device)
         sharding = sharding_that_fits(needed, free)
-    return build_reference(shape, settings.reference.path, sharding, config)
+    return build_reference(shape, settings.reference.path, sharding, config, settings.training.compile)
 
 
 def resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dict[str, Any], Checkpoints]:

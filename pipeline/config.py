@@ -219,6 +219,9 @@ class TrainingSettings(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Which activations wait for backward: all (`none`), those of matrix products and attention (`selective`), or each
     block's input alone (`full`; its forward runs twice). The others are made again; the gradient is the same."""
+    compile: Literal["auto", "off"] = "auto"
+    """Whether RoPE and SwiGLU's product are compiled (`auto`: on CUDA, but under `selective` checkpointing); the first step
+    takes some seconds longer, those after it a fifth less."""
     check_ranks_every: Positive | None = 100
     """Steps between comparisons of what all ranks must hold alike; null: never."""
     max_skipped_steps: Positive = 10

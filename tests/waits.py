@@ -1,6 +1,9 @@
-"""Counting, on a CPU, the operations for which a host would wait for its device."""
+"""Count, on a CPU, the operations for which a host would wait for its device; on a GPU, forbid them."""
 
 import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +86,15 @@ class CountWaits(TorchDispatchMode):
             frame = frame.f_back
         if frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
             self.places.append(f"{Path(frame.f_code.co_filename).relative_to(_PACKAGE)}:{frame.f_lineno}")
+
+
+@contextmanager
+def waiting_for_cuda_raises() -> Iterator[None]:
+    """Have whatever makes the host wait for a CUDA device raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of the mode itself: it calls itself a prototype.
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

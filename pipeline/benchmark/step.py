@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=int, default=8192, metavar="V", help="default: 8192")
     parser.add_argument("--sequence-length", type=int, default=512, metavar="T", help="default: 512")
     parser.add_argument("--rows", type=int, default=4, metavar="B", help="rows of a step (default: 4)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="beside next_token (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps, after two that warm up (default: 5)")
     parser.add_argument("--threads", type=int, default=0, help="of each variant on a CPU (default: all cores)")
 
@@ -59,12 +60,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         rounds = WARM_UP_ROUNDS + options.rounds
         directory = random_rows(Path(scratch), options.rows * (rounds + 1), options.sequence_length, options.vocabulary)
-        variants = [(name, directory, vars(options)) for name in VARIANTS]
+        variants = [(name, directory, vars(options)) for name in dict.fromkeys(("next_token", *options.variants))]
         groups = [[variant] for variant in variants] if torch.cuda.is_available() else [variants]
-        measured = [answers for group in groups for answers in in_turn(_prepare, group, rounds)]
+        measured, failed = _measured_by_group(groups, rounds)
     figures: dict[str, dict[str, float]] = {
-        name: medians(answers[WARM_UP_ROUNDS:], ("seconds", "peak_bytes"))
-        for name, answers in zip(VARIANTS, measured, strict=True)
+        name: medians(answers[WARM_UP_ROUNDS:], ("seconds", "peak_bytes")) for name, answers in measured.items()
     }
     shape = shape_of(vars(options))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -80,7 +80,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         own["time_over_flops"] = own["time_ratio"] / own["flop_ratio"]
         if peak_flops is not None:
             own["mfu"] = flops / own["seconds"] / peak_flops
-    return {"variants": figures, "device": device, "torch": torch.__version__, "shape": shape.model_dump(mode="json")}
+    return {
+        "variants": figures,
+        "failed": failed,
+        "device": device,
+        "torch": torch.__version__,
+        "shape": shape.model_dump(mode="json"),
+    }
+
+
+def _measured_by_group(groups: list[list[tuple[Any, ...]]], rounds: int) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """(what each variant measured, why others measured nothing). On a GPU a variant may need more memory than there is;
+    without next_token there is nothing to compare with, so its failure is the benchmark's."""
+    measured: dict[str, list[Any]] = {}
+    failed: dict[str, str] = {}
+    for group in groups:
+        names = [variant[0] for variant in group]
+        try:
+            measured |= dict(zip(names, in_turn(_prepare, group, rounds), strict=True))
+        except RuntimeError as error:
+            if "next_token" in names:
+                raise
+            failed |= dict.fromkeys(names, str(error).strip().splitlines()[-1])
+    return measured, failed
 
 
 def table(figures: dict[str, Any]) -> str:

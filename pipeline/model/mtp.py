@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ModelSettings
 from pipeline.data.batch import Spans
+from pipeline.model.elementwise import EAGER, Elementwise
 from pipeline.model.recompute import block_runner
 from pipeline.model.transformer import Block, RMSNorm, document_mask, flash_serves, rotary_angles
 from pipeline.weighting.loss_phase import HeadLosses, chunked_losses, dense_losses, score_tokens
@@ -61,13 +62,13 @@ class MTPModel(nn.Module):
     """Trunk, heads and unembedding for `settings`, whose vocab_size must be set; `activation_checkpointing` as `recompute`
     names it."""
 
-    def __init__(self, settings: ModelSettings, activation_checkpointing: str = "none"):
+    def __init__(self, settings: ModelSettings, activation_checkpointing: str = "none", elementwise: Elementwise = EAGER):
         super().__init__()
         assert settings.vocab_size is not None, "vocab_size is resolved from the data before a model is built"
         self.settings = settings
         self.embed = nn.Embedding(settings.vocab_size, settings.dim)
-        self.trunk = nn.ModuleList(Block(settings) for _ in range(settings.num_layers - 1))
-        self.heads = nn.ModuleList(Block(settings) for _ in range(settings.num_prediction_heads))
+        self.trunk = nn.ModuleList(Block(settings, elementwise) for _ in range(settings.num_layers - 1))
+        self.heads = nn.ModuleList(Block(settings, elementwise) for _ in range(settings.num_prediction_heads))
         self.unembed = Unembedding(settings, self.embed.weight)
         self.run_block = block_runner(activation_checkpointing)
         # For each backward since somebody cleared it bool [B], the rows whose gradient was not finite on its way to the end.

@@ -19,6 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from pipeline.config import ModelSettings
 from pipeline.data.batch import Spans
+from pipeline.model.elementwise import EAGER, Elementwise
 
 Documents = Tensor | Spans
 """A `document_mask`, or spans for flash attention."""
@@ -87,13 +88,6 @@ def rotary_angles(num_tokens: int, settings: ModelSettings, device: torch.device
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BTNK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    cos_T1K, sin_T1K = angles
-    first, second = x_BTNK.float().chunk(2, dim=-1)
-    rotated = x_BTNK.float() * cos_T1K + torch.cat([-second, first], dim=-1) * sin_T1K
-    return rotated.to(x_BTNK.dtype)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -105,8 +99,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, settings: ModelSettings):
+    def __init__(self, settings: ModelSettings, elementwise: Elementwise):
         super().__init__()
+        self.rotate = elementwise.rotate
         self.head_dim = attention_head_dim(settings)
         num_key_value_heads = settings.num_key_value_heads or settings.num_attention_heads
         query_dim, key_dim = settings.num_attention_heads * self.head_dim, num_key_value_heads * self.head_dim
@@ -125,7 +120,7 @@ class Attention(nn.Module):
         )
         if self.qk_norm:
             query_BTNK, key_BTGK = self.query_norm(query_BTNK), self.key_norm(key_BTGK)
-        query_BTNK, key_BTGK = rotate(query_BTNK, angles), rotate(key_BTGK, angles)
+        query_BTNK, key_BTGK = self.rotate(query_BTNK, angles), self.rotate(key_BTGK, angles)
         if isinstance(documents, Spans):
             attended_BTNK = attend_in_spans(query_BTNK, key_BTGK, value_BTGK, documents)
         else:
@@ -134,23 +129,24 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, settings: ModelSettings):
+    def __init__(self, settings: ModelSettings, elementwise: Elementwise):
         super().__init__()
+        self.gated = elementwise.gated
         self.gate = nn.Linear(settings.dim, ffn_dim(settings), bias=False)
         self.up = nn.Linear(settings.dim, ffn_dim(settings), bias=False)
         self.down = nn.Linear(ffn_dim(settings), settings.dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(self.gated(self.gate(x_BTD), self.up(x_BTD)))
 
 
 class Block(nn.Module):
-    def __init__(self, settings: ModelSettings):
+    def __init__(self, settings: ModelSettings, elementwise: Elementwise = EAGER):
         super().__init__()
         self.attention_norm = RMSNorm(settings.dim, settings.norm_eps)
-        self.attention = Attention(settings)
+        self.attention = Attention(settings, elementwise)
         self.ffn_norm = RMSNorm(settings.dim, settings.norm_eps)
-        self.ffn = SwiGLU(settings)
+        self.ffn = SwiGLU(settings, elementwise)
 
     def forward(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, documents)

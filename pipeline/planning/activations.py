@@ -10,9 +10,10 @@ Shapes: N tokens of a micro-batch, D width, F width of the feed-forward layer, V
 """
 
 from pipeline.model import transformer
+from pipeline.model.elementwise import EAGER, elementwise_for
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 from pipeline.planning.case import FLOAT32, Case
-from pipeline.weighting.cross_entropy import rows_per_chunk
+from pipeline.weighting.cross_entropy import MOVES, rows_per_chunk
 
 
 def block_input(case: Case) -> int:
@@ -24,7 +25,8 @@ def saved_by_block(case: Case) -> int:
     """All that one block saves beside its input when nothing is made again."""
     model = case.settings.model
     query, key = _projections(case)
-    feed_forward = 4 * ffn_dim(model)  # gate, its SiLU, up, and their product: what goes into down.
+    # gate, its SiLU, up, and their product, which goes into down; compiled, the SiLU is made again.
+    feed_forward = (3 if _compiles(case) else 4) * ffn_dim(model)
     attended = query if _repeats_heads(case) else key
     values = 2 * query + 2 * attended + 2 * model.dim + feed_forward  # Query, output, key, value, what both norms give.
     into_norms, norms = model.dim, 2 * _norm(case, model.dim)  # The stream between the block's halves.
@@ -86,10 +88,9 @@ def in_loss(case: Case) -> int:
     """What the loss phase holds at once, the hidden states left out."""
     model = case.settings.model
     if case.settings.training.loss_phase == "dense":
-        # cross_entropy saves each head's log-probabilities; the last head's logits are there as well, in float32 too.
+        # cross_entropy saves each head's log-probabilities; the last head's logits are there as well.
         logits = case.num_tokens * case.vocab_size
-        casting = 0 if case.width == FLOAT32 else logits * FLOAT32
-        return model.num_prediction_heads * logits * FLOAT32 + logits * case.width + casting
+        return (model.num_prediction_heads + 1) * logits * FLOAT32 + _cast_for_dense(case)
     rows = rows_per_chunk(case.num_tokens, case.vocab_size, "cuda" if case.on_gpu else "cpu")
     chunk = rows * case.vocab_size
     # bf16: a chunk's logit gradients are cast, and its part of the weight's gradient comes in bf16 before it is added.
@@ -97,7 +98,7 @@ def in_loss(case: Case) -> int:
     if casting and not case.on_gpu:
         casting += case.unembedding * FLOAT32  # There torch adds tensors of two precisions by way of a copy of the one.
     rows_at_work = 2 * rows * model.dim * case.width
-    return gradients_of_loss(case) + chunk * FLOAT32 + casting + rows_at_work
+    return gradients_of_loss(case) + chunk * FLOAT32 + chunk * FLOAT32 // MOVES + casting + rows_at_work
 
 
 def gradients_of_loss(case: Case) -> int:
@@ -114,11 +115,17 @@ def in_backward_of_norm(case: Case) -> int:
 
 
 def in_backward_of_dense(case: Case) -> int:
-    """The oracle's backward: a head's logit gradients, in float32 and cast, and the unembedding's gradient twice."""
+    """The oracle's backward: a head's logit gradients, and the unembedding's gradient twice."""
     logits = case.num_tokens * case.vocab_size
-    saved = case.settings.model.num_prediction_heads * logits * FLOAT32
-    casting = 0 if case.width == FLOAT32 else logits * case.width
-    return saved + logits * FLOAT32 + casting + 2 * case.unembedding * case.width + stacked(case)
+    saved = case.settings.model.num_prediction_heads * logits * FLOAT32 + _cast_for_dense(case)
+    return saved + logits * FLOAT32 + 2 * case.unembedding * FLOAT32 + stacked(case)
+
+
+def _cast_for_dense(case: Case) -> int:
+    """What the oracle's float32 products keep beside factors in bf16: both factors in float32."""
+    if case.width == FLOAT32:
+        return 0
+    return stacked(case) * FLOAT32 // case.width + case.unembedding * FLOAT32
 
 
 def in_backward_of_block(case: Case) -> int:
@@ -141,6 +148,13 @@ def _key_value_heads(case: Case) -> int:
 def _repeats_heads(case: Case) -> bool:
     """Whether each key and value is copied for all query heads that share it, and saved so: torch 2.11's flash attention."""
     return case.on_gpu and case.width != FLOAT32 and not transformer.FLASH_GROUPS_HEADS
+
+
+def _compiles(case: Case) -> bool:
+    """Whether RoPE and SwiGLU's product are compiled, on a machine that can."""
+    training = case.settings.training
+    device_type = "cuda" if case.on_gpu else "cpu"
+    return elementwise_for(training.compile, training.activation_checkpointing, device_type) is not EAGER
 
 
 def _log_sum(case: Case) -> int:

@@ -72,6 +72,13 @@ class Case:
         return parameter_sizes(self.settings.model)
 
     @cached_property
+    def largest_module(self) -> int:
+        """Values of the largest module that ZeRO-3 gathers as one: a block, or the embedding."""
+        model = self.settings.model
+        one_head_more = model.model_copy(update={"num_prediction_heads": model.num_prediction_heads + 1})
+        return max(sum(parameter_sizes(one_head_more)) - self.whole, self.unembedding)
+
+    @cached_property
     def whole(self) -> int:
         """Values of the policy's parameters."""
         return sum(self.parameters)

@@ -144,8 +144,8 @@ def persistent(case: Case, sizes: list[int]) -> int:
 def gathered(case: Case) -> int:
     """The most that stage 3 holds of other ranks' weights, in a step after the second, from which on it knows the order.
 
-    Every module that is entered fetches ahead, and there are many to a block, so that what is fetched soon fills
-    stage3_max_live_parameters, the last parameter beyond it. And a parameter stays after its use if fewer than
+    Every module that is entered fetches ahead, so that what is fetched soon fills stage3_max_live_parameters, the last block
+    beyond it. And a parameter stays after its use if fewer than
     stage3_max_reuse_distance values lie between this use and the next (`__params_to_release`); between forward and
     backward of a layer all that follows it lies twice, where it is made again three times. Beyond that there is the
     module at work, and where blocks are made again a second one, whose backward asked for it. Neither grows with the number of
@@ -156,7 +156,7 @@ def gathered(case: Case) -> int:
     repeated = case.settings.training.activation_checkpointing != "none"
     ahead = int(case.zero.max_live_parameters) if case.zero.prefetch_bucket_size else 0
     kept = max(ahead, int(case.zero.max_reuse_distance) // (3 if repeated else 2))
-    at_work = max(case.parameters) * (2 if repeated else 1)
+    at_work = case.largest_module * (2 if repeated else 1)
     return max(persistent(case, case.parameters), case.width * min(case.whole, kept + at_work))
 
 

@@ -102,10 +102,10 @@ def dense_losses(
     hidden_BTHD: Tensor, weight_VD: Tensor, targets_BTH: Tensor, valid_BTH: Tensor, select: Select, scale_H: Tensor
 ) -> HeadLosses:
     """The same by the formula, slowly: all logits of a head at once, and autograd."""
-    losses = []
+    losses, weight_DV = [], weight_VD.float().T
     for hidden_BTD, targets_BT in zip(hidden_BTHD.unbind(2), targets_BTH.unbind(2), strict=True):
-        logits_NV = hidden_BTD.flatten(0, 1) @ weight_VD.T
-        losses.append(F.cross_entropy(logits_NV.float(), targets_BT.flatten(), reduction="none").view(targets_BT.shape))
+        logits_NV = hidden_BTD.flatten(0, 1).float() @ weight_DV
+        losses.append(F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none").view(targets_BT.shape))
     policy_loss_BTH = torch.stack(losses, dim=-1).where(valid_BTH, 0.0)
     selection = select.choose(policy_loss_BTH.detach()[..., 1:])
     loss = _objective(policy_loss_BTH, _with_first_head(valid_BTH, selection.selected_BTK), scale_H)

@@ -134,7 +134,7 @@ def test_half_precision_inputs_give_float32_losses_and_a_weight_gradient_summed_
     sums = WeightedCrossEntropy(hidden, weight, targets, row_weight, 5)
     sums.score(EVERY_ROW, take=1)
     losses = sums.loss_N
-    logits = (hidden @ weight.T).float()
+    logits = hidden.float() @ weight.float().T
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
     assert losses.dtype == sums.weight_grad_VD.dtype == torch.float32
     loss = sums.with_gradients(losses.sum(), hidden, weight)
@@ -151,4 +151,4 @@ def test_a_chunk_is_at_most_a_quarter_of_the_rows() -> None:
     assert rows_per_chunk(1024, 32) == 256
     assert rows_per_chunk(2, 32) == 1
     assert rows_per_chunk(10**6, 32_000) * 32_000 <= 2**24
-    assert 2**26 < rows_per_chunk(10**6, 32_000, "cuda") * 32_000 <= 2**27
+    assert 2**27 < rows_per_chunk(10**6, 32_000, "cuda") * 32_000 <= 2**28

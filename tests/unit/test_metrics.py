@@ -18,6 +18,7 @@ from pipeline.runtime.metrics import (
 from pipeline.weighting.loss_phase import HeadLosses
 from pipeline.weighting.selection import Selection
 from tests.ranks import run_ranks
+from tests.waits import waiting_for_cuda_raises
 
 ROWS, TOKENS, HEADS, SOURCES = 2, 90, 4, ("prose", "noise")
 
@@ -187,12 +188,9 @@ def test_adding_to_the_sums_does_not_wait_for_the_device() -> None:
     losses, valid, sources = micro_batch(1)
     selection = Selection(*(part.cuda() for part in losses.selection if part is not None))
     on_device = HeadLosses(losses.loss.cuda(), losses.policy_loss_BTH.cuda(), selection)
-    valid, sources, sums = valid.cuda(), sources.cuda(), SelectionSums(HEADS, len(SOURCES), torch.device("cuda"))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    valid, sources, sums = valid.cuda(), sources.cuda(), SelectionSums(HEADS, len(SOURCES), torch.device("cuda", 0))
+    with waiting_for_cuda_raises():
         sums.add(on_device, valid, sources)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert sums.record([0.1] * HEADS, SOURCES, None)["valid_count_head_0"] == valid[..., 0].sum().item()
 
 
