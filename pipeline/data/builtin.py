@@ -24,9 +24,10 @@ from tokenizers import Tokenizer
 from pipeline.data.documents import Document
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.permutation import WORDS, permutation
-from pipeline.data.prepare import TokenizedDocument, tokenize, whole_or_absent, write_dataset
+from pipeline.data.prepare import TokenizedDocument, tokenize, write_dataset
 from pipeline.data.tokenization import position_by_hash
 from pipeline.data.tokenizer import train_bpe
+from pipeline.data.writing_lock import whole_or_absent
 
 CORPUS_FILE = "corpus.json"
 """How the three folders were made; last to be written, so that where it is the corpus is complete."""

@@ -23,8 +23,8 @@ from pipeline.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.data.prepare import whole_or_absent
 from pipeline.data.shards import shard_name
+from pipeline.data.writing_lock import whole_or_absent
 
 _OF_ONE_KIND = ("sequence_length", "vocab_size", "end_of_document_id", "tokenizer_sha256", "source_names")
 _OF_ONE_REQUEST = ("seed", "packing", "samples_per_shard", "validation", "weights", "whole_sha256")

@@ -8,10 +8,8 @@ bytes.
 A folder is written under another name and renamed once, so that it is complete if it is there.
 """
 
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,12 +27,9 @@ from pipeline.data.shards import MAX_SOURCES, token_dtype
 from pipeline.data.tokenization import Encoder, Tokenization, add_documents
 from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
 from pipeline.data.workers import Report, work_on
-from pipeline.data.writing_lock import LOCK_FILE, clear, locked, make_partial
+from pipeline.data.writing_lock import whole_or_absent
 
 SAMPLES_PER_SHARD = 8192
-_PARTIAL = ".partial"
-# In a partial folder of `resumable.prepare_files`: what was asked for.
-REQUEST_FILE = "request.json"
 
 
 @dataclass(frozen=True)
@@ -130,53 +125,6 @@ def prepare(
             for split, folder in settings.splits.items()
         ]
     return manifests[0]
-
-
-@contextmanager
-def whole_or_absent(output_dir: Path) -> Iterator[Path]:
-    """A new folder `OUTPUT.partial` to write to, renamed to OUTPUT at the end of the block if nothing was raised.
-
-    Raises:
-        DataError: OUTPUT exists and is not an empty folder, or another process is writing to its partial folder, or that is a
-            preparation that can be gone on with, or not of this program.
-    """
-    output_dir = Path(output_dir)
-    partial = partial_of(output_dir)
-    _refuse_if_taken(output_dir)
-    make_partial(partial)
-    with locked(partial):
-        _refuse_if_taken(output_dir)  # by whoever had the lock until now
-        if (partial / REQUEST_FILE).exists():
-            raise DataError(
-                f"{partial} is a preparation that is not finished; finish it with its own launch/prepare.py command, remove "
-                "it, or choose another output"
-            )
-        clear(partial)
-        yield partial
-        os.rename(partial, output_dir)
-        # Last: without it another process would take a folder that is written to for one that was left.
-        (output_dir / LOCK_FILE).unlink()
-
-
-def _refuse_if_taken(output_dir: Path) -> None:
-    if is_taken(output_dir):
-        raise DataError(f"the output {output_dir} exists already; remove it, or choose another one")
-
-
-def partial_of(output_dir: Path) -> Path:
-    """The folder beside the output in which it is made.
-
-    Raises:
-        DataError: the output's path does not end in a name.
-    """
-    if output_dir.name in ("", ".."):
-        raise DataError(f"expected an output folder with a name of its own, such as {output_dir / 'data'}, got {output_dir}")
-    return output_dir.with_name(output_dir.name + _PARTIAL)
-
-
-def is_taken(output_dir: Path) -> bool:
-    """Whether there is something at the output's path other than an empty folder."""
-    return os.path.lexists(output_dir) and not (output_dir.is_dir() and not any(output_dir.iterdir()))
 
 
 def tokenize(

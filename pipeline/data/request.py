@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 
 from pipeline.data.inputs import InputFile
 from pipeline.data.manifest import DataError
-from pipeline.data.prepare import REQUEST_FILE, Settings
+from pipeline.data.prepare import Settings
 from pipeline.data.shards import write_file
-from pipeline.data.writing_lock import clear
+from pipeline.data.writing_lock import REQUEST_FILE, clear
 
 
 def describe(

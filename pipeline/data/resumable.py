@@ -30,14 +30,14 @@ from pipeline.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.data.prepare import Settings, assemble_split, is_taken, partial_of, tokenization_into
+from pipeline.data.prepare import Settings, assemble_split, tokenization_into
 from pipeline.data.progress import Display
 from pipeline.data.request import begin_or_continue, describe, request_sha256, whole_sha256
 from pipeline.data.shards import token_dtype, write_file
 from pipeline.data.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
 from pipeline.data.workers import work_on
-from pipeline.data.writing_lock import LOCK_FILE, locked, make_partial, remove
+from pipeline.data.writing_lock import LOCK_FILE, is_taken, locked, make_partial, partial_of, remove
 
 # A BPE is trained on slices evenly spread over the input: more text than this changes it little.
 _TRAINING_BYTES = 1 << 30

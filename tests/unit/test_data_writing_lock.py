@@ -10,11 +10,11 @@ import pytest
 from pipeline.data.inputs import Input
 from pipeline.data.manifest import DataError
 from pipeline.data.parts import merge
-from pipeline.data.prepare import Settings, prepare, whole_or_absent
+from pipeline.data.prepare import Settings, prepare
 from pipeline.data.resumable import prepare_files
 from pipeline.data.tokenizer import byte_tokenizer
 from pipeline.data.verification import verify
-from pipeline.data.writing_lock import locked
+from pipeline.data.writing_lock import locked, whole_or_absent
 from tests.data_sets import numbered_data
 
 T = 8
