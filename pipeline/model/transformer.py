@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from pipeline.config import ModelSettings
-from pipeline.data.batch import Spans
+from pipeline.data.loading.batch import Spans
 
 Documents = Tensor | Spans
 """A `document_mask`, or spans for flash attention."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from pipeline.config import Settings
-from pipeline.data.batch import Batch
+from pipeline.data.loading.batch import Batch
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pipeline.config import ConfigError, Settings
-from pipeline.data.manifest import DataError, read_manifest
-from pipeline.data.reference_losses import CachedLosses, ReferenceLosses, data_fingerprint, read_losses_manifest
+from pipeline.data.errors import DataError
+from pipeline.data.shards.manifest import read_manifest
+from pipeline.data.shards.reference_losses import CachedLosses, ReferenceLosses, data_fingerprint, read_losses_manifest
 from pipeline.recipe import load_settings
 from tests.integration.test_pipeline_rho1 import DEEPSPEED_JSON, job_on_this_rank, settings_for
 from tests.ranks import run_ranks
@@ -59,8 +60,8 @@ def test_training_with_cached_losses_is_training_with_the_live_reference_to_the_
 def test_every_token_has_the_loss_that_the_reference_gives_it(scored, tiny_data: Path, tiny_reference: Path) -> None:
     import torch
 
-    from pipeline.data.batch import collate
-    from pipeline.data.shard_reader import ShardReader
+    from pipeline.data.loading.batch import collate
+    from pipeline.data.shards.reader import ShardReader
     from pipeline.model.huggingface import load_weights, read_model_settings
     from pipeline.model.mtp import MTPModel
     from tests.unit.test_model import losses_by_hand
