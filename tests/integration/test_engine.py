@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pipeline.model.mtp import MTPModel
 from pipeline.schedule import learning_rate
-from tests.integration.test_gradients import dense_model, settings_for, whole_batch
+from tests.dense import dense_model, settings_for, whole_batch
 from tests.ranks import run_ranks
 from tests.rows import part_of
 from tests.stepping import run_of

@@ -13,7 +13,8 @@ from pipeline.micro_step import Models
 from pipeline.model.mtp import MTPModel
 from pipeline.runtime.distributed import World
 from pipeline.runtime.logbook import without_non_finite
-from tests.integration.test_gradients import HEADS, all_losses, dense_model, dense_objective, part_of, settings_for, whole_batch
+from tests.dense import HEADS, all_losses, dense_model, dense_objective, settings_for, whole_batch
+from tests.rows import part_of
 
 
 def validated(settings: Settings, policy: MTPModel, reference: MTPModel) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "pipeline"
+UNIT_TESTS = Path(__file__).parent
 
 DATA = {"data", "data.corpus", "data.shards", "data.loading"}
 # What a room may import of the package. Of data, corpus and loading never meet; both stand on shards, and shards on what lies
@@ -145,3 +146,8 @@ def test_the_objective_is_plain_torch() -> None:
         if not name.startswith("pipeline.")
     }
     assert foreign <= {"torch", "math", "typing", "collections", "dataclasses", "hashlib"}
+
+
+def test_unit_tests_import_nothing_of_the_integration_tests() -> None:
+    for path in sorted(UNIT_TESTS.rglob("*.py")):
+        assert not [name for name in imported(path) if name.startswith("tests.integration")], path

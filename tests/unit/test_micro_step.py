@@ -18,7 +18,7 @@ from pipeline.runtime.metrics import EXCESS_BINS, SelectionSums
 from pipeline.train import all_finite_or_nan
 from pipeline.weighting.pools import random_scores
 from pipeline.weighting.prediction import Prediction
-from tests.integration.test_gradients import (
+from tests.dense import (
     HEADS,
     ROWS,
     TOKENS,
