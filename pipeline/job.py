@@ -6,7 +6,6 @@ one that is there is complete.
 """
 
 import math
-import os
 import time
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from pipeline.runtime.memory import peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
 from pipeline.storage.files import read_whole
+from pipeline.storage.whole_file import publish, write_file
 from pipeline.train import advance, begin_step, train, train_step
 
 # One head selects nothing; how the policy does is no property of the reference.
@@ -190,9 +190,9 @@ def export(run: Run, directory: Path) -> None:
     save_model(model, partial, gathered, writes=run.world.is_first)
     if run.world.is_first:
         tokenizer = run.stream.sets[0].place / run.stream.manifest.tokenizer_file
-        (directory / TOKENIZER_FILE).write_bytes(read_whole(tokenizer, run.settings.data.access))
+        write_file(directory / TOKENIZER_FILE, read_whole(tokenizer, run.settings.data.access))
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, directory / file.name)
+            publish(file, directory / file.name)
         partial.rmdir()
     dist.barrier()
 

@@ -6,7 +6,6 @@ job is one integer, samples consumed; nothing in training draws random numbers, 
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pipeline.progress import Progress
 from pipeline.runtime.distributed import World, from_first
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.identity import POSITION, differences_that_matter
+from pipeline.storage.whole_file import publish, write_file
 
 REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"
 
@@ -43,10 +43,10 @@ class Checkpoints:
         dist.barrier()
         if self.world.is_first:
             state = {"progress": progress.to_json(), "world_size": self.world.size, "identity": self.identity}
-            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            write_file(partial / "state.json", json.dumps(state, indent=1).encode())
             shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            replace_text(self.directory / "latest", name + "\n")
+            publish(partial, final)
+            write_file(self.directory / "latest", f"{name}\n".encode())
             self._forget_all_but_the_newest_and(name)
         dist.barrier()
 
@@ -143,10 +143,3 @@ class Checkpoints:
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees all of the old or all of the new."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)

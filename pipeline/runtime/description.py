@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from pipeline.config import Settings
-from pipeline.runtime.checkpoint import replace_text
 from pipeline.runtime.distributed import World
+from pipeline.storage.whole_file import write_file
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "tokenizers", "safetensors", "numpy")
 
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "tokenizers", "safetensors", "nu
 def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], world: World, device: torch.device) -> None:
     """Write config.yaml and environment.json; `deepspeed` is the JSON's content as it was given."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    replace_text(run_dir / "config.yaml", settings.to_yaml())
+    write_file(run_dir / "config.yaml", settings.to_yaml().encode())
     environment = {
         "command": sys.argv,
         "git_commit": _git_commit(),
@@ -33,7 +33,7 @@ def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], w
         "threads_per_rank": torch.get_num_threads(),
         "deepspeed_json": deepspeed,
     }
-    replace_text(run_dir / "environment.json", json.dumps(environment, indent=1) + "\n")
+    write_file(run_dir / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
 
 
 def _git_commit() -> str | None:

@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.runtime.checkpoint import replace_text
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, EXCESS_LOWEST, Record, Totals, ratio
 from pipeline.runtime.table import aligned
+from pipeline.storage.whole_file import write_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -25,7 +25,7 @@ class Logbook:
     def __init__(self, run_dir: Path, first_step: int, num_heads: int):
         path = run_dir / METRICS_FILE
         kept = [record for record in read_records(run_dir) if 0 < first_step >= record["step"]]
-        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.file: TextIO = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
         if num_heads > 1:

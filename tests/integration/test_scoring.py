@@ -113,7 +113,8 @@ def test_scoring_goes_on_where_it_was_and_ends_with_the_same_bytes(scored, tmp_p
     (partial / f"{names[0]}.00000000.piece").write_bytes(finished)
     for name in names[1:]:
         (partial / f"{name}.losses").unlink()
-    (partial / f"{names[1]}.00000000.piece.tmp-1").write_bytes(b"half of")
+    for half_written in (f"{names[1]}.00000000.piece.1-1.tmp", f"{names[1]}.losses.1-1.tmp"):
+        (partial / half_written).write_bytes(b"half of")
     there = len(list(partial.glob("*.piece")))
     # A signal is heeded after the piece in hand, which is kept.
     assert run_ranks(score_again, 1, scored["settings"], cache, "float32", tmp_path / "run", True) == ["exit code 75"]
@@ -123,7 +124,7 @@ def test_scoring_goes_on_where_it_was_and_ends_with_the_same_bytes(scored, tmp_p
     for name in names[1:]:
         for suffix in ("losses", "losses.crc32"):
             assert (done / f"{name}.{suffix}").read_bytes() == (scored["cache"] / done.name / f"{name}.{suffix}").read_bytes()
-    assert not list(done.glob("*.piece*"))
+    assert not [*done.glob("*.piece*"), *done.glob("*.tmp")]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ ALLOWED = {
     "schedule": {"config"},
     "progress": {"weighting"},
     "data": set(),
-    "data.corpus": {"data", "data.shards"},
+    "data.corpus": {"data", "data.shards", "storage"},
     "data.shards": {"data", "config", "storage"},
     "data.loading": {"data", "data.shards", "config", "storage"},
     "weighting": {"config"},

@@ -29,6 +29,7 @@ from pipeline.data.permutation import WORDS, permutation
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.shards.output_folder import whole_or_absent
 from pipeline.data.tokenizer import train_bpe
+from pipeline.storage.whole_file import write_file
 
 CORPUS_FILE = "corpus.json"
 """How the three folders were made; last to be written, so that where it is the corpus is complete."""
@@ -104,7 +105,7 @@ def prepare_builtin(
                 source_names=names,
                 samples_per_shard=_SAMPLES_PER_SHARD,
             )
-        (partial / CORPUS_FILE).write_text(json.dumps(asked) + "\n", encoding="utf-8")
+        write_file(partial / CORPUS_FILE, (json.dumps(asked) + "\n").encode())
 
 
 def _check_existing(directory: Path, asked: dict[str, int]) -> None:

@@ -10,7 +10,6 @@ and the table of the shuffle has 65,536 entries. None grows with the corpus. The
 """
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,8 +28,9 @@ from pipeline.data.corpus.workers import work_on
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import MANIFEST_FILE, InputCounts, Manifest, Preparation, read_manifest, write_manifest
 from pipeline.data.shards.output_folder import LOCK_FILE, is_taken, locked, make_partial, partial_of, remove
-from pipeline.data.shards.writer import token_dtype, write_file
+from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
+from pipeline.storage.whole_file import publish, write_file
 
 # A BPE is trained on slices evenly spread over the input: more text than this changes it little.
 _TRAINING_BYTES = 1 << 30
@@ -140,7 +140,7 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
         manifests[output_dir / folder] = _assemble(job, trained, split, folder, tokens[split], counts, request)
     for leftover in job.data.rglob("*.tmp"):
         leftover.unlink()
-    os.rename(job.data, output_dir)
+    publish(job.data, output_dir)
     remove(job.partial)
     return Prepared(manifests, counts, was_complete=False)
 

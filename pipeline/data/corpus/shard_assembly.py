@@ -18,7 +18,8 @@ from pipeline.data.corpus.packing import TokenizedDocuments, pack
 from pipeline.data.corpus.sorted_runs import Runs
 from pipeline.data.corpus.workers import Report
 from pipeline.data.shards.manifest import Shard
-from pipeline.data.shards.writer import shard_name, token_dtype, write_file, write_shard
+from pipeline.data.shards.writer import shard_name, token_dtype, write_shard
+from pipeline.storage.whole_file import write_file
 
 
 @dataclass(frozen=True)

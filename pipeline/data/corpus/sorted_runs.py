@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.corpus.packing import TokenizedDocuments
-from pipeline.data.shards.writer import write_file
+from pipeline.storage.whole_file import write_file
 
 NUM_BUCKETS = 1 << 16
 # 64 or 128 MB: what a worker holds before it writes a run.

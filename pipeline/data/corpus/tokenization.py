@@ -25,8 +25,9 @@ from pipeline.data.corpus.inputs import Span
 from pipeline.data.corpus.sorted_runs import RunWriter
 from pipeline.data.corpus.workers import Report
 from pipeline.data.permutation import COPIES, DOCUMENTS, sort_keys
-from pipeline.data.shards.writer import token_dtype, write_file
+from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import for_documents, load_tokenizer, vocab_size
+from pipeline.storage.whole_file import write_file
 
 # Given to the tokenizer at once: enough to keep all cores busy where one process has them all, little enough to hold.
 _BATCH_CHARACTERS = 2_000_000

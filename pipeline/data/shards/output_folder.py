@@ -5,7 +5,6 @@ is a file in the folder, removed when all is done; that of a killed process is r
 locks: there nobody is told.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.data.errors import DataError
+from pipeline.storage.locks import take_lock
+from pipeline.storage.whole_file import publish
 
 LOCK_FILE = "lock"
 _PARTIAL = ".partial"
@@ -41,7 +42,7 @@ def whole_or_absent(output_dir: Path) -> Iterator[Path]:
             )
         clear(partial)
         yield partial
-        os.rename(partial, output_dir)
+        publish(partial, output_dir)
         # Last: without it another process would take a folder that is written to for one that was left.
         (output_dir / LOCK_FILE).unlink()
 
@@ -92,12 +93,8 @@ def locked(partial: Path, lock_file: str = LOCK_FILE) -> Iterator[None]:
     except FileNotFoundError:
         raise just_ended from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is writing to {partial}; wait for it, or stop it") from None
-        except OSError:
-            pass  # some file systems have no locks
+        if not take_lock(file):
+            raise DataError(f"another process is writing to {partial}; wait for it, or stop it")
         if not os.fstat(file.fileno()).st_nlink:
             # It was removed since it was opened, so that the next would lock another one.
             raise just_ended

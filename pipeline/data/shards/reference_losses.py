@@ -38,6 +38,7 @@ from pipeline.data.shards.table import Shard
 from pipeline.data.shards.writer import CRC
 from pipeline.storage.faults import raise_if_of_the_machine
 from pipeline.storage.files import StorageError
+from pipeline.storage.whole_file import publish, whole_file, write_file
 
 _SAMPLES_SCORED_AT_ONCE = 1024
 Piece = tuple[int, int, int]
@@ -241,32 +242,30 @@ class LossesWriter:
         if (self.folder / MANIFEST_FILE).is_file():
             return None
         self.partial.mkdir(parents=True, exist_ok=True)
-        (self.partial / MANIFEST_FILE).write_text(self._losses.model_dump_json(indent=1) + "\n")
+        write_file(self.partial / MANIFEST_FILE, (self._losses.model_dump_json(indent=1) + "\n").encode())
         return [piece for piece in self._pieces() if not self._file_of(piece).is_file()]
 
     def write(self, piece: Piece, losses_NTC: np.ndarray) -> None:
         """The losses, float32 [samples, T, C], of a whole piece."""
-        file = self._file_of(piece)
-        temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-        temporary.write_bytes(losses_NTC.astype(_DTYPES[self._losses.dtype]).tobytes())
-        os.replace(temporary, file)
+        write_file(self._file_of(piece), losses_NTC.astype(_DTYPES[self._losses.dtype]).tobytes())
 
     def join(self, shard: int) -> None:
         """Put a shard's pieces together; all of them are there."""
         of, size = self._data.shards[shard], self._losses.sample_bytes
         checksums = []
-        with (self.partial / f"{of.name}.losses").open("wb") as file:
+        with whole_file(self.partial / f"{of.name}.losses") as file:
             for piece in self._pieces_of(shard):
                 data = memoryview(self._file_of(piece).read_bytes())
                 checksums += [self._losses.checksum(of, data[start : start + size]) for start in range(0, len(data), size)]
                 file.write(data)
-        (self.partial / f"{of.name}.losses.crc32").write_bytes(np.array(checksums, CRC).tobytes())
+        write_file(self.partial / f"{of.name}.losses.crc32", np.array(checksums, CRC).tobytes())
 
     def finish(self) -> None:
         """Remove the pieces and give the folder its name; one process calls, when all shards are joined."""
-        for piece in self.partial.glob("*.piece*"):  # Those that a kill left half written among them.
-            piece.unlink()
-        self.partial.rename(self.folder)
+        # The second: what a kill left half written.
+        for leftover in {*self.partial.glob("*.piece*"), *self.partial.glob("*.tmp")}:
+            leftover.unlink()
+        publish(self.partial, self.folder)
 
     def _pieces(self) -> Iterator[Piece]:
         for shard in range(len(self._data.shards)):

@@ -7,24 +7,23 @@ The tars are byte for byte those of webdataset's `TarWriter` with fixed metadata
 their headers are made here from one template: at T = 2048 tarfile's own would take an eighth of the time of tokenising. The
 same rows give the same bytes.
 
-A file gets its name when it is complete and on the disk, so that a writer killed at any moment leaves no half shard.
+A file gets its name when it is complete and on the disk (`storage.whole_file`), so that a writer killed at any moment leaves no
+half shard.
 """
 
 import hashlib
 import io
 import itertools
-import os
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from pipeline.data.shards.table import Shard, crc32_of_pieces
+from pipeline.storage.whole_file import whole_file, write_file
 
 OFFSET = np.dtype("<u8")
 CRC = np.dtype("<u4")
@@ -108,28 +107,6 @@ def write_shard(
         sha256=sha256.hexdigest(),
         crc32=crc32_of_pieces(checksums),
     )
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that gets its name at the end of the block, once all of it is on the disk."""
-    # Of this process alone: one that outlived its killed parent may be writing the same file.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    with whole_file(path) as file:
-        file.write(data)
 
 
 def _members(row: Row, tokens: np.dtype, named_sources: bool) -> Iterator[tuple[str, bytes]]:
