@@ -16,7 +16,7 @@ from pipeline.config import ConfigError
 from pipeline.progress import Progress
 from pipeline.runtime.distributed import World, from_first
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.identity import POSITION, differences_that_matter
+from pipeline.runtime.identity import FIXED, differences_that_matter
 from pipeline.storage.whole_file import publish, write_file
 
 REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"
@@ -86,7 +86,7 @@ class Checkpoints:
         name = step_name(state["progress"]["step"])
         fixed = [
             f"{key}: was {state['identity'][key]!r}, is now {self.identity[key]!r}; it is fixed for the life of a run"
-            for key in POSITION
+            for key in FIXED
             if state["identity"].get(key) != self.identity.get(key)
         ]
         if state["world_size"] != self.world.size:
@@ -97,7 +97,7 @@ class Checkpoints:
         changed = [
             f"{change} ({name} was trained with the former)"
             for change in differences_that_matter(state["identity"], self.identity)
-            if not change.startswith(POSITION)
+            if not change.startswith(FIXED)
         ]
         if fixed or (changed and not allow_changed):
             remedy = "to start anew choose another --run-dir"

@@ -6,22 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DataSettings, Settings
+from pipeline.config import Change, DataSettings, Settings
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Place
 
-# What the position of a run, one integer, is counted in: never free to change.
-POSITION = ("data.global_batch", "data.lanes")
-
-# Settings that may differ between a run and its continuation: they do not change what is computed.
-# Directories may move; the fingerprints of what is in them are compared instead.
-FREE_TO_CHANGE = (
-    "run.", "logging.", "checkpoint.", "data.num_workers", "data.path", "data.mixture", "data.builtin", "data.validation_path",
-    "data.on_corrupt", "data.retry_seconds", "data.cache_", "data.allow_pipe", "reference.path", "reference.sharding",
-    "reference.cached",
-    "reference.training_", "model.pretrained", "training.selection_exchange", "training.check_ranks_every",
-    "training.max_skipped_steps", "training.activation_checkpointing",
-)  # fmt: skip
+# What a change of each setting means, as the setting itself says.
+CHANGES = {
+    f"{section}.{key}": change
+    for section, values in Settings()
+    for key, setting in type(values).model_fields.items()
+    for change in setting.metadata
+    if isinstance(change, Change)
+}
+# What the position of a run, one integer, is counted in.
+FIXED = tuple(key for key, change in CHANGES.items() if change is Change.FIXED)
 
 
 def differences_that_matter(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -30,7 +28,7 @@ def differences_that_matter(before: Mapping[str, Any], after: Mapping[str, Any])
     return [
         f"{key}: was {before.get(key)!r}, is now {after.get(key)!r}"
         for key in keys
-        if before.get(key) != after.get(key) and not key.startswith(FREE_TO_CHANGE)
+        if before.get(key) != after.get(key) and CHANGES.get(key) is not Change.FREE
     ]
 
 
