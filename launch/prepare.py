@@ -19,13 +19,14 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from pipeline.data.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Counts, Rules
-from pipeline.data.inputs import parse_input, parse_weights, source_names
-from pipeline.data.manifest import DataError, Manifest
-from pipeline.data.packing import PACKINGS
-from pipeline.data.prepare import SAMPLES_PER_SHARD, Settings
-from pipeline.data.progress import Display
-from pipeline.data.resumable import prepare_files
+from pipeline.data.corpus.display import Display
+from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Counts, Rules
+from pipeline.data.corpus.inputs import parse_input, parse_weights, source_names
+from pipeline.data.corpus.packing import PACKINGS
+from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, Settings
+from pipeline.data.corpus.prepare_files import prepare_files
+from pipeline.data.errors import DataError
+from pipeline.data.shards.manifest import Manifest
 from pipeline.data.tokenizer import BYTES, byte_tokenizer, declared_end_of_document, load_tokenizer
 
 

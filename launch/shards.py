@@ -20,15 +20,16 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.config import DataSettings
-from pipeline.data.arrivals import arrivals
-from pipeline.data.foreign import index
-from pipeline.data.inspection import inspect
-from pipeline.data.manifest import DataError, Manifest, read_manifest
-from pipeline.data.order import default_lanes
-from pipeline.data.parts import merge, prepared_folders
-from pipeline.data.progress import Display
+from pipeline.data.corpus.display import Display
+from pipeline.data.errors import DataError
+from pipeline.data.loading.order import default_lanes
+from pipeline.data.loading.sample_trace import arrivals
+from pipeline.data.shards.adoption import index
+from pipeline.data.shards.inspection import inspect
+from pipeline.data.shards.manifest import Manifest, read_manifest
+from pipeline.data.shards.merging import merge, prepared_folders
+from pipeline.data.shards.verification import verify
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.data.verification import verify
 from pipeline.storage.location import Url, place_of
 
 

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.checks import cached_losses, is_compared, lanes_of, reference_shape
 from pipeline.config import ModelSettings, Settings
-from pipeline.data.mixture import DataSet, read_joined, sets_of
-from pipeline.data.stream import Stream
+from pipeline.data.loading.mixture import DataSet, read_joined, sets_of
+from pipeline.data.loading.stream import Stream
+from pipeline.derived import cached_losses, is_compared, lanes_of, reference_shape
 from pipeline.micro_step import Models
 from pipeline.run import Run
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.deepspeed_json import precision_of, resolve_deepspeed_json
-from pipeline.runtime.description import identity_of
 from pipeline.runtime.distributed import World, smallest
 from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
+from pipeline.runtime.identity import identity_of
 from pipeline.runtime.memory import free_bytes, sharding_that_fits
 
 

@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, ModelSettings, Settings
-from pipeline.data.builtin import VOCAB_SIZE
-from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest, read_manifest
-from pipeline.data.mixture import sets_of
-from pipeline.data.order import too_few_samples
-from pipeline.data.reference_losses import CachedLosses, data_fingerprint, find_losses
-from pipeline.data.stream import check_sizes, default_lanes
+from pipeline.data.corpus.builtin import VOCAB_SIZE
+from pipeline.data.errors import DataError
+from pipeline.data.loading.mixture import sets_of
+from pipeline.data.loading.order import too_few_samples
+from pipeline.data.loading.sizes import check_sizes
+from pipeline.data.shards.manifest import Manifest, read_manifest
 from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, load_tokenizer
+from pipeline.derived import cached_losses, is_compared, lanes_of, next_token_model
 from pipeline.model.huggingface import ModelFilesError, read_model_settings, weight_problems
 from pipeline.model.transformer import attention_head_dim, ffn_dim
-from pipeline.runtime.deepspeed_json import precision_of, read_deepspeed_json, resolve_deepspeed_json
-from pipeline.runtime.description import model_fingerprint
+from pipeline.runtime.deepspeed_json import read_deepspeed_json, resolve_deepspeed_json
 from pipeline.runtime.distributed import World
-from pipeline.storage.files import read_whole
 from pipeline.storage.location import Place
 
 
@@ -107,10 +106,6 @@ def _data_problems(settings: Settings) -> list[str]:
     for path, manifest in manifests.items():
         problems += _manifest_problems(manifest, path, settings, first)
     return problems + _model_problems(settings, first)
-
-
-def lanes_of(settings: Settings) -> int:
-    return settings.data.lanes or default_lanes(settings.data.global_batch)
 
 
 def size_problems(settings: Settings, num_ranks: int) -> list[str]:
@@ -213,48 +208,6 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
             f"(sha256 of the id-to-token map {tokenizer[:12]}… and {manifest.tokenizer_sha256[:12]}…); prepare the data "
             "with the reference's tokenizer.json"
         )
-
-
-def next_token_model(shape: ModelSettings) -> ModelSettings:
-    """The same model without its further heads."""
-    return shape.model_copy(update={"num_prediction_heads": 1})
-
-
-def is_compared(settings: Settings) -> bool:
-    """Whether there is anything to compare with a reference: one head selects nothing."""
-    return settings.model.num_prediction_heads > 1
-
-
-def reference_shape(settings: Settings, stand_in: bool = False) -> ModelSettings | None:
-    """The shape of the reference model that runs along: that of its files, with the next-token head alone unless all are
-    asked; None for a run without, as with cached losses. A `stand_in` has the shape of one that is still to be trained."""
-    if not is_compared(settings) or settings.reference.cached is not None:
-        return None
-    if settings.reference.path is not None:
-        shape = read_model_settings(settings.reference.path)
-        return shape if settings.reference.horizon == "matched" else next_token_model(shape)
-    return next_token_model(settings.model) if stand_in and settings.reference.training_steps is not None else None
-
-
-def cached_losses(settings: Settings, place: Place, config: dict[str, Any]) -> CachedLosses | None:
-    """The reference losses that are cached for the data set at `place`; None where the settings name no cache. `config` is
-    the resolved DeepSpeed configuration.
-
-    Raises:
-        DataError: the cache holds none for this data, or none that these settings could have made.
-    """
-    reference = settings.reference
-    if reference.cached is None:
-        return None
-    return find_losses(
-        reference.cached,
-        data_fingerprint(read_whole(place / MANIFEST_FILE, settings.data.access)),
-        str(place),
-        horizon=reference.horizon,
-        columns=settings.model.num_prediction_heads if reference.horizon == "matched" else 1,
-        precision=precision_of(config),
-        reference_sha256=None if reference.path is None else model_fingerprint(reference.path),
-    )
 
 
 def _shape_differences(own: ModelSettings, found: ModelSettings) -> Iterator[tuple[str, Any, Any]]:

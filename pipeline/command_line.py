@@ -133,7 +133,7 @@ def _run_on_all_ranks(
 
     from pipeline.assembly import Job
     from pipeline.checks import check_before_start
-    from pipeline.data.manifest import DataError
+    from pipeline.data.errors import DataError
     from pipeline.model.huggingface import ModelFilesError
     from pipeline.runtime.agreement import RanksDisagreeError
     from pipeline.runtime.distributed import device_of, find_world, share_cores

@@ -3,12 +3,16 @@
 A component receives only its own section. `recipe` reads them from YAML and the command line; what depends on files,
 ranks or the DeepSpeed JSON is checked where those are known. All such checks return sentences, which end up together
 in one `ConfigError`.
+
+Every setting says whether it may differ between a run and its continuation (`Change`): it is `Free`, it `ChangesResult`, or it
+is `Fixed`.
 """
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -38,6 +42,24 @@ def _above_zero_up_to_one(value: float) -> float:
     return value
 
 
+class Change(Enum):
+    """What it means that a setting differs between a run and its continuation.
+
+    FREE: nothing for what is computed. Folders may move; the fingerprints of what is in them are compared instead.
+    CHANGES_RESULT: something else is computed, so it is refused unless it is asked for.
+    FIXED: the position of a run, one integer, is counted in it, so it is refused.
+    """
+
+    FREE = "free"
+    CHANGES_RESULT = "changes the result"
+    FIXED = "fixed"
+
+
+Value = TypeVar("Value")
+Free = Annotated[Value, Change.FREE]
+ChangesResult = Annotated[Value, Change.CHANGES_RESULT]
+Fixed = Annotated[Value, Change.FIXED]
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, AfterValidator(_above_zero_up_to_one)]
@@ -60,7 +82,7 @@ class Section(BaseModel):
 
 
 class RunSettings(Section):
-    name: Annotated[str, AfterValidator(_inside_one_directory)] = "run"
+    name: Free[Annotated[str, AfterValidator(_inside_one_directory)]] = "run"
     """Name of the run; without --run-dir the run directory is runs/NAME."""
 
 
@@ -74,41 +96,41 @@ class MixtureSet(Section):
 
 
 class DataSettings(Section):
-    path: Location | None = None
+    path: Free[Location | None] = None
     """Folder of prepared shards (launch/prepare.py makes it): a path, https://HOST/FOLDER, s3://BUCKET/FOLDER, or, with
     `allow_pipe`, pipe:COMMAND in which {} is the name of a file."""
-    mixture: Annotated[list[MixtureSet], Field(min_length=1)] | None = None
+    mixture: Free[Annotated[list[MixtureSet], Field(min_length=1)] | None] = None
     """In place of `path`: several data sets, each with `path`, `weight` and `name`, mixed by weight."""
-    validation_path: Location | None = None
+    validation_path: Free[Location | None] = None
     """Directory of held-out prepared shards; null: no validation."""
-    builtin: bool = False
+    builtin: Free[bool] = False
     """Where `path` is null: prepare the embedded corpus (Python's own documentation and source, and noise) under the
     run directory, as the demo does."""
-    sequence_length: Positive = 2048
+    sequence_length: ChangesResult[Positive] = 2048
     """T, tokens a row."""
-    global_batch: Positive = 256
+    global_batch: Fixed[Positive] = 256
     """G, rows an optimiser step over all ranks."""
-    micro_batch: Positive = 8
+    micro_batch: ChangesResult[Positive] = 8
     """B, rows a rank and micro-step."""
-    lanes: Positive | None = None
+    lanes: Fixed[Positive | None] = None
     """L, independent reading positions of the job; null: the largest divisor of `global_batch` up to 256."""
-    seed: NonNegative = 0
+    seed: ChangesResult[NonNegative] = 0
     """Seed of the order of samples."""
-    shuffle_block: Positive = 1024
+    shuffle_block: ChangesResult[Positive] = 1024
     """Samples of a shard that are permuted among themselves."""
-    num_workers: NonNegative = 2
+    num_workers: Free[NonNegative] = 2
     """Loader processes a rank; 0 reads in the training process."""
-    on_corrupt: Literal["error", "skip"] = "error"
+    on_corrupt: Free[Literal["error", "skip"]] = "error"
     """What a damaged sample does: end the job on all ranks, or give its place to a row without valid pairs."""
-    max_corrupt: NonNegative = 100
+    max_corrupt: ChangesResult[NonNegative] = 100
     """Damaged samples, over all ranks and the whole run, that `skip` puts up with."""
-    retry_seconds: PositiveFloat = 120.0
+    retry_seconds: Free[PositiveFloat] = 120.0
     """Time over which a read of remote data is repeated, with growing pauses, before the job ends."""
-    cache_dir: Path | None = None
+    cache_dir: Free[Path | None] = None
     """Folder of this machine that keeps what was read of remote data, shared by all its ranks; null: nothing is kept."""
-    cache_bytes: Annotated[int, Field(ge=2**20)] = 64 * 2**30
+    cache_bytes: Free[Annotated[int, Field(ge=2**20)]] = 64 * 2**30
     """Size that `cache_dir` may reach, in bytes; what was used longest ago goes first."""
-    allow_pipe: bool = False
+    allow_pipe: Free[bool] = False
     """Whether a `pipe:` may run its command, which is a shell's."""
 
     @property
@@ -118,137 +140,137 @@ class DataSettings(Section):
 
 
 class ModelSettings(Section):
-    dim: Positive = 512
+    dim: ChangesResult[Positive] = 512
     """D, width of the hidden states."""
-    num_layers: Positive = 8
+    num_layers: ChangesResult[Positive] = 8
     """Depth of the next-token path: a trunk of num_layers - 1 blocks, then head 0's block."""
-    num_attention_heads: Positive = 8
+    num_attention_heads: ChangesResult[Positive] = 8
     """Attention heads of a block."""
-    num_key_value_heads: Positive | None = None
+    num_key_value_heads: ChangesResult[Positive | None] = None
     """Key and value heads (grouped-query attention); null: as many as attention heads."""
-    head_dim: Positive | None = None
+    head_dim: ChangesResult[Positive | None] = None
     """Width of an attention head; null: dim / num_attention_heads."""
-    ffn_dim: Positive | None = None
+    ffn_dim: ChangesResult[Positive | None] = None
     """Width of the SwiGLU layer; null: 8/3 of dim, rounded up to a multiple of 64."""
-    vocab_size: Positive | None = None
+    vocab_size: ChangesResult[Positive | None] = None
     """V; null: the data's."""
-    num_prediction_heads: Positive = 4
+    num_prediction_heads: ChangesResult[Positive] = 4
     """H: head h predicts the token h + 1 places ahead. 1 is ordinary next-token training."""
-    rope_theta: PositiveFloat = 10_000.0
+    rope_theta: ChangesResult[PositiveFloat] = 10_000.0
     """Base of the rotary position embedding."""
-    norm_eps: PositiveFloat = 1e-5
+    norm_eps: ChangesResult[PositiveFloat] = 1e-5
     """Added to the mean square in RMSNorm."""
-    attention_bias: bool = False
+    attention_bias: ChangesResult[bool] = False
     """Bias on query, key and value projections (Qwen2)."""
-    qk_norm: bool = False
+    qk_norm: ChangesResult[bool] = False
     """RMSNorm on queries and keys, per attention head (Qwen3)."""
-    tied_embeddings: bool = False
+    tied_embeddings: ChangesResult[bool] = False
     """The unembedding uses the embedding's matrix."""
-    seed: NonNegative = 0
+    seed: ChangesResult[NonNegative] = 0
     """Seed of the initial weights."""
-    pretrained: Path | None = None
+    pretrained: Free[Path | None] = None
     """Directory of a causal language model (config.json, *.safetensors) to start from; its last block becomes every
     prediction head. Its shape must equal this section's."""
 
 
 class ReferenceSettings(Section):
-    path: Path | None = None
+    path: Free[Path | None] = None
     """Directory of the frozen reference: config.json, model.safetensors (or its index) and tokenizer.json."""
-    horizon: Literal["shifted", "matched"] = "shifted"
+    horizon: ChangesResult[Literal["shifted", "matched"]] = "shifted"
     """What head h is compared with: the next-token loss of its target (`shifted`), or the loss of the reference's own
     head h (`matched`; the reference then needs all heads)."""
-    sharding: Literal["auto", "zero3", "replicate"] = "auto"
+    sharding: Free[Literal["auto", "zero3", "replicate"]] = "auto"
     """How the reference lies on the ranks: partitioned by ZeRO-3, or whole on each; `auto`: whole where it takes at most a
     quarter of the memory that is free once the policy is built."""
-    cached: Path | None = None
+    cached: Free[Path | None] = None
     """Directory of losses that launch/score.py computed: no reference model runs or is in memory. In float32 the selection
     is that of the live reference, to the bit."""
-    training_steps: Positive | None = None
+    training_steps: Free[Positive | None] = None
     """Where `path` is null: first train a next-token reference of the policy's shape for so many steps."""
-    training_data: Location | None = None
+    training_data: Free[Location | None] = None
     """Prepared shards to train that reference on; null: the built-in corpus without its noise."""
 
 
 class TrainingSettings(Section):
-    steps: Positive = 1000
+    steps: ChangesResult[Positive] = 1000
     """Optimiser steps."""
-    learning_rate: PositiveFloat = 3e-4
+    learning_rate: ChangesResult[PositiveFloat] = 3e-4
     """Peak learning rate."""
-    warmup_steps: NonNegative = 100
+    warmup_steps: ChangesResult[NonNegative] = 100
     """Applied steps of linear warm-up."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: ChangesResult[Literal["cosine", "wsd"]] = "cosine"
     """cosine: half a cosine after the warm-up; wsd: constant, then linear decay (warm-up, stable, decay)."""
-    decay_fraction: Fraction = 0.2
+    decay_fraction: ChangesResult[Fraction] = 0.2
     """Share of the steps in which `wsd` decays."""
-    final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    final_learning_rate_fraction: ChangesResult[Annotated[float, Field(ge=0, le=1)]] = 0.1
     """Learning rate at the end, as a fraction of the peak."""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: ChangesResult[NonNegativeFloat] = 0.1
     """AdamW's decoupled decay, on matrices only."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta1: ChangesResult[Annotated[float, Field(ge=0, lt=1)]] = 0.9
     """AdamW's first-moment decay."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    beta2: ChangesResult[Annotated[float, Field(ge=0, lt=1)]] = 0.95
     """AdamW's second-moment decay."""
-    adam_eps: PositiveFloat = 1e-8
+    adam_eps: ChangesResult[PositiveFloat] = 1e-8
     """AdamW's epsilon."""
-    gradient_clipping: PositiveFloat | None = 1.0
+    gradient_clipping: ChangesResult[PositiveFloat | None] = 1.0
     """Largest L2 norm of the whole gradient; null: no clipping."""
-    k_percent: Fraction = 0.6
+    k_percent: ChangesResult[Fraction] = 0.6
     """Fraction of the valid pairs of heads 1... that is trained on; 1 turns the selection off."""
-    selection_pool: Literal["global", "step", "rank", "row"] = "global"
+    selection_pool: ChangesResult[Literal["global", "step", "rank", "row"]] = "global"
     """Over what the top k_percent is taken: the micro-step over all ranks (`global`), all micro-steps of the optimiser
     step over all ranks (`step`; costs a second policy forward where there are several), the rank's micro-batch (`rank`)
     or each row (`row`)."""
-    selection_exchange: Literal["all_gather", "radix", "auto"] = "auto"
+    selection_exchange: Free[Literal["all_gather", "radix", "auto"]] = "auto"
     """How ranks that share a pool find its top; the answer is the same to the bit. `all_gather` moves 4 bytes a pair,
     `radix` histograms whose size does not grow with tokens; `auto` gathers pools of up to 1 MiB of keys, where
     `launch/benchmark.py selection` has the two cross."""
-    selection_score: Literal["excess", "policy_loss", "random"] = "excess"
+    selection_score: ChangesResult[Literal["excess", "policy_loss", "random"]] = "excess"
     """What pairs compete by: policy minus reference loss, or, as controls, the policy's loss alone or nothing."""
-    selection_seed: NonNegative = 0
+    selection_seed: ChangesResult[NonNegative] = 0
     """Seed of the `random` score."""
-    normalize_by: Literal["valid", "selected"] = "valid"
+    normalize_by: ChangesResult[Literal["valid", "selected"]] = "valid"
     """What a head's summed loss is divided by: its valid pairs in the step, or the selected ones (arXiv 2404.07965,
     equation 4)."""
-    loss_phase: Literal["two_pass", "predicted", "dense"] = "predicted"
+    loss_phase: ChangesResult[Literal["two_pass", "predicted", "dense"]] = "predicted"
     """How the losses of all heads and their gradient are made; the gradient is the same up to rounding. `two_pass` scores
     all pairs, selects, then computes the selected ones again with gradient; `predicted` makes the gradients of what
     earlier thresholds lead to expect in the first pass, and mends the rest (the pools `rank` and `row` have no common
     threshold to follow, so that nothing is expected there); `dense` holds all logits: the slow oracle of the other two."""
-    head_weights: list[NonNegativeFloat] | None = None
+    head_weights: ChangesResult[list[NonNegativeFloat] | None] = None
     """Weight of each head's loss; null: 1 for all."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Free[Literal["none", "selective", "full"]] = "none"
     """Which activations wait for backward: all (`none`), those of matrix products and attention (`selective`), or each
     block's input alone (`full`; its forward runs twice). The others are made again; the gradient is the same."""
-    compile: Literal["auto", "off"] = "auto"
+    compile: ChangesResult[Literal["auto", "off"]] = "auto"
     """Whether RoPE and SwiGLU's product are compiled (`auto`: on CUDA, but under `selective` checkpointing); the first step
     takes some seconds longer, those after it a fifth less."""
-    check_ranks_every: Positive | None = 100
+    check_ranks_every: Free[Positive | None] = 100
     """Steps between comparisons of what all ranks must hold alike; null: never."""
-    max_skipped_steps: Positive = 10
+    max_skipped_steps: Free[Positive] = 10
     """Non-finite steps in a row after which the job stops."""
 
 
 class LoggingSettings(Section):
-    metrics_every: Positive = 10
+    metrics_every: Free[Positive] = 10
     """Steps between lines in metrics.jsonl and TensorBoard."""
-    progress_every: Positive = 10
+    progress_every: Free[Positive] = 10
     """Steps between progress lines."""
-    selection_every: Positive = 100
+    selection_every: Free[Positive] = 100
     """Steps between blocks of selection statistics."""
-    histogram_every: Positive | None = 100
+    histogram_every: Free[Positive | None] = 100
     """Steps between histograms of each head's excess losses in TensorBoard; null: none."""
-    validation_every: Positive = 500
+    validation_every: Free[Positive] = 500
     """Steps between validations (there is one at the start and one at the end as well)."""
-    validation_samples: Positive | None = None
+    validation_samples: Free[Positive | None] = None
     """Held-out rows a validation reads, rounded down to a multiple of the lanes but not below it; null: all."""
-    deepspeed_level: Literal["debug", "info", "warning", "error"] = "error"
+    deepspeed_level: Free[Literal["debug", "info", "warning", "error"]] = "error"
     """What of DeepSpeed's own log is shown."""
 
 
 class CheckpointSettings(Section):
-    every: Positive = 500
+    every: Free[Positive] = 500
     """Steps between checkpoints (there is one at the end as well)."""
-    keep: Positive | None = 3
+    keep: Free[Positive | None] = 3
     """Newest checkpoints kept; null: all."""
 
 

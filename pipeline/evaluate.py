@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from pipeline.config import Settings
-from pipeline.data.batch import Batch
-from pipeline.data.consumption import settle_damage
+from pipeline.consumption import settle_damage
+from pipeline.data.loading.batch import Batch
 from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
 from pipeline.runtime.distributed import World
 from pipeline.runtime.metrics import Record, SelectionSums

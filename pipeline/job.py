@@ -6,7 +6,6 @@ one that is there is complete.
 """
 
 import math
-import os
 import time
 from pathlib import Path
 
@@ -14,26 +13,28 @@ import torch
 import torch.distributed as dist
 
 from pipeline.assembly import Job, build_run, resolved
-from pipeline.checks import check_data, is_compared
+from pipeline.checks import check_data
 from pipeline.config import ConfigError, Settings, TrainingSettings
-from pipeline.data.builtin import CORPUS_FILE, prepare_builtin
-from pipeline.data.mixture import read_joined
+from pipeline.data.corpus.builtin import CORPUS_FILE, prepare_builtin
+from pipeline.data.loading.mixture import read_joined
 from pipeline.data.tokenizer import TOKENIZER_FILE
+from pipeline.derived import is_compared
 from pipeline.model.huggingface import save_model
 from pipeline.model.mtp import MTPModel
 from pipeline.planning.plan import plan_memory
 from pipeline.planning.reading import case_of
 from pipeline.planning.report import summary
+from pipeline.progress import Progress
 from pipeline.run import Run
-from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, from_first, largest, made_once
 from pipeline.runtime.engine import gathered, release
+from pipeline.runtime.logbook import closing_table, read_records
 from pipeline.runtime.memory import peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
-from pipeline.runtime.reporting import closing_table, read_records
 from pipeline.runtime.run_lock import RunLock
 from pipeline.storage.files import read_whole
+from pipeline.storage.whole_file import publish, write_file
 from pipeline.train import advance, begin_step, train, train_step
 
 # One head selects nothing; how the policy does is no property of the reference.
@@ -189,9 +190,9 @@ def export(run: Run, directory: Path) -> None:
     save_model(model, partial, gathered, writes=run.world.is_first)
     if run.world.is_first:
         tokenizer = run.stream.sets[0].place / run.stream.manifest.tokenizer_file
-        (directory / TOKENIZER_FILE).write_bytes(read_whole(tokenizer, run.settings.data.access))
+        write_file(directory / TOKENIZER_FILE, read_whole(tokenizer, run.settings.data.access))
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, directory / file.name)
+            publish(file, directory / file.name)
         partial.rmdir()
     dist.barrier()
 

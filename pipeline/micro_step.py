@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import TrainingSettings
-from pipeline.data.batch import Batch, targets_and_valid
-from pipeline.data.consumption import Consumed, count
+from pipeline.consumption import Consumed, count
+from pipeline.data.loading.batch import Batch, targets_and_valid
 from pipeline.model.reference import Reference, losses_by_head, reference_columns
 from pipeline.weighting.exchange import Group, on_device
 from pipeline.weighting.loss_phase import HeadLosses

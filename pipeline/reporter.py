@@ -5,16 +5,16 @@ import time
 from collections import deque
 
 from pipeline.config import Settings
-from pipeline.data.consumption import curves
-from pipeline.data.prefetch import prefetched
-from pipeline.data.stream import Stream
+from pipeline.consumption import curves
+from pipeline.data.loading.prefetch import prefetched
+from pipeline.data.loading.stream import Stream
 from pipeline.evaluate import evaluate
+from pipeline.progress import Progress
 from pipeline.run import Run, StepResult
-from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.distributed import largest
 from pipeline.runtime.engine import gradient_norm
+from pipeline.runtime.logbook import Logbook, progress_line, selection_block, without_non_finite
 from pipeline.runtime.metrics import Record, Totals
-from pipeline.runtime.reporting import Logbook, progress_line, selection_block, without_non_finite
 
 
 class Reporter:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Settings
-from pipeline.data.consumption import Consumed
-from pipeline.data.stream import Stream
+from pipeline.consumption import Consumed
+from pipeline.data.loading.stream import Stream
 from pipeline.micro_step import MicroBatch, Models, Planned
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.distributed import World

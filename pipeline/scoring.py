@@ -15,17 +15,19 @@ import torch
 import torch.distributed as dist
 
 from pipeline.assembly import Job, frozen_reference, resolved
-from pipeline.checks import data_places, reference_shape
+from pipeline.checks import data_places
 from pipeline.config import ConfigError, Settings
-from pipeline.data.batch import collate, targets_and_valid
-from pipeline.data.manifest import MANIFEST_FILE, DataError, read_manifest
-from pipeline.data.reference_losses import LossesManifest, LossesWriter, Piece, data_fingerprint
-from pipeline.data.sample import Sample
-from pipeline.data.shard_reader import ShardReader
+from pipeline.data.errors import DataError
+from pipeline.data.loading.batch import collate, targets_and_valid
+from pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
+from pipeline.data.shards.reader import ShardReader
+from pipeline.data.shards.reference_losses import LossesManifest, LossesWriter, Piece, data_fingerprint
+from pipeline.data.shards.sample import Sample
+from pipeline.derived import reference_shape
 from pipeline.model.reference import Reference, reference_columns
 from pipeline.runtime.deepspeed_json import precision_of
-from pipeline.runtime.description import model_fingerprint
 from pipeline.runtime.distributed import any_rank, from_first
+from pipeline.runtime.identity import model_fingerprint
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Place

@@ -19,18 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import Settings, TrainingSettings
-from pipeline.data.batch import Batch
-from pipeline.data.consumption import Consumed, settle_damage
-from pipeline.data.prefetch import prefetched
+from pipeline.config import Settings
+from pipeline.consumption import Consumed, settle_damage
+from pipeline.data.loading.batch import Batch
+from pipeline.data.loading.prefetch import prefetched
 from pipeline.micro_step import load_micro_batches, plan, selective_losses
+from pipeline.progress import Progress
 from pipeline.reporter import Reporter
 from pipeline.run import BegunStep, Run, StepResult
 from pipeline.runtime.agreement import check_ranks_agree, who_met_bad_numbers
-from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.engine import backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
+from pipeline.schedule import learning_rate
 from pipeline.weighting.pools import SHARED_POOLS
 
 
@@ -170,18 +171,3 @@ def common_values(run: Run, progress: Progress, result: StepResult) -> dict[str,
         values["thresholds"] = [threshold_K.tolist() for threshold_K in result.sums.thresholds]
     name, sample = sample_parameter(run.engine, progress.step // (training.check_ranks_every or 1))
     return values | {f"parameter {name}": sample}
-
-
-def learning_rate(training: TrainingSettings, applied_steps: int) -> float:
-    """Linear warm-up, then half a cosine or (wsd) constant and linear decay, to final_learning_rate_fraction of the
-    peak; counts applied steps."""
-    peak, final = training.learning_rate, training.learning_rate * training.final_learning_rate_fraction
-    if applied_steps < training.warmup_steps:
-        return peak * (applied_steps + 1) / training.warmup_steps
-    if training.schedule == "cosine":
-        begins = training.warmup_steps
-        decayed = min(1.0, (applied_steps - begins) / max(1, training.steps - begins))
-        return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * decayed))
-    begins = max(training.warmup_steps, round(training.steps * (1 - training.decay_fraction)))
-    decayed = min(1.0, max(0.0, (applied_steps - begins) / max(1, training.steps - begins)))
-    return peak + (final - peak) * decayed

@@ -25,7 +25,7 @@ TINY_SEQUENCE_LENGTH = 16
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with prepared `train` and `validation`; see the module's docstring."""
-    from pipeline.data.prepare import prepare
+    from pipeline.data.corpus.prepare import prepare
     from pipeline.data.tokenizer import TOKENIZER_FILE, train_bpe
 
     directory = tmp_path_factory.mktemp("tiny") / "data"
@@ -49,7 +49,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as `reference.path` wants it, for `tiny_data`: D 16, 2 layers, 2 attention heads, untrained weights."""
     from pipeline.config import ModelSettings
-    from pipeline.data.manifest import read_manifest
+    from pipeline.data.shards.manifest import read_manifest
     from pipeline.data.tokenizer import TOKENIZER_FILE
     from pipeline.model.huggingface import save_model
     from pipeline.model.mtp import MTPModel, initialize_weights
@@ -66,7 +66,7 @@ def tiny_reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def _documents():
     """Sentences that a tiny model can learn, as `text`, and random letters, as `other`; always the same."""
-    from pipeline.data.documents import Document
+    from pipeline.data.corpus.documents import Document
 
     draw = random.Random(0)
     nouns, verbs = ("cat", "dog", "bird", "fish", "child"), ("sees", "hears", "likes", "finds")

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.manifest import Manifest, Source, write_manifest
-from pipeline.data.packing import Row
-from pipeline.data.shards import write_shards
+from pipeline.data.shards.manifest import Manifest, Source, write_manifest
+from pipeline.data.shards.writer import Row, write_shards
 
 
 def numbered_data(

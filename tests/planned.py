@@ -93,8 +93,8 @@ def settings_of(job: Job) -> Settings:
 
 
 def _run(job: Job, device: torch.device) -> None:
-    from pipeline.checks import reference_shape
-    from pipeline.runtime.checkpoint import Progress
+    from pipeline.derived import reference_shape
+    from pipeline.progress import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.engine import build_policy, build_reference, release
     from pipeline.train import advance, begin_step, train_step

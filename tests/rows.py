@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from pipeline.data.batch import Batch, collate
-from pipeline.data.sample import Sample
+from pipeline.data.loading.batch import Batch, collate
+from pipeline.data.shards.sample import Sample
 
 
 def batch_of(lengths: list[list[int]], sequence_length: int, vocab_size: int, seed: int = 0) -> Batch:

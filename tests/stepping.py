@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Settings
-from pipeline.data.batch import Batch
+from pipeline.data.loading.batch import Batch
 from pipeline.weighting.prediction import Prediction
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ class WatchedEngine:
         device: torch.device = CPU,
     ) -> Answer:
         """One step over this rank's micro-batches."""
-        from pipeline.runtime.checkpoint import Progress
+        from pipeline.progress import Progress
         from pipeline.train import begin_step, train_step
 
         self.gradients = {}

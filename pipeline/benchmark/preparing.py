@@ -22,12 +22,12 @@ from typing import Any
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from pipeline.data.builtin import standard_library_documents
-from pipeline.data.documents import DocumentReader, Rules
-from pipeline.data.inputs import Input, input_files, slice_size, slices
-from pipeline.data.prepare import Settings
-from pipeline.data.progress import Display
-from pipeline.data.resumable import prepare_files
+from pipeline.data.corpus.builtin import standard_library_documents
+from pipeline.data.corpus.display import Display
+from pipeline.data.corpus.documents import DocumentReader, Rules
+from pipeline.data.corpus.inputs import Input, input_files, slice_size, slices
+from pipeline.data.corpus.prepare import Settings
+from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.tokenizer import load_tokenizer, train_bpe
 
 _SEQUENCE_LENGTH = 2048

@@ -24,13 +24,13 @@ from pipeline.assembly import Job, build_run
 from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
 from pipeline.benchmark.variants import Round, in_turn, medians, timed
 from pipeline.config import ModelSettings, Settings
-from pipeline.data.batch import Batch
-from pipeline.data.prefetch import prefetched
+from pipeline.data.loading.batch import Batch
+from pipeline.data.loading.prefetch import prefetched
 from pipeline.micro_step import load_micro_batches
 from pipeline.model.reference import losses_by_head
 from pipeline.model.transformer import attention_head_dim, ffn_dim
+from pipeline.progress import Progress
 from pipeline.run import Run
-from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.distributed import device_of, find_world
 from pipeline.runtime.engine import backward, end_micro_step, initialize_distributed
 from pipeline.train import advance, begin_step, train_step

@@ -25,11 +25,10 @@ import numpy as np
 from torch.utils.data import DataLoader
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.data.manifest import Manifest, Source, read_manifest, write_manifest
-from pipeline.data.packing import Row
-from pipeline.data.prefetch import ahead
-from pipeline.data.shards import token_dtype, write_shards
-from pipeline.data.stream import Stream
+from pipeline.data.loading.prefetch import ahead
+from pipeline.data.loading.stream import Stream
+from pipeline.data.shards.manifest import Manifest, Source, read_manifest, write_manifest
+from pipeline.data.shards.writer import Row, token_dtype, write_shards
 
 _VOCAB_SIZE = 50_257
 NUM_DOCUMENTS = 4

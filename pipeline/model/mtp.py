@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ModelSettings
-from pipeline.data.batch import Spans
+from pipeline.data.loading.batch import Spans
 from pipeline.model.elementwise import EAGER, Elementwise
 from pipeline.model.recompute import block_runner
 from pipeline.model.transformer import Block, RMSNorm, document_mask, flash_serves, rotary_angles

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.batch import Spans
+from pipeline.data.loading.batch import Spans
 from pipeline.weighting.selection import shifted_reference_loss
 
 Reference = Callable[..., Tensor]

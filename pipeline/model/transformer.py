@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from pipeline.config import ModelSettings
-from pipeline.data.batch import Spans
+from pipeline.data.loading.batch import Spans
 from pipeline.model.elementwise import EAGER, Elementwise
 
 Documents = Tensor | Spans

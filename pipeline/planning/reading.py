@@ -6,8 +6,8 @@ policy's shape, and what had to be assumed is said.
 
 from typing import Any
 
-from pipeline.checks import next_token_model, reference_shape
 from pipeline.config import ModelSettings, Settings
+from pipeline.derived import next_token_model, reference_shape
 from pipeline.model.huggingface import ModelFilesError
 from pipeline.planning import states
 from pipeline.planning.case import Case, parameter_sizes

@@ -6,56 +6,20 @@ job is one integer, samples consumed; nothing in training draws random numbers, 
 """
 
 import json
-import os
 import shutil
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from pipeline.config import ConfigError
+from pipeline.progress import Progress
 from pipeline.runtime.distributed import World, from_first
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.identity import POSITION, differences_that_matter
-from pipeline.weighting.prediction import Prediction
+from pipeline.runtime.identity import FIXED, differences_that_matter
+from pipeline.storage.whole_file import publish, write_file
 
 REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"
-
-
-@dataclass
-class Progress:
-    """Where a run is. step: optimiser steps done, skipped ones among them; samples and tokens: consumed so far, over
-    all ranks, tokens without padding; skipped_steps: steps whose gradient was discarded; skipped_in_a_row: those of
-    them since the last step that was applied; corrupt_samples: damaged ones that were replaced by padding; by source:
-    tokens, and samples that hold any. prediction: of the next step's thresholds; with another one the same gradient would be
-    summed in another order."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    prediction: Prediction = field(default_factory=Prediction)
-    corrupt_samples: int = 0
-    tokens_by_source: list[int] = field(default_factory=list)
-    samples_by_source: list[int] = field(default_factory=list)
-
-    @property
-    def applied_steps(self) -> int:
-        return self.step - self.skipped_steps
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, every bit of them; waits for the device."""
-        values = {known.name: getattr(self, known.name) for known in fields(self)}
-        return values | {"prediction": {"level_K": self.prediction.numbers()}}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """From what `to_json` gave, or gave when there were fewer of them."""
-        known = {known.name: values[known.name] for known in fields(cls) if known.name in values}
-        prediction = Prediction.of(known.get("prediction", {}).get("level_K", []))
-        return cls(**known | {"prediction": prediction})
 
 
 class Checkpoints:
@@ -79,10 +43,10 @@ class Checkpoints:
         dist.barrier()
         if self.world.is_first:
             state = {"progress": progress.to_json(), "world_size": self.world.size, "identity": self.identity}
-            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            write_file(partial / "state.json", json.dumps(state, indent=1).encode())
             shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            replace_text(self.directory / "latest", name + "\n")
+            publish(partial, final)
+            write_file(self.directory / "latest", f"{name}\n".encode())
             self._forget_all_but_the_newest_and(name)
         dist.barrier()
 
@@ -122,7 +86,7 @@ class Checkpoints:
         name = step_name(state["progress"]["step"])
         fixed = [
             f"{key}: was {state['identity'][key]!r}, is now {self.identity[key]!r}; it is fixed for the life of a run"
-            for key in POSITION
+            for key in FIXED
             if state["identity"].get(key) != self.identity.get(key)
         ]
         if state["world_size"] != self.world.size:
@@ -133,7 +97,7 @@ class Checkpoints:
         changed = [
             f"{change} ({name} was trained with the former)"
             for change in differences_that_matter(state["identity"], self.identity)
-            if not change.startswith(POSITION)
+            if not change.startswith(FIXED)
         ]
         if fixed or (changed and not allow_changed):
             remedy = "to start anew choose another --run-dir"
@@ -179,10 +143,3 @@ class Checkpoints:
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees all of the old or all of the new."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)

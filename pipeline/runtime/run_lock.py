@@ -4,11 +4,12 @@ The lock is the operating system's on a file in the run directory, held for as l
 leaves none behind. It reaches as far as the file system carries locks; where it carries none, nothing is refused.
 """
 
-import fcntl
 import os
 import socket
 from pathlib import Path
 from typing import TextIO
+
+from pipeline.storage.locks import take_lock_of_process
 
 
 class RunLock:
@@ -21,15 +22,11 @@ class RunLock:
     def take(self) -> str | None:
         """None, or who holds the lock. Makes the run directory."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Not flock: loader workers would inherit it, and hold it for a while after a rank was killed.
         self._file = self._path.open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        # Not `take_lock`: loader workers would inherit it, and hold it for a while after a rank was killed.
+        if not take_lock_of_process(self._file):
             self._file.seek(0)
             return self._file.read().strip()
-        except OSError:
-            return None
         self._file.truncate(0)
         job = os.environ.get("SLURM_JOB_ID")
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")

@@ -8,13 +8,15 @@ want the same part at once fetch it once; two threads of a process do so even wh
 A cache only saves time: what goes wrong with it (a full disk, a file system without locks) is never the reader's error.
 """
 
-import fcntl
 import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from pipeline.storage.locks import take_lock
+from pipeline.storage.whole_file import write_file
 
 PART = 2**20
 _NUM_LOCKS = 64
@@ -58,12 +60,11 @@ class DiskCache:
     def _add(self, path: Path, data: bytes) -> None:
         if len(data) > self.capacity:
             return
-        # Of this thread alone: where there are no locks, another process may be writing the same part.
-        temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
         with self._locked("lock"), suppress(OSError):  # a full disk costs only the copy
             self._make_room(len(data))
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+            # Not synced, for all who read through the cache would wait for that; what a crash of the machine cuts is damage to
+            # its readers, who forget it and fetch it again.
+            write_file(path, data, synced=False)
 
     def _make_room(self, size: int) -> None:
         """Called under the lock. The sum of sizes is kept in a file; a kill can leave it wrong, an eviction makes it right."""
@@ -104,10 +105,10 @@ class DiskCache:
     def _locked(self, name: str) -> Iterator[None]:
         path = str(self.directory / name)
         with _thread_locks.setdefault((os.getpid(), path), threading.Lock()), ExitStack() as opened:
-            with suppress(OSError):  # some file systems have no locks
+            with suppress(OSError):  # a folder that cannot be written to
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                 opened.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                take_lock(descriptor, wait=True)
             yield
 
 

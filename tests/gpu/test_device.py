@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import Settings
-from pipeline.data.batch import Batch, targets_and_valid
-from pipeline.data.prefetch import prefetched
+from pipeline.data.loading.batch import Batch, targets_and_valid
+from pipeline.data.loading.prefetch import prefetched
 from pipeline.model.elementwise import EAGER, elementwise_for
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.transformer import attend_in_spans, attend_under_mask, document_mask, rotary_angles
@@ -214,7 +214,7 @@ def test_flash_attention_over_spans_is_attention_under_the_mask(groups: int) -> 
 
 def waits_of_a_step() -> list[str]:
     """Where, in the package, a step over two micro-batches waits for the device, after steps that warm up."""
-    from pipeline.runtime.checkpoint import Progress
+    from pipeline.progress import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
     from pipeline.train import advance, begin_step, train_step

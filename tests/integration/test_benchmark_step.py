@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from pipeline.benchmark.step import HEADS, K_PERCENT, VARIANTS, flops_a_token
 from pipeline.config import ModelSettings
-from pipeline.data.batch import targets_and_valid
+from pipeline.data.loading.batch import targets_and_valid
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.weighting.selection import Select, select_all
 

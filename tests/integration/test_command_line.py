@@ -19,13 +19,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline.data.manifest import read_manifest, write_manifest
-from pipeline.data.packing import Row
-from pipeline.data.shard_reader import ShardReader
-from pipeline.data.shards import write_shards
+from pipeline.data.shards.manifest import read_manifest, write_manifest
+from pipeline.data.shards.reader import ShardReader
+from pipeline.data.shards.writer import Row, write_shards
 from pipeline.data.tokenizer import TOKENIZER_FILE, train_bpe
 from pipeline.recipe import load_settings
-from pipeline.runtime.reporting import read_records
+from pipeline.runtime.logbook import read_records
 from pipeline.runtime.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from pipeline.config import Settings
-from pipeline.data.manifest import DataError
+from pipeline.data.errors import DataError
 from tests.integration.test_command_line import ZERO3, run
 from tests.integration.test_pipeline_rho1 import job_on_this_rank, settings_for
 from tests.ranks import run_ranks

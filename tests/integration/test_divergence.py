@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.runtime.reporting import read_records
+from pipeline.runtime.logbook import read_records
 from tests.integration.test_command_line import ENVIRONMENT, SCRIPT, ZERO3, checkpoints
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.model.mtp import MTPModel
-from pipeline.train import learning_rate
-from tests.integration.test_gradients import dense_model, settings_for, whole_batch
+from pipeline.schedule import learning_rate
+from tests.dense import dense_model, settings_for, whole_batch
 from tests.ranks import run_ranks
 from tests.rows import part_of
 from tests.stepping import run_of
@@ -108,7 +108,7 @@ BAD = [Bad(*bad) for bad in itertools.product(PLACES, (math.nan, math.inf, -math
 def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) -> list[dict[str, Any]]:
     """Steps of two micro-steps each, always on the same rows; with bad ones, in every second step rank 1 alone meets a
     number that is not finite."""
-    from pipeline.runtime.checkpoint import Progress
+    from pipeline.progress import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
     from pipeline.train import advance, begin_step, train_step

@@ -24,7 +24,7 @@ def steps(settings: Any, zero: dict[str, Any]) -> dict[str, list[int]]:
     """For each of two steps the most values of parameters that were gathered, and how many are after each backward."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    from pipeline.runtime.checkpoint import Progress
+    from pipeline.progress import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.engine import build_policy
     from pipeline.train import advance, begin_step, train_step

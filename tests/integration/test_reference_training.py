@@ -16,8 +16,8 @@ from tests.ranks import run_ranks
 
 def train_then_change(settings: Settings, other_reference: Settings, other_policy: Settings, run_dir: Path) -> dict[str, Any]:
     from pipeline.job import run_job, with_trained_reference
+    from pipeline.runtime.logbook import read_records
     from pipeline.runtime.preemption import StopRequest
-    from pipeline.runtime.reporting import read_records
 
     stop, found = StopRequest(), {}
     run_dir.mkdir()

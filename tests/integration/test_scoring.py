@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pipeline.config import ConfigError, Settings
-from pipeline.data.manifest import DataError, read_manifest
-from pipeline.data.reference_losses import CachedLosses, ReferenceLosses, data_fingerprint, read_losses_manifest
+from pipeline.data.errors import DataError
+from pipeline.data.shards.manifest import read_manifest
+from pipeline.data.shards.reference_losses import CachedLosses, ReferenceLosses, data_fingerprint, read_losses_manifest
 from pipeline.recipe import load_settings
 from tests.integration.test_pipeline_rho1 import DEEPSPEED_JSON, job_on_this_rank, settings_for
 from tests.ranks import run_ranks
@@ -59,8 +60,8 @@ def test_training_with_cached_losses_is_training_with_the_live_reference_to_the_
 def test_every_token_has_the_loss_that_the_reference_gives_it(scored, tiny_data: Path, tiny_reference: Path) -> None:
     import torch
 
-    from pipeline.data.batch import collate
-    from pipeline.data.shard_reader import ShardReader
+    from pipeline.data.loading.batch import collate
+    from pipeline.data.shards.reader import ShardReader
     from pipeline.model.huggingface import load_weights, read_model_settings
     from pipeline.model.mtp import MTPModel
     from tests.unit.test_model import losses_by_hand
@@ -112,7 +113,8 @@ def test_scoring_goes_on_where_it_was_and_ends_with_the_same_bytes(scored, tmp_p
     (partial / f"{names[0]}.00000000.piece").write_bytes(finished)
     for name in names[1:]:
         (partial / f"{name}.losses").unlink()
-    (partial / f"{names[1]}.00000000.piece.tmp-1").write_bytes(b"half of")
+    for half_written in (f"{names[1]}.00000000.piece.1-1.tmp", f"{names[1]}.losses.1-1.tmp"):
+        (partial / half_written).write_bytes(b"half of")
     there = len(list(partial.glob("*.piece")))
     # A signal is heeded after the piece in hand, which is kept.
     assert run_ranks(score_again, 1, scored["settings"], cache, "float32", tmp_path / "run", True) == ["exit code 75"]
@@ -122,7 +124,7 @@ def test_scoring_goes_on_where_it_was_and_ends_with_the_same_bytes(scored, tmp_p
     for name in names[1:]:
         for suffix in ("losses", "losses.crc32"):
             assert (done / f"{name}.{suffix}").read_bytes() == (scored["cache"] / done.name / f"{name}.{suffix}").read_bytes()
-    assert not list(done.glob("*.piece*"))
+    assert not [*done.glob("*.piece*"), *done.glob("*.tmp")]
 
 
 @pytest.mark.slow

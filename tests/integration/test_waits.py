@@ -40,8 +40,8 @@ def batches(micro_steps: int) -> Iterator[Any]:
 def waits_of_a_step() -> list[tuple[int, dict[str, Any], list[str], int]]:
     """For each way to take a step where the third one, with all that belongs to it in the loop, waits; and how often the whole
     device is waited for. Metrics are logged in the first step alone."""
+    from pipeline.progress import Progress
     from pipeline.reporter import Reporter
-    from pipeline.runtime.checkpoint import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.distributed import World
     from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.data.batch import Batch
+from pipeline.data.loading.batch import Batch
 from pipeline.model import mtp, transformer
 from pipeline.model.transformer import attend_in_spans, attend_under_mask, document_mask
 from tests.rows import batch_of, random_lengths

@@ -8,7 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from pipeline.config import ConfigError
-from pipeline.runtime.checkpoint import Checkpoints, Progress
+from pipeline.progress import Progress
+from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.distributed import World
 from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks

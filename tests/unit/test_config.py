@@ -6,9 +6,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import ConfigError, Settings, did_you_mean
+from pipeline.config import Change, ConfigError, Settings, did_you_mean
 from pipeline.recipe import load_settings, read_settings
-from pipeline.runtime.identity import differences_that_matter, flatten
+from pipeline.runtime.identity import CHANGES, FIXED, differences_that_matter, flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -336,6 +336,36 @@ def test_an_empty_recipe_and_an_empty_section_mean_the_defaults(tmp_path):
 def test_keys_that_are_not_words_are_refused(tmp_path):
     recipe = written(tmp_path, "data: {path: a, 1: 3}\nreference: {path: b}\n")
     assert problems_of(recipe=recipe) == ["data.1: got 1; Keys should be strings"]
+
+
+def test_every_setting_says_once_what_its_change_in_a_runs_life_means():
+    for section, key in all_settings():
+        said = [each for each in section_class(section).model_fields[key].metadata if isinstance(each, Change)]
+        assert len(said) == 1, f"{section}.{key}: expected Free, ChangesResult or Fixed"
+        assert CHANGES[f"{section}.{key}"] is said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "setting", "before", "after"),
+    [
+        (Change.FREE, "data.cache_dir", None, "/tmp"),
+        (Change.FREE, "training.activation_checkpointing", "none", "full"),
+        (Change.FREE, "run.name", "a", "b"),
+        (Change.CHANGES_RESULT, "training.k_percent", 0.6, 0.5),
+        (Change.CHANGES_RESULT, "model.num_key_value_heads", None, 2),
+        (Change.FIXED, "data.global_batch", 8, 16),
+        (Change.FIXED, "data.lanes", 8, 4),
+    ],
+)
+def test_of_what_is_free_no_difference_matters_and_of_the_rest_every_one(change, setting, before, after):
+    assert CHANGES[setting] is change
+    assert differences_that_matter({setting: before}, {setting: before}) == []
+    found = differences_that_matter({setting: before}, {setting: after})
+    assert found == ([] if change is Change.FREE else [f"{setting}: was {before!r}, is now {after!r}"])
+
+
+def test_what_a_runs_position_is_counted_in_is_fixed():
+    assert FIXED == ("data.global_batch", "data.lanes")
 
 
 def test_only_differences_that_change_the_result_matter():

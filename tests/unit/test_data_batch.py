@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.batch import blank_batch, collate, targets_and_valid
-from pipeline.data.sample import Sample
+from pipeline.data.loading.batch import blank_batch, collate, targets_and_valid
+from pipeline.data.shards.sample import Sample
 from tests.rows import batch_of
 
 

@@ -6,10 +6,11 @@ import time
 
 import pytest
 
-from pipeline.data.builtin import FOLDERS, prepare_builtin, standard_library_documents
-from pipeline.data.manifest import MANIFEST_FILE, DataError, read_manifest
-from pipeline.data.shard_reader import ShardReader
-from pipeline.data.stream import Stream
+from pipeline.data.corpus.builtin import FOLDERS, prepare_builtin, standard_library_documents
+from pipeline.data.errors import DataError
+from pipeline.data.loading.stream import Stream
+from pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
+from pipeline.data.shards.reader import ShardReader
 from pipeline.data.tokenizer import load_tokenizer
 
 T = 128

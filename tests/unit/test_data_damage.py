@@ -16,12 +16,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.manifest import DataError, read_manifest, write_manifest
-from pipeline.data.reference_losses import CachedLosses, LossesManifest, LossesWriter, ReaderWithLosses, read_losses_manifest
-from pipeline.data.shard_reader import DamagedSampleError, ShardReader
-from pipeline.data.shard_table import ShardTable
-from pipeline.data.shards import write_shards
-from pipeline.data.stream import Stream
+from pipeline.data.errors import DataError
+from pipeline.data.loading.stream import Stream
+from pipeline.data.shards.manifest import read_manifest, write_manifest
+from pipeline.data.shards.reader import DamagedSampleError, ShardReader
+from pipeline.data.shards.reference_losses import (
+    CachedLosses,
+    LossesManifest,
+    LossesWriter,
+    ReaderWithLosses,
+    read_losses_manifest,
+)
+from pipeline.data.shards.table import ShardTable
+from pipeline.data.shards.writer import write_shards
 from pipeline.storage.files import LocalFile
 from tests.data_sets import numbered_data, numbered_row
 
@@ -74,7 +81,7 @@ def rewrite(folder, sample, members=None, edit=None, **tar_info):
 
 
 def read_manifest_of_any_size(folder):
-    import pipeline.data.manifest as module
+    import pipeline.data.shards.manifest as module
 
     return module._parse((folder / "manifest.json").read_text(), "")
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.documents import Document, DocumentReader, Rules
-from pipeline.data.inputs import input_files, parse_input, slices
-from pipeline.data.manifest import DataError
+from pipeline.data.corpus.documents import Document, DocumentReader, Rules
+from pipeline.data.corpus.inputs import input_files, parse_input, slices
+from pipeline.data.errors import DataError
 
 
 def read_counted(*arguments, slice_bytes=1 << 20, **rules):
@@ -396,8 +396,8 @@ def thrift_integer(value, size=0):
 def memory_of_reading(path):
     """Documents, oversized ones, and by how many KiB reading them raised the peak of a process's memory."""
     script = (
-        "import resource, sys; from pipeline.data.documents import DocumentReader, Rules;"
-        "from pipeline.data.inputs import input_files, parse_input, slices;"
+        "import resource, sys; from pipeline.data.corpus.documents import DocumentReader, Rules;"
+        "from pipeline.data.corpus.inputs import input_files, parse_input, slices;"
         "reader = DocumentReader(Rules(max_document_bytes=1 << 20));"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "documents = [d for s in slices(input_files([parse_input(sys.argv[1])]), 1 << 20) for d in reader.read(s)];"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.data.inputs import Input, input_files, parse_input, parse_weights, slice_size, slices, source_names
-from pipeline.data.manifest import DataError
+from pipeline.data.corpus.inputs import Input, input_files, parse_input, parse_weights, slice_size, slices, source_names
+from pipeline.data.errors import DataError
 
 
 def test_names_are_parsed_from_the_front_of_an_input():
@@ -73,7 +73,7 @@ def test_slices_are_small_for_a_small_input_and_bounded_for_a_large_one(tmp_path
 
 def test_a_missing_library_is_an_error_that_names_the_extra(tmp_path):
     """In a Python where nothing but the standard library and this package's own requirements is to be found."""
-    from pipeline.data.columns import require
+    from pipeline.data.corpus.columns import require
 
     with pytest.raises(DataError, match=r"reading .parquet needs no_such_module: pip install 'selective-mtp\[corpora\]'"):
         require("no_such_module.parquet", "corpora", "reading .parquet")

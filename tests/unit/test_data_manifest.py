@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from pipeline.data.manifest import MANIFEST_FILE, DataError, Manifest, Source, read_manifest, write_manifest
-from pipeline.data.packing import Row
-from pipeline.data.shards import write_shards
+from pipeline.data.errors import DataError
+from pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, Source, read_manifest, write_manifest
+from pipeline.data.shards.writer import Row, write_shards
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.manifest import DataError, read_manifest, write_manifest
-from pipeline.data.mixture import DataSet, Schedule
-from pipeline.data.stream import Stream
+from pipeline.data.errors import DataError
+from pipeline.data.loading.mixture import DataSet, Schedule
+from pipeline.data.loading.stream import Stream
+from pipeline.data.shards.manifest import read_manifest, write_manifest
 from tests.data_sets import numbered_data
 
 weights = st.lists(st.integers(1, 1000).map(lambda number: number / 100), min_size=1, max_size=6)

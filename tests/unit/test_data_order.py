@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.manifest import DataError
-from pipeline.data.order import EpochOrder, default_lanes
+from pipeline.data.errors import DataError
+from pipeline.data.loading.order import EpochOrder, default_lanes
 from pipeline.data.permutation import BLOCK, DEALT, GROUPS, SHARDS, permutation
 
 

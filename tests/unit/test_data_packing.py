@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.packing import PACKINGS, TokenizedDocuments, pack
+from pipeline.data.corpus.packing import PACKINGS, TokenizedDocuments, pack
 
 PADDING = 7
 

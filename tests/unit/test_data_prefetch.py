@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipeline.data.prefetch import ahead, prefetched
+from pipeline.data.loading.prefetch import ahead, prefetched
 
 
 def counted(end: int, made: list[int], closed: list[bool]) -> Iterator[int]:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from pipeline.data.documents import Document
-from pipeline.data.manifest import DataError, read_manifest
-from pipeline.data.prepare import prepare
-from pipeline.data.shard_reader import ShardReader
+from pipeline.data.corpus.documents import Document
+from pipeline.data.corpus.prepare import prepare
+from pipeline.data.errors import DataError
+from pipeline.data.shards.manifest import read_manifest
+from pipeline.data.shards.reader import ShardReader
 from pipeline.data.tokenizer import (
     END_OF_DOCUMENT,
     byte_tokenizer,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
-from pipeline.data.manifest import Manifest, Source
-from pipeline.data.sample import DamageError, SampleDecoder, members_of
+from pipeline.data.shards.manifest import Manifest, Source
+from pipeline.data.shards.sample import DamageError, SampleDecoder, members_of
 
 
 def by_webdataset(data):

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.manifest import DataError, read_manifest
-from pipeline.data.mixture import MixtureOrder
-from pipeline.data.order import EpochOrder
-from pipeline.data.shard_reader import ShardReader
-from pipeline.data.stream import Stream, rank_lanes
+from pipeline.data.errors import DataError
+from pipeline.data.loading.mixture import MixtureOrder
+from pipeline.data.loading.order import EpochOrder
+from pipeline.data.loading.stream import Stream, rank_lanes
+from pipeline.data.shards.manifest import read_manifest
+from pipeline.data.shards.reader import ShardReader
 from tests.data_sets import numbered_data
 
 NUM_SHARDS = 1_000_000
@@ -48,16 +49,16 @@ def write_large_manifest(directory: Path) -> None:
 OPEN_AND_FIND = """
 import json, resource, sys, time
 from pathlib import Path
-import pipeline.data.manifest
-from pipeline.data.order import EpochOrder
-from pipeline.data.shard_reader import ShardReader
-from pipeline.data.shard_table import ShardTable
+import pipeline.data.shards.manifest
+from pipeline.data.loading.order import EpochOrder
+from pipeline.data.shards.reader import ShardReader
+from pipeline.data.shards.table import ShardTable
 from tests.unit.test_data_scale import NUM_SHARDS
 
 # There are no such tars on this machine.
-pipeline.data.manifest.size_problems = lambda directory, shard: ()
+pipeline.data.shards.manifest.size_problems = lambda directory, shard: ()
 before = time.process_time()
-manifest = pipeline.data.manifest.read_manifest(Path(sys.argv[1]))
+manifest = pipeline.data.shards.manifest.read_manifest(Path(sys.argv[1]))
 order = EpochOrder(ShardTable.of(manifest.shards).samples, lanes=256, seed=0, shuffle_block=1024)
 opened = time.process_time() - before
 slowest = 0
@@ -91,7 +92,7 @@ def test_the_fast_way_to_read_a_manifest_and_the_thorough_one_agree(tmp_path, mo
     content = json.loads(path.read_text())
     del content["shards"][2]["crc32"]
     path.write_text(json.dumps(content))
-    monkeypatch.setattr("pipeline.data.shard_table._SHARDS_AT_ONCE", at_once)
+    monkeypatch.setattr("pipeline.data.shards.table._SHARDS_AT_ONCE", at_once)
     fast = read_manifest(tmp_path)
     assert [shard.crc32 and len(shard.crc32) for shard in fast.shards] == [16, 16, None, 16, 8]
     # Keys in another order are left to pydantic.
@@ -217,7 +218,7 @@ def test_of_the_index_a_few_offsets_are_asked_for_and_then_a_thousand_and_none_a
 def test_shards_beyond_some_thousands_are_looked_at_when_they_are_read(tmp_path, monkeypatch):
     folder = numbered_data(tmp_path / "data", 50)
     (folder / "shard-00001.tar").unlink()
-    monkeypatch.setattr("pipeline.data.manifest._MAX_SHARDS_LOOKED_AT", 3)  # 0, 2 and 4 of 5
+    monkeypatch.setattr("pipeline.data.shards.manifest._MAX_SHARDS_LOOKED_AT", 3)  # 0, 2 and 4 of 5
     manifest = read_manifest(folder)
     with pytest.raises(DataError, match=r"shard-00001, sample 0, .* No such file"):
         ShardReader(folder, manifest).read(1, 0)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.manifest import DataError, Manifest, Source, write_manifest
-from pipeline.data.packing import Row
-from pipeline.data.shards import write_shards
-from pipeline.data.stream import Stream, check_sizes, rank_lanes
+from pipeline.data.errors import DataError
+from pipeline.data.loading.stream import Stream, check_sizes, rank_lanes
+from pipeline.data.shards.manifest import Manifest, Source, write_manifest
+from pipeline.data.shards.writer import Row, write_shards
 
 T = 4
 SIZES = {
@@ -233,7 +233,7 @@ def test_a_stream_of_sizes_that_do_not_fit_is_an_error(folder):
 START_AGAIN_AND_AGAIN = """
 import itertools, signal, sys
 from pathlib import Path
-from pipeline.data.stream import Stream
+from pipeline.data.loading.stream import Stream
 
 signal.signal(signal.SIGTERM, lambda *_: None)
 sizes = dict(lanes=12, global_batch=24, micro_batch=2, rank=0, world_size=1, seed=3, shuffle_block=8, num_workers=3)

@@ -5,8 +5,8 @@ import tarfile
 
 import pytest
 
-from pipeline.data.manifest import DataError
-from pipeline.data.tars import members, read_member
+from pipeline.data.errors import DataError
+from pipeline.data.shards.tars import members, read_member
 
 CONTENTS = {"a.txt": b"first", "b.txt": b"x" * 1000, "c.txt": b"", "d" * 120 + ".txt": b"long name"}
 

@@ -6,12 +6,13 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.data.documents import Document
-from pipeline.data.inspection import inspect
-from pipeline.data.manifest import MANIFEST_FILE, DataError, read_manifest
-from pipeline.data.prepare import prepare
+from pipeline.data.corpus.documents import Document
+from pipeline.data.corpus.prepare import prepare
+from pipeline.data.errors import DataError
+from pipeline.data.shards.inspection import inspect
+from pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
+from pipeline.data.shards.verification import verify
 from pipeline.data.tokenizer import byte_tokenizer, train_bpe
-from pipeline.data.verification import verify
 
 TEXTS = {"prose": [f"prose {n} " + "abc " * n for n in range(20)], "web": [f"web {n}\x1b[31m" for n in range(20)]}
 

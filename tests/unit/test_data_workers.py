@@ -10,8 +10,8 @@ import traceback
 
 import pytest
 
-from pipeline.data.manifest import DataError
-from pipeline.data.workers import work_on
+from pipeline.data.corpus.workers import work_on
+from pipeline.data.errors import DataError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
@@ -190,7 +190,7 @@ def test_tasks_are_taken_as_they_are_needed(workers):
 
 INTERRUPTED_TWICE = """
 import os, signal, sys, threading, time
-from pipeline.data.workers import work_on
+from pipeline.data.corpus.workers import work_on
 from tests.unit.test_data_workers import sleep
 
 def interrupt():
@@ -236,7 +236,7 @@ def test_no_worker_can_be_killed_at_a_moment_for_which_the_others_wait_for_ever(
 
 TWO_WORKERS = """
 from pathlib import Path
-from pipeline.data.workers import work_on
+from pipeline.data.corpus.workers import work_on
 from tests.unit.test_data_workers import square
 
 assert sorted(work_on(square, range(9), 2, lambda *counts: None))[-1] == 64
@@ -252,7 +252,7 @@ def test_two_workers_start_no_process_at_all():
 FEW_FILES = """
 import os, resource
 from multiprocessing import resource_tracker
-from pipeline.data.workers import work_on
+from pipeline.data.corpus.workers import work_on
 from tests.unit.test_data_workers import square
 
 resource_tracker.ensure_running()
@@ -273,7 +273,8 @@ def test_a_worker_that_cannot_be_started_is_the_systems_error():
 
 def test_workers_of_a_killed_parent_end_with_it(tmp_path):
     script = (
-        "import sys; from pipeline.data.workers import work_on; from tests.unit.test_data_workers import sleep_beside_a_file\n"
+        "import sys; from pipeline.data.corpus.workers import work_on\n"
+        "from tests.unit.test_data_workers import sleep_beside_a_file\n"
         "if __name__ == '__main__':\n"
         "    list(work_on(sleep_beside_a_file, sys.argv[1:], 3, lambda *counts: None))"
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.data.manifest import DataError
+from pipeline.data.errors import DataError
 from pipeline.runtime.distributed import World, any_rank, find_world, largest, made_once, smallest
 from tests.ranks import run_ranks
 

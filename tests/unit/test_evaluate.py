@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from pipeline.config import Settings
-from pipeline.data.batch import targets_and_valid
+from pipeline.data.loading.batch import targets_and_valid
 from pipeline.evaluate import evaluate
 from pipeline.micro_step import Models
 from pipeline.model.mtp import MTPModel
 from pipeline.runtime.distributed import World
-from pipeline.runtime.reporting import without_non_finite
-from tests.integration.test_gradients import HEADS, all_losses, dense_model, dense_objective, part_of, settings_for, whole_batch
+from pipeline.runtime.logbook import without_non_finite
+from tests.dense import HEADS, all_losses, dense_model, dense_objective, settings_for, whole_batch
+from tests.rows import part_of
 
 
 def validated(settings: Settings, policy: MTPModel, reference: MTPModel) -> dict[str, Any]:

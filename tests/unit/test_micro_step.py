@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from pipeline.benchmark.measurement import Collective, CollectiveRecorder
 from pipeline.config import Settings, TrainingSettings
-from pipeline.data.batch import targets_and_valid
+from pipeline.data.loading.batch import targets_and_valid
 from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
 from pipeline.model.mtp import MTPModel
 from pipeline.runtime.metrics import EXCESS_BINS, SelectionSums
 from pipeline.train import all_finite_or_nan
 from pipeline.weighting.pools import random_scores
 from pipeline.weighting.prediction import Prediction
-from tests.integration.test_gradients import (
+from tests.dense import (
     HEADS,
     ROWS,
     TOKENS,

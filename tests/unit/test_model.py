@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import ModelSettings
-from pipeline.data.batch import targets_and_valid
+from pipeline.data.loading.batch import targets_and_valid
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.reference import losses_by_head, reference_columns
 from pipeline.model.transformer import document_mask

@@ -281,7 +281,7 @@ def test_a_vocabulary_that_nothing_tells_is_an_error_and_one_that_is_set_needs_n
 
 def test_a_vocabulary_that_is_not_set_is_the_datas(tiny_data: Path, tmp_path: Path) -> None:
     from pipeline.checks import check_before_planning
-    from pipeline.data.manifest import read_manifest
+    from pipeline.data.shards.manifest import read_manifest
 
     json_file = tmp_path / "zero.json"
     json_file.write_text('{"zero_optimization": {"stage": 3}}')

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import Settings
-from pipeline.data.consumption import Consumed
+from pipeline.consumption import Consumed
 from pipeline.micro_step import Comparison
+from pipeline.progress import Progress
 from pipeline.run import StepResult
-from pipeline.runtime.checkpoint import Progress
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.train import advance
 from pipeline.weighting.objective import StepPlan

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.data.batch import Spans
+from pipeline.data.loading.batch import Spans
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.recompute import block_runner
 from pipeline.model.transformer import attend_in_spans

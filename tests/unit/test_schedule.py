@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pipeline.config import TrainingSettings
-from pipeline.train import learning_rate
+from pipeline.schedule import learning_rate
 
 
 def settings(**changes) -> TrainingSettings:

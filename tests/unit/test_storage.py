@@ -21,10 +21,11 @@ import pytest
 import yaml
 
 from pipeline.config import DataSettings
-from pipeline.data.manifest import DataError, read_manifest, write_manifest
-from pipeline.data.mixture import DataSet
-from pipeline.data.shard_reader import ShardReader
-from pipeline.data.stream import Stream
+from pipeline.data.errors import DataError
+from pipeline.data.loading.mixture import DataSet
+from pipeline.data.loading.stream import Stream
+from pipeline.data.shards.manifest import read_manifest, write_manifest
+from pipeline.data.shards.reader import ShardReader
 from pipeline.storage.disk_cache import PART, DiskCache
 from pipeline.storage.files import Access, RemoteFile, StorageError, fetch, read_whole
 from pipeline.storage.location import Url, place_of

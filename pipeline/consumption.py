@@ -1,0 +1,108 @@
+"""What the data of a step was, counted over all ranks: tokens and rows by source, padding, and damage.
+
+The counts travel in the all-reduce that counts a step's pairs, so they cost no collective of their own, and every rank
+knows at the same point whether any rank met damage: either all go on or all stop, with the same message.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config import DataSettings
+from pipeline.data.errors import DataError
+from pipeline.data.loading.batch import Batch
+from pipeline.data.loading.stream import Stream
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """Sums over ranks and micro-steps. tokens: without padding. positions: with it. damaged: rows replaced by padding.
+    failed: micro-batches that did not come. By source, in the order of the manifest's: tokens, and samples that hold any."""
+
+    tokens: int
+    positions: int
+    damaged: int
+    failed: int
+    tokens_by_source: list[int]
+    samples_by_source: list[int]
+
+    @classmethod
+    def of(cls, counts: Sequence[int]) -> "Consumed":
+        """From the sums of `count` over all ranks."""
+        tokens, positions, damaged, failed, *by_source = counts
+        num_sources = len(by_source) // 2
+        return cls(tokens, positions, damaged, failed, by_source[:num_sources], by_source[num_sources:])
+
+
+def count(batches: Sequence[Batch], num_sources: int) -> Tensor:
+    """This rank's part, int64 [4 + 2 · num_sources] on the host."""
+    tokens_S, samples_S = np.zeros((2, num_sources), np.int64)
+    for batch in batches:
+        tokens_BS = np.zeros((len(batch.keys), num_sources), np.int64)
+        np.add.at(tokens_BS, (batch.documents.rows_D, batch.documents.sources_D), batch.documents.lengths_D)
+        tokens_S += tokens_BS.sum(0)
+        samples_S += (tokens_BS > 0).sum(0)
+    positions = sum(batch.tokens_BT.numel() for batch in batches)
+    damaged = sum(len(batch.damage) for batch in batches)
+    failed = sum(batch.failure is not None for batch in batches)
+    return torch.from_numpy(np.concatenate([[tokens_S.sum(), positions, damaged, failed], tokens_S, samples_S]))
+
+
+def settle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSettings, before: int) -> list[str]:
+    """What all ranks do about damage in these batches, of which `before` was met earlier in the run.
+
+    Returns:
+        What was wrong with each of the samples that are replaced, over all ranks.
+
+    Raises:
+        DataError: on all ranks alike, where damage is not to be passed over, there is too much of it, or data did not come.
+    """
+    if not consumed.damaged and not consumed.failed:
+        return []
+    own = [message for batch in batches for message in batch.damage]
+    damage = [message for messages in _from_all_ranks(own) for message in messages]
+    failures = list(filter(None, _from_all_ranks(next((batch.failure for batch in batches if batch.failure), None))))
+    if failures:
+        raise _agreed(failures[0])
+    if settings.on_corrupt == "error":
+        more = f" ({len(damage) - 1} more in this step)" if len(damage) > 1 else ""
+        raise _agreed(f"{damage[0]}{more}; or set data.on_corrupt=skip to put a row of padding in the place of such samples")
+    total = before + consumed.damaged
+    if total > settings.max_corrupt:
+        raise _agreed(f"{total} damaged samples, more than data.max_corrupt = {settings.max_corrupt}; the last: {damage[-1]}")
+    return damage
+
+
+def curves(stream: Stream, samples: int, progress: Any, consumed: Consumed) -> dict[str, float | int]:
+    """Metrics of the data: `samples` were consumed so far, `progress` has the counts by source, `consumed` is of one step."""
+    record: dict[str, float | int] = {
+        "data_epoch": samples / stream.samples_per_epoch,
+        "data_padding_share": 1 - consumed.tokens / consumed.positions,
+        "corrupt_samples": progress.corrupt_samples,
+    }
+    if len(stream.sets) > 1:
+        for each, order, rows in zip(stream.sets, stream.order.orders, stream.order.consumed(samples), strict=True):
+            record |= {f"data_epoch_set_{each.name}": rows / order.samples_per_epoch, f"data_samples_set_{each.name}": rows}
+    for number, name in enumerate(stream.manifest.source_names):
+        record[f"data_tokens_source_{name}"] = progress.tokens_by_source[number]
+        record[f"data_samples_source_{name}"] = progress.samples_by_source[number]
+    return record
+
+
+def _agreed(message: str) -> DataError:
+    error = DataError(message)
+    error.agreed = True
+    return error
+
+
+def _from_all_ranks(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

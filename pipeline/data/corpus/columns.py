@@ -1,0 +1,148 @@
+"""Text columns: .parquet files (with the optional `pyarrow`) and `hf:` folders (with the optional `datasets`).
+
+A .parquet is read row by row, whatever its footer says of sizes, which may be untrue: rows cannot be had by the bytes that
+they decode to, and more at once would save a fiftieth of the time of tokenising short ones. So what is held is one value and
+one page, which a writer may make as large as 2 GiB but makes 1 MiB. A folder written by `datasets.Dataset.save_to_disk` is read
+by `datasets` itself, which knows about its indices, and a few hundred rows at a time: each costs it much more, and its files
+hold values as they are, not compressed. Nothing is downloaded, and no loading script is run.
+"""
+
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+from pipeline.data.errors import DataError
+
+_DATASET_ROWS_AT_ONCE = 256
+_PARQUET = ("corpora", "reading .parquet")
+
+
+def require(module: str, extra: str, what: str) -> ModuleType:
+    """Import an optional module.
+
+    Raises:
+        DataError: it is not installed; the message names the extra that has it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise DataError(f"{what} needs {module.partition('.')[0]}: pip install 'selective-mtp[{extra}]'") from None
+
+
+def row_groups(path: str) -> list[int]:
+    """The bytes of each row group of a .parquet file."""
+    metadata = _open_parquet(path).metadata
+    return [_stored_bytes(metadata.row_group(group)) for group in range(metadata.num_row_groups)]
+
+
+def parquet_values(path: str, field: str, first_group: int, last_group: int, limit: int) -> Iterator[tuple[int, Any]]:
+    """Row number and value of `field` in the row groups from `first_group` on, before `last_group`.
+
+    A value is a str, bytes, None, or a DataError in place of a text that is not UTF-8; `...` stands for one of more than
+    `limit` bytes.
+    """
+    file = _open_parquet(path)
+    pyarrow, compute = require("pyarrow", *_PARQUET), require("pyarrow.compute", *_PARQUET)
+    _check_field(file.schema_arrow.names, field, path)
+    row = sum(file.metadata.row_group(group).num_rows for group in range(first_group))
+    groups = list(range(first_group, last_group))
+    batches = file.iter_batches(1, row_groups=groups, columns=[field], use_threads=False)
+    try:
+        for batch in batches:
+            column = _decoded(batch.column(0), field, path)
+            for value, size in zip(column, compute.binary_length(column).to_pylist(), strict=True):
+                yield row, ... if size is not None and size > limit else _value(value)
+                row += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is damaged: {error}; copy it again") from None
+
+
+def dataset_files(folder: str) -> list[str]:
+    """The files of a folder that `datasets` saved.
+
+    Raises:
+        DataError: it is not such a folder.
+    """
+    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
+        splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        raise DataError(f"hf:{folder} holds several splits: name one of them, hf:{folder}/{{{','.join(splits)}}}")
+    if not os.path.isfile(os.path.join(folder, "state.json")):
+        raise DataError(
+            f"expected a folder written by datasets' save_to_disk at {folder!r}, but it has no state.json; "
+            "other files are read without the prefix hf:"
+        )
+    return sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
+
+
+def dataset_rows(folder: str) -> int:
+    """The number of rows of a `hf:` folder."""
+    return len(_open_dataset(folder))
+
+
+def dataset_values(folder: str, field: str, first: int, last: int, limit: int) -> Iterator[tuple[int, Any]]:
+    """Row number and value of `field`, as `parquet_values` gives them, of the rows from `first` on, before `last`."""
+    dataset = _open_dataset(folder)
+    _check_field(dataset.column_names, field, f"hf:{folder}")
+    kind = getattr(dataset.features[field], "dtype", "a list")
+    if kind.removeprefix("large_") not in ("string", "binary"):
+        raise _not_text(f"hf:{folder}", field, kind)
+    dataset = dataset.select_columns([field])
+    for start in range(first, last, _DATASET_ROWS_AT_ONCE):
+        for row, value in enumerate(dataset[start : min(start + _DATASET_ROWS_AT_ONCE, last)][field], start):
+            if isinstance(value, str | bytes):
+                size = len(value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else len(value)
+                yield row, ... if size > limit else value
+            else:
+                yield row, value
+
+
+def _open_parquet(path: str) -> Any:
+    parquet = require("pyarrow.parquet", *_PARQUET)
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise DataError(f"{path} is not a parquet file that can be read: {error}") from None
+
+
+@lru_cache(maxsize=4)
+def _open_dataset(folder: str) -> Any:
+    datasets = require("datasets", "datasets", "reading hf: folders")
+    try:
+        return datasets.load_from_disk(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"hf:{folder} cannot be read by datasets: {error}") from None
+
+
+def _stored_bytes(group: Any) -> int:
+    return max(1, sum(group.column(column).total_compressed_size for column in range(group.num_columns)))
+
+
+def _check_field(names: Sequence[str], field: str, where: str) -> None:
+    if field not in names:
+        fields = ", ".join(map(repr, list(names)[:8])) or "none"
+        raise DataError(f"{where}: no column {field!r}; its columns are {fields}; name the right one with --text-field")
+
+
+def _decoded(column: Any, field: str, path: str) -> Any:
+    """The column as text or bytes, without a dictionary."""
+    pyarrow = require("pyarrow", *_PARQUET)
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kinds = ("is_string", "is_large_string", "is_binary", "is_large_binary")
+    if not any(getattr(pyarrow.types, kind)(column.type) for kind in kinds):
+        raise _not_text(path, field, column.type)
+    return column
+
+
+def _not_text(where: str, field: str, kind: object) -> DataError:
+    return DataError(f"{where}: expected text in column {field!r}, got {kind}; name the right one with --text-field")
+
+
+def _value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return DataError(f"byte {error.start} of the text is not UTF-8 ({error.reason})")

@@ -1,0 +1,245 @@
+"""Preparing: documents in, a folder of packed shards out, whole or not at all.
+
+`prepare` takes documents from anywhere, one by one, in this thread; `prepare_files` takes files, with many workers, and goes
+on after a kill. Both tokenise documents into runs of ids on disk (`tokenization`, `sorted_runs`), from which every shard reads
+its stretch of the shuffled documents and packs it (`shard_assembly`). The same documents, seed and tokenizer give the same
+bytes.
+
+A folder is written under another name and renamed once (`shards.output_folder`), so that it is complete if it is there.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pipeline.data.corpus.documents import Document, Rules
+from pipeline.data.corpus.packing import PACKINGS
+from pipeline.data.corpus.shard_assembly import Assembly, ShardRecord, assemble_shard, shards_to_assemble
+from pipeline.data.corpus.sorted_runs import RunWriter
+from pipeline.data.corpus.tokenization import Encoder, Tokenization, add_documents
+from pipeline.data.corpus.workers import Report, work_on
+from pipeline.data.errors import DataError
+from pipeline.data.permutation import DOCUMENTS, sort_keys
+from pipeline.data.shards.manifest import Manifest, Source, write_manifest
+from pipeline.data.shards.output_folder import whole_or_absent
+from pipeline.data.shards.writer import MAX_SOURCES, token_dtype
+from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
+
+SAMPLES_PER_SHARD = 8192
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is made of the documents.
+
+    `validation_fraction` of them, chosen by the hash of their text, goes to a folder `validation`, the others to `train`; with
+    0 all go to the output itself. `weights` by name of source, 1 where there is none. `part` is (i, N), i from 1.
+    `end_of_document` is the tokenizer's token, None for one of the usual names.
+    """
+
+    sequence_length: int
+    seed: int = 0
+    packing: str = "concat"
+    samples_per_shard: int = SAMPLES_PER_SHARD
+    validation_fraction: float = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
+    part: tuple[int, int] | None = None
+    end_of_document: str | None = None
+    rules: Rules = field(default_factory=Rules)
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """The folder of each split below the output."""
+        return {"train": "train", "validation": "validation"} if self.validation_fraction else {"train": "."}
+
+    def check(self, source_names: Sequence[str]) -> None:
+        """Refuse what cannot be made.
+
+        Raises:
+            DataError: a value is out of its range.
+        """
+        if self.sequence_length < 2:
+            raise DataError(f"expected a sequence length of at least 2 tokens, got {self.sequence_length}")
+        if self.samples_per_shard < 1:
+            raise DataError(f"expected at least 1 sample a shard, got {self.samples_per_shard}")
+        if not 0 <= self.validation_fraction < 1:
+            raise DataError(f"expected a validation fraction of at least 0 and below 1, got {self.validation_fraction}")
+        if self.packing not in PACKINGS:
+            raise DataError(f"expected a packing among {', '.join(PACKINGS)}, got {self.packing!r}")
+        if self.rules.max_document_bytes < 1:
+            raise DataError(f"expected at least 1 byte a document, got {self.rules.max_document_bytes}")
+        if len(source_names) > MAX_SOURCES:
+            raise DataError(f"expected at most {MAX_SOURCES} named sources, got {len(source_names)}")
+
+
+class TokenizedDocument(NamedTuple):
+    """Ids with the end-of-document token last, [n], and the index of the source."""
+
+    ids: np.ndarray
+    source: int
+
+
+def prepare(
+    documents: Iterable[Document],
+    output_dir: Path,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    *,
+    seed: int,
+    source_names: Sequence[str] = (),
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    validation_fraction: float = 0.0,
+    packing: str = "concat",
+) -> Manifest:
+    """Tokenise, shuffle, pack and write documents.
+
+    Args:
+        documents: their `source` is one of `source_names`, or "" where there are none.
+        output_dir: must not exist, or be empty.
+        validation_fraction: of the documents, chosen by the hash of their text, goes to `output_dir/validation`, the others
+            to `output_dir/train`; with 0 all go to `output_dir` itself.
+
+    Returns:
+        The manifest; with a validation split that of `output_dir/train`.
+
+    Raises:
+        DataError: the output exists, there are no documents (or none on one side of the split), or too many sources.
+    """
+    settings = Settings(sequence_length, seed, packing, samples_per_shard, validation_fraction)
+    settings.check(source_names)
+    numbered = (replace(document, file=0, position=number) for number, document in enumerate(documents))
+    with whole_or_absent(output_dir) as directory, tempfile.TemporaryDirectory(dir=directory) as work:
+        tokenization = tokenization_into(Path(work), directory / TOKENIZER_FILE, tokenizer, settings, source_names)
+        encoder = Encoder(tokenizer, end_of_document_id(tokenizer))
+        runs = {split: RunWriter(Path(work, split), "all", encoder.dtype) for split in ("train", "validation")}
+        for batch, ids in encoder.batches(numbered):
+            add_documents(batch, ids, tokenization, **runs)
+        for writer in runs.values():
+            writer.close()
+        manifests = [
+            _write_split(Path(work), split, directory / folder, tokenizer, settings, source_names)
+            for split, folder in settings.splits.items()
+        ]
+    return manifests[0]
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: Tokenizer, source_names: Sequence[str] = ()
+) -> Iterator[TokenizedDocument]:
+    """Tokenise documents, in their order, and end each with the end-of-document token."""
+    source_index = {name: index for index, name in enumerate(source_names or [""])}
+    for batch, ids in Encoder(tokenizer, end_of_document_id(tokenizer)).batches(documents):
+        for document, tokens in zip(batch, ids, strict=True):
+            yield TokenizedDocument(tokens, source_index[document.source])
+
+
+def write_dataset(
+    tokenized: Sequence[TokenizedDocument],
+    directory: Path,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    *,
+    seed: int,
+    source_names: Sequence[str],
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+) -> Manifest:
+    """Shuffle and pack tokenised documents, and write shards, tokenizer and manifest into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = Settings(sequence_length, seed, samples_per_shard=samples_per_shard)
+    keys = sort_keys(np.arange(len(tokenized), dtype=np.uint64), DOCUMENTS, seed).tolist()
+    with tempfile.TemporaryDirectory(dir=directory) as work:
+        writer = RunWriter(Path(work, "train"), "all", token_dtype(vocab_size(tokenizer)))
+        for key, (ids, source) in zip(keys, tokenized, strict=True):
+            writer.add(key, ids, source)
+        writer.close()
+        return _write_split(Path(work), "train", directory, tokenizer, settings, source_names)
+
+
+def tokenization_into(
+    work: Path, tokenizer_file: Path, tokenizer: Tokenizer, settings: Settings, source_names: Sequence[str]
+) -> Tokenization:
+    """The settings of tokenising into runs below `work`, for workers that find the tokenizer at `tokenizer_file`."""
+    return Tokenization(
+        directory=work,
+        tokenizer_file=tokenizer_file,
+        tokenizer_sha256=fingerprint(tokenizer),
+        end_of_document_id=end_of_document_id(tokenizer, settings.end_of_document),
+        rules=settings.rules,
+        seed=settings.seed,
+        source_names=tuple(source_names),
+        weights=tuple(settings.weights.get(name, 1.0) for name in source_names or [""]),
+        validation_fraction=settings.validation_fraction,
+    )
+
+
+def assemble_split(
+    work: Path,
+    split: str,
+    directory: Path,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    source_names: Sequence[str],
+    *,
+    processes: int = 1,
+    report: Report = lambda documents, tokens, size: None,
+) -> tuple[Manifest, list[ShardRecord]]:
+    """Assemble the runs in `work/SPLIT` to shards in `directory`, with the tokenizer; the manifest is yet to be written there.
+
+    Raises:
+        DataError: there are no documents, and this is not a part of something larger.
+    """
+    assembly = Assembly(
+        runs=work / split,
+        records=work / f"{split}.records",
+        directory=directory,
+        sequence_length=settings.sequence_length,
+        vocab_size=vocab_size(tokenizer),
+        end_of_document_id=end_of_document_id(tokenizer, settings.end_of_document),
+        num_sources=len(source_names),
+        packing=settings.packing,
+        samples_per_shard=settings.samples_per_shard,
+        key_prefix=f"{settings.part[0]:04d}-" if settings.part else "",
+    )
+    for folder in (directory, assembly.records):
+        folder.mkdir(parents=True, exist_ok=True)
+    shards = shards_to_assemble(assembly)
+    if not shards and settings.part is None:
+        which = f" for the {split} split" if settings.validation_fraction else ""
+        raise DataError(f"no documents with text{which}; give more input" + (" or another fraction" if which else ""))
+    records = list(work_on(assemble_shard, shards, max(1, min(processes, len(shards))), report))
+    tokenizer.save(str(directory / TOKENIZER_FILE))
+    manifest = Manifest(
+        sequence_length=settings.sequence_length,
+        vocab_size=assembly.vocab_size,
+        end_of_document_id=assembly.end_of_document_id,
+        tokenizer_file=TOKENIZER_FILE,
+        tokenizer_sha256=fingerprint(tokenizer),
+        sources=_sources(records, source_names),
+        # By number: the names of more than 100,000 shards have different lengths.
+        shards=tuple(sorted((r.shard for r in records if r.shard), key=lambda shard: (len(shard.name), shard.name))),
+    )
+    return manifest, records
+
+
+def _write_split(
+    work: Path, split: str, directory: Path, tokenizer: Tokenizer, settings: Settings, source_names: Sequence[str]
+) -> Manifest:
+    manifest, _ = assemble_split(work, split, directory, tokenizer, settings, source_names)
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def _sources(records: Sequence[ShardRecord], source_names: Sequence[str]) -> tuple[Source, ...]:
+    return tuple(
+        Source(
+            name=name,
+            documents=sum(record.documents[index] for record in records),
+            tokens=sum(record.tokens[index] for record in records),
+        )
+        for index, name in enumerate(source_names)
+    )

@@ -1,0 +1,272 @@
+"""Preparing files with many workers, so that a kill at any moment costs only the work in hand.
+
+`OUTPUT.partial` holds what is done so far: the runs of tokenised slices, the records of slices and shards, the shards in
+`data`. A file gets its name when it is whole, and a record is written after what it stands for; what has no record is made
+again, the same bytes in the same place. At the end `data` is renamed to OUTPUT. `request.json` says what was asked for; going
+on with another request, or with input that has changed meanwhile, is refused.
+
+Bounds: a worker holds one run (`sorted_runs.TOKENS_PER_RUN` tokens) or about three times a shard; the index of a run is mapped,
+and the table of the shuffle has 65,536 entries. None grows with the corpus. The disk needs room for the ids twice.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pipeline.data.corpus.display import Display
+from pipeline.data.corpus.documents import Counts, DocumentReader
+from pipeline.data.corpus.inputs import Input, InputFile, Span, input_files, slice_size, slices, source_names
+from pipeline.data.corpus.prepare import Settings, assemble_split, tokenization_into
+from pipeline.data.corpus.request import begin_or_continue, describe, request_sha256, whole_sha256
+from pipeline.data.corpus.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
+from pipeline.data.corpus.workers import work_on
+from pipeline.data.errors import DataError
+from pipeline.data.shards.manifest import MANIFEST_FILE, InputCounts, Manifest, Preparation, read_manifest, write_manifest
+from pipeline.data.shards.output_folder import LOCK_FILE, is_taken, locked, make_partial, partial_of, remove
+from pipeline.data.shards.writer import token_dtype
+from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
+from pipeline.storage.whole_file import publish, write_file
+
+# A BPE is trained on slices evenly spread over the input: more text than this changes it little.
+_TRAINING_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The folders and manifests made, what was found in the input, and whether all of it was there already."""
+
+    manifests: dict[Path, Manifest]
+    counts: Counts
+    was_complete: bool
+
+
+def prepare_files(
+    inputs: Sequence[Input],
+    output_dir: Path,
+    tokenizer: Tokenizer | int,
+    settings: Settings,
+    *,
+    processes: int = 1,
+    display: Display | None = None,
+) -> Prepared:
+    """Tokenise, shuffle, pack and write the documents of files, or go on where that was interrupted.
+
+    Args:
+        tokenizer: or the size of the vocabulary of a BPE to train on the input.
+        processes: how many workers, one to a core; the result does not depend on it.
+
+    Raises:
+        DataError: the input or a setting cannot be used, the output is something else, or was begun with another request.
+    """
+    output_dir = Path(output_dir)
+    names = source_names(inputs)
+    settings.check(names)
+    files = input_files(inputs)
+    request = describe(files, tokenizer, settings, names)
+    partial = partial_of(output_dir)
+    if is_taken(output_dir):
+        prepared = _complete_already(output_dir, request, settings)
+        # What there is of it was left by who was killed just before the end, or will be removed by who is there.
+        if (partial / LOCK_FILE).exists():
+            with suppress(DataError), locked(partial):
+                remove(partial)
+        with suppress(OSError):  # it is not there, or not empty
+            partial.rmdir()
+        return prepared
+    job = _Job(files, names, partial, settings, processes, display or Display())
+    make_partial(partial)
+    with locked(partial):
+        if is_taken(output_dir):  # by whoever had the lock until now
+            prepared = _complete_already(output_dir, request, settings)
+            remove(partial)
+            return prepared
+        was_begun = begin_or_continue(partial, files, request)
+        job.work.mkdir(exist_ok=True)
+        if was_begun:
+            job.display.say(f"continuing {partial}: {job.num_slices_done:,} slices of the input are tokenised already")
+        try:
+            return _make(job, tokenizer, request, output_dir)
+        except DataError:
+            has_trained = isinstance(tokenizer, int) and (partial / TOKENIZER_FILE).exists()
+            if not (was_begun or has_trained or job.num_slices_done):
+                remove(partial)
+            raise
+
+
+@dataclass(frozen=True)
+class _Job:
+    files: list[InputFile]
+    names: list[str]
+    partial: Path
+    settings: Settings
+    processes: int
+    display: Display
+
+    @property
+    def work(self) -> Path:
+        return self.partial / "work"
+
+    @property
+    def data(self) -> Path:
+        return self.partial / "data"
+
+    @property
+    def num_slices_done(self) -> int:
+        return len(list(self.work.glob("slice-*.json")))
+
+
+def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output_dir: Path) -> Prepared:
+    slices_ = _own_slices(job)
+    trained = _tokenizer(job, tokenizer)
+    records = _tokenize(job, trained, slices_)
+    counts = Counts()
+    for record in records:
+        counts.add(record.counts)
+    tokens = {
+        "train": sum(record.train_tokens for record in records),
+        "validation": sum(record.validation_tokens for record in records),
+    }
+    if job.settings.part is None and not all(tokens[split] for split in job.settings.splits):
+        # The same request would end here again, and another one has nothing to go on with.
+        remove(job.partial)
+        raise DataError(_nothing_found(counts, tokens, job.settings))
+    manifests = {}
+    for split, folder in job.settings.splits.items():
+        manifests[output_dir / folder] = _assemble(job, trained, split, folder, tokens[split], counts, request)
+    for leftover in job.data.rglob("*.tmp"):
+        leftover.unlink()
+    publish(job.data, output_dir)
+    remove(job.partial)
+    return Prepared(manifests, counts, was_complete=False)
+
+
+def _nothing_found(counts: Counts, tokens: dict[str, int], settings: Settings) -> str:
+    if counts.documents:
+        empty = next(split for split in settings.splits if not tokens[split])
+        fraction = f" with --validation {settings.validation_fraction:g}" if settings.validation_fraction else ""
+        return (
+            f"none of the {counts.documents:,} documents falls to the {empty} split{fraction}; give more input, another "
+            "fraction or other weights"
+        )
+    kinds = {"empty": counts.empty, "undecodable": counts.undecodable, "oversized": counts.oversized}
+    left_out = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count) or "none"
+    return "; ".join([f"no documents with text; left out: {left_out}", *counts.notes[:1], "give other input"])
+
+
+def _own_slices(job: _Job) -> list[list[Span]]:
+    number, count = job.settings.part or (1, 1)
+    if not 1 <= number <= count:
+        raise DataError(f"expected a part from 1/{count} to {count}/{count}, got {number}/{count}")
+    everything = slices(job.files, slice_size(job.files, count))
+    if len(everything) < count:
+        raise DataError(
+            f"part {number}/{count}: the input can be cut into {len(everything)} slices only, so expected at most that many "
+            "parts; compressed files and tars cannot be cut"
+        )
+    return everything[number - 1 :: count]
+
+
+def _tokenizer(job: _Job, tokenizer: Tokenizer | int) -> Tokenizer:
+    """The tokenizer as it was saved when the work began, or saved now."""
+    path = job.partial / TOKENIZER_FILE
+    if not path.exists():
+        if isinstance(tokenizer, int):
+            tokenizer = _train(job, tokenizer)
+        write_file(path, tokenizer.to_str(pretty=True).encode())
+    return load_tokenizer(path)
+
+
+def _train(job: _Job, vocab_size: int) -> Tokenizer:
+    everything = slices(job.files, slice_size(job.files))
+    step = -(-sum(file.size for file in job.files) // _TRAINING_BYTES)
+    chosen = everything[:: max(1, step)]
+    reader = DocumentReader(job.settings.rules)
+    job.display.begin("reading text for a BPE", sum(span.size for spans in chosen for span in spans))
+
+    def texts() -> Iterator[str]:
+        consumed = 0
+        for document in reader.read(itertools.chain.from_iterable(chosen)):
+            # Not on the held-out documents: a validation loss should know nothing of them.
+            if not is_held_out(document.text, job.settings.validation_fraction):
+                yield document.text
+            job.display.advance(1, 0, reader.consumed - consumed)
+            consumed = reader.consumed
+        job.display.advance(0, 0, reader.consumed - consumed)
+        job.display.end()
+        job.display.begin(f"training a BPE of {vocab_size:,} tokens", 0)
+
+    tokenizer = train_bpe(texts(), vocab_size)
+    job.display.end()
+    return tokenizer
+
+
+def _tokenize(job: _Job, tokenizer: Tokenizer, slices_: Sequence[Sequence[Span]]) -> list[SliceRecord]:
+    settings = tokenization_into(job.work, job.partial / TOKENIZER_FILE, tokenizer, job.settings, job.names)
+    tasks = [(settings, number, spans) for number, spans in enumerate(slices_)]
+    processes = min(job.processes, len(tasks))
+    job.display.begin("tokenising", sum(span.size for spans in slices_ for span in spans))
+    for _ in work_on(tokenize_slice, tasks, processes, job.display.advance):
+        pass
+    job.display.end()
+    records = [read_record(job.work, number) for number in range(len(slices_))]
+    return [record for record in records if record is not None]
+
+
+def _assemble(
+    job: _Job, tokenizer: Tokenizer, split: str, folder: str, expected: int, counts: Counts, request: dict[str, Any]
+) -> Manifest:
+    settings = job.settings
+    size = expected * token_dtype(vocab_size(tokenizer)).itemsize
+    job.display.begin("packing" if folder == "." else f"packing {folder}", size)
+    manifest, records = assemble_split(
+        job.work,
+        split,
+        job.data / folder,
+        tokenizer,
+        settings,
+        job.names,
+        processes=job.processes,
+        report=job.display.advance,
+    )
+    job.display.end()
+    if manifest.num_tokens != expected:
+        raise DataError(
+            f"{job.partial} is damaged: {expected:,} tokens were written to it and {manifest.num_tokens:,} found; remove it, "
+            "and prepare again"
+        )
+    found = {name: getattr(counts, name) for name in InputCounts.model_fields}
+    preparation = Preparation(
+        request_sha256=request_sha256(request),
+        input=InputCounts(**found),
+        seed=settings.seed,
+        packing=settings.packing,
+        samples_per_shard=settings.samples_per_shard,
+        validation=settings.validation_fraction,
+        weights=settings.weights,
+        part=f"{settings.part[0]}/{settings.part[1]}" if settings.part else None,
+        whole_sha256=whole_sha256(request),
+        documents=sum(record.num_documents for record in records),
+        documents_cut=sum(record.documents_cut for record in records),
+    )
+    manifest = manifest.model_copy(update={"preparation": preparation})
+    write_manifest(job.data / folder, manifest)
+    return manifest
+
+
+def _complete_already(output_dir: Path, request: dict[str, Any], settings: Settings) -> Prepared:
+    taken = DataError(f"the output {output_dir} exists already; remove it, or choose another one")
+    manifests = {}
+    for folder in settings.splits.values():
+        if not (output_dir / folder / MANIFEST_FILE).is_file():
+            raise taken
+        manifest = read_manifest(output_dir / folder, may_be_empty=settings.part is not None)
+        if manifest.preparation is None or manifest.preparation.request_sha256 != request_sha256(request):
+            raise taken
+        manifests[output_dir / folder] = manifest
+    counts = Counts(**next(iter(manifests.values())).preparation.input.model_dump())  # type: ignore[union-attr]
+    return Prepared(manifests, counts, was_complete=True)

@@ -1,0 +1,48 @@
+"""Which sample reaches which rank in which step, from the very code that feeds training."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.loading.stream import Stream
+from pipeline.storage.location import Place
+
+# Ranks are read one after the other, some steps at a time: their workers need not all run at once.
+_ROWS_AT_A_TIME = 2**16
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """step: rows consumed before it, divided by G. shard and key: as `Batch.keys` has them."""
+
+    step: int
+    rank: int
+    shard: str
+    key: str
+
+
+def arrivals(
+    place: Place, *, world_size: int, global_batch: int, start_sample: int, num_steps: int, **sizes: Any
+) -> Iterator[Arrival]:
+    """Every sample of the steps from `start_sample` on, in the order of the global batch's rows; `sizes` are further
+    arguments of `Stream`.
+
+    Raises:
+        DataError: as `Stream`, and where a sample is damaged.
+        ValueError: `start_sample` is not a multiple of G.
+    """
+    first = Stream(place, world_size=world_size, rank=0, global_batch=global_batch, **sizes)
+    streams = [first.of_rank(rank) for rank in range(world_size)]
+    end = start_sample + num_steps * global_batch
+    at_a_time = max(1, _ROWS_AT_A_TIME // global_batch) * global_batch
+    for start in range(start_sample, end, at_a_time):
+        by_rank = [
+            [batch.keys for batch in stream.iterate(start, end_sample=min(start + at_a_time, end))] for stream in streams
+        ]
+        rows = itertools.count(start)
+        for micro_step in zip(*by_rank, strict=True):
+            for rank, keys in enumerate(micro_step):
+                for name in keys:
+                    shard, _, key = name.partition("/")
+                    yield Arrival(next(rows) // global_batch, rank, shard, key)

@@ -1,0 +1,257 @@
+"""The manifest: what a folder of prepared shards holds.
+
+A tar reader cannot tell a complete shard from one that was cut between two members, so every count, size and hash is
+written down when the shards are made. `read_manifest` makes the checks that cost only a `stat` a file; the CRC-32 of each
+sample is checked when the sample is read (`reader`), and the sha256 of a whole shard is there for whoever copies data.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    PlainSerializer,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from pipeline.data.errors import DataError
+from pipeline.data.shards.table import Count, FileName, Positive, Record, Sha256, Shard, ShardTable, parse_with_table
+from pipeline.storage.faults import raise_if_of_the_machine
+from pipeline.storage.files import DIRECT, Access, StorageError, read_whole
+from pipeline.storage.location import Place, Url
+from pipeline.storage.whole_file import write_file
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+_MAX_SHARDS_LOOKED_AT = 4096
+
+
+class Source(Record):
+    """A named input: its whole documents, and their tokens with the end-of-document tokens."""
+
+    name: str
+    documents: Count
+    tokens: Count
+
+
+def _as_table(shards: Any, validate: ValidatorFunctionWrapHandler) -> ShardTable:
+    return shards if isinstance(shards, ShardTable) else ShardTable.of(validate(shards))
+
+
+class InputCounts(Record):
+    """What was found in the input, of all splits together: documents used, and those left out with the reason."""
+
+    documents: Count = 0
+    empty: Count = 0
+    undecodable: Count = 0
+    oversized: Count = 0
+    ignored: Count = 0
+
+
+class Preparation(Record):
+    """How `launch/prepare.py` made the data: enough to know it again, and what packing did.
+
+    `request_sha256` is of all settings and of the input files' names and sizes; `weights` are how often the documents of a
+    named source were taken (1 where it is not named); `part` is "2/8" for the second of eight parts, and `whole_sha256` what
+    `request_sha256` would be without it, the same for all of them; parts made before it was thought of have none.
+    `documents` are those in this folder, copies included, `documents_cut` those among them that lie in more than one row.
+    """
+
+    request_sha256: Sha256
+    input: InputCounts
+    seed: int
+    packing: str
+    samples_per_shard: Positive
+    validation: float
+    weights: dict[str, float]
+    part: str | None = None
+    whole_sha256: Sha256 | None = None
+    documents: Count
+    documents_cut: Count
+
+
+class Manifest(Record):
+    """What `manifest.json` says; the JSON's keys are the names of the fields.
+
+    `sources` is empty where the inputs had no names; otherwise a document's source index points into it. `preparation` is
+    there if `launch/prepare.py` made the folder.
+    """
+
+    format_version: int = FORMAT_VERSION
+    sequence_length: Positive
+    vocab_size: Positive
+    end_of_document_id: Count
+    tokenizer_file: FileName
+    tokenizer_sha256: Sha256
+    sources: tuple[Source, ...]
+    shards: Annotated[Sequence[Shard], WrapValidator(_as_table), PlainSerializer(list)]
+    preparation: Preparation | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Rows in all shards."""
+        return int(ShardTable.of(self.shards).samples.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all shards, without padding."""
+        return int(ShardTable.of(self.shards).tokens.sum())
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources, in the order of their indices; empty where the inputs had no names."""
+        return tuple(source.name for source in self.sources)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Manifest":
+        if self.end_of_document_id >= self.vocab_size:
+            raise ValueError(f"end_of_document_id {self.end_of_document_id} is not below vocab_size {self.vocab_size}")
+        for kind, names in (("source", self.source_names), ("shard", ShardTable.of(self.shards).names)):
+            if len(set(names)) != len(names):
+                raise ValueError(f"two {kind}s have the same name")
+        return self
+
+
+def read_manifest(
+    directory: Place, access: Access = DIRECT, *, may_be_empty: bool = False, looks_at_files: bool = True
+) -> Manifest:
+    """Read a folder's manifest and check that its files are there and have their sizes.
+
+    The files are looked at where that is quick: in a folder of this machine's file systems with up to a few thousand
+    shards, of a larger one those of some shards, spread evenly. Whatever is missing or cut beyond that is found when it is
+    read, because nothing is used that does not have its checksum.
+
+    `may_be_empty` is for the parts of a data set, one of which may have no held-out document. `looks_at_files` False leaves
+    the files to the caller.
+
+    Raises:
+        DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or the
+            tokenizer, a shard or one of its index files is missing or has the wrong size.
+    """
+    manifest = _parse(_manifest_text(directory, access), str(directory / MANIFEST_FILE))
+    if manifest.num_samples == 0 and not may_be_empty:
+        raise DataError(f"{directory / MANIFEST_FILE} lists no samples; prepare the data again with more documents")
+    if looks_at_files and isinstance(directory, Path):
+        if not (directory / manifest.tokenizer_file).is_file():
+            raise DataError(
+                f"{directory / manifest.tokenizer_file} cannot be found, but {MANIFEST_FILE} names it as the data's tokenizer; "
+                "copy it again from where the data was prepared"
+            )
+        for number in range(0, len(manifest.shards), 1 + len(manifest.shards) // _MAX_SHARDS_LOOKED_AT):
+            for problem in size_problems(directory, manifest.shards[number]):
+                raise DataError(problem)
+    return manifest
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `directory/manifest.json`; a reader sees the old file or the new one, never half of one."""
+    write_file(Path(directory) / MANIFEST_FILE, (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
+
+
+def _manifest_text(directory: Place, access: Access) -> str:
+    # As text, so that its bytes are gone when it is parsed: of a million shards it has 300 MB.
+    try:
+        return _manifest_bytes(directory, access).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{directory / MANIFEST_FILE} is not a valid manifest: {error}; copy it again") from None
+
+
+def _manifest_bytes(directory: Place, access: Access) -> bytes:
+    remedy = "make it with `python launch/prepare.py --input PATH --output DIR …`"
+    if isinstance(directory, Url):
+        try:
+            return read_whole(directory / MANIFEST_FILE, access)
+        except StorageError as error:
+            raise DataError(str(error)) from None
+        except OSError as error:
+            raise DataError(f"{directory / MANIFEST_FILE} cannot be read: {error.strerror or error}; {remedy}") from None
+    if not directory.is_dir():
+        raise DataError(f"expected a folder of prepared shards at {directory}, but there is no such folder; {remedy}")
+    try:
+        return (directory / MANIFEST_FILE).read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise_if_no_damage(error, directory)
+    if not any(directory.iterdir()):
+        raise DataError(f"expected prepared shards in {directory}, but the folder is empty; {remedy}")
+    hint = _prepared_subfolders(directory)
+    raise DataError(f"expected {MANIFEST_FILE} in {directory}, but it has none; {hint or remedy}")
+
+
+def _prepared_subfolders(directory: Path) -> str:
+    prepared = sorted(str(path.parent) for path in directory.glob(f"*/{MANIFEST_FILE}"))
+    return f"did you mean {' or '.join(prepared[:4])}?" if prepared else ""
+
+
+def _parse(text: str, path: str) -> Manifest:
+    try:
+        parsed = parse_with_table(text)
+        if parsed is not None and parsed[0].get("format_version") == FORMAT_VERSION:
+            content, shards = parsed
+            checked = Manifest.model_validate_json(json.dumps(content | {"shards": []}))
+            return Manifest.model_validate(dict(checked) | {"shards": shards})
+        version = _Version.model_validate_json(text).format_version
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format version {version}, but this program reads version {FORMAT_VERSION}; "
+                "prepare the data again, or use the program that made it"
+            )
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(
+            f"{path} is not a valid manifest: {where}: {first['msg']} ({error.error_count()} problem(s) in all); "
+            "copy it again from where the data was prepared, or prepare again"
+        ) from None
+
+
+class _Version(BaseModel):
+    # Read alone and first: a later version may have any other fields.
+    format_version: int
+
+
+def raise_if_no_damage(error: OSError, folder: Path) -> None:
+    """Return if a file of `folder` is missing or cut.
+
+    Raises:
+        DataError: it is the machine that cannot read it.
+    """
+    try:
+        raise_if_of_the_machine(error, folder, MANIFEST_FILE)
+    except StorageError as fault:
+        raise DataError(str(fault)) from None
+
+
+def size_problems(directory: Path, shard: Shard) -> Iterator[str]:
+    """Which of a shard's files are missing or have another size than the manifest says.
+
+    Raises:
+        DataError: the machine cannot tell.
+    """
+    expected = {
+        f"{shard.name}.tar": shard.bytes,
+        f"{shard.name}.tar.idx": 8 * (shard.samples + 1),
+        f"{shard.name}.tar.crc32": 4 * shard.samples,
+    }
+    for name, size in expected.items():
+        try:
+            found = (directory / name).stat().st_size
+        except OSError as error:
+            raise_if_no_damage(error, directory)
+            yield (
+                f"shard {shard.name}: {directory / name} cannot be found, but the manifest lists it; "
+                "copy it again from where the data was prepared, or prepare again"
+            )
+            continue
+        if found != size:
+            yield (
+                f"shard {shard.name}: {directory / name} has {found} bytes, expected {size}; "
+                "the file is cut or not of this data set: copy it again, or prepare again"
+            )

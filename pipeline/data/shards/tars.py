@@ -1,0 +1,82 @@
+"""Reading tars that others wrote, as far as they can be believed.
+
+tarfile ends without a word where a header is damaged or the file was cut between two members. `members` does not: after the
+last member there must be the end mark of a tar, and nothing else up to the end of the file. Nothing is ever extracted: a
+member is a name and a stretch of bytes, read when asked for and if not too large.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.data.errors import DataError
+
+_BLOCK = 512
+_CHUNK = 1 << 20
+_FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member: its name, whether it is a plain file, the offset of its (first) header, and where its `size` bytes lie."""
+
+    name: str
+    is_file: bool
+    is_folder: bool
+    header: int
+    data: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """The offset after the member and its padding."""
+        return self.data + self.size + -self.size % _BLOCK
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The members of a tar that is not compressed, in their order.
+
+    Raises:
+        DataError: the file is no tar, is cut, has a damaged header or a sparse member; the message names the file.
+    """
+    end = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (entry := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                if entry.issparse():
+                    raise DataError(f"{path}: the member {entry.name!r} is a sparse file; pack it as a plain one")
+                size = entry.size if entry.isreg() else 0
+                member = Member(entry.name, entry.type in _FILE_TYPES, entry.isdir(), entry.offset, entry.offset_data, size)
+                end = member.end
+                yield member
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise DataError(f"{path} is damaged: {error} at byte {end} or after it; copy it again") from None
+    _check_end(path, end)
+
+
+def read_member(file: BinaryIO, member: Member) -> bytes:
+    """The bytes of a member of the tar that is open as `file`.
+
+    Raises:
+        DataError: the file ends before the member does.
+    """
+    file.seek(member.data)
+    data = file.read(member.size)
+    if len(data) != member.size:
+        raise DataError(f"{file.name} is damaged: it ends within its member {member.name!r}; copy it again")
+    return data
+
+
+def _check_end(path: Path, end: int) -> None:
+    size = os.path.getsize(path)
+    if size < end + 2 * _BLOCK:
+        raise DataError(f"{path} is damaged: it has {size} bytes and no end mark; it was cut, copy it again")
+    with open(path, "rb") as file:
+        file.seek(end)
+        while chunk := file.read(_CHUNK):
+            if chunk.strip(b"\0"):
+                raise DataError(f"{path} is damaged: what follows byte {end} is neither a member nor the end; copy it again")

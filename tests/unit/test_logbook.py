@@ -1,0 +1,335 @@
+"""What is written and shown: the formats that people and tools rely on, and a log book that survives a kill."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from pipeline.model.mtp import HeadLosses
+from pipeline.runtime.logbook import (
+    Logbook,
+    closing_table,
+    progress_line,
+    read_records,
+    selection_block,
+    tensorboard_tag,
+    without_non_finite,
+)
+from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, SelectionSums
+from pipeline.weighting.selection import Selection
+
+# The block of the project's plan, to the character.
+EXPECTED_BLOCK = """\
+[Step 100] Training metrics:
+  Weighted CE loss: 2.847
+  Selection statistics:
+    Overall ratio: 70.0% (2.80 heads/position avg)
+    Head 0 (t+1): 1024 tokens (100.0% - always selected)
+    Head 1 (t+2): 614 tokens (60.0% - top-k, threshold=0.42)
+    Head 2 (t+3): 608 tokens (60.0% - top-k, threshold=0.51)
+    Head 3 (t+4): 602 tokens (60.0% - top-k, threshold=0.38)
+  Avg excess loss: t+2=0.42, t+3=0.51, t+4=0.38"""
+
+
+def training_record(step, **values):
+    record = {"step": step, "samples": 8 * step, "tokens": 128 * step, "loss": 2.8467}
+    for head, count in enumerate((1024, 614, 608, 602)):
+        record[f"loss_head_{head}"] = 2.5 + 0.25 * head
+        record[f"selected_ratio_head_{head}"] = 0.6 if head else 1.0
+        record[f"selected_count_head_{head}"] = count
+        record[f"valid_count_head_{head}"] = 1024 - head
+    for head, value in ((1, 0.4213), (2, 0.5099), (3, 0.375)):
+        record[f"threshold_head_{head}"] = value
+        record[f"excess_mean_head_{head}"] = value
+    record |= {"selection_ratio": 0.7, "heads_per_position": 2.8, "learning_rate": 1e-3, "grad_norm": 0.5}
+    return record | {"tokens_per_second": 12345.6, "skipped_steps": 0} | values
+
+
+def validation_record(step, losses):
+    return {"step": step, "samples": 8 * step, "split": "validation", "loss": 1.0} | {
+        f"loss_head_{head}": loss for head, loss in enumerate(losses)
+    }
+
+
+def scalars(directory):
+    """{tag: [(step, value), ...]} as TensorBoard itself reads it."""
+    events = EventAccumulator(str(directory / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def charts(directory):
+    """{title: tags} of the custom-scalars layout."""
+    events = EventAccumulator(str(directory / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+
+
+def test_the_selection_block_is_that_of_the_plan():
+    assert selection_block(training_record(100)) == EXPECTED_BLOCK
+
+
+def test_the_selection_block_of_next_token_training_has_no_excess():
+    record = {key: value for key, value in training_record(5).items() if not key.endswith(("_1", "_2", "_3"))}
+    assert selection_block(record).splitlines()[-1] == "    Head 0 (t+1): 1024 tokens (100.0% - always selected)"
+
+
+def test_numbers_that_do_not_exist_are_shown_as_none():
+    record = training_record(7, loss=None, threshold_head_1=None, excess_mean_head_1=None, selected_ratio_head_1=None)
+    lines = selection_block(record).splitlines()
+    assert lines[1] == "  Weighted CE loss: none"
+    assert lines[5] == "    Head 1 (t+2): 614 tokens (none - top-k, threshold=none)"
+    assert lines[-1] == "  Avg excess loss: t+2=none, t+3=0.51, t+4=0.38"
+
+
+def test_the_progress_line_has_place_loss_shares_speed_and_time_left():
+    line = progress_line(training_record(7), total_steps=1500, seconds_left=3723.9)
+    assert line == "step    7/1500  loss 2.8467  selected 100.0% 60.0% 60.0% 60.0%  12,346 tokens/s  ETA 1:02:03"
+    assert progress_line(training_record(7), 1500, 59.2).endswith("ETA 0:59")
+
+
+def with_sources(step, valid, selected):
+    """A record of 2 heads; valid and selected: {source: (head 0, head 1)}."""
+    record = {"step": step, "loss": 1.0}
+    for head in (0, 1):
+        record[f"loss_head_{head}"] = 1.0
+        record[f"valid_count_head_{head}"] = sum(counts[head] for counts in valid.values())
+        record[f"selected_count_head_{head}"] = sum(counts[head] for counts in selected.values())
+        for name in valid:
+            record[f"valid_count_head_{head}_source_{name}"] = valid[name][head]
+            record[f"selected_count_head_{head}_source_{name}"] = selected[name][head]
+    return record
+
+
+def cells(table, label):
+    (line,) = [line for line in table.splitlines() if line.startswith(label)]
+    return line.removeprefix(label).split()
+
+
+def test_the_closing_tables_shares_are_sums_over_the_last_quarter_divided_once(tmp_path):
+    # Steps 1 to 75 must not count: their noise would be 100 %.
+    early = [with_sources(step, {"prose": (0, 0), "noise": (9, 9)}, {"prose": (0, 0), "noise": (9, 9)}) for step in (1, 75)]
+    late = [
+        with_sources(80, {"prose": (60, 50), "noise": (40, 30)}, {"prose": (60, 40), "noise": (40, 8)}),
+        with_sources(100, {"prose": (10, 10), "noise": (10, 10)}, {"prose": (10, 9), "noise": (10, 3)}),
+    ]
+    table = closing_table([*early, *late], tmp_path / "demo", ("prose", "noise"))
+    # Head 0: all 120 pairs selected, noise 50 of them. Head 1: 60 of 100 selected, noise 40 of 100 valid, 11 of 60 selected.
+    assert cells(table, "selected") == ["100.0%", "60.0%"]
+    assert cells(table, "share of noise in the data") == ["41.7%", "40.0%"]
+    assert cells(table, "share of noise among selected") == ["41.7%", "18.3%"]
+    assert cells(table, "share of prose in the data") == ["58.3%", "60.0%"]
+    assert cells(table, "share of prose among selected") == ["58.3%", "81.7%"]
+    assert "(selection and shares: over the 2 logged steps from 80 to 100)" in table
+
+
+def test_the_closing_table_has_held_out_losses_and_where_to_look(tmp_path):
+    records = [
+        validation_record(0, (5.5, 5.6, 5.7, 5.8)),
+        training_record(10),
+        validation_record(10, (4.0, 4.1, 4.2, 4.3)),
+        training_record(20),
+        validation_record(20, (3.0, 3.1, 3.2, 3.3)),
+    ]
+    table = closing_table(records, tmp_path / "runs" / "demo", ())
+    columns = [cell.strip() for cell in table.splitlines()[0].split("  ") if cell]
+    assert columns == ["head 0 (t+1)", "head 1 (t+2)", "head 2 (t+3)", "head 3 (t+4)"]
+    assert cells(table, "held-out loss, start (step 0)") == ["5.500", "5.600", "5.700", "5.800"]
+    assert cells(table, "held-out loss, end (step 20)") == ["3.000", "3.100", "3.200", "3.300"]
+    assert "share of" not in table
+    assert f"run directory:  {tmp_path / 'runs' / 'demo'}" in table
+    assert f"tensorboard --logdir {tmp_path / 'runs'}" in table
+
+
+def test_the_closing_table_does_without_validation_and_with_nothing_trained(tmp_path):
+    assert "held-out" not in closing_table([training_record(1)], tmp_path, ())
+    assert closing_table([], tmp_path, ()) == ""
+    assert closing_table([validation_record(0, (1.0,))], tmp_path, ()) == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "split", "tag"),
+    [
+        ("loss", None, "train/loss"),
+        ("grad_norm", None, "train/grad_norm"),
+        ("loss_head_0", None, "loss/head_0"),
+        ("selected_ratio_head_1", None, "selection/ratio/head_1"),
+        ("selected_count_head_2", None, "selection/count/head_2"),
+        ("threshold_head_1", None, "selection/threshold/head_1"),
+        ("prediction_hit_rate_head_1", None, "selection/prediction_hit_rate/head_1"),
+        ("excess_mean_head_3", None, "selection/excess_mean/head_3"),
+        ("selection_ratio", None, "selection/selection_ratio"),
+        ("selected_ratio_head_1_source_my_head_2", None, "source/my_head_2/selected_ratio/head_1"),
+        ("selected_ratio_head_1_source_my_head_2_source_x", None, "source/my_head_2_source_x/selected_ratio/head_1"),
+        ("agreement_head_1_head_2", None, "selection/agreement/head_1_head_2"),
+        ("agreement_head_1_head_2_source_web", None, "source/web/agreement/head_1_head_2"),
+        ("excess_p10_head_1", None, "selection/excess_p10/head_1"),
+        ("excess_p10", None, "selection/excess_p10"),
+        ("excess_mean_source_web", None, "source/web/excess_mean"),
+        ("selection_ratio_source_web", None, "source/web/selection_ratio"),
+        ("selected_count", None, "selection/count"),
+        ("heads_per_position", None, "selection/heads_per_position"),
+        ("tokens_per_second", None, "train/tokens_per_second"),
+        ("excess_mean", "validation", "validation/selection/excess_mean"),
+        ("loss_head_0", "validation", "validation/loss/head_0"),
+        ("loss", "validation", "validation/loss"),
+        ("step", None, None),
+        ("split", "validation", None),
+    ],
+)
+def test_every_key_has_its_tensorboard_tag(key, split, tag):
+    assert tensorboard_tag(key, split) == tag
+
+
+def test_tensorboard_reads_back_what_metrics_jsonl_holds(tmp_path):
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    logbook.write(validation_record(0, (5.0, 5.1, 5.2, 5.3)))
+    logbook.write(training_record(1, selected_ratio_head_1_source_noise=0.25))
+    logbook.write(training_record(2, threshold_head_1=None))
+    logbook.close()
+    found = scalars(tmp_path)
+    assert found["source/noise/selected_ratio/head_1"] == [(1, 0.25)]
+    assert found["selection/threshold/head_1"] == [(1, pytest.approx(0.4213))]  # null has no point
+    assert found["validation/loss/head_3"] == [(0, pytest.approx(5.3))]
+    for record in read_records(tmp_path):
+        for key, value in record.items():
+            tag = tensorboard_tag(key, record.get("split"))
+            if tag is not None and value is not None:
+                assert dict(found[tag])[record["step"]] == pytest.approx(value)
+
+
+def test_tensorboard_draws_the_excess_of_each_selecting_head_as_a_distribution(tmp_path):
+    excess = torch.tensor([[-1.0, 0.03, 0.04], [2.5, 2.5, 2.5], [0.1, 0.1, 0.1]])
+    valid = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 0]]).bool()
+    losses = HeadLosses(
+        torch.zeros(()),
+        torch.zeros(1, 3, 4),
+        Selection(valid.T[None], torch.zeros(3), torch.ones(3).double(), (excess * valid).T[None], torch.tensor(True)),
+    )
+    sums = SelectionSums(4, 1, torch.device("cpu"))
+    sums.add(losses, torch.cat([torch.ones(1, 3, 1, dtype=torch.bool), valid.T[None]], dim=-1), torch.zeros(1, 3).long())
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    logbook.write_histograms(20, sums.over_ranks(None))
+    logbook.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    # Head 3 had no valid pair: there is nothing to draw.
+    assert events.Tags()["histograms"] == ["selection/excess/head_1", "selection/excess/head_2"]
+    (first,), (second,) = (events.Histograms(f"selection/excess/head_{head}") for head in (1, 2))
+    assert (first.step, first.histogram_value.num, second.histogram_value.num) == (20, 3, 3)
+    drawn = first.histogram_value
+    filled = [(limit, count) for limit, count in zip(drawn.bucket_limit, drawn.bucket, strict=True) if count]
+    assert filled == [(-0.9375, 1.0), (0.0625, 2.0)]
+    assert (drawn.min, drawn.max) == (-1.0, 0.0625)
+    assert drawn.sum == pytest.approx(excess[0].sum(), abs=3 * EXCESS_BIN_WIDTH / 2)
+    assert drawn.sum_squares == pytest.approx((excess[0] ** 2).sum(), abs=3 * EXCESS_BIN_WIDTH)
+    assert [count for count in second.histogram_value.bucket if count] == [3.0]
+    assert second.histogram_value.min <= 2.5 <= second.histogram_value.max
+
+
+def test_the_custom_scalars_layout_draws_the_heads_of_a_quantity_in_one_chart(tmp_path):
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    logbook.write(validation_record(0, (5.0, 5.1, 5.2, 5.3)))
+    sources = {f"selected_ratio_head_1_source_{name}": 0.5 for name in ("prose", "noise")}
+    logbook.write(training_record(1, **sources))
+    logbook.close()
+    found = charts(tmp_path)
+    # Tags are regular expressions: each must match one line and no other, such as a source's or the validation's.
+    drawn = {
+        title: [tag for tag in scalars(tmp_path) for pattern in patterns if re.search(pattern, tag)]
+        for title, patterns in found.items()
+    }
+    assert drawn["selected ratio"] == [f"selection/ratio/head_{head}" for head in range(4)]
+    assert drawn["policy loss"] == [f"loss/head_{head}" for head in range(4)]
+    assert drawn["held-out loss"] == [f"validation/loss/head_{head}" for head in range(4)]
+    assert drawn["threshold"] == [f"selection/threshold/head_{head}" for head in (1, 2, 3)]
+    assert drawn["mean excess loss"] == [f"selection/excess_mean/head_{head}" for head in (1, 2, 3)]
+    by_source = [f"source/{name}/selected_ratio/head_1" for name in ("prose", "noise")]
+    assert drawn["selected ratio of each source, head 1"] == by_source
+
+
+def test_a_run_without_further_heads_has_no_layout(tmp_path):
+    Logbook(tmp_path, 0, num_heads=1).close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["tensors"] == []
+
+
+def test_metrics_keep_full_precision_and_one_object_a_line(tmp_path):
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    record = training_record(1, loss=0.1 + 0.2, grad_norm=1 / 3)
+    logbook.write(record)
+    assert read_records(tmp_path) == [record]  # readable before the file is closed
+    logbook.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["loss"] == 0.30000000000000004
+
+
+def test_resuming_drops_what_was_logged_beyond_the_checkpoint(tmp_path):
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    logbook.write(validation_record(0, (5.0, 5.0, 5.0, 5.0)))
+    for step in range(1, 6):
+        logbook.write(training_record(step, loss=10.0 + step))
+    logbook.write(validation_record(5, (4.0, 4.0, 4.0, 4.0)))
+    logbook.close()
+    logbook = Logbook(tmp_path, 3, num_heads=4)
+    for step in (4, 5, 6):
+        logbook.write(training_record(step, loss=20.0 + step))
+    logbook.close()
+    steps = [(record["step"], record.get("split"), record["loss"]) for record in read_records(tmp_path)]
+    assert steps == [
+        (0, "validation", 1.0),
+        *((s, None, 10.0 + s) for s in (1, 2, 3)),
+        *((s, None, 20.0 + s) for s in (4, 5, 6)),
+    ]
+    assert scalars(tmp_path)["train/loss"] == [(1, 11.0), (2, 12.0), (3, 13.0), (4, 24.0), (5, 25.0), (6, 26.0)]
+    assert scalars(tmp_path)["validation/loss/head_0"] == [(0, 5.0)]
+
+
+def test_starting_again_from_nothing_drops_everything(tmp_path):
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    logbook.write(validation_record(0, (5.0, 5.0, 5.0, 5.0)))
+    logbook.write(training_record(1, loss=11.0))
+    logbook.write(training_record(2, loss=12.0))
+    logbook.close()
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    logbook.write(validation_record(0, (6.0, 6.0, 6.0, 6.0)))
+    logbook.write(training_record(1, loss=21.0))
+    logbook.close()
+    assert [(record["step"], record["loss"]) for record in read_records(tmp_path)] == [(0, 1.0), (1, 21.0)]
+    assert scalars(tmp_path)["train/loss"] == [(1, 21.0)]
+    assert scalars(tmp_path)["validation/loss/head_0"] == [(0, 6.0)]
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out_and_mended(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = json.dumps(training_record(1)) + "\n"
+    path.write_text(whole + json.dumps(training_record(2))[:40], encoding="utf-8")
+    assert read_records(tmp_path) == [training_record(1)]
+    logbook = Logbook(tmp_path, 1, num_heads=4)
+    logbook.write(training_record(2))
+    logbook.close()
+    assert read_records(tmp_path) == [training_record(1), training_record(2)]
+
+
+def test_there_are_no_records_before_there_is_a_file(tmp_path):
+    assert read_records(tmp_path) == []
+
+
+def test_what_is_not_a_number_becomes_null(tmp_path):
+    record = without_non_finite(
+        {"step": 1, "loss": math.nan, "grad_norm": math.inf, "low": -math.inf, "name": "x", "good": 0.5}
+    )
+    assert record == {"step": 1, "loss": None, "grad_norm": None, "low": None, "name": "x", "good": 0.5}
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    logbook.write(without_non_finite(training_record(1, loss=math.nan)))
+    logbook.close()
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert '"loss": null' in text
+    assert "NaN" not in text
