@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.config import ModelSettings
-from pipeline.model.mtp import Gather, MTPModel, whole
+from pipeline.model.mtp import Gather, MTPModel, no_gather
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -103,7 +103,7 @@ def read_model_settings(directory: Path) -> ModelSettings:
         raise ModelFilesError(f"{directory}: {CONFIG_FILE} makes no sense: {details}") from None
 
 
-def load_weights(model: MTPModel, directory: Path, gather: Gather = whole) -> None:
+def load_weights(model: MTPModel, directory: Path, gather: Gather = no_gather) -> None:
     """Fill `model` from `directory`, tensor by tensor. Heads that the files lack start as copies of their last block.
 
     Raises:
@@ -152,7 +152,7 @@ def _opened_tensors(directory: Path) -> Iterator[dict[str, Any]]:
         yield tensors
 
 
-def save_model(model: MTPModel, directory: Path, gather: Gather = whole, writes: bool = True) -> None:
+def save_model(model: MTPModel, directory: Path, gather: Gather = no_gather, writes: bool = True) -> None:
     """Write config.json and the weights in the model's dtype. Every rank of a partitioned model must call; the one
     with `writes` creates the files, in an existing directory."""
     files: dict[str, str] = {}

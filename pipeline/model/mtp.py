@@ -21,7 +21,7 @@ from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import Spans
 from pipeline.model.elementwise import EAGER, Elementwise
 from pipeline.model.recompute import block_runner
-from pipeline.model.transformer import Block, RMSNorm, document_mask, flash_serves, rotary_angles
+from pipeline.model.transformer import Block, RMSNorm, can_use_flash, document_mask, rotary_angles
 from pipeline.weighting.loss_phase import HeadLosses, chunked_losses, dense_losses, score_tokens
 from pipeline.weighting.selection import Select
 
@@ -100,7 +100,7 @@ class MTPModel(nn.Module):
         """[B, T, H, D], each head's output before the final norm."""
         angles = rotary_angles(tokens_BT.shape[1], self.settings, tokens_BT.device)
         hidden_BTD = self.embed(tokens_BT)
-        masks = spans is None or not flash_serves(hidden_BTD, self.settings)
+        masks = spans is None or not can_use_flash(hidden_BTD, self.settings)
         documents = document_mask(document_ids_BT) if masks else spans
         if hidden_BTD.requires_grad:
             hidden_BTD.register_hook(self._note_bad_rows)
@@ -112,12 +112,12 @@ class MTPModel(nn.Module):
         self.bad_gradient_rows.append(~torch.isfinite(gradient_BTD).all(dim=2).all(dim=1))
 
 
-def whole(_: nn.Parameter) -> AbstractContextManager[bool]:
+def no_gather(_: nn.Parameter) -> AbstractContextManager[bool]:
     """The `Gather` of a model that is not partitioned."""
     return nullcontext(True)
 
 
-def initialize_weights(model: MTPModel, gather: Gather = whole) -> None:
+def initialize_weights(model: MTPModel, gather: Gather = no_gather) -> None:
     """Draw the initial weights: N(0, 0.02) for matrices, divided by sqrt(2 * num_layers) for the two that write into
     the residual stream of a block, ones for norms, zeros for biases.
 

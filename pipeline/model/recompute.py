@@ -28,7 +28,7 @@ RunBlock = Callable[..., Tensor]
 """(block, *inputs) -> what the block gives."""
 
 _aten: Any = torch.ops.aten
-KEPT = [
+SAVED_OPERATIONS = [
     _aten.mm.default,
     _aten.addmm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -46,32 +46,32 @@ def block_runner(kind: str) -> RunBlock:
         return lambda block, *inputs: block(*inputs)
     if kind == "full":
         return partial(checkpoint, use_reentrant=False)
-    return partial(checkpoint, use_reentrant=False, context_fn=_keep_and_reuse)
+    return partial(checkpoint, use_reentrant=False, context_fn=_save_and_reuse)
 
 
-def _keep_and_reuse() -> tuple["_Keep", "_Reuse"]:
+def _save_and_reuse() -> tuple["_SaveOutputs", "_ReuseOutputs"]:
     """What surrounds a block's first forward, and its second."""
     outputs: dict[Any, deque[Any]] = defaultdict(deque)
-    return _Keep(outputs), _Reuse(outputs)
+    return _SaveOutputs(outputs), _ReuseOutputs(outputs)
 
 
-class _Keep(TorchDispatchMode):
+class _SaveOutputs(TorchDispatchMode):
     def __init__(self, outputs: dict[Any, deque[Any]]):
         super().__init__()
         self.outputs = outputs
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        if function in KEPT:
+        if function in SAVED_OPERATIONS:
             # Without its graph, which would hold this and be held by it.
             self.outputs[function].append(tree_map_only(Tensor, Tensor.detach, output))
         return output
 
 
-class _Reuse(TorchDispatchMode):
+class _ReuseOutputs(TorchDispatchMode):
     def __init__(self, outputs: dict[Any, deque[Any]]):
         super().__init__()
         self.outputs = outputs
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.outputs[function].popleft() if function in KEPT else function(*args, **(kwargs or {}))
+        return self.outputs[function].popleft() if function in SAVED_OPERATIONS else function(*args, **(kwargs or {}))

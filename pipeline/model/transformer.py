@@ -25,7 +25,7 @@ Documents = Tensor | Spans
 """A `document_mask`, or spans for flash attention."""
 
 # torch 2.11 wants as many key-value heads as query heads.
-FLASH_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+FLASH_SUPPORTS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention_head_dim(settings: ModelSettings) -> int:
@@ -45,7 +45,7 @@ def document_mask(document_ids_BT: Tensor) -> Tensor:
     return ((same_document & present).tril() | itself)[:, None]
 
 
-def flash_serves(hidden_BTD: Tensor, settings: ModelSettings) -> bool:
+def can_use_flash(hidden_BTD: Tensor, settings: ModelSettings) -> bool:
     """Whether flash attention takes such hidden states: half precision on a GPU of compute capability 8 or more (Ampere),
     attention heads that are not too wide."""
     width = attention_head_dim(settings)
@@ -54,12 +54,12 @@ def flash_serves(hidden_BTD: Tensor, settings: ModelSettings) -> bool:
     return torch.cuda.get_device_capability(hidden_BTD.device)[0] >= 8
 
 
-def attend_in_spans(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, spans: Spans) -> Tensor:
+def flash_attention(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, spans: Spans) -> Tensor:
     """[B, T, N, K]: each query attends to the keys of its span up to its own."""
     query_PNK, key_PGK, value_PGK = query_BTNK.flatten(0, 1), key_BTGK.flatten(0, 1), value_BTGK.flatten(0, 1)
     options: dict[str, Any] = {}
     groups = query_PNK.shape[1] // key_PGK.shape[1]
-    if groups > 1 and FLASH_GROUPS_HEADS:
+    if groups > 1 and FLASH_SUPPORTS_GQA:
         options = {"enable_gqa": True}
     elif groups > 1:
         key_PGK, value_PGK = key_PGK.repeat_interleave(groups, dim=1), value_PGK.repeat_interleave(groups, dim=1)
@@ -71,7 +71,7 @@ def attend_in_spans(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, sp
     return attended_BTNK
 
 
-def attend_under_mask(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, mask: Tensor) -> Tensor:
+def masked_attention(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, mask: Tensor) -> Tensor:
     """[B, T, N, K]: each query attends to the keys that the mask lets it see."""
     query_BNTK, key_BGTK, value_BGTK = (tensor.transpose(1, 2) for tensor in (query_BTNK, key_BTGK, value_BTGK))
     grouped = query_BNTK.shape[1] != key_BGTK.shape[1]
@@ -122,9 +122,9 @@ class Attention(nn.Module):
             query_BTNK, key_BTGK = self.query_norm(query_BTNK), self.key_norm(key_BTGK)
         query_BTNK, key_BTGK = self.rotate(query_BTNK, angles), self.rotate(key_BTGK, angles)
         if isinstance(documents, Spans):
-            attended_BTNK = attend_in_spans(query_BTNK, key_BTGK, value_BTGK, documents)
+            attended_BTNK = flash_attention(query_BTNK, key_BTGK, value_BTGK, documents)
         else:
-            attended_BTNK = attend_under_mask(query_BTNK, key_BTGK, value_BTGK, documents)
+            attended_BTNK = masked_attention(query_BTNK, key_BTGK, value_BTGK, documents)
         return self.output(attended_BTNK.flatten(2))
 
 

@@ -2,38 +2,38 @@
 
 from typing import Any
 
-from pipeline.planning.advice import MARGIN, changes, plannable, verdict
-from pipeline.planning.case import Case
+from pipeline.planning.advice import MARGIN, savings, usable_bytes, verdict
 from pipeline.planning.plan import PARTS, Plan, plan_memory
+from pipeline.planning.planned_job import PlannedJob
 from pipeline.runtime.table import aligned
 
 
 def summary(plan: Plan) -> str:
     """One line."""
     host = f", {_sized(plan.host_total)} of host memory" if plan.host else ""
-    return f"{_sized(plan.total)} a rank, highest in {plan.highest}{host}"
+    return f"{_sized(plan.total)} a rank, highest in {plan.peak_moment}{host}"
 
 
-def document(case: Case, device_bytes: float | None, notes: list[str]) -> dict[str, Any]:
+def document(job: PlannedJob, device_bytes: float | None, notes: list[str]) -> dict[str, Any]:
     """Everything that `table` shows, in bytes."""
-    plan = plan_memory(case)
+    plan = plan_memory(job)
     return {
-        "gpus": case.num_ranks,
-        "stage": case.stage,
-        "precision": "bfloat16" if case.width == 2 else "float32",
-        "device": "cuda" if case.on_gpu else "cpu",
-        "parameters": case.whole,
-        "micro_steps": case.micro_steps,
+        "gpus": job.num_ranks,
+        "stage": job.stage,
+        "precision": "bfloat16" if job.dtype_bytes == 2 else "float32",
+        "device": "cuda" if job.on_gpu else "cpu",
+        "parameters": job.num_parameters,
+        "micro_steps": job.micro_steps,
         "at_rest": plan.at_rest,
         "peak": plan.peak,
-        "peak_moment": plan.highest,
+        "peak_moment": plan.peak_moment,
         "moments": {moment: sum(parts.values()) for moment, parts in plan.moments.items()},
         "total": plan.total,
         "host": plan.host,
         "device_memory": device_bytes,
-        "left_aside": None if device_bytes is None else device_bytes - plannable(case, device_bytes),
-        "verdict": None if device_bytes is None else verdict(plan, plannable(case, device_bytes)),
-        "changes": [change._asdict() for change in changes(case)],
+        "left_aside": None if device_bytes is None else device_bytes - usable_bytes(job, device_bytes),
+        "verdict": None if device_bytes is None else verdict(plan, usable_bytes(job, device_bytes)),
+        "changes": [saving._asdict() for saving in savings(job)],
         "notes": notes,
     }
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from pipeline.config import ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.distributed import World, from_first
+from pipeline.runtime.distributed import World, broadcast_from_first
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.identity import FIXED, differences_that_matter
+from pipeline.runtime.identity import FIXED_SETTINGS, changed_settings
 from pipeline.storage.whole_file import publish, write_file
 
 REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"
@@ -47,7 +47,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             publish(partial, final)
             write_file(self.directory / "latest", f"{name}\n".encode())
-            self._forget_all_but_the_newest_and(name)
+            self._prune(name)
         dist.barrier()
 
     def resume(self, engine: Engine, allow_changed: bool) -> Progress:
@@ -86,7 +86,7 @@ class Checkpoints:
         name = step_name(state["progress"]["step"])
         fixed = [
             f"{key}: was {state['identity'][key]!r}, is now {self.identity[key]!r}; it is fixed for the life of a run"
-            for key in FIXED
+            for key in FIXED_SETTINGS
             if state["identity"].get(key) != self.identity.get(key)
         ]
         if state["world_size"] != self.world.size:
@@ -96,8 +96,8 @@ class Checkpoints:
             )
         changed = [
             f"{change} ({name} was trained with the former)"
-            for change in differences_that_matter(state["identity"], self.identity)
-            if not change.startswith(FIXED)
+            for change in changed_settings(state["identity"], self.identity)
+            if not change.startswith(FIXED_SETTINGS)
         ]
         if fixed or (changed and not allow_changed):
             remedy = "to start anew choose another --run-dir"
@@ -108,11 +108,11 @@ class Checkpoints:
     def changed(self) -> list[str]:
         """What of this run's identity differs from that of the newest checkpoint, one sentence each; none without one."""
         state = self._newest_state()
-        return differences_that_matter(state["identity"], self.identity) if state else []
+        return changed_settings(state["identity"], self.identity) if state else []
 
     def _newest_state(self) -> dict[str, Any]:
         """Our own part of the newest checkpoint as the first rank reads it, on every rank; {} if there is none."""
-        state, broken = from_first(self._look() if self.world.is_first else None)
+        state, broken = broadcast_from_first(self._look() if self.world.is_first else None)
         if broken:
             raise ConfigError(broken)
         return state
@@ -133,7 +133,7 @@ class Checkpoints:
         found = (path for path in self.directory.glob("step-*") if (path / "state.json").is_file())
         return sorted(path.name for path in found if path.suffix != ".partial")
 
-    def _forget_all_but_the_newest_and(self, current: str) -> None:
+    def _prune(self, current: str) -> None:
         # After a return to an older checkpoint the one just written is not the one with the highest number.
         if self.keep is not None:
             others = [name for name in self._complete() if name != current]

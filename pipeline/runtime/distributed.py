@@ -61,7 +61,7 @@ def share_cores(world: World) -> None:
     torch.set_num_threads(max(1, cores // world.local_size))
 
 
-def made_once(path: Path, make: Callable[[], None], world: World, again: bool = False) -> None:
+def make_once(path: Path, make: Callable[[], None], world: World, again: bool = False) -> None:
     """Have the first rank run `make` unless `path` exists (or `again`); the others wait for it however long it takes.
 
     What `make` raises is raised on every rank; if the first rank dies, the others' wait ends with an error. `make` must
@@ -76,7 +76,7 @@ def made_once(path: Path, make: Callable[[], None], world: World, again: bool = 
             make()
         except Exception as error:
             failure = error
-    failure = from_first(failure, waiting)
+    failure = broadcast_from_first(failure, waiting)
     if failure is not None:
         raise failure
     while not path.exists():  # A shared file system may show it to other machines a little later.
@@ -85,22 +85,22 @@ def made_once(path: Path, make: Callable[[], None], world: World, again: bool = 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any rank; one collective, which waits for the device."""
-    return largest(flag, device) > 0
+    return max_over_ranks(flag, device) > 0
 
 
-def largest(value: float, device: torch.device) -> float:
+def max_over_ranks(value: float, device: torch.device) -> float:
     """The largest of the ranks' values; one collective, which waits for the device."""
     found = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.item()
 
 
-def smallest(value: float, device: torch.device) -> float:
+def min_over_ranks(value: float, device: torch.device) -> float:
     """The smallest of the ranks' values; one collective, which waits for the device."""
-    return -largest(-value, device)
+    return -max_over_ranks(-value, device)
 
 
-def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+def broadcast_from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """The first rank's `value`, on every rank; one collective."""
     values = [value]
     if dist.is_initialized():

@@ -6,29 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Change, DataSettings, Settings
+from pipeline.config import DataSettings, ResumeRule, Settings
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Place
 
 # What a change of each setting means, as the setting itself says.
-CHANGES = {
+RESUME_RULES = {
     f"{section}.{key}": change
     for section, values in Settings()
     for key, setting in type(values).model_fields.items()
     for change in setting.metadata
-    if isinstance(change, Change)
+    if isinstance(change, ResumeRule)
 }
 # What the position of a run, one integer, is counted in.
-FIXED = tuple(key for key, change in CHANGES.items() if change is Change.FIXED)
+FIXED_SETTINGS = tuple(key for key, change in RESUME_RULES.items() if change is ResumeRule.FIXED)
 
 
-def differences_that_matter(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Settings (flat, `section.key`) that differ and change the result of a run, one sentence each."""
     keys = dict.fromkeys([*before, *after])
     return [
         f"{key}: was {before.get(key)!r}, is now {after.get(key)!r}"
         for key in keys
-        if before.get(key) != after.get(key) and CHANGES.get(key) is not Change.FREE
+        if before.get(key) != after.get(key) and RESUME_RULES.get(key) is not ResumeRule.FREE
     ]
 
 

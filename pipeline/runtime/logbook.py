@@ -135,7 +135,7 @@ def selection_block(record: Record) -> str:
     return "\n".join(lines)
 
 
-def closing_table(records: Sequence[Record], run_dir: Path, source_names: Sequence[str]) -> str:
+def summary_table(records: Sequence[Record], run_dir: Path, source_names: Sequence[str]) -> str:
     """Held-out loss per head at the start and the end, selection per head over the last quarter of the steps, and for
     each named source its share in the data and among the selected pairs."""
     trained = [record for record in records if "split" not in record]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-PART_FOR_REFERENCE = 0.25
+MAX_REFERENCE_FRACTION = 0.25
 """The largest part of the free memory that `reference.sharding: auto` gives to a whole reference: the rest is activations'."""
 
 
 def sharding_that_fits(reference_bytes: float, free_bytes: float) -> str:
     """`replicate` or `zero3`, by what a whole reference takes of what is free once the policy is built."""
-    return "replicate" if reference_bytes <= PART_FOR_REFERENCE * free_bytes else "zero3"
+    return "replicate" if reference_bytes <= MAX_REFERENCE_FRACTION * free_bytes else "zero3"
 
 
 def reset_peak(device: torch.device) -> None:

@@ -35,7 +35,7 @@ class StopRequest:
         """Whether this process was asked to stop; what the ranks do about it they have to agree on."""
         return self._signalled or (self._file is not None and self._file.exists())
 
-    def settle(self) -> None:
+    def clear(self) -> None:
         """Remove the file: the request was obeyed, or the job has ended."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)

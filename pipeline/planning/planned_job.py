@@ -19,7 +19,7 @@ FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Case:
+class PlannedJob:
     """settings: their vocab_size is set. config: the resolved DeepSpeed configuration. on_gpu: whose kernels run; on a CPU
     device and host memory are one. reference: the shape of the model that runs along, None without one; sharding: how it
     lies on the ranks, `replicate` or `zero3`."""
@@ -49,7 +49,7 @@ class Case:
         return _on_host(self.zero.offload_param)
 
     @property
-    def width(self) -> int:
+    def dtype_bytes(self) -> int:
         """Bytes of a weight or activation in the models' precision."""
         return 2 if precision_of(self.config) == "bfloat16" else 4
 
@@ -67,39 +67,41 @@ class Case:
         return self.settings.model.vocab_size
 
     @cached_property
-    def parameters(self) -> list[int]:
+    def parameter_sizes(self) -> list[int]:
         """Values of each parameter of the policy."""
         return parameter_sizes(self.settings.model)
 
     @cached_property
-    def largest_module(self) -> int:
+    def largest_gathered_module(self) -> int:
         """Values of the largest module that ZeRO-3 gathers as one: a block, or the embedding."""
         model = self.settings.model
         one_head_more = model.model_copy(update={"num_prediction_heads": model.num_prediction_heads + 1})
-        return max(sum(parameter_sizes(one_head_more)) - self.whole, self.unembedding)
+        return max(sum(parameter_sizes(one_head_more)) - self.num_parameters, self.embedding_size)
 
     @cached_property
-    def whole(self) -> int:
+    def num_parameters(self) -> int:
         """Values of the policy's parameters."""
-        return sum(self.parameters)
+        return sum(self.parameter_sizes)
 
     @cached_property
-    def matrices(self) -> int:
+    def num_matrix_parameters(self) -> int:
         """Values of them that are in matrices, one of the two groups of `engine.parameter_groups`."""
         return sum(parameter_sizes(self.settings.model, matrices_alone=True))
 
     @property
-    def part(self) -> int:
+    def num_local_parameters(self) -> int:
         """Values of them that one rank owns: each parameter is cut evenly and padded (`partition_parameters.py`,
         _partition_numel); stages 1 and 2 cut a flat list, which is the same but for the padding."""
-        return sum(-(-size // self.num_ranks) for size in self.parameters)
+        return sum(-(-size // self.num_ranks) for size in self.parameter_sizes)
 
     @property
-    def unembedding(self) -> int:
+    def embedding_size(self) -> int:
         """Values of the embedding, and of the unembedding."""
         return self.vocab_size * self.settings.model.dim
 
-    def changed(self, sections: dict[str, Any] | None = None, zero: dict[str, Any] | None = None, **others: Any) -> "Case":
+    def changed(
+        self, sections: dict[str, Any] | None = None, zero: dict[str, Any] | None = None, **others: Any
+    ) -> "PlannedJob":
         """The same with other settings, other values in the JSON's zero_optimization, or other values of its own."""
         settings, ranks = self.settings.with_values(**(sections or {})), others.get("num_ranks", self.num_ranks)
         content = {key: value for key, value in self.config.items() if key not in RECIPE_OWNS}

@@ -10,29 +10,29 @@ from pipeline.config import ModelSettings, Settings
 from pipeline.derived import next_token_model, reference_shape
 from pipeline.model.huggingface import ModelFilesError
 from pipeline.planning import states
-from pipeline.planning.case import Case, parameter_sizes
+from pipeline.planning.planned_job import PlannedJob, parameter_sizes
 from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
 from pipeline.runtime.memory import sharding_that_fits
 
 
-def case_of(
+def resolve_planned_job(
     settings: Settings, content: dict[str, Any], num_ranks: int, on_gpu: bool, device_bytes: float | None
-) -> tuple[Case, list[str]]:
-    """The case, and a sentence for everything that was assumed; `content` is the JSON's as it was given, `device_bytes` what a
+) -> tuple[PlannedJob, list[str]]:
+    """The job, and a sentence for everything that was assumed; `content` is the JSON's as it was given, `device_bytes` what a
     rank's device has, None where that is not known."""
     notes: list[str] = []
     if content.get("bf16", {}).get("enabled") == "auto":
         content = content | {"bf16": {"enabled": on_gpu}}
-    case = Case(settings, resolve_deepspeed_json(content, settings, num_ranks), num_ranks, on_gpu, None, "replicate")
+    job = PlannedJob(settings, resolve_deepspeed_json(content, settings, num_ranks), num_ranks, on_gpu, None, "replicate")
     shape = _reference_shape(settings, notes)
     if shape is None:
-        return case, notes
-    return case.changed(reference=shape, sharding=_sharding(case, shape, device_bytes, notes)), notes
+        return job, notes
+    return job.changed(reference=shape, sharding=_sharding(job, shape, device_bytes, notes)), notes
 
 
 def _reference_shape(settings: Settings, notes: list[str]) -> ModelSettings | None:
     try:
-        return reference_shape(settings, stand_in=True)
+        return reference_shape(settings, include_untrained=True)
     except ModelFilesError:
         notes.append(
             f"reference.path: {settings.reference.path} cannot be read here; a reference of the policy's shape is assumed"
@@ -40,9 +40,9 @@ def _reference_shape(settings: Settings, notes: list[str]) -> ModelSettings | No
         return settings.model if settings.reference.horizon == "matched" else next_token_model(settings.model)
 
 
-def _sharding(case: Case, shape: ModelSettings, device_bytes: float | None, notes: list[str]) -> str:
-    """As `assembly.frozen_reference` will decide, when the policy is built and its optimiser has no states yet."""
-    asked = case.settings.reference.sharding
+def _sharding(job: PlannedJob, shape: ModelSettings, device_bytes: float | None, notes: list[str]) -> str:
+    """As `assembly.build_frozen_reference` will decide, when the policy is built and its optimiser has no states yet."""
+    asked = job.settings.reference.sharding
     if asked != "auto":
         return asked
     if device_bytes is None:
@@ -51,7 +51,7 @@ def _sharding(case: Case, shape: ModelSettings, device_bytes: float | None, note
         )
         return "replicate"
     # Of an optimiser that is offloaded nothing lies on the device.
-    master = 0 if case.offloads_optimizer else states.master_weights(case) + states.gradients_at_rest(case)
-    weights = 0 if case.offloads_parameters else states.weights(case)
-    built = weights + master + states.buckets_at_rest(case)
-    return sharding_that_fits(case.width * sum(parameter_sizes(shape)), device_bytes - built)
+    master = 0 if job.offloads_optimizer else states.master_weights(job) + states.gradients_at_rest(job)
+    weights = 0 if job.offloads_parameters else states.weights(job)
+    built = weights + master + states.buckets_at_rest(job)
+    return sharding_that_fits(job.dtype_bytes * sum(parameter_sizes(shape)), device_bytes - built)
