@@ -1,7 +1,9 @@
-"""What ranks say of themselves and one another: who met a number that was not finite, and whether all are still in the
-same state. Both run on every rank together, the first only after a step that all discarded, the second at intervals.
+"""Cross-rank diagnostics: locate the non-finite numbers of a discarded step, and check that ranks have not diverged.
 
-Shapes: B rows, H heads, R ranks.
+Both functions are collective: every rank calls them together, the first only after a step that all ranks discarded, the
+second at intervals.
+
+Shapes: B rows, H heads.
 """
 
 import hashlib
@@ -14,17 +16,20 @@ from torch import Tensor
 
 
 class RanksDisagreeError(RuntimeError):
-    """Ranks that must hold the same values do not: memory or communication is faulty, or the code is."""
+    """Ranks hold different values where they must be equal: faulty memory, faulty communication, or a bug."""
 
 
 def who_met_bad_numbers(bad_rows: Sequence[Tensor], bad_gradient_rows: Sequence[Tensor], keys: Sequence[Sequence[str]]) -> str:
-    """A sentence that names ranks, heads and samples; where every loss was finite, whose gradient was not.
+    """Name the ranks, heads and samples whose losses were not finite, in one sentence; collective.
+
+    If every loss was finite, name the ranks and samples whose gradients were not.
 
     Args:
-        bad_rows: for each micro-batch of this rank bool [B, H], where a loss was not finite.
-        bad_gradient_rows: for each micro-batch bool [B], where the gradient was not.
-        keys: for each micro-batch the samples of its rows.
+        bad_rows: one bool [B, H] per micro-batch of this rank, True where the loss was not finite.
+        bad_gradient_rows: one bool [B] per micro-batch, True where the gradient was not finite.
+        keys: the sample keys of each micro-batch's rows.
     """
+    # The samples of this rank, by head and for the gradient.
     heads: dict[str, list[str]] = {}
     gradient: dict[str, list[str]] = {}
     for bad_BH, bad_B, samples in zip(bad_rows, bad_gradient_rows, keys, strict=True):
@@ -32,9 +37,11 @@ def who_met_bad_numbers(bad_rows: Sequence[Tensor], bad_gradient_rows: Sequence[
             heads.setdefault(f"head {head}", []).append(samples[row])
         for (row,) in bad_B.nonzero().tolist():
             gradient.setdefault("gradient", []).append(samples[row])
+
     by_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(by_rank, (heads, gradient))
-    # After a loss that was not finite every rank's gradient is spoilt on purpose.
+
+    # Losses first: after a non-finite loss every rank's gradient is set to NaN on purpose, so gradients say nothing then.
     for found in zip(*by_rank, strict=True):
         sentences = [
             f"rank {rank}, {where}: {', '.join(samples[:4])}{' …' if len(samples) > 4 else ''}"
@@ -47,10 +54,10 @@ def who_met_bad_numbers(bad_rows: Sequence[Tensor], bad_gradient_rows: Sequence[
 
 
 def check_ranks_agree(values: dict[str, Any], device: torch.device) -> None:
-    """Compare named values (anything with an exact `repr`) over ranks by their digests; one small gather.
+    """Compare named values over ranks by 64-bit digests of their `repr`; one all-gather of 8 bytes per value.
 
     Raises:
-        RanksDisagreeError: naming the values, and the ranks that differ from the most common digest.
+        RanksDisagreeError: names the values that differ, and the ranks that differ from the most common digest.
     """
     own = [
         int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little", signed=True) for value in values.values()
