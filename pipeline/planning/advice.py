@@ -1,8 +1,8 @@
-"""Whether a plan fits a device, and which setting brings how much.
+"""Judge whether a plan fits a device, and compute how much memory each setting would save.
 
-A plan is tested to lie within 15 % of the measured peak (tests/integration/test_memory_plan.py), so only what fits with that
-margin is said to fit. Of a GPU's memory a part is nobody's to plan: CUDA's context, NCCL's buffers, and what lies free between
-the allocator's blocks.
+A plan is tested to lie within 15 % of the measured peak (tests/integration/test_memory_plan.py), so only a plan that fits with
+that margin is said to fit. Some of a GPU's memory cannot be planned: CUDA's context, NCCL's buffers, the allocator's
+fragmentation.
 """
 
 from collections.abc import Iterator
@@ -13,31 +13,32 @@ from pipeline.planning.plan import Plan, plan_memory
 from pipeline.planning.planned_job import PlannedJob
 
 MARGIN = 0.15
+"""Relative error that a plan may have."""
 GPU_OVERHEAD_BYTES = 2 * 2**30
-"""Bytes of a GPU that the plan leaves out. Not measured here: 1.5 to 3 GB are common."""
+"""Bytes of a GPU set aside for what the plan leaves out. Not measured here: 1.5 to 3 GB are common."""
 
 
 class Saving(NamedTuple):
-    """setting: what to write, and its price. total: bytes on the device with it alone."""
+    """A setting that saves memory. setting: its text and its price. total: bytes on the device with this change alone."""
 
     setting: str
     total: int
 
 
 def usable_bytes(job: PlannedJob, device_bytes: float) -> float:
-    """Bytes of a device that there are for what is planned."""
+    """Bytes of a device that the plan may use."""
     return device_bytes - (GPU_OVERHEAD_BYTES if job.on_gpu else 0)
 
 
 def verdict(plan: Plan, device_bytes: float) -> str:
-    """`fits`, `close` (only if the plan is not too small) or `does not fit` so many plannable bytes."""
+    """Judge a plan against `device_bytes` usable bytes: `fits`, `close` (fits without the margin) or `does not fit`."""
     if plan.total * (1 + MARGIN) <= device_bytes:
         return "fits"
     return "close" if plan.total <= device_bytes else "does not fit"
 
 
 def savings(job: PlannedJob) -> list[Saving]:
-    """Every change that saves at least a hundredth of the plan and that a plan would accept, the largest saving first."""
+    """List the changes that save at least 1 % of the plan and are valid settings, the largest saving first."""
     now = plan_memory(job).total
     tried = [
         Saving(setting, plan_memory(changed).total)
@@ -78,7 +79,7 @@ def _candidates(job: PlannedJob) -> Iterator[tuple[str, PlannedJob]]:
 
 
 def _smaller_window(job: PlannedJob) -> Iterator[tuple[str, PlannedJob]]:
-    """Fewer gathered weights at a time, where that is not all there are."""
+    """Smaller limits on the weights that ZeRO-3 keeps gathered, if they are larger than 10⁸ values."""
     if job.stage != 3 or job.num_ranks == 1:
         return
     few = 10**8

@@ -1,9 +1,16 @@
-"""The plan: at which moment of a step a rank needs most, and what of it is what.
+"""The memory plan: the moment of a step at which a rank needs most memory, split into parts.
 
-A step's memory has few moments at which it can be highest: the loss phase, when all activations wait and the loss's
-buffers are there; the start of backward, when the final norm's gradients are made; a block's backward, when a checkpointed
-one is made again; the end of backward, when the embedding's gradient is made; reductions by themselves; the optimiser's
-step; and, for models that are whole on each rank, their building. The plan is the highest of them.
+Memory can peak at a few moments of a step:
+
+- the loss phase: all activations are saved, and the loss's buffers are allocated;
+- the start of backward: the final norm's gradients;
+- a block's backward: a checkpointed block is recomputed;
+- the end of backward: the embedding's gradient;
+- the reduction of gradients;
+- the optimizer's step;
+- building the model, where it is whole on each rank (stages 1 and 2).
+
+The plan computes all of them and takes the highest.
 """
 
 from collections.abc import Callable
@@ -20,8 +27,12 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one rank. at_rest: by part, between two steps; moments: by moment and part, on the device; host: by part, what
-    is kept in host memory instead."""
+    """Memory of one rank, in bytes.
+
+    at_rest: by part, on the device between two steps.
+    moments: by moment and part, on the device, `at_rest` included.
+    host: by part, in host memory because it is offloaded.
+    """
 
     at_rest: dict[str, int]
     moments: dict[str, dict[str, int]]
@@ -29,7 +40,7 @@ class Plan:
 
     @property
     def peak_moment(self) -> str:
-        """The moment at which most is needed."""
+        """The moment at which most memory is needed."""
         return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
 
     @property
@@ -46,6 +57,8 @@ class Plan:
 
 
 def plan_memory(job: PlannedJob) -> Plan:
+    """Compute the memory plan of one rank."""
+    # Between steps, on the device or, offloaded, on the host.
     held = {
         "parameters": states.weights(job),
         "master weights": states.master_weights(job),
@@ -59,16 +72,21 @@ def plan_memory(job: PlannedJob) -> Plan:
         host |= {part: held.pop(part) for part in ("master weights", "optimiser", "gradients")}
     if job.offloads_parameters:
         host["parameters"] = held.pop("parameters")
+
+    # Parameters below the persistence threshold stay gathered under ZeRO-3.
     resident = states.persistent_parameters(job, job.parameter_sizes) if job.stage == 3 and job.num_ranks > 1 else 0
     at_rest = held | {"gathered parameters": resident}
+
+    # What each moment adds to that.
     moments = {name: _sum_parts(at_rest, moment(job)) for name, moment in _MOMENTS.items()}
     if job.stage != 3:
-        # The model as it was built, and the flat copy that takes its place.
+        # The model as it was built, and the flat copy that DeepSpeed replaces it with.
         moments["building"] = {"parameters": 2 * states.weights(job)}
     return Plan(at_rest, moments, host)
 
 
 def _sum_parts(at_rest: dict[str, int], added: dict[str, int]) -> dict[str, int]:
+    """Add two dicts part by part; parts of zero bytes are left out."""
     both = {part: at_rest.get(part, 0) + added.get(part, 0) for part in PARTS}
     return {part: size for part, size in both.items() if size}
 
@@ -100,7 +118,7 @@ def _start_of_backward(job: PlannedJob) -> dict[str, int]:
 
 
 def _first_reduction(job: PlannedJob) -> dict[str, int]:
-    """Of the unembedding's gradient by itself, when the final norm's comes."""
+    """The reduction of an unembedding's gradient that exceeds a bucket; it starts when the final norm's gradient comes."""
     if not states.exceeds_bucket(job) or states.is_bf16_optimizer(job):
         return {}
     return {
@@ -137,13 +155,13 @@ def _whole_reduction(job: PlannedJob) -> dict[str, int]:
 
 
 def _unembedding_gradient(job: PlannedJob) -> int:
-    """Where nothing takes it as soon as it is there."""
+    """The unembedding's gradient, where it is not moved into a bucket as soon as it is computed."""
     kept = states.exceeds_bucket(job) or states.is_bf16_optimizer(job)
     return job.dtype_bytes * job.embedding_size if kept else 0
 
 
 def _unreduced_gradient(job: PlannedJob) -> int:
-    """The unembedding's gradient in a first micro-step of BF16_Optimizer, which reduces none before all are there."""
+    """The unembedding's gradient in a first micro-step under BF16_Optimizer, which reduces only after backward."""
     first = states.is_bf16_optimizer(job) and job.micro_steps == 1
     return _unembedding_gradient(job) if first else 0
 

@@ -1,4 +1,4 @@
-"""A plan as a table for people and as a JSON document for programs."""
+"""Format a memory plan: a table for the terminal, a JSON document for programs."""
 
 from typing import Any
 
@@ -9,13 +9,18 @@ from pipeline.runtime.table import aligned
 
 
 def summary(plan: Plan) -> str:
-    """One line."""
+    """Format a plan as one line."""
     host = f", {_sized(plan.host_total)} of host memory" if plan.host else ""
     return f"{_sized(plan.total)} a rank, highest in {plan.peak_moment}{host}"
 
 
 def document(job: PlannedJob, device_bytes: float | None, notes: list[str]) -> dict[str, Any]:
-    """Everything that `table` shows, in bytes."""
+    """The plan and its verdict as JSON values, sizes in bytes; `table` prints the same.
+
+    Args:
+        device_bytes: memory of a rank's device; None if unknown.
+        notes: assumptions that were made, one sentence each.
+    """
     plan = plan_memory(job)
     return {
         "gpus": job.num_ranks,
@@ -39,7 +44,8 @@ def document(job: PlannedJob, device_bytes: float | None, notes: list[str]) -> d
 
 
 def table(figures: dict[str, Any]) -> str:
-    """`document`'s figures for a terminal."""
+    """Format the result of `document` for the terminal."""
+    # One row per part, one column per place and time.
     columns = {"between steps": figures["at_rest"], "at the peak": figures["peak"]}
     columns |= {"on the host": figures["host"]} if figures["host"] else {}
     rows = [["GiB a rank", *columns]]
@@ -47,6 +53,7 @@ def table(figures: dict[str, Any]) -> str:
         if any(part in column for column in columns.values()):
             rows.append([part, *(_gib(column.get(part, 0)) for column in columns.values())])
     rows.append(["total", *(_gib(sum(column.values())) for column in columns.values())])
+
     lines = [
         f"{figures['parameters'] / 1e9:,.3f} billion parameters in {figures['precision']} on {figures['gpus']} "
         f"{'GPU' if figures['device'] == 'cuda' else 'CPU rank'}{'s' if figures['gpus'] > 1 else ''}, ZeRO stage "
@@ -62,6 +69,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def _judgement(figures: dict[str, Any]) -> list[str]:
+    """Lines that say whether the plan fits and, if not, what each setting would save."""
     memory = figures["device_memory"]
     if memory is None:
         return ["How much memory a device has is not known here: --device-memory GiB says whether this fits."]

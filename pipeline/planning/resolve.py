@@ -1,7 +1,7 @@
-"""From a recipe, a DeepSpeed JSON and a number of GPUs to what is planned.
+"""Resolve a recipe, a DeepSpeed JSON and a number of ranks into a `PlannedJob`.
 
-Neither data nor reference need be there: a vocabulary may be set, a reference that is somewhere else is taken to have the
-policy's shape, and what had to be assumed is said.
+Neither the data nor the reference need exist on this machine: the vocabulary may be set, and a reference that cannot be read is
+assumed to have the policy's shape. Every assumption is returned as a note for the user.
 """
 
 from typing import Any
@@ -18,8 +18,12 @@ from pipeline.runtime.memory import sharding_that_fits
 def resolve_planned_job(
     settings: Settings, content: dict[str, Any], num_ranks: int, on_gpu: bool, device_bytes: float | None
 ) -> tuple[PlannedJob, list[str]]:
-    """The job, and a sentence for everything that was assumed; `content` is the JSON's as it was given, `device_bytes` what a
-    rank's device has, None where that is not known."""
+    """Resolve the job to plan; returns it with one sentence for every assumption.
+
+    Args:
+        content: the DeepSpeed JSON as given.
+        device_bytes: memory of a rank's device; None if unknown.
+    """
     notes: list[str] = []
     if content.get("bf16", {}).get("enabled") == "auto":
         content = content | {"bf16": {"enabled": on_gpu}}
@@ -41,7 +45,10 @@ def _reference_shape(settings: Settings, notes: list[str]) -> ModelSettings | No
 
 
 def _sharding(job: PlannedJob, shape: ModelSettings, device_bytes: float | None, notes: list[str]) -> str:
-    """As `assembly.build_frozen_reference` will decide, when the policy is built and its optimiser has no states yet."""
+    """Predict how `assembly.build_frozen_reference` will shard the reference.
+
+    It decides when the policy is built and its optimizer has no states yet.
+    """
     asked = job.settings.reference.sharding
     if asked != "auto":
         return asked
@@ -50,7 +57,7 @@ def _sharding(job: PlannedJob, shape: ModelSettings, device_bytes: float | None,
             "reference.sharding: auto, and the device's memory is not known; a whole reference on each rank is assumed"
         )
         return "replicate"
-    # Of an optimiser that is offloaded nothing lies on the device.
+    # An offloaded optimizer has nothing on the device.
     master = 0 if job.offloads_optimizer else states.master_weights(job) + states.gradients_at_rest(job)
     weights = 0 if job.offloads_parameters else states.weights(job)
     built = weights + master + states.buckets_at_rest(job)
