@@ -27,7 +27,7 @@ from pipeline.runtime.memory import free_bytes, sharding_that_fits
 
 @dataclass(frozen=True)
 class Job:
-    """A command with the place it runs in. deepspeed: the JSON's content as given."""
+    """The job that a command starts: its settings, run directory, ranks and device. deepspeed: the JSON's content as given."""
 
     settings: Settings
     deepspeed: dict[str, Any]

@@ -170,6 +170,8 @@ def _model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
             f"model.vocab_size: {settings.model.vocab_size} is too small for the data's {needed} ids; leave it unset"
         )
     problems += _reference_problems(settings, manifest)
+
+    # Pretrained weights must have the policy's shape.
     if settings.model.pretrained is not None:
         try:
             found = read_model_settings(settings.model.pretrained)
@@ -196,6 +198,8 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
     except (ModelFilesError, DataError) as error:
         yield f"reference.path: {error}"
         return
+
+    # Its weights and heads.
     needed = shape if settings.reference.horizon == "matched" else next_token_model(shape)
     yield from (f"reference.path: {problem}" for problem in weight_problems(needed, directory))
     if settings.reference.horizon == "matched" and shape.num_prediction_heads != num_heads:
@@ -203,6 +207,8 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
             f"reference.horizon: 'matched' needs a reference with the policy's {num_heads} heads, {directory} has "
             f"{shape.num_prediction_heads}; set reference.horizon=shifted"
         )
+
+    # Its vocabulary: every id of the data, under the data's tokenizer.
     if manifest is None:
         return
     if (shape.vocab_size or 0) < manifest.vocab_size:

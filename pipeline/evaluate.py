@@ -33,6 +33,7 @@ def evaluate(
     pool = "global" if settings.training.selection_pool == "step" else settings.training.selection_pool
     training = settings.training.model_copy(update={"selection_pool": pool})
     num_pairs_H, first_sample, num_corrupt = [0] * num_heads, 0, 0
+
     # Not inference_mode: after it the trained engine's next step raises.
     with torch.no_grad():
         for batch in batches:
@@ -44,6 +45,7 @@ def evaluate(
             sums.add(losses, micro_batches[0].valid_BTH, micro_batches[0].batch.sources_BT)
             counted_H = counts.num_valid if training.normalize_by == "valid" else counts.num_selected_H
             num_pairs_H = [total + count for total, count in zip(num_pairs_H, counted_H, strict=True)]
+
     record = sums.record(loss_scale(num_pairs_H, settings.head_weights), source_names, models.group)
     # Without gradients nothing is predicted, so a hit rate would mean nothing.
     record = {key: value for key, value in record.items() if not key.startswith("prediction_hit_rate")}

@@ -67,10 +67,13 @@ def run_job(job: Job, stop: StopRequest) -> int:
 def _make_and_train(job: Job, stop: StopRequest) -> int:
     _say(job, f"run directory {job.run_dir}; {job.world.size} rank{'s' if job.world.size > 1 else ''} on {job.device.type}")
     settings = with_builtin_data(job)
+
+    # First the reference, if this job trains one.
     if has_selecting_heads(settings) and settings.reference.path is None and settings.reference.training_steps is not None:
         settings, exit_code = with_trained_reference(job, settings, stop)
         if exit_code:
             return exit_code
+
     _say(job, f"training the policy for {settings.training.steps} steps")
     exit_code = train_in(job, settings, job.run_dir, stop)
     if exit_code == 0 and job.world.is_first:

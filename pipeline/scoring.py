@@ -57,11 +57,14 @@ def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopReque
             f"reference.path={job.run_dir / 'reference'} reference.training_steps=null reference.training_data=null"
         )
         raise ConfigError([f"reference.path: not set; name the directory of the reference that is to score the data{trained}"])
+
+    # `reference.cached` may already name the cache that is being written; the model runs live all the same.
     settings = settings.with_values(reference={"cached": None})
     settings, config, _ = resolve_settings(job, settings, job.run_dir)
     shape = reference_shape(settings)
     if shape is None:
         raise ConfigError(["model.num_prediction_heads: 1, so nothing selects and there is nothing to score for"])
+
     reference = build_frozen_reference(job, settings, config, shape)
     for place in data_places(settings):
         if not _score_data_set(job, settings, place, reference, cache, precision_of(config), dtype, stop):
