@@ -60,7 +60,7 @@ class Reporter:
         if not (metrics_due or progress_due or selection_due or histogram_due):
             return
 
-        # Collective; only then the other ranks are done.
+        # Collective: every rank takes part in the reductions, then only the first goes on.
         totals = result.sums.over_ranks(self.run.models.group)
         data_wait = max_over_ranks(self._data_wait(), self.run.device)
         if self.logbook is None:
