@@ -35,7 +35,7 @@ from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
 from pipeline.storage.files import read_whole
 from pipeline.storage.whole_file import publish, write_file
-from pipeline.train import advance, begin_step, train, train_step
+from pipeline.train import advance, fetch_step, train, train_step
 
 # One head selects nothing; how the policy does is no property of the reference.
 _NO_SELECTION = TrainingSettings().model_dump(
@@ -81,10 +81,10 @@ def dry_run(job: Job) -> int:
     progress = Progress()
     reset_peak(job.device)
     started = time.perf_counter()
-    result = train_step(run, begin_step(run, run.stream.iterate(0), first_sample=0), progress)
+    result = train_step(run, fetch_step(run, run.stream.iterate(0), step=0, first_sample=0), progress)
     advance(progress, result, settings)
     peak = largest(peak_bytes(job.device), job.device)
-    record = result.sums.record(result.plan.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
+    record = result.sums.record(result.counts.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
     seconds = time.perf_counter() - started
     case, _ = case_of(run.settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
     steps, epoch = settings.training.steps, run.stream.manifest.num_tokens

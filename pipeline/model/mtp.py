@@ -2,8 +2,8 @@
 
 `num_layers` is the depth of the next-token path, so trunk + head 0 is an ordinary causal language model and, with one
 head, the whole of it. One forward does everything that a micro-batch needs: hidden states of all heads, their losses,
-the selection at that fixed point (handed in as functions, so that the model knows nothing of ranks or references), and the
-loss with gradient over the selected rows alone (`loss_phase`). All of it happens inside the one module that owns the
+the selection at that fixed point (through a `Selector`, so that the model knows nothing of ranks or references), and the loss
+with gradient over the selected rows alone (`loss_phase`). All of it happens inside the one module that owns the
 unembedding, because under ZeRO-3 the weight exists nowhere else.
 
 Shapes: B rows, T tokens, H heads, D width, V vocabulary.
@@ -23,7 +23,7 @@ from pipeline.model.elementwise import EAGER, Elementwise
 from pipeline.model.recompute import block_runner
 from pipeline.model.transformer import Block, RMSNorm, document_mask, flash_serves, rotary_angles
 from pipeline.weighting.loss_phase import HeadLosses, chunked_losses, dense_losses, score_tokens
-from pipeline.weighting.selection import Select
+from pipeline.weighting.selection import Selector
 
 INIT_STD = 0.02
 
@@ -45,17 +45,18 @@ class Unembedding(nn.Module):
         hidden_BTHD: Tensor,
         targets_BTH: Tensor,
         valid_BTH: Tensor,
-        select: Select | None,
+        selector: Selector | None,
         scale_H: Tensor | None,
-        dense: bool,
+        loss_phase: str,
         num_valid_H: Sequence[int] | None,
     ) -> Tensor | HeadLosses:
         hidden_BTHD = self.norm(hidden_BTHD)
-        if select is None or scale_H is None:
+        if selector is None or scale_H is None:
             return score_tokens(hidden_BTHD, self.weight, targets_BTH, valid_BTH, num_valid_H)
-        if dense:
-            return dense_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, select, scale_H)
-        return chunked_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, select, scale_H, num_valid_H)
+        if loss_phase == "dense":
+            return dense_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, selector, scale_H)
+        predict = loss_phase == "predicted"
+        return chunked_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, selector, scale_H, num_valid_H, predict)
 
 
 class MTPModel(nn.Module):
@@ -80,21 +81,27 @@ class MTPModel(nn.Module):
         document_ids_BT: Tensor,
         targets_BTH: Tensor,
         valid_BTH: Tensor,
-        select: Select | None = None,
+        selector: Selector | None = None,
         scale_H: Tensor | None = None,
-        dense: bool = False,
+        loss_phase: str = "predicted",
         spans: Spans | None = None,
         num_valid_H: Sequence[int] | None = None,
     ) -> Tensor | HeadLosses:
-        """Without `select` the losses of all heads, float32 [B, T, H] without gradient, 0 at invalid pairs; with it
-        the objective over what it selects, each pair's loss times `scale_H` (float32) of its head, by the `dense` oracle
-        or in chunks.
+        """Compute the losses of all heads, and with a `selector` the objective over the pairs that it selects.
 
-        tokens_BT and targets_BTH are int64, document_ids_BT int32 with -1 on padding, valid_BTH bool. What the host knows
-        of them saves waiting for the device: `spans` of the documents, and how many pairs of each head are valid.
+        Args:
+            tokens_BT, targets_BTH: int64.
+            document_ids_BT: int32, -1 on padding.
+            valid_BTH: bool.
+            scale_H: float32, the factor of a selected pair's loss.
+            loss_phase: `predicted`, `two_pass` or `dense`, as `training.loss_phase`.
+            spans: of the documents; num_valid_H: valid pairs of each head. Both spare the host a wait for the device.
+
+        Returns:
+            `HeadLosses`; without `selector` float32 [B, T, H] without gradient, 0 at invalid pairs.
         """
         hidden_BTHD = self.hidden_states(tokens_BT, document_ids_BT, spans)
-        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, select, scale_H, dense, num_valid_H)
+        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, selector, scale_H, loss_phase, num_valid_H)
 
     def hidden_states(self, tokens_BT: Tensor, document_ids_BT: Tensor, spans: Spans | None = None) -> Tensor:
         """[B, T, H, D], each head's output before the final norm."""

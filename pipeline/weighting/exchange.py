@@ -69,8 +69,8 @@ def on_device(numbers: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
-class OnTheWay:
-    """A device's values, on the way to the host from now on."""
+class HostCopy:
+    """A copy of a device's values to the host that runs behind the device's other work."""
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._arrived = values, None
@@ -80,7 +80,7 @@ class OnTheWay:
             self._arrived = torch.cuda.current_stream(values.device).record_event()
 
     def read(self) -> list[Any]:
-        """The values; waits if they have not arrived yet, and for nothing that the device was told to do after them."""
+        """Return the values; waits if they have not arrived yet, but not for work that the device was given after them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         # By way of numpy, which refuses what lies on a device.
