@@ -1,4 +1,4 @@
-"""How the pairs of one micro-batch are selected, as an object that the model calls at its fixed point.
+"""The selectors of one micro-batch: objects that the model calls once the policy's losses are known.
 
     EveryPair      all valid pairs: training without a comparison
     TopOfPool      the exact top k of the pool that the micro-batch belongs to, or is
