@@ -5,13 +5,13 @@ import time
 from collections import deque
 
 from pipeline.config import Settings
-from pipeline.consumption import curves
+from pipeline.consumption import data_metrics
 from pipeline.data.loading.prefetch import prefetched
 from pipeline.data.loading.stream import Stream
 from pipeline.evaluate import evaluate
 from pipeline.progress import Progress
 from pipeline.run import Run, StepResult
-from pipeline.runtime.distributed import largest
+from pipeline.runtime.distributed import max_over_ranks
 from pipeline.runtime.engine import gradient_norm
 from pipeline.runtime.logbook import Logbook, progress_line, selection_block, without_non_finite
 from pipeline.runtime.metrics import Record, Totals
@@ -54,7 +54,7 @@ class Reporter:
         if not (wanted or progressed or detailed or drawn):
             return
         totals = result.sums.over_ranks(self.run.models.group)
-        data_wait = largest(self._share_waited(), self.run.device)
+        data_wait = max_over_ranks(self._share_waited(), self.run.device)
         if self.logbook is None:
             return
         record = self._record(progress, result, totals) | {"data_wait": data_wait}
@@ -122,7 +122,7 @@ class Reporter:
             "tokens_per_second": tokens / seconds,
             "skipped_steps": progress.skipped_steps,
         }
-        data = curves(self.run.stream, progress.samples, progress, result.consumed)
+        data = data_metrics(self.run.stream, progress.samples, progress, result.consumed)
         return without_non_finite(position | record | more | data)
 
 

@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 
 class RanksDisagreeError(RuntimeError):
-    """Ranks that must hold the same values do not: memory or communication is faulty, or the code is."""
+    """Ranks hold different values where they must be equal: faulty memory, faulty communication, or a bug."""
 
 
 def check_ranks_agree(values: dict[str, Any], device: torch.device) -> None:
-    """Compare named values (anything with an exact `repr`) over ranks by their digests; one small gather.
+    """Compare named values over ranks by 64-bit digests of their `repr`; one all-gather of 8 bytes per value.
 
     Raises:
-        RanksDisagreeError: naming the values, and the ranks that differ from the most common digest.
+        RanksDisagreeError: names the values that differ, and the ranks that differ from the most common digest.
     """
     own = [
         int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little", signed=True) for value in values.values()

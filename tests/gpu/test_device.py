@@ -20,7 +20,7 @@ from pipeline.data.loading.batch import Batch, targets_and_valid
 from pipeline.data.loading.prefetch import prefetched
 from pipeline.model.elementwise import EAGER, elementwise_for
 from pipeline.model.mtp import MTPModel, initialize_weights
-from pipeline.model.transformer import attend_in_spans, attend_under_mask, document_mask, rotary_angles
+from pipeline.model.transformer import document_mask, flash_attention, masked_attention, rotary_angles
 from pipeline.weighting.loss_phase import chunked_losses, dense_losses
 from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks
@@ -203,8 +203,8 @@ def test_flash_attention_over_spans_is_attention_under_the_mask(groups: int) -> 
     present = batch.document_ids_BT >= 0
     upstream = torch.randn(3, 256, 8, 64, generator=generator).to("cuda", torch.bfloat16) * present[..., None, None]
     ways = [
-        attend_in_spans(query, key, value, batch.spans),
-        attend_under_mask(query, key, value, document_mask(batch.document_ids_BT)),
+        flash_attention(query, key, value, batch.spans),
+        masked_attention(query, key, value, document_mask(batch.document_ids_BT)),
     ]
     found, expected = ([way, *torch.autograd.grad(way, (query, key, value), upstream)] for way in ways)
     for one, other in zip(found, expected, strict=True):
