@@ -34,7 +34,7 @@ from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
 from pipeline.storage.files import read_whole
 from pipeline.storage.whole_file import publish, write_file
-from pipeline.train import advance, begin_step, train, train_step
+from pipeline.train import advance, fetch_step, train, train_step
 
 # The reference has one head and selects nothing. With these settings at their defaults, a change of the policy's selection does
 # not count as a change of the reference.
@@ -90,10 +90,10 @@ def dry_run(job: Job) -> int:
     progress = Progress()
     reset_peak(job.device)
     started = time.perf_counter()
-    result = train_step(run, begin_step(run, run.stream.iterate(0), first_sample=0), progress)
+    result = train_step(run, fetch_step(run, run.stream.iterate(0), step=0, first_sample=0), progress)
     advance(progress, result, settings)
     peak = max_over_ranks(peak_bytes(job.device), job.device)
-    record = result.sums.record(result.plan.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
+    record = result.sums.record(result.counts.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
     seconds = time.perf_counter() - started
 
     # Report.

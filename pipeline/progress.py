@@ -42,11 +42,13 @@ class Progress:
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, exactly; the host waits for the device."""
         values = {known.name: getattr(self, known.name) for known in fields(self)}
-        return values | {"prediction": {"level_K": self.prediction.numbers()}}
+        return values | {"prediction": {"threshold_K": self.prediction.numbers()}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """Restore from `to_json`; counters that an older checkpoint lacks start at their defaults."""
         known = {known.name: values[known.name] for known in fields(cls) if known.name in values}
-        prediction = Prediction.of(known.get("prediction", {}).get("level_K", []))
+        predicted = known.get("prediction", {})
+        # An older program called it level_K.
+        prediction = Prediction.of(predicted.get("threshold_K", predicted.get("level_K", [])))
         return cls(**known | {"prediction": prediction})

@@ -15,6 +15,7 @@ from pipeline.runtime.distributed import max_over_ranks
 from pipeline.runtime.engine import gradient_norm
 from pipeline.runtime.logbook import Logbook, progress_line, selection_block, without_non_finite
 from pipeline.runtime.metrics import Record, Totals
+from pipeline.schedule import objective_at
 
 
 class Reporter:
@@ -87,7 +88,8 @@ class Reporter:
         rows = run.validation.iterate(0, end_sample=validation_rows(run.validation, run.settings))
         batches = prefetched(rows, run.device, depth=1)
         names = run.validation.manifest.source_names or ("",)
-        record = evaluate(run.models, batches, run.settings, names, run.world, run.device)
+        objective = objective_at(run.settings, progress.step)
+        record = evaluate(run.models, batches, run.settings, objective, names, run.world, run.device)
         run.engine.train()
         self.restart_clock()
 
@@ -123,7 +125,7 @@ class Reporter:
 
     def _record(self, progress: Progress, result: StepResult, totals: Totals) -> Record:
         """All metrics of a step, as metrics.jsonl has them."""
-        record = totals.record(result.plan.scale_H, self.run.stream.manifest.source_names or ("",))
+        record = totals.record(result.counts.scale_H, self.run.stream.manifest.source_names or ("",))
         if not result.applied:
             record["loss"] = None
         tokens, seconds, _ = map(sum, zip(*self.recent, strict=True))

@@ -98,7 +98,7 @@ def _run(job: Job, device: torch.device) -> None:
     from pipeline.progress import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.engine import build_policy, build_reference, release
-    from pipeline.train import advance, begin_step, train_step
+    from pipeline.train import advance, fetch_step, train_step
     from tests.stepping import run_of
 
     settings = settings_of(job)
@@ -110,7 +110,7 @@ def _run(job: Job, device: torch.device) -> None:
     progress = Progress()
     for step in range(2):
         batches = iter(_batches(job, seed=10 * step + dist.get_rank()))
-        result = train_step(run, begin_step(run, batches, progress.samples), progress)
+        result = train_step(run, fetch_step(run, batches, progress.step, progress.samples), progress)
         advance(progress, result, settings)
         assert result.applied
     for each in filter(None, (engine, reference)):

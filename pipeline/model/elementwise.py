@@ -49,6 +49,8 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+MOST_KINDS_OF_INPUT = 64
+
 EAGER = Elementwise(rotate, gated)
 
 
@@ -70,6 +72,11 @@ class CompiledIfPossible:
     """
 
     def __init__(self, function: Callable[..., Tensor], **options: Any):
+        import torch._dynamo.config as dynamo  # Takes a second, which only those pay who compile.
+
+        # Queries and keys of two models, trained, validated and frozen: more kinds of input than the eight after which torch
+        # would run all further ones uncompiled.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_KINDS_OF_INPUT)
         self.function = function
         self.compiled: Callable[..., Tensor] = torch.compile(function, dynamic=False, **options)
 

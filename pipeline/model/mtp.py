@@ -25,7 +25,7 @@ from pipeline.model.elementwise import EAGER, Elementwise
 from pipeline.model.recompute import block_runner
 from pipeline.model.transformer import Block, RMSNorm, can_use_flash, document_mask, rotary_angles
 from pipeline.weighting.loss_phase import HeadLosses, chunked_losses, dense_losses, score_tokens
-from pipeline.weighting.selection import Select
+from pipeline.weighting.selection import Selector
 
 INIT_STD = 0.02
 
@@ -47,17 +47,18 @@ class Unembedding(nn.Module):
         hidden_BTHD: Tensor,
         targets_BTH: Tensor,
         valid_BTH: Tensor,
-        select: Select | None,
+        selector: Selector | None,
         scale_H: Tensor | None,
-        dense: bool,
+        loss_phase: str,
         num_valid_H: Sequence[int] | None,
     ) -> Tensor | HeadLosses:
         hidden_BTHD = self.norm(hidden_BTHD)
-        if select is None or scale_H is None:
+        if selector is None or scale_H is None:
             return score_tokens(hidden_BTHD, self.weight, targets_BTH, valid_BTH, num_valid_H)
-        if dense:
-            return dense_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, select, scale_H)
-        return chunked_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, select, scale_H, num_valid_H)
+        if loss_phase == "dense":
+            return dense_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, selector, scale_H)
+        predict = loss_phase == "predicted"
+        return chunked_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, selector, scale_H, num_valid_H, predict)
 
 
 class MTPModel(nn.Module):
@@ -86,9 +87,9 @@ class MTPModel(nn.Module):
         document_ids_BT: Tensor,
         targets_BTH: Tensor,
         valid_BTH: Tensor,
-        select: Select | None = None,
+        selector: Selector | None = None,
         scale_H: Tensor | None = None,
-        dense: bool = False,
+        loss_phase: str = "predicted",
         spans: Spans | None = None,
         num_valid_H: Sequence[int] | None = None,
     ) -> Tensor | HeadLosses:
@@ -99,18 +100,18 @@ class MTPModel(nn.Module):
             document_ids_BT: int32, -1 on padding.
             targets_BTH: int64, the token that head h at position t predicts.
             valid_BTH: bool.
-            select: chooses the pairs to train on from the per-token losses; None to score only.
-            scale_H: float32, the factor of each head's summed loss; given together with `select`.
-            dense: compute by the oracle that holds all logits, instead of in chunks.
+            selector: selects the pairs to train on from the per-token losses; None to score only.
+            scale_H: float32, the factor of each head's summed loss; given together with `selector`.
+            loss_phase: `predicted`, `two_pass` or `dense`, as `training.loss_phase`.
             spans: the documents' boundaries as the host knows them; saves a wait for the device.
             num_valid_H: valid pairs of each head as the host knows them; saves a wait for the device.
 
         Returns:
-            Without `select` the losses of all heads, float32 [B, T, H] without gradient, 0 at invalid pairs. With it
+            Without `selector` the losses of all heads, float32 [B, T, H] without gradient, 0 at invalid pairs. With it
             `HeadLosses`, whose loss is the objective Σ_h scale_h · Σ selected losses of head h.
         """
         hidden_BTHD = self.hidden_states(tokens_BT, document_ids_BT, spans)
-        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, select, scale_H, dense, num_valid_H)
+        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, selector, scale_H, loss_phase, num_valid_H)
 
     def hidden_states(self, tokens_BT: Tensor, document_ids_BT: Tensor, spans: Spans | None = None) -> Tensor:
         """Each head's output before the final norm, [B, T, H, D] in the model's dtype."""

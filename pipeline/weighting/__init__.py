@@ -1,10 +1,13 @@
-"""The objective in plain torch: per-token losses, excess loss, exact top-k selection over ranks, weighted cross-entropy.
+"""The objective in plain torch: per-token losses, scores, exact top-k selection over ranks, weighted cross-entropy.
 
-A micro-batch walks through: loss_phase (with cross_entropy) → pools → exchange and selection → loss_phase.
+A micro-batch walks through: loss_phase (scores all pairs) → selectors (score, pools, exchange, selection) → loss_phase (loss
+and gradient of the selected pairs).
 
 loss_phase     hidden states to losses, the selection among them, and the loss over the selected pairs
 cross_entropy  chunked cross-entropy, with and without gradient; never all logits
-pools          the four pools of the top k_percent, and the scores that are ranked in them
+score          the scores by which pairs compete: excess loss, and two controls
+selectors      the selectors of a micro-batch, which the model calls with the policy's losses
+pools          the four pools that the top k_percent are selected in
 selection      the exact top k_percent of a pool
 exchange       finds the exact threshold of a pool over ranks: all-gather or radix histograms
 objective      pair counts, selection sizes and loss scales of a step, known before anything is computed
