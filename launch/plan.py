@@ -21,6 +21,7 @@ DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
     parser = recipe_parser("plan.py", __doc__, DEMO)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the job")
     parser.add_argument(
@@ -64,7 +65,7 @@ def _figures(parser: argparse.ArgumentParser, options: argparse.Namespace, unkno
 
 
 def _file_problems(path: Path | None) -> list[str]:
-    """Why the figures could not be written, before they are computed."""
+    """Problems of the --json path, found before anything is computed."""
     if path is None:
         return []
     if path.is_dir():

@@ -18,6 +18,7 @@ DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
     parser = job_parser("score.py", __doc__, DEMO)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="what reference.cached will name")
     parser.add_argument(
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def score(job, options: argparse.Namespace, stop) -> int:
+    """The command on every rank (`command_line.Command`)."""
     from pipeline.job import with_builtin_data
     from pipeline.scoring import score
 

@@ -17,6 +17,7 @@ DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
     parser = job_parser("train.py", __doc__, DEMO)
     parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, report, stop")
     parser.add_argument("--allow-changed", action="store_true", help="continue a run with settings that change its result")
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def train(job, options: argparse.Namespace, stop) -> int:
+    """The command on every rank (`command_line.Command`)."""
     from pipeline.job import dry_run, run_job
 
     return dry_run(job) if options.dry_run else run_job(job, stop)

@@ -1,5 +1,36 @@
-"""Selective multi-token prediction: pretraining with MTP heads (arXiv 2404.19737) under Rho-1's selection
-(arXiv 2404.07965).
+"""Selective multi-token prediction: MTP heads (arXiv 2404.19737) trained under Rho-1's selection (arXiv 2404.07965).
 
-Imports point one way: train -> {evaluate, model, weighting, data, runtime} -> config.
+Imports point one way: launch → train → {model, weighting, data, runtime} → config (tests/unit/test_imports.py has the rule of
+each room). A batch walks through: stream → batch → reference → policy hidden states → per-token losses → exchange → selection →
+loss → engine → metrics.
+
+train.py            the training loop; start reading here
+micro_step.py       one micro-batch: reference, policy losses, selection, loss
+run.py              everything a training run works with, and the result of a step
+schedule.py         the learning rate
+progress.py         the counters of a run, which checkpoints save
+consumption.py      counts the data of a step over all ranks, and reacts to damaged samples
+reporter.py         metrics, validations and terminal lines, each at its interval
+evaluate.py         held-out losses
+scoring.py          stores a frozen reference's losses beside the data
+
+command_line.py     options, checks, process group and exit codes of the commands
+job.py              a job from start to end: prepare what is missing, then train
+assembly.py         builds a run from a job's settings
+config.py           all settings, with defaults and units
+setting_types.py    the types that settings are declared with
+recipe.py           reads settings from YAML and the command line
+checks.py           checks data, sizes and models before any compute is spent
+derived.py          values derived from the settings and the files they name
+
+data/               errors, tokenizer, permutations, a bounded cache
+data/corpus/        documents to rows, offline
+data/shards/        the format on disk
+data/loading/       rows to batches, online
+storage/            paths and URLs, reads with retries, atomic writes, locks
+model/              the transformer, the prediction heads, the reference, Hugging Face's layout
+weighting/          cross-entropy, exact selection over ranks, the objective
+runtime/            process group, DeepSpeed, checkpoints, metrics, signals
+planning/           the memory plan, computed before anything is built
+benchmark/          what `launch/benchmark.py` measures
 """

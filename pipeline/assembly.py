@@ -1,6 +1,6 @@
-"""From a job's settings to everything that a run works with: data, engines, checkpoints.
+"""Build a `Run` from a job's settings: open the data, check that it may resume, build the engines.
 
-What is refused here is refused on every rank alike, before an engine is built.
+Errors found here are raised on every rank alike, before an engine is built.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from pipeline.runtime.memory import free_bytes, sharding_that_fits
 
 @dataclass(frozen=True)
 class Job:
-    """What the command line asked for, and where it runs. deepspeed: the JSON's content."""
+    """The job that a command starts: its settings, run directory, ranks and device. deepspeed: the JSON's content as given."""
 
     settings: Settings
     deepspeed: dict[str, Any]
@@ -38,19 +38,29 @@ class Job:
 
 
 def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) -> Run:
-    """Open the data, refuse to continue what is there with other settings, then build the engines.
+    """Open the data, check that the run directory may be resumed with these settings, then build the engines. Collective.
 
-    A `dry` run looks at no checkpoints, and draws a reference that is still to be trained.
+    dry: ignore checkpoints, and initialise a reference randomly if it is still to be trained.
+
+    Raises:
+        ConfigError: the run directory holds a checkpoint that these settings may not continue.
+        DataError: the data or its cached losses cannot be used.
     """
     validation_path = settings.data.validation_path
     settings, config, checkpoints = resolve_settings(job, settings, run_dir)
+
+    # Data.
     stream = open_stream(sets_of(settings.data), settings, config, job.world, settings.data.num_workers)
     validation = None
     if validation_path is not None:
-        # A validation is short and every worker's start is not: it reads in the training process.
+        # Read in the training process: a validation is too short to pay for starting workers.
         validation = open_stream([DataSet(validation_path)], settings, config, job.world, num_workers=0)
+
+    # Refuse before the minutes that building engines takes.
     if not dry:
         checkpoints.check(job.allow_changed)
+
+    # Engines. The reference comes second, because `auto` sharding looks at the memory that the policy leaves.
     engine = build_policy(settings, config)
     shape = reference_shape(settings, include_untrained=dry)
     reference = None if shape is None else build_frozen_reference(job, settings, config, shape)
@@ -68,8 +78,11 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
 
 
 def build_frozen_reference(job: Job, settings: Settings, config: dict[str, Any], shape: ModelSettings) -> Engine:
-    """The reference under its engine; `auto` keeps it whole on every rank where it takes little of the memory that is free
-    on the fullest one, which saves its collectives."""
+    """Build the frozen reference's engine; collective.
+
+    `reference.sharding: auto` replicates the reference if that takes little of the free memory on the fullest rank, which saves
+    its all-gathers.
+    """
     sharding: str = settings.reference.sharding
     if sharding == "auto":
         needed = num_parameters(shape) * (2 if precision_of(config) == "bfloat16" else 4)
@@ -79,7 +92,11 @@ def build_frozen_reference(job: Job, settings: Settings, config: dict[str, Any],
 
 
 def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dict[str, Any], Checkpoints]:
-    """Settings with what depends on the data filled in, the DeepSpeed configuration, and the run's checkpoints."""
+    """Fill in the settings that depend on the data.
+
+    Returns:
+        The settings with lanes and vocab_size set, the resolved DeepSpeed configuration, and the run's checkpoints.
+    """
     manifest = read_joined(settings.data)
     settings = settings.with_values(
         data={"lanes": lanes_of(settings)}, model={"vocab_size": settings.model.vocab_size or manifest.vocab_size}
@@ -95,7 +112,7 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
 
 
 def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:
-    """The rows of this rank, with the reference losses that are cached for them, if the settings name a cache."""
+    """Open this rank's stream of rows, with their cached reference losses if `reference.cached` is set."""
     if has_selecting_heads(settings):
         sets = [replace(each, losses=cached_losses(settings, each.place, config)) for each in sets]
     return Stream(
@@ -109,6 +126,6 @@ def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, A
         shuffle_block=settings.data.shuffle_block,
         num_workers=num_workers,
         access=settings.data.access,
-        # A rank that raised alone would leave the others waiting: `settle_damage` raises on all.
+        # A rank that raised alone would leave the others waiting in a collective; `settle_damage` raises on all.
         raises=False,
     )

@@ -1,7 +1,7 @@
-"""What can be wrong before any compute is spent: data, sizes, reference and pretrained weights against the settings.
+"""Check data, sizes, reference and pretrained weights against the settings, before any compute is spent.
 
-Every check yields sentences (key, what is there, what was expected, what to do); `check_before_start` puts them with
-those of the settings and of the DeepSpeed JSON into one error.
+Each check yields sentences: the key, the value found, the value expected, the remedy. `check_before_start` raises them,
+together with the problems of the settings and of the DeepSpeed JSON, as one error.
 """
 
 import os
@@ -28,9 +28,10 @@ from pipeline.storage.location import Place
 def check_before_start(
     settings: Settings, deepspeed_json: Path, run_dir: Path, world: World, problems: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Find everything that is wrong and can be known before the process group exists; returns the JSON's content.
+    """Make every check that needs no process group; returns the JSON's content.
 
-    `problems` were found in the settings before; with any, some settings are stand-ins and only files are looked at.
+    problems: those already found in the settings. If there are any, the refused settings hold defaults, so checks that would
+    compare them are left out and only files are looked at.
 
     Raises:
         ConfigError: all problems of settings, DeepSpeed JSON, sizes, data and reference at once.
@@ -52,15 +53,19 @@ def check_before_start(
 def check_before_planning(
     settings: Settings, deepspeed_json: Path, num_ranks: int, problems: Sequence[str] = ()
 ) -> tuple[Settings, dict[str, Any]]:
-    """What can be known of a job on so many ranks where neither its data nor its reference need be: its settings with
-    vocab_size filled in, and the JSON's content.
+    """Make the checks that need neither data nor reference, for `launch/plan.py`.
+
+    Returns:
+        The settings with vocab_size filled in, and the JSON's content.
 
     Raises:
-        ConfigError: all problems of settings, DeepSpeed JSON and sizes at once, or a vocabulary that nothing tells.
+        ConfigError: all problems of settings, DeepSpeed JSON and sizes at once, among them an unknown vocabulary.
     """
     content, found = read_deepspeed_json(deepspeed_json, settings)
     if not problems:
         found += size_problems(settings, num_ranks)
+
+    # The vocabulary: set, the built-in corpus's, or the data's if it is here.
     vocab_size = settings.model.vocab_size or (VOCAB_SIZE if settings.data.builtin else None)
     if vocab_size is None and not problems:
         manifests, unreadable = _read_manifests(settings)
@@ -73,7 +78,7 @@ def check_before_planning(
 
 
 def _cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]:
-    """Of what is there before the job makes anything: a job's own data has no losses yet."""
+    """Problems of the cached losses; the built-in corpus has none, because the job is yet to prepare it."""
     if settings.data.builtin or not has_selecting_heads(settings):
         return
     for place in data_places(settings):
@@ -84,13 +89,13 @@ def _cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]
 
 
 def data_places(settings: Settings) -> list[Place]:
-    """Where the data sets lie that a run trains on, and the one that it is validated on."""
+    """Locations of all training data sets, then of the validation set if there is one."""
     validation = settings.data.validation_path
     return [*(each.place for each in sets_of(settings.data)), *([] if validation is None else [validation])]
 
 
 def check_data(settings: Settings) -> None:
-    """The same of the data alone, once the job has made what it makes itself.
+    """Check the data again, once the job has prepared what it prepares itself.
 
     Raises:
         ConfigError: data sets, sizes and model do not fit each other.
@@ -157,7 +162,7 @@ def _manifest_problems(found: Manifest, path: Place, settings: Settings, first: 
 
 
 def _model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
-    """Whether model, reference and pretrained weights fit the data (`manifest` None: not known yet)."""
+    """Problems of model, reference and pretrained weights with the data. manifest: None if not known yet."""
     problems = []
     needed = manifest.vocab_size if manifest else 0
     if settings.model.vocab_size is not None and settings.model.vocab_size < needed:
@@ -165,6 +170,8 @@ def _model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
             f"model.vocab_size: {settings.model.vocab_size} is too small for the data's {needed} ids; leave it unset"
         )
     problems += _reference_problems(settings, manifest)
+
+    # Pretrained weights must have the policy's shape.
     if settings.model.pretrained is not None:
         try:
             found = read_model_settings(settings.model.pretrained)
@@ -191,6 +198,8 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
     except (ModelFilesError, DataError) as error:
         yield f"reference.path: {error}"
         return
+
+    # Its weights and heads.
     needed = shape if settings.reference.horizon == "matched" else next_token_model(shape)
     yield from (f"reference.path: {problem}" for problem in weight_problems(needed, directory))
     if settings.reference.horizon == "matched" and shape.num_prediction_heads != num_heads:
@@ -198,6 +207,8 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
             f"reference.horizon: 'matched' needs a reference with the policy's {num_heads} heads, {directory} has "
             f"{shape.num_prediction_heads}; set reference.horizon=shifted"
         )
+
+    # Its vocabulary: every id of the data, under the data's tokenizer.
     if manifest is None:
         return
     if (shape.vocab_size or 0) < manifest.vocab_size:
@@ -211,7 +222,7 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
 
 
 def _shape_differences(own: ModelSettings, found: ModelSettings) -> Iterator[tuple[str, Any, Any]]:
-    """(key, own, found) where they differ, defaults that follow from other keys filled in."""
+    """(key, own, found) where two shapes differ, after defaults that depend on other keys are filled in."""
     mine, theirs = (
         shape.model_dump(exclude={"seed", "pretrained", "num_prediction_heads"})
         | {

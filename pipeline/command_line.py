@@ -1,7 +1,9 @@
-"""What the commands share that run on all ranks of a job: options, checks, ranks, exit codes.
+"""The shared part of commands that run on all ranks of a job: options, checks, process group, exit codes.
 
-A signal is listened for before anything large is loaded, and a person sees a line within a second or two. Exit codes:
-0 done, 2 the settings or the data are wrong, 3 training or the ranks diverged, 75 stopped on request with more to do,
+torch and DeepSpeed take seconds to load, so the imports are inside the functions: signal handlers are installed and a first
+line is printed before.
+
+Exit codes: 0 done, 2 wrong settings or data, 3 training or the ranks diverged, 75 stopped on request with more to do,
 130 interrupted.
 """
 
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
 
-Work = Callable[["Job", argparse.Namespace, StopRequest], int]
-"""What a command does on every rank, once everything is checked and the ranks are connected; returns the exit code."""
+Command = Callable[["Job", argparse.Namespace, StopRequest], int]
+"""The body of a command, run on every rank after all checks, with the process group up; returns the exit code."""
 
 
 def recipe_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
@@ -41,13 +43,13 @@ def job_parser(name: str, description: str | None, default_recipe: Path) -> argp
     parser = recipe_parser(name, description, default_recipe)
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/ and the recipe's run.name")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
-    # The deepspeed launcher appends it; the environment says the same.
+    # Appended by the deepspeed launcher; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
-def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], work: Work) -> int:
-    """Read options and settings, check everything that can be checked, connect the ranks, do the work."""
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], command: Command) -> int:
+    """Read options and settings, make all checks, start the process group, run `command`; returns the exit code."""
     options, unknown = read_options(parser, arguments)
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     stop = StopRequest()
@@ -63,7 +65,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], work:
         if options.print_config:
             print(settings.to_yaml(), end="") if is_first else None
             return 0
-        return _run_on_all_ranks(parser.prog, options, settings, problems, stop, work)
+        return _run_on_all_ranks(parser.prog, options, settings, problems, stop, command)
     except ConfigError as error:
         return fail(parser.prog, error, EXIT_USAGE, is_first)
     except KeyboardInterrupt:
@@ -73,9 +75,9 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], work:
 
 
 def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, all overrides among them, and the unknown ones."""
+    """Parse the options; returns them, overrides included, and a list of unknown ones."""
     options, unknown = parser.parse_known_intermixed_args(arguments)
-    # What follows an unknown option comes back as unknown too.
+    # argparse also returns the overrides that follow an unknown option as unknown.
     options.overrides += [argument for argument in unknown if not argument.startswith("-")]
     return options, [argument for argument in unknown if argument.startswith("-")]
 
@@ -83,7 +85,9 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> t
 def read_recipe(
     parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]
 ) -> tuple["Settings", list[str]]:
-    """The settings that the options ask for, as far as they can be understood, and everything that is wrong with both.
+    """Read the settings that the options ask for; returns them with all problems, one sentence each.
+
+    A refused setting keeps its default.
 
     Raises:
         ConfigError: the recipe cannot be read at all.
@@ -113,10 +117,11 @@ def _unknown(option: str, parser: argparse.ArgumentParser) -> str:
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """End with this code, whatever is still open and whoever is in a hurry.
+    """End the process with this exit code.
 
-    A scheduler that sees one rank end with another code than 0 terminates the others at once, which are about to end with
-    the same; and after an error the process group is still open, whose threads abort a process that exits in good order.
+    Two things would change the code. A launcher that sees one rank fail sends SIGTERM to the others, which are about to end
+    with the same code, so the signal is ignored. And after an error the process group is still open; its threads abort a
+    process that shuts down normally, so the process ends by `os._exit`.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if exit_code == 0:
@@ -127,7 +132,7 @@ def end_process(exit_code: int) -> NoReturn:
 
 
 def _run_on_all_ranks(
-    prog: str, options: argparse.Namespace, settings: "Settings", problems: list[str], stop: StopRequest, work: Work
+    prog: str, options: argparse.Namespace, settings: "Settings", problems: list[str], stop: StopRequest, command: Command
 ) -> int:
     import torch.distributed as dist
 
@@ -148,9 +153,9 @@ def _run_on_all_ranks(
     initialize_distributed(device, settings.logging.deepspeed_level)
     job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False))
     try:
-        exit_code = work(job, options, stop)
+        exit_code = command(job, options, stop)
     except (DataError, ModelFilesError) as error:
-        # Where all ranks raise the same one says it.
+        # An error that all ranks raise alike is printed by the first only.
         return fail(prog, error, EXIT_USAGE, world.is_first or not getattr(error, "agreed", False))
     except (TrainingDivergedError, RanksDisagreeError) as error:
         return fail(prog, error, EXIT_DIVERGED, world.is_first)

@@ -1,7 +1,7 @@
-"""What the data of a step was, counted over all ranks: tokens and rows by source, padding, and damage.
+"""Count the data that a step consumed over all ranks (tokens and samples by source, padding, damage) and react to damage.
 
-The counts travel in the all-reduce that counts a step's pairs, so they cost no collective of their own, and every rank
-knows at the same point whether any rank met damage: either all go on or all stop, with the same message.
+The counts travel in the all-reduce that counts a step's pairs, so they cost no collective of their own. Every rank learns at
+the same point whether any rank met damage, so either all continue or all raise the same message.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,14 @@ from pipeline.data.loading.stream import Stream
 
 @dataclass(frozen=True)
 class Consumed:
-    """Sums over ranks and micro-steps. tokens: without padding. positions: with it. damaged: rows replaced by padding.
-    failed: micro-batches that did not come. By source, in the order of the manifest's: tokens, and samples that hold any."""
+    """Counts of one step's data, summed over ranks and micro-steps.
+
+    tokens: without padding.
+    positions: with padding.
+    damaged: rows replaced by padding.
+    failed: micro-batches that could not be read.
+    tokens_by_source, samples_by_source: in the order of the manifest's sources; a sample counts for each source in it.
+    """
 
     tokens: int
     positions: int
@@ -33,14 +39,14 @@ class Consumed:
 
     @classmethod
     def of(cls, counts: Sequence[int]) -> "Consumed":
-        """From the sums of `count` over all ranks."""
+        """Unpack the sum over ranks of the vectors that `count` returns."""
         tokens, positions, damaged, failed, *by_source = counts
         num_sources = len(by_source) // 2
         return cls(tokens, positions, damaged, failed, by_source[:num_sources], by_source[num_sources:])
 
 
 def count(batches: Sequence[Batch], num_sources: int) -> Tensor:
-    """This rank's part, int64 [4 + 2 · num_sources] on the host."""
+    """Count this rank's batches: int64 [4 + 2 · num_sources] on the host, in the order of the fields of `Consumed`."""
     tokens_S, samples_S = np.zeros((2, num_sources), np.int64)
     for batch in batches:
         tokens_BS = np.zeros((len(batch.keys), num_sources), np.int64)
@@ -54,21 +60,30 @@ def count(batches: Sequence[Batch], num_sources: int) -> Tensor:
 
 
 def settle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSettings, before: int) -> list[str]:
-    """What all ranks do about damage in these batches, of which `before` was met earlier in the run.
+    """React to damaged samples of a step as `data.on_corrupt` says. Collective if there are any.
+
+    Args:
+        consumed: the step's counts over all ranks.
+        batches: this rank's batches of the step.
+        before: damaged samples that the run met earlier.
 
     Returns:
-        What was wrong with each of the samples that are replaced, over all ranks.
+        A message for each sample that was replaced by padding, over all ranks.
 
     Raises:
-        DataError: on all ranks alike, where damage is not to be passed over, there is too much of it, or data did not come.
+        DataError: on all ranks alike, if `data.on_corrupt` is `error`, if there are more than `data.max_corrupt` damaged
+            samples, or if data could not be read at all.
     """
     if not consumed.damaged and not consumed.failed:
         return []
+
+    # `consumed` is the same on every rank, so all ranks get here together.
     own = [message for batch in batches for message in batch.damage]
     damage = [message for messages in _from_all_ranks(own) for message in messages]
     failures = list(filter(None, _from_all_ranks(next((batch.failure for batch in batches if batch.failure), None))))
     if failures:
         raise _agreed(failures[0])
+
     if settings.on_corrupt == "error":
         more = f" ({len(damage) - 1} more in this step)" if len(damage) > 1 else ""
         raise _agreed(f"{damage[0]}{more}; or set data.on_corrupt=skip to put a row of padding in the place of such samples")
@@ -79,7 +94,10 @@ def settle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSe
 
 
 def data_metrics(stream: Stream, samples: int, progress: Any, consumed: Consumed) -> dict[str, float | int]:
-    """Metrics of the data: `samples` were consumed so far, `progress` has the counts by source, `consumed` is of one step."""
+    """Metrics of the data.
+
+    samples: samples consumed so far. progress: the run's counters. consumed: the counts of the last step.
+    """
     record: dict[str, float | int] = {
         "data_epoch": samples / stream.samples_per_epoch,
         "data_padding_share": 1 - consumed.tokens / consumed.positions,
@@ -95,12 +113,14 @@ def data_metrics(stream: Stream, samples: int, progress: Any, consumed: Consumed
 
 
 def _agreed(message: str) -> DataError:
+    """An error that every rank raises alike; the command line prints it once."""
     error = DataError(message)
     error.agreed = True
     return error
 
 
 def _from_all_ranks(value: Any) -> list[Any]:
+    """All-gather an object: every rank's `value`, in the order of ranks."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What follows from the settings and the files that they name: lanes, the shape of the reference, its cached losses."""
+"""Values derived from the settings and the files they name: lanes, the reference's shape, its cached losses."""
 
 from typing import Any
 
@@ -14,22 +14,26 @@ from pipeline.storage.location import Place
 
 
 def lanes_of(settings: Settings) -> int:
+    """L, the number of lanes: `data.lanes`, or the default for the global batch."""
     return settings.data.lanes or default_lanes(settings.data.global_batch)
 
 
 def next_token_model(shape: ModelSettings) -> ModelSettings:
-    """The same model without its further heads."""
+    """The same model with the next-token head alone."""
     return shape.model_copy(update={"num_prediction_heads": 1})
 
 
 def has_selecting_heads(settings: Settings) -> bool:
-    """Whether there is anything to compare with a reference: one head selects nothing."""
+    """True if the model has heads that select; with head 0 alone there is nothing to compare with a reference."""
     return settings.model.num_prediction_heads > 1
 
 
 def reference_shape(settings: Settings, include_untrained: bool = False) -> ModelSettings | None:
-    """The shape of the reference model that runs along: that of its files, with the next-token head alone unless all are
-    asked; None for a run without, as with cached losses. A `stand_in` has the shape of one that is still to be trained."""
+    """Shape of the live reference model; None for a run without one (no selecting heads, or cached losses).
+
+    It is read from the reference's files, with the next-token head alone unless `reference.horizon` is `matched`.
+    include_untrained: also return the shape of a reference that the job is yet to train.
+    """
     if not has_selecting_heads(settings) or settings.reference.cached is not None:
         return None
     if settings.reference.path is not None:
@@ -39,11 +43,12 @@ def reference_shape(settings: Settings, include_untrained: bool = False) -> Mode
 
 
 def cached_losses(settings: Settings, place: Place, config: dict[str, Any]) -> CachedLosses | None:
-    """The reference losses that are cached for the data set at `place`; None where the settings name no cache. `config` is
-    the resolved DeepSpeed configuration.
+    """Find the cached reference losses of the data set at `place`; None if `reference.cached` is not set.
+
+    config: the resolved DeepSpeed configuration, for the precision.
 
     Raises:
-        DataError: the cache holds none for this data, or none that these settings could have made.
+        DataError: the cache has no losses for this data, or none computed under these settings.
     """
     reference = settings.reference
     if reference.cached is None:

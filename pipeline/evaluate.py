@@ -1,4 +1,4 @@
-"""Held-out losses, through the training's own loss code: per head without selection, and the objective with it."""
+"""Evaluate on held-out data with the code that training uses: per-head losses over all valid pairs, and the objective."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -24,18 +24,19 @@ def evaluate(
     world: World,
     device: torch.device,
 ) -> Record:
-    """Compute the losses over all `batches` of all ranks, every rank having equally many.
+    """Compute held-out losses over all batches of all ranks; collective, and every rank must have equally many batches.
 
-    `loss_head_h` counts every valid pair; `loss` is the training objective with the whole of the data as one step; values that
-    depend on a loss that is not finite are None.
+    Returns:
+        A record of metrics. `loss_head_h` is the mean over every valid pair; `loss` is the training objective, with all the
+        data taken as one step. A mean with a non-finite loss in it is None.
     """
     num_heads, training = settings.model.num_prediction_heads, settings.training
     sums = SelectionSums(num_heads, len(source_names), device)
-    # A validation's micro-batches are no steps: each is a pool of its own where a step would be one.
+    # The pool `step` spans the micro-steps of an optimizer step. A validation has no such steps, so it pools each micro-batch.
     objective = replace(objective, pool="global" if objective.pool == "step" else objective.pool)
     num_pairs_H, first_sample, num_corrupt = [0] * num_heads, 0, 0
 
-    # Not inference_mode: its tensors would poison the trained engine's next step.
+    # Not inference_mode: after it the trained engine's next step raises.
     with torch.no_grad():
         for batch in batches:
             # Data: on the device, counted, damage agreed.
@@ -55,5 +56,6 @@ def evaluate(
             num_pairs_H = [total + count for total, count in zip(num_pairs_H, counted_H, strict=True)]
 
     record = sums.record(loss_scale(num_pairs_H, objective.head_weights), source_names, models.group)
+    # Without gradients nothing is predicted, so a hit rate would mean nothing.
     record = {key: value for key, value in record.items() if not key.startswith("prediction_hit_rate")}
     return record | {"corrupt_samples": num_corrupt}

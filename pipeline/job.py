@@ -1,8 +1,7 @@
-"""A job from its settings to its end: check everything, make what is missing, then train.
+"""Run a job from start to end: prepare what is missing, then train.
 
-Everything that a user can get wrong is found before any compute is spent. What the job makes itself, the built-in
-corpus and a reference trained on it, lies under the run directory and is made once: a directory appears by a rename, so
-one that is there is complete.
+A job may first prepare the built-in corpus and train a reference. Both are kept under the run directory and made once: each
+appears by a rename, so one that exists is complete.
 """
 
 import math
@@ -37,20 +36,26 @@ from pipeline.storage.files import read_whole
 from pipeline.storage.whole_file import publish, write_file
 from pipeline.train import advance, fetch_step, train, train_step
 
-# One head selects nothing; how the policy does is no property of the reference.
+# The reference has one head and selects nothing. With these settings at their defaults, a change of the policy's selection does
+# not count as a change of the reference.
 _NO_SELECTION = TrainingSettings().model_dump(
     include={"k_percent", "selection_pool", "selection_exchange", "selection_score", "selection_seed", "loss_phase"}
 )
 
 
 def run_job(job: Job, stop: StopRequest) -> int:
-    """Make what is missing, train, close with a table; returns the exit code."""
+    """Prepare what is missing, train, print the closing table; returns the exit code. Collective.
+
+    Raises:
+        ConfigError: another job uses the run directory, or the settings cannot be used.
+    """
     lock = RunLock(job.run_dir)
     holder = broadcast_from_first(lock.take() if job.world.is_first else None)
     if holder is not None:
         raise ConfigError([f"--run-dir: {job.run_dir} is in use by {holder}; wait for its end, or choose another one"])
     if job.world.is_first:
         stop.watch(job.run_dir)
+
     try:
         exit_code = _make_and_train(job, stop)
     finally:
@@ -62,10 +67,13 @@ def run_job(job: Job, stop: StopRequest) -> int:
 def _make_and_train(job: Job, stop: StopRequest) -> int:
     _say(job, f"run directory {job.run_dir}; {job.world.size} rank{'s' if job.world.size > 1 else ''} on {job.device.type}")
     settings = with_builtin_data(job)
+
+    # First the reference, if this job trains one.
     if has_selecting_heads(settings) and settings.reference.path is None and settings.reference.training_steps is not None:
         settings, exit_code = with_trained_reference(job, settings, stop)
         if exit_code:
             return exit_code
+
     _say(job, f"training the policy for {settings.training.steps} steps")
     exit_code = train_in(job, settings, job.run_dir, stop)
     if exit_code == 0 and job.world.is_first:
@@ -76,6 +84,7 @@ def _make_and_train(job: Job, stop: StopRequest) -> int:
 
 def dry_run(job: Job) -> int:
     """Build everything, run one step, report its peak memory and the token budget. Writes nothing but built-in data."""
+    # Build, then one step under measurement.
     settings = with_builtin_data(job)
     run = build_run(job, settings, job.run_dir, dry=True)
     progress = Progress()
@@ -86,13 +95,15 @@ def dry_run(job: Job) -> int:
     peak = max_over_ranks(peak_bytes(job.device), job.device)
     record = result.sums.record(result.counts.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
     seconds = time.perf_counter() - started
+
+    # Report.
     planned, _ = resolve_planned_job(run.settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
     steps, epoch = settings.training.steps, run.stream.manifest.num_tokens
     budget = progress.tokens * steps
     _say(
         job,
         f"dry run: one step on {job.world.size} rank(s), loss {math.nan if record['loss'] is None else record['loss']:.4f}\n"
-        f"  peak memory of the step   {peak / 2**20:,.0f} MiB on the fullest rank ({_what_is_counted(job.device)})\n"
+        f"  peak memory of the step   {peak / 2**20:,.0f} MiB on the fullest rank ({_memory_source(job.device)})\n"
         f"  memory plan               {summary(plan_memory(planned))}, what libraries take left out\n"
         f"  token budget              {steps} steps × {progress.tokens:,} tokens = {budget:,} tokens, "
         f"{budget / epoch:.2f} epochs of {epoch:,}\n"
@@ -102,7 +113,7 @@ def dry_run(job: Job) -> int:
 
 
 def with_builtin_data(job: Job) -> Settings:
-    """Settings whose data paths are real: the built-in corpus is prepared if it was asked for and is not there."""
+    """Prepare the built-in corpus if `data.builtin` asks for it; returns the settings with its paths filled in."""
     settings = job.settings
     if not settings.data.builtin:
         return settings
@@ -111,7 +122,7 @@ def with_builtin_data(job: Job) -> Settings:
     def make() -> None:
         prepare_builtin(directory, settings.data.sequence_length, settings.data.seed, progress=lambda m: _say(job, m))
 
-    # Looked at even where it is there: another seed or length gives another corpus.
+    # Called even if the corpus exists: it prepares anew if the seed or the sequence length has changed.
     make_once(directory / CORPUS_FILE, make, job.world, again=True)
     settings = settings.with_values(
         data={
@@ -128,7 +139,11 @@ def with_builtin_data(job: Job) -> Settings:
 
 
 def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> tuple[Settings, int]:
-    """Train the reference with the same code (one head) in RUN/reference/training, export it to RUN/reference."""
+    """Train the reference with the same code (one head) in RUN/reference/training and export it to RUN/reference.
+
+    Returns:
+        The settings with `reference.path` set, and an exit code; if that is not 0 the training was stopped.
+    """
     directory = job.run_dir / "reference"
     one_head = settings.with_values(
         data={"path": settings.reference.training_data, "mixture": None},
@@ -136,7 +151,8 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
         reference={"training_steps": None, "training_data": None, "cached": None},
         training={"steps": settings.reference.training_steps, "head_weights": None} | _NO_SELECTION,
     )
-    # Agreed, because every rank must take the same way and shared file systems show a new file to some before others.
+
+    # The ranks agree, because training is collective and a shared file system shows a new file to some ranks before others.
     if any_rank(not (directory / "config.json").exists(), job.device):
         _say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
         exit_code = train_in(job, one_head, directory / "training", stop, export_to=directory)
@@ -148,7 +164,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
 
 
 def _refuse_another_reference(job: Job, settings: Settings, directory: Path) -> None:
-    """A reference that is there already must be the one that these settings would train, if it is known how it was."""
+    """Refuse a reference that was trained with other settings than these, if its checkpoints tell."""
     _, _, checkpoints = resolve_settings(job, settings, directory / "training")
     changed = checkpoints.changed()
     if changed:
@@ -157,6 +173,7 @@ def _refuse_another_reference(job: Job, settings: Settings, directory: Path) -> 
 
 
 def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, export_to: Path | None = None) -> int:
+    """Train in `run_dir`; then export the model to `export_to`, if given, and free it. Returns the exit code."""
     run = build_run(job, settings, run_dir)
     describe(job, run)
     exit_code = train(run, stop, job.allow_changed)
@@ -168,7 +185,7 @@ def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, exp
 
 
 def describe(job: Job, run: Run) -> None:
-    """Say on disk and on the terminal what is about to run."""
+    """Describe the run on disk (config.yaml, environment.json) and on the terminal."""
     stream, settings = run.stream, run.settings
     if job.world.is_first:
         describe_run(run.run_dir, settings, job.deepspeed, job.world, job.device)
@@ -180,7 +197,7 @@ def describe(job: Job, run: Run) -> None:
 
 
 def export(run: Run, directory: Path) -> None:
-    """Write the policy as a model directory; config.json appears last, so its presence means that all is there."""
+    """Export the policy as a model directory; collective. config.json appears last, so its presence means it is complete."""
     partial = directory / "export.partial"
     if run.world.is_first:
         partial.mkdir(parents=True, exist_ok=True)
@@ -188,6 +205,7 @@ def export(run: Run, directory: Path) -> None:
     model = run.engine.module
     assert isinstance(model, MTPModel)
     save_model(model, partial, gathered, writes=run.world.is_first)
+
     if run.world.is_first:
         tokenizer = run.stream.sets[0].place / run.stream.manifest.tokenizer_file
         write_file(directory / TOKENIZER_FILE, read_whole(tokenizer, run.settings.data.access))
@@ -197,7 +215,7 @@ def export(run: Run, directory: Path) -> None:
     dist.barrier()
 
 
-def _what_is_counted(device: torch.device) -> str:
+def _memory_source(device: torch.device) -> str:
     return "the allocator's peak" if device.type == "cuda" else "the process's resident memory, Python and libraries included"
 
 

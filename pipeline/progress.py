@@ -1,6 +1,6 @@
-"""Where a run is: what training counts, checkpoints keep and metrics report.
+"""The progress of a run: the counters that the loop advances, checkpoints save and metrics report.
 
-Only the prediction of thresholds lies below it, so that the runtime can keep it as well as the loop that counts.
+It imports nothing but the prediction of thresholds, so that both the training loop and the runtime below it can use it.
 """
 
 from dataclasses import dataclass, field, fields
@@ -11,11 +11,18 @@ from pipeline.weighting.prediction import Prediction
 
 @dataclass
 class Progress:
-    """Where a run is. step: optimiser steps done, skipped ones among them; samples and tokens: consumed so far, over
-    all ranks, tokens without padding; skipped_steps: steps whose gradient was discarded; skipped_in_a_row: those of
-    them since the last step that was applied; corrupt_samples: damaged ones that were replaced by padding; by source:
-    tokens, and samples that hold any. prediction: of the next step's thresholds; with another one the same gradient would be
-    summed in another order."""
+    """Counters of a run, over all ranks.
+
+    step: optimizer steps done, skipped ones included.
+    samples: samples consumed, which is the position in the data.
+    tokens: tokens consumed, without padding.
+    skipped_steps: steps whose gradient was discarded.
+    skipped_in_a_row: skipped steps since the last applied one.
+    prediction: predicted thresholds of the next step. It belongs to a checkpoint because it decides the order in which the
+        gradient is summed, and so its last bits.
+    corrupt_samples: damaged samples that were replaced by padding.
+    tokens_by_source, samples_by_source: in the order of the manifest's sources; a sample counts for each source in it.
+    """
 
     step: int = 0
     samples: int = 0
@@ -29,16 +36,17 @@ class Progress:
 
     @property
     def applied_steps(self) -> int:
+        """Steps that updated the weights; the learning-rate schedule counts these."""
         return self.step - self.skipped_steps
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, every bit of them; waits for the device."""
+        """Convert to JSON values, exactly; the host waits for the device."""
         values = {known.name: getattr(self, known.name) for known in fields(self)}
         return values | {"prediction": {"threshold_K": self.prediction.numbers()}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """From what `to_json` gave, or gave when there were fewer of them."""
+        """Restore from `to_json`; counters that an older checkpoint lacks start at their defaults."""
         known = {known.name: values[known.name] for known in fields(cls) if known.name in values}
         predicted = known.get("prediction", {})
         # An older program called it level_K.

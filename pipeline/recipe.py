@@ -1,7 +1,7 @@
-"""From a recipe (YAML) and `section.key=value` overrides to `Settings`, with everything that is wrong said at once.
+"""Read a recipe (YAML) and `section.key=value` overrides into `Settings`, and report all problems at once.
 
-An unknown key is refused with a suggestion. A value that is refused is left at its default, so that what remains can be
-looked at as well, and a rule that concerns a refused value is left out, so that nothing is said that may not be true.
+An unknown key is refused with a suggestion. A refused value is replaced by its default, so that the rest can still be checked;
+rules between settings that involve a refused value are skipped, because they would judge the default.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,9 +32,7 @@ def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> 
 
 
 def read_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Settings, list[str]]:
-    """The settings as far as they can be understood, and everything that is wrong with them, one sentence a problem.
-
-    A value that is refused is left at its default, so that what remains can be looked at as well.
+    """Read the settings and return them with all problems, one sentence each. A refused value is replaced by its default.
 
     Raises:
         ConfigError: the recipe cannot be read at all.
@@ -47,8 +45,8 @@ def read_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> 
         settings = Settings.model_validate(values)
     except ValidationError as error:
         details = error.errors()
-        problems += [_sentence(detail) for detail in details]
-        refused = {_place(detail["loc"][:2]) for detail in details}
+        problems += [_message(detail) for detail in details]
+        refused = {_dotted(detail["loc"][:2]) for detail in details}
         settings = Settings.model_validate(_without(values, refused))
     return settings, problems + [problem for keys, problem in _inconsistencies(settings) if refused.isdisjoint(keys)]
 
@@ -68,7 +66,7 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
 
 
 class _SafeLoader(yaml.SafeLoader):
-    """YAML's safe loader, but for a key that comes twice: YAML forbids that, and the loader takes the last in silence."""
+    """YAML's safe loader, which also refuses duplicate keys; YAML forbids them, but the loader silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -98,12 +96,12 @@ def _removed_settings(values: dict[str, Any]) -> Iterator[str]:
         yield TEMPERATURE_REMOVED
 
 
-def _place(loc: Iterable[int | str]) -> str:
+def _dotted(loc: Iterable[int | str]) -> str:
     return ".".join(str(part) for part in loc)
 
 
 def _without(values: dict[str, Any], refused: set[str]) -> dict[str, Any]:
-    """`values` less the sections and `section.key`s in `refused`."""
+    """`values` without the sections and `section.key`s in `refused`."""
     return {
         section: {key: value for key, value in keys.items() if f"{section}.{key}" not in refused}
         for section, keys in values.items()
@@ -111,26 +109,27 @@ def _without(values: dict[str, Any], refused: set[str]) -> dict[str, Any]:
     }
 
 
-def _sentence(detail: Any) -> str:
-    place = _place(detail["loc"])
+def _message(detail: Any) -> str:
+    """One sentence for one of pydantic's errors."""
+    key = _dotted(detail["loc"])
     if detail["type"] == "extra_forbidden":
         owner: Any = Settings
         for part in filter(lambda part: isinstance(part, str), detail["loc"][:-1]):
             owner = MixtureSet if part == "mixture" else owner.model_fields[part].annotation
         kind, name = "setting" if len(detail["loc"]) > 1 else "section", str(detail["loc"][-1])
         elsewhere = settings_named(name)
-        return f"{place}: unknown {kind}; {did_you_mean(name, elsewhere or owner.model_fields)}"
-    return f"{place}: got {detail['input']!r}; {detail['msg'].removeprefix('Value error, ')}"
+        return f"{key}: unknown {kind}; {did_you_mean(name, elsewhere or owner.model_fields)}"
+    return f"{key}: got {detail['input']!r}; {detail['msg'].removeprefix('Value error, ')}"
 
 
 def settings_named(name: str) -> list[str]:
-    """`section.key` of each setting with this name, which may be with its section."""
+    """`section.key` of every setting with this name, which may be given with or without its section."""
     names = [f"{section}.{key}" for section, field in Settings.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]
     return [known for known in names if name in (known, known.partition(".")[2])]
 
 
 def _inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
-    """What is wrong between settings that are right by themselves: the settings concerned, and a sentence."""
+    """Problems between settings that are valid by themselves: (the settings involved, a sentence)."""
     yield from _model_inconsistencies(settings)
     yield from _head_inconsistencies(settings)
     yield from _source_inconsistencies(settings)
@@ -169,8 +168,10 @@ def _head_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
 
 
 def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
-    """Where training data and reference come from: exactly one answer each."""
+    """Training data and reference must each have exactly one source."""
     data, reference = settings.data, settings.reference
+
+    # Training data: a path, a mixture, or the built-in corpus.
     both = {"data.path", "data.builtin", "data.mixture"}
     if data.path is None and data.mixture is None and not data.builtin:
         yield both, "data.path: not set; name a directory of prepared shards (launch/prepare.py makes one)"
@@ -181,6 +182,8 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
     names = [each.name for each in data.mixture or ()]
     if len(set(names)) != len(names):
         yield {"data.mixture"}, f"data.mixture: two sets have the same name; expected different ones, got {', '.join(names)}"
+
+    # The reference: a path, cached losses, or training one. Only a selection by excess loss needs it.
     training = settings.training
     compares = settings.model.num_prediction_heads > 1 and training.k_percent < 1 and training.selection_score == "excess"
     if compares and reference.path is None and reference.training_steps is None and reference.cached is None:

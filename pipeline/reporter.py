@@ -1,4 +1,4 @@
-"""What a run tells of itself while it trains: metrics, validations and the lines on the terminal, each at its interval."""
+"""Report a run while it trains: metrics, validations and terminal lines, each at its interval."""
 
 import math
 import time
@@ -19,60 +19,71 @@ from pipeline.schedule import objective_at
 
 
 class Reporter:
-    """Turns steps into metrics at the intervals that were asked for. The reductions run on all ranks; only the first
-    writes and prints."""
+    """Turns step results into metrics and terminal lines. Reductions run on all ranks; only the first writes and prints.
+
+    first_step: the step that the run resumes from, 0 for a new run.
+    """
 
     def __init__(self, run: Run, first_step: int):
         self.run = run
         self.logbook = None
         if run.world.is_first:
             self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads)
-        # Of the last steps: tokens, seconds from one's end to the next one's, and those of them in which data was waited for.
+        # The last 20 steps: tokens, seconds since the end of the step before, and the part of these spent waiting for data.
         self.recent: deque[tuple[int, float, float]] = deque(maxlen=20)
-        self.since = time.perf_counter()
-        self.began: tuple[int, float] | None = None  # The end of this process's first step: its number, and the time.
+        self.last_end = time.perf_counter()
+        # Number and end time of this process's first step.
+        self.first: tuple[int, float] | None = None
         if first_step >= run.settings.training.steps:
             self.say(f"already at step {first_step} of {run.settings.training.steps}; to train on raise training.steps")
         elif first_step:
             self.say(f"continuing from step {first_step}")
 
     def step(self, progress: Progress, result: StepResult, waited: float) -> None:
-        """A step has ended, in which this rank waited for data for so many seconds."""
+        """Report a finished step. waited: seconds for which this rank waited for its data."""
         logging, step, now = self.run.settings.logging, progress.step, time.perf_counter()
-        self.began = self.began or (step, now)
-        self.recent.append((result.consumed.tokens, now - self.since, waited))
+        self.first = self.first or (step, now)
+        self.recent.append((result.consumed.tokens, now - self.last_end, waited))
         self.restart_clock()
+
+        # Events are printed at once.
         for message in result.replaced:
             self.say(f"step {step}: replaced by a row of padding: {message}")
         if result.bad is not None:
             self.say(f"step {step}: discarded on all ranks; what was not finite: {result.bad}")
+
+        # Everything else at its interval, and at the first and the last step. Otherwise the host does not wait for the device.
         every = (logging.metrics_every, logging.progress_every, logging.selection_every, logging.histogram_every)
-        wanted, progressed, detailed, drawn = (
+        metrics_due, progress_due, selection_due, histogram_due = (
             interval is not None and (step % interval == 0 or step in (1, self.run.settings.training.steps))
             for interval in every
         )
-        if not (wanted or progressed or detailed or drawn):
+        if not (metrics_due or progress_due or selection_due or histogram_due):
             return
+
+        # Collective: every rank takes part in the reductions, then only the first goes on.
         totals = result.sums.over_ranks(self.run.models.group)
-        data_wait = max_over_ranks(self._share_waited(), self.run.device)
+        data_wait = max_over_ranks(self._data_wait(), self.run.device)
         if self.logbook is None:
             return
+
         record = self._record(progress, result, totals) | {"data_wait": data_wait}
-        if wanted:
+        if metrics_due:
             self.logbook.write(record)
-        if drawn:
+        if histogram_due:
             self.logbook.write_histograms(step, totals)
-        if progressed:
+        if progress_due:
             left = self.run.settings.training.steps - step
             self.say(progress_line(record, self.run.settings.training.steps, left * self._seconds_a_step(progress)))
-        if detailed and step % logging.selection_every == 0 and self.run.settings.model.num_prediction_heads > 1:
+        if selection_due and step % logging.selection_every == 0 and self.run.settings.model.num_prediction_heads > 1:
             self.say(selection_block(record))
 
     def validate(self, progress: Progress) -> None:
-        """Evaluate on the held-out data, if there is any."""
+        """Evaluate on the held-out data, if there is any. Collective."""
         run = self.run
         if run.validation is None:
             return
+
         run.engine.eval()
         rows = run.validation.iterate(0, end_sample=validation_rows(run.validation, run.settings))
         batches = prefetched(rows, run.device, depth=1)
@@ -81,6 +92,7 @@ class Reporter:
         record = evaluate(run.models, batches, run.settings, objective, names, run.world, run.device)
         run.engine.train()
         self.restart_clock()
+
         record = {"step": progress.step, "samples": progress.samples, "split": "validation"} | without_non_finite(record)
         if self.logbook is not None:
             self.logbook.write(record)
@@ -89,8 +101,8 @@ class Reporter:
             self.say(f"step {progress.step}: held-out loss per head {losses}")
 
     def restart_clock(self) -> None:
-        """What happened since the last step is no part of the next one."""
-        self.since = time.perf_counter()
+        """Exclude the time since the last step (a validation, a checkpoint) from the next step's."""
+        self.last_end = time.perf_counter()
 
     def say(self, text: str) -> None:
         if self.run.world.is_first:
@@ -101,16 +113,18 @@ class Reporter:
             self.logbook.close()
 
     def _seconds_a_step(self, progress: Progress) -> float:
-        """By the clock, what lies between steps included; without the first step, which pays for warm-ups of every kind."""
-        assert self.began is not None
-        step, moment = self.began
-        return (time.perf_counter() - moment) / (progress.step - step) if progress.step > step else self.recent[-1][1]
+        """Mean wall time per step, validations and checkpoints included, the first step with its warm-ups excluded."""
+        assert self.first is not None
+        step, end = self.first
+        return (time.perf_counter() - end) / (progress.step - step) if progress.step > step else self.recent[-1][1]
 
-    def _share_waited(self) -> float:
+    def _data_wait(self) -> float:
+        """Fraction of the recent steps' time that this rank spent waiting for data."""
         _, seconds, waited = map(sum, zip(*self.recent, strict=True))
         return waited / seconds
 
     def _record(self, progress: Progress, result: StepResult, totals: Totals) -> Record:
+        """All metrics of a step, as metrics.jsonl has them."""
         record = totals.record(result.counts.scale_H, self.run.stream.manifest.source_names or ("",))
         if not result.applied:
             record["loss"] = None
@@ -127,6 +141,6 @@ class Reporter:
 
 
 def validation_rows(stream: Stream, settings: Settings) -> int:
-    """Rows that a validation reads: whole rounds of the lanes, at least one, at most `logging.validation_samples`."""
+    """Number of rows that a validation reads: whole rounds of the lanes, at least one, up to `logging.validation_samples`."""
     wanted = settings.logging.validation_samples or stream.samples_per_epoch
     return min(stream.samples_per_epoch, max(stream.lanes, wanted - wanted % stream.lanes))

@@ -1,13 +1,13 @@
-"""Run a frozen reference once over prepared data and keep its losses (`data.reference_losses`), on all ranks of a job.
+"""Score prepared data with the frozen reference once, on all ranks, and store its losses (`data.shards.reference_losses`).
 
-The model runs exactly as it would while training, in the same precision and on micro-batches of the same shape, so that
-the kept losses are those of the live reference. The ranks take a piece of the data each, round after round; in every round
-all run the same number of forwards, because a partitioned reference needs all of them. What is finished survives a kill.
+The model runs as it would in training, in the same precision and on micro-batches of the same shape, so the stored losses are
+those of the live reference. The data is divided into pieces, ranges of rows of a shard. In each round every rank scores one
+piece, all with the same number of forwards, because the forward of a partitioned reference is collective. Finished pieces
+survive a kill.
 """
 
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +36,17 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopRequest) -> int:
-    """Score every data set that the settings name with the reference that they name, until a request to stop; returns the
-    exit code, 0 or `EXIT_TRY_AGAIN`.
+    """Score every data set of the settings, validation included; collective.
+
+    Args:
+        cache: folder to store the losses in.
+        dtype: `float32` or `float16`, of the stored losses.
+
+    Returns:
+        The exit code: 0 when finished, `EXIT_TRY_AGAIN` after a request to stop.
 
     Raises:
-        ConfigError: no reference is named, or nothing selects.
+        ConfigError: no reference is set, or the model has no heads that select.
         DataError: data is damaged, or `cache` holds losses of another reference.
     """
     if settings.reference.path is None:
@@ -51,11 +57,14 @@ def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopReque
             f"reference.path={job.run_dir / 'reference'} reference.training_steps=null reference.training_data=null"
         )
         raise ConfigError([f"reference.path: not set; name the directory of the reference that is to score the data{trained}"])
+
+    # `reference.cached` may already name the cache that is being written; the model runs live all the same.
     settings = settings.with_values(reference={"cached": None})
     settings, config, _ = resolve_settings(job, settings, job.run_dir)
     shape = reference_shape(settings)
     if shape is None:
         raise ConfigError(["model.num_prediction_heads: 1, so nothing selects and there is nothing to score for"])
+
     reference = build_frozen_reference(job, settings, config, shape)
     for place in data_places(settings):
         if not _score_data_set(job, settings, place, reference, cache, precision_of(config), dtype, stop):
@@ -73,7 +82,8 @@ def _score_data_set(
     dtype: str,
     stop: StopRequest,
 ) -> bool:
-    """Whether all of it is done."""
+    """Score one data set; returns False if a request to stop came first."""
+    # The manifest of the losses says which data and reference they belong to.
     manifest, model = read_manifest(place, settings.data.access), settings.reference.path
     assert model is not None
     horizon, num_heads = settings.reference.horizon, settings.model.num_prediction_heads
@@ -89,6 +99,8 @@ def _score_data_set(
             "columns": num_heads if horizon == "matched" else 1,
         }
     )
+
+    # The pieces that are not scored yet, as the first rank finds them; None if the set is finished.
     writer, world = LossesWriter(cache, losses, manifest), job.world
     missing, failure = broadcast_from_first(_begin(writer) if world.is_first else None)
     if failure is not None:
@@ -96,25 +108,30 @@ def _score_data_set(
     if missing is None:
         _say(job, f"{place}: scored already, in {writer.folder}")
         return True
+
+    # One piece per rank and round.
     reader = ShardReader(place, manifest, settings.data.access)
-    run = partial(_losses_of, reference, horizon, num_heads, settings.data.micro_batch, job.device)
-    started = said = time.monotonic()
+    started = last_line = time.monotonic()
     for first in range(0, len(missing), world.size):
-        # Where there are fewer pieces than ranks some run one that another writes.
+        # In the last round some ranks may have none left: they score the last piece with its owner and write nothing.
         mine = missing[min(first + world.rank, len(missing) - 1)]
         samples, damage = _read(reader, mine)
         if any_rank(damage is not None, job.device):
             raise DataError(damage or "another rank met damaged data, which it names")
-        losses_NTC = np.concatenate(list(run(samples, _piece_rows(missing, first, world.size))))[: len(samples)]
+        num_rows = _rows_per_round(missing, first, world.size)
+        batches = _score_rows(reference, horizon, num_heads, settings.data.micro_batch, job.device, samples, num_rows)
+        losses_NTC = np.concatenate(list(batches))[: len(samples)]
         if first + world.rank < len(missing):
             writer.write(mine, losses_NTC)
         if any_rank(stop.is_made, job.device):
             _say(job, f"{place}: stopped on request; the same command continues from what was saved")
             return False
-        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-            said, done = time.monotonic(), min(first + world.size, len(missing))
-            left = (said - started) / done * (len(missing) - done)
+        if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+            last_line, done = time.monotonic(), min(first + world.size, len(missing))
+            left = (last_line - started) / done * (len(missing) - done)
             _say(job, f"{place}: {done:,} of {len(missing):,} pieces scored, about {left:,.0f} s left")
+
+    # All pieces are written: join them into one file per shard, then write the manifest, which marks the set as finished.
     dist.barrier()
     for shard in range(world.rank, len(manifest.shards), world.size):
         writer.join(shard)
@@ -127,6 +144,7 @@ def _score_data_set(
 
 
 def _begin(writer: LossesWriter) -> tuple[list[Piece] | None, str | None]:
+    """(unscored pieces, failure). Failures are returned, so that all ranks can raise."""
     try:
         return writer.begin(), None
     except DataError as error:
@@ -134,17 +152,18 @@ def _begin(writer: LossesWriter) -> tuple[list[Piece] | None, str | None]:
 
 
 def _read(reader: ShardReader, piece: Piece) -> tuple[list[Sample], str | None]:
+    """(samples of a piece, the first damage among them)."""
     shard, first, end = piece
     samples = reader.read_many([shard] * (end - first), list(range(first, end)))
     return samples, next((sample.damage for sample in samples if sample.damage is not None), None)
 
 
-def _piece_rows(missing: list[Piece], first: int, world_size: int) -> int:
-    """Rows that every rank runs in a round: those of its largest piece."""
+def _rows_per_round(missing: list[Piece], first: int, world_size: int) -> int:
+    """Rows that every rank scores in the round that starts at piece `first`: as many as its largest piece has."""
     return max(end - begin for _, begin, end in missing[first : first + world_size])
 
 
-def _losses_of(
+def _score_rows(
     reference: Reference,
     horizon: str,
     num_heads: int,
@@ -153,8 +172,10 @@ def _losses_of(
     samples: list[Sample],
     num_rows: int,
 ) -> Iterator[np.ndarray]:
-    """float32 [B, T, C] of batch after batch, of at least `num_rows` rows together: the last sample fills up, so that
-    every batch has the shape that the live reference sees."""
+    """Yield the losses of one micro-batch after the other, float32 [B, T, C], at least `num_rows` rows in all.
+
+    The last sample is repeated to fill the last batch, so that every batch has the shape that the live reference sees.
+    """
     for start in range(0, num_rows, micro_batch):
         rows = [samples[min(row, len(samples) - 1)] for row in range(start, start + micro_batch)]
         batch = collate(rows).to(device)

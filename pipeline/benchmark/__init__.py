@@ -1,6 +1,15 @@
-"""What `launch/benchmark.py` measures, a module a command.
+"""The commands of `launch/benchmark.py`, one module each, and the tools that they measure with.
 
-Each has `add_arguments(parser)`, `measure(options) -> dict` (figures that JSON can hold) and `table(figures) -> str`. Times
-are medians of several runs of which the ways compared took turns, because a machine's speed drifts; ratios are what is
-worth reading.
+A command's module has `add_arguments(parser)`, `measure(options) -> dict` (figures that JSON can hold) and
+`table(figures) -> str`. Times are medians of several runs in which the compared variants take turns, because a machine's speed
+drifts; the ratios are what is worth reading.
+
+step         a training step, beside plain next-token training of the same trunk
+heads        the loss phase of all heads, beside full logits and `F.cross_entropy`
+selection    the selection over ranks: time, and bytes moved
+data         the data path: both of
+preparing      documents to shards, beside the tokenizers library
+streaming      shards to batches, beside a bare webdataset loop
+variants     runs variants side by side, each in its own process
+measurement  repeats, counts the bytes of collectives
 """

@@ -210,6 +210,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        ModelFilesError: config.json or a weight file is missing, or is no safetensors file.
+    """
     if not directory.is_dir():
         raise ModelFilesError(f"{directory}: no such directory; expected a model ({CONFIG_FILE}, {WEIGHTS_FILE})")
     if (directory / INDEX_FILE).is_file():
@@ -217,10 +222,13 @@ def _weight_files(directory: Path) -> list[Path]:
         files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
         files = [directory / WEIGHTS_FILE]
+
     expected = [directory / CONFIG_FILE, *files]
     missing = [file.name for file in expected if not file.is_file()]
     if missing:
         raise ModelFilesError(f"{directory}: missing {', '.join(missing)}; expected {CONFIG_FILE} and {WEIGHTS_FILE}")
+
+    # Opening a file reads its header, which is enough to tell.
     for file in files:
         try:
             with safe_open(file, framework="pt"):
@@ -254,10 +262,12 @@ def _export_name(name: str, settings: ModelSettings) -> str:
 
 
 def _export_config(settings: ModelSettings) -> dict[str, Any]:
+    """The content of config.json for a model of this shape."""
     kinds = {switches: model_type for model_type, switches in _MODEL_TYPES.items()}
     switches = (settings.attention_bias, settings.qk_norm)
     if switches not in kinds:
         raise ModelFilesError("attention_bias and qk_norm together are no known model type; it cannot be exported")
+
     model_type = kinds[switches]
     return {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],

@@ -51,6 +51,8 @@ def savings(job: PlannedJob) -> list[Saving]:
 def _candidates(job: PlannedJob) -> Iterator[tuple[str, PlannedJob]]:
     settings = job.settings
     data, training = settings.data, settings.training
+
+    # The step: checkpointing stronger than now, fewer rows at a time, the loss phase.
     checkpointing = {"selective": "a few per cent more work", "full": "a third more work"}
     kinds = ["none", *checkpointing]
     for kind in kinds[kinds.index(training.activation_checkpointing) + 1 :]:
@@ -63,10 +65,14 @@ def _candidates(job: PlannedJob) -> Iterator[tuple[str, PlannedJob]]:
         yield f"data.micro_batch={half} (twice the micro-steps)", job.changed({"data": {"micro_batch": half}})
     if training.loss_phase == "dense":
         yield "training.loss_phase=predicted (and faster)", job.changed({"training": {"loss_phase": "predicted"}})
+
+    # The reference: partitioned, or replaced by its cached losses.
     if job.reference is not None:
         if job.sharding == "replicate" and job.num_ranks > 1:
             yield "reference.sharding=zero3 (more communication)", job.changed(sharding="zero3")
         yield "reference.cached=DIR (launch/score.py makes it, once)", job.changed(reference=None)
+
+    # DeepSpeed: a higher stage, offloading, less gathered at a time; and more ranks.
     for stage in range(job.stage + 1, 4):
         yield f'"stage": {stage} in the DeepSpeed JSON (more communication)', job.changed(zero={"stage": stage})
     if job.on_gpu and not job.offloads_optimizer:

@@ -22,19 +22,23 @@ def document(job: PlannedJob, device_bytes: float | None, notes: list[str]) -> d
         notes: assumptions that were made, one sentence each.
     """
     plan = plan_memory(job)
+
     return {
+        # The job.
         "gpus": job.num_ranks,
         "stage": job.stage,
         "precision": "bfloat16" if job.dtype_bytes == 2 else "float32",
         "device": "cuda" if job.on_gpu else "cpu",
         "parameters": job.num_parameters,
         "micro_steps": job.micro_steps,
+        # Its plan.
         "at_rest": plan.at_rest,
         "peak": plan.peak,
         "peak_moment": plan.peak_moment,
         "moments": {moment: sum(parts.values()) for moment, parts in plan.moments.items()},
         "total": plan.total,
         "host": plan.host,
+        # The verdict, if the device's memory is known.
         "device_memory": device_bytes,
         "left_aside": None if device_bytes is None else device_bytes - usable_bytes(job, device_bytes),
         "verdict": None if device_bytes is None else verdict(plan, usable_bytes(job, device_bytes)),
@@ -76,18 +80,23 @@ def _judgement(figures: dict[str, Any]) -> list[str]:
     aside = (
         f" {_sized(figures['left_aside'])} of it are left aside for what the plan leaves out." if figures["left_aside"] else ""
     )
-    said = {
+
+    verdict_line = {
         "fits": f"It fits {_sized(memory)}, with {MARGIN:.0%} to spare.",
         "close": f"It may fit {_sized(memory)}, with less than the {MARGIN:.0%} to spare by which a plan can be wrong.",
         "does not fit": f"It does not fit {_sized(memory)}.",
     }[figures["verdict"]] + aside
     if figures["verdict"] == "fits":
-        return [said]
-    saving = [
+        return [verdict_line]
+
+    # Unless it fits for certain, list the settings that would save memory.
+    table_of_savings = [
         [change["setting"], f"{_gib(figures['total'] - change['total'])} GiB less", f"{_gib(change['total'])} GiB"]
         for change in figures["changes"]
     ]
-    return [said, *(["Each of these by itself:", aligned(saving)] if saving else ["No setting known here makes it smaller."])]
+    if not table_of_savings:
+        return [verdict_line, "No setting known here makes it smaller."]
+    return [verdict_line, "Each of these by itself:", aligned(table_of_savings)]
 
 
 def _gib(size: float) -> str:

@@ -114,9 +114,12 @@ def _key_problems(key: str, value: Any, settings: Settings) -> list[str]:
                 "set it to 'auto'"
             ]
         )
+
+    # fp16 may be present if it is disabled.
     if key in _REFUSED:
         off = isinstance(value, dict) and not value.get("enabled", True)
         return [] if off else [f"deepspeed {key}: {_REFUSED[key]}"]
+
     if key not in _ALLOWED_KEYS:
         return [f"deepspeed {key}: unknown key, or not ZeRO, precision or communication; {did_you_mean(key, _ALLOWED_KEYS)}"]
     return []
@@ -165,6 +168,8 @@ def _zero_problems(zero: Any) -> list[str]:
             f"deepspeed zero_optimization.stage: got {stage!r}; expected 1, 2 or 3 (without ZeRO a step whose gradient is not "
             "finite would be applied)"
         )
+
+    # DeepSpeed finds a non-finite gradient by its norm.
     if zero.get("compute_grad_norm", True) is not True:
         problems.append("deepspeed zero_optimization.compute_grad_norm: only by the norm is a gradient known to be finite")
     problems += [
@@ -172,6 +177,8 @@ def _zero_problems(zero: Any) -> list[str]:
         for key in zero
         if key.startswith("cpu_offload")
     ]
+
+    # Offloading: to the host only, and parameters only where they are partitioned.
     for key in ("offload_optimizer", "offload_param"):
         device = zero[key].get("device", "none") if isinstance(zero.get(key), dict) else "none"
         if device not in ("none", "cpu"):

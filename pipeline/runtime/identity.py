@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DataSettings, ResumeRule, Settings
+from pipeline.config import DataSettings, Settings
+from pipeline.setting_types import ResumeRule
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Place
 

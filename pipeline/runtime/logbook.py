@@ -131,12 +131,15 @@ def selection_block(record: Record) -> str:
         f"    Head 0 (t+1): {record['selected_count_head_0']} tokens "
         f"({_percent(record['selected_ratio_head_0'])} - always selected)",
     ]
+
+    # The selecting heads, with their thresholds.
     for head in heads[1:]:
         lines.append(
             f"    Head {head} (t+{head + 1}): {record[f'selected_count_head_{head}']} tokens "
             f"({_percent(record[f'selected_ratio_head_{head}'])} - top-k, "
             f"threshold={_number(record[f'threshold_head_{head}'], 2)})"
         )
+
     if heads[1:]:
         means = ", ".join(f"t+{head + 1}={_number(record[f'excess_mean_head_{head}'], 2)}" for head in heads[1:])
         lines.append(f"  Avg excess loss: {means}")
@@ -205,6 +208,8 @@ def _layout(num_heads: int) -> dict[str, Any]:
         "mean excess loss": ("selection/excess_mean", 1),
         "held-out loss": ("validation/loss", 0),
     }
+
+    # Title -> a chart of the tags that match these regular expressions.
     by_head = {
         title: ["Multiline", [f"^{tag}/head_{head}$" for head in range(first_head, num_heads)]]
         for title, (tag, first_head) in charts.items()

@@ -6,9 +6,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import ConfigError, ResumeRule, Settings, did_you_mean
+from pipeline.config import ConfigError, Settings, did_you_mean
 from pipeline.recipe import load_settings, read_settings
 from pipeline.runtime.identity import FIXED_SETTINGS, RESUME_RULES, changed_settings, flatten
+from pipeline.setting_types import ResumeRule
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))

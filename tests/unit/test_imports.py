@@ -14,7 +14,8 @@ DATA = {"data", "data.corpus", "data.shards", "data.loading"}
 # weighting (whose thresholds it predicts), so that the runtime keeps what training counts and imports nothing above itself.
 ALLOWED = {
     "storage": set(),
-    "config": {"storage"},
+    "setting_types": set(),
+    "config": {"setting_types", "storage"},
     "recipe": {"config"},
     "schedule": {"config", "weighting"},
     "progress": {"weighting"},
@@ -24,7 +25,7 @@ ALLOWED = {
     "data.loading": {"data", "data.shards", "config", "storage"},
     "weighting": {"config"},
     "model": {"config", "data.loading", "weighting"},
-    "runtime": {"config", "storage", "progress", "weighting", "model"},
+    "runtime": {"setting_types", "config", "storage", "progress", "weighting", "model"},
     "benchmark": DATA
     | {"config", "storage", "progress", "weighting", "model", "runtime", "micro_step", "evaluate", "run", "train", "assembly"},
     "consumption": {"config", "data", "data.loading"},

@@ -1,0 +1,64 @@
+"""The vocabulary in which `config` declares settings: value types, the rule for resuming, and the base of all sections.
+
+A setting reads `name: Rule[Type] = default`, for example `steps: ChangesResult[Positive] = 1000`.
+"""
+
+from enum import Enum
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+
+def _directory_name(name: str) -> str:
+    if not name or name.startswith(".") or "/" in name:
+        raise ValueError("expected the name of a directory: no '/', no leading '.'")
+    return name
+
+
+def _fraction(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError("expected a fraction in (0, 1]")
+    return value
+
+
+class ResumeRule(Enum):
+    """The rule for a setting that differs when a run is resumed.
+
+    FREE: allowed, because the result stays the same. Folders may move; fingerprints of their contents are compared instead.
+    CHANGES_RESULT: refused unless `--allow-changed` is given, because the rest of the run would compute something else.
+    FIXED: always refused, because the run's position in the data is counted in it.
+    """
+
+    FREE = "free"
+    CHANGES_RESULT = "changes the result"
+    FIXED = "fixed"
+
+
+Value = TypeVar("Value")
+Free = Annotated[Value, ResumeRule.FREE]
+ChangesResult = Annotated[Value, ResumeRule.CHANGES_RESULT]
+Fixed = Annotated[Value, ResumeRule.FIXED]
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+DirectoryName = Annotated[str, AfterValidator(_directory_name)]
+Fraction = Annotated[float, AfterValidator(_fraction)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for other settings; pydantic would read them as 1 and 0."""
+        given = value if isinstance(value, list) else [value]
+        if any(isinstance(each, bool) for each in given) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("expected a value other than true and false (YAML reads yes, no, on and off so too; quote a name)")
+        return value
