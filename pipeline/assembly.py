@@ -85,7 +85,9 @@ def resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dic
         data={"lanes": lanes_of(settings)}, model={"vocab_size": settings.model.vocab_size or manifest.vocab_size}
     )
     config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
-    cached = [cached_losses(settings, each.place, config) for each in sets_of(settings.data)] if is_compared(settings) else []
+    cached = (
+        [cached_losses(settings, each.location, config) for each in sets_of(settings.data)] if is_compared(settings) else []
+    )
     identity = identity_of(settings, config, [each.manifest for each in cached if each is not None])
     return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint.keep)
 
@@ -93,7 +95,7 @@ def resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dic
 def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:
     """The rows of this rank, with the reference losses that are cached for them, if the settings name a cache."""
     if is_compared(settings):
-        sets = [replace(each, losses=cached_losses(settings, each.place, config)) for each in sets]
+        sets = [replace(each, losses=cached_losses(settings, each.location, config)) for each in sets]
     return Stream(
         sets,
         lanes=lanes_of(settings),

@@ -18,7 +18,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from pipeline.storage.files import Access
-from pipeline.storage.location import Location
+from pipeline.storage.location import LocationSetting
 
 
 class ConfigError(ValueError):
@@ -87,7 +87,7 @@ class RunSettings(Section):
 
 
 class MixtureSet(Section):
-    path: Location
+    path: LocationSetting
     """Folder or URL of prepared shards."""
     weight: PositiveFloat
     """Its part of the rows, in proportion to the weights of the others; exact as written in decimals."""
@@ -96,12 +96,12 @@ class MixtureSet(Section):
 
 
 class DataSettings(Section):
-    path: Free[Location | None] = None
+    path: Free[LocationSetting | None] = None
     """Folder of prepared shards (launch/prepare.py makes it): a path, https://HOST/FOLDER, s3://BUCKET/FOLDER, or, with
     `allow_pipe`, pipe:COMMAND in which {} is the name of a file."""
     mixture: Free[Annotated[list[MixtureSet], Field(min_length=1)] | None] = None
     """In place of `path`: several data sets, each with `path`, `weight` and `name`, mixed by weight."""
-    validation_path: Free[Location | None] = None
+    validation_path: Free[LocationSetting | None] = None
     """Directory of held-out prepared shards; null: no validation."""
     builtin: Free[bool] = False
     """Where `path` is null: prepare the embedded corpus (Python's own documentation and source, and noise) under the
@@ -187,7 +187,7 @@ class ReferenceSettings(Section):
     is that of the live reference, to the bit."""
     training_steps: Free[Positive | None] = None
     """Where `path` is null: first train a next-token reference of the policy's shape for so many steps."""
-    training_data: Free[Location | None] = None
+    training_data: Free[LocationSetting | None] = None
     """Prepared shards to train that reference on; null: the built-in corpus without its noise."""
 
 

@@ -10,7 +10,7 @@ from pipeline.model.huggingface import read_model_settings
 from pipeline.runtime.deepspeed_json import precision_of
 from pipeline.runtime.identity import model_fingerprint
 from pipeline.storage.files import read_whole
-from pipeline.storage.location import Place
+from pipeline.storage.location import Location
 
 
 def lanes_of(settings: Settings) -> int:
@@ -38,7 +38,7 @@ def reference_shape(settings: Settings, stand_in: bool = False) -> ModelSettings
     return next_token_model(settings.model) if stand_in and settings.reference.training_steps is not None else None
 
 
-def cached_losses(settings: Settings, place: Place, config: dict[str, Any]) -> CachedLosses | None:
+def cached_losses(settings: Settings, place: Location, config: dict[str, Any]) -> CachedLosses | None:
     """The reference losses that are cached for the data set at `place`; None where the settings name no cache. `config` is
     the resolved DeepSpeed configuration.
 

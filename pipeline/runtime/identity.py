@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Change, DataSettings, Settings
 from pipeline.storage.files import read_whole
-from pipeline.storage.location import Place
+from pipeline.storage.location import Location
 
 # What a change of each setting means, as the setting itself says.
 CHANGES = {
@@ -58,7 +58,7 @@ def identity_of(settings: Settings, deepspeed: dict[str, Any], cached: Sequence[
 def _data_fingerprint(data: DataSettings) -> str | list[Any]:
     """Of the manifest; of a mixture, each set's name, weight and manifest."""
 
-    def of(place: Place) -> str:
+    def of(place: Location) -> str:
         return hashlib.sha256(read_whole(place / "manifest.json", data.access)).hexdigest()
 
     if data.mixture is not None:
