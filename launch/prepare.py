@@ -179,14 +179,15 @@ def _print_summary(directory: Path, manifest: Manifest) -> None:
         f"{directory}: {manifest.num_tokens:,} tokens in {manifest.num_samples:,} rows of {manifest.sequence_length}, "
         f"{len(manifest.shards)} shard(s), {padding:,} positions of padding"
     )
-    if (made := manifest.preparation) and made.documents:
+    if (preparation := manifest.preparation) and preparation.documents:
         positions = max(1, manifest.num_samples * manifest.sequence_length)
+        cut = preparation.documents_cut / preparation.documents
         print(
-            f"  packing {made.packing}: {made.documents_cut / made.documents:.2%} of {made.documents:,} documents cut, "
+            f"  packing {preparation.packing}: {cut:.2%} of {preparation.documents:,} documents cut, "
             f"{padding / positions:.3%} padding"
         )
     for source in manifest.sources:
-        weight = made.weights.get(source.name, 1.0) if made else 1.0
+        weight = preparation.weights.get(source.name, 1.0) if preparation else 1.0
         taken = f", weight {weight:g}" if weight != 1 else ""
         print(f"  {source.name}: {source.documents:,} documents, {source.tokens:,} tokens{taken}")
 

@@ -50,16 +50,16 @@ def atomic_write(path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
 
 
-def publish(made: Path, path: Path) -> None:
+def publish(source: Path, path: Path) -> None:
     """Sync a finished file or folder and rename it to `path`, on the same file system.
 
     Of a folder only the list of its files is synced here. Files that this module wrote are on the disk already.
     """
-    if made.is_dir():
-        _sync_folder(made)
+    if source.is_dir():
+        _sync_folder(source)
     else:
-        _sync(made)
-    os.replace(made, path)
+        _sync(source)
+    os.replace(source, path)
     _sync_folder(path.parent)
 
 

@@ -82,18 +82,18 @@ class DiskCache:
 
     def _evict(self, size: int) -> int:
         """Evict the least recently used parts until `size` more bytes fit; returns the bytes that remain in use."""
-        parts = sorted(self._ages_and_sizes())
+        parts = sorted(self._parts_with_ages())
         used = sum(bytes_ for _, bytes_, _ in parts)
-        goal = self.capacity - size
-        if used > goal:
-            goal = min(goal, int(self.capacity * _EVICTION_TARGET))
+        target = self.capacity - size
+        if used > target:
+            target = min(target, int(self.capacity * _EVICTION_TARGET))
         for _, bytes_, path in parts:
-            if used <= goal:
+            if used <= target:
                 break
             used -= bytes_ if _removed(Path(path)) else 0
         return used
 
-    def _ages_and_sizes(self) -> Iterator[tuple[int, int, str]]:
+    def _parts_with_ages(self) -> Iterator[tuple[int, int, str]]:
         with os.scandir(self.directory) as entries:
             for entry in entries:
                 if entry.name.partition(".")[0].count("-") == 1 and len(entry.name) > 20:

@@ -22,7 +22,7 @@ from pipeline.storage.disk_cache import DiskCache
 from pipeline.storage.location import PIPE, Location, Url
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 10.0
-_WRONG_ANSWERS = 4
+_MAX_WRONG_ANSWERS = 4
 # Exit codes from here on mean that a command did not run to its end: not executable (126), not found (127), killed by a signal
 # (128 and more), or no connection (ssh, 255).
 _NOT_RUN = 126
@@ -169,13 +169,13 @@ class PipeFile:
         self.size = os.fstat(self._file.fileno()).st_size
         if done.returncode:
             self.close()
-            said = " ".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
+            last_line = " ".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
             if not 0 < done.returncode < _NOT_RUN:
                 raise StorageError(
-                    f"{pipe}: the command could not be run to its end, code {done.returncode}: {said}; the machine is at fault "
-                    "and not the data: mend that and go on"
+                    f"{pipe}: the command could not be run to its end, code {done.returncode}: {last_line}; the machine is at "
+                    "fault and not the data: mend that and go on"
                 )
-            raise FileNotFoundError(2, f"the command ended with code {done.returncode}: {said}", str(pipe))
+            raise FileNotFoundError(2, f"the command ended with code {done.returncode}: {last_line}", str(pipe))
 
     def _run(self, pipe: Url) -> "subprocess.CompletedProcess[bytes]":
         self._file.seek(0)
@@ -201,30 +201,32 @@ def fetch(url: Url, start: int, size: int | None, access: Access) -> bytes:
         OSError: the file ends before these bytes.
     """
     system, path = _file_system(url, access)
-    wanted = {} if size is None else {"start": start, "end": start + size}
-    began, attempts, answers, pause = time.monotonic(), 0, 0, _FIRST_PAUSE
+    byte_range = {} if size is None else {"start": start, "end": start + size}
+    started, attempts, wrong_answers, pause = time.monotonic(), 0, 0, _FIRST_PAUSE
     while True:
         # One attempt. An answer of the wrong length counts as a failure, and after several as final.
         attempts += 1
         try:
-            data = system.cat_file(path, **wanted)
+            data = system.cat_file(path, **byte_range)
             if size is None or len(data) == size:
                 return data
             problem = f"the answer to a request for {size} bytes had {len(data)}"
             # A server that ignores ranges, or a login page, answers even a request for one byte with more.
             is_no_range = len(data) > size or len(system.cat_file(path, start=start, end=start + 1)) > 1
-            answers += 1
-            if answers == _WRONG_ANSWERS:
+            wrong_answers += 1
+            if wrong_answers == _MAX_WRONG_ANSWERS:
                 if is_no_range:
-                    raise StorageError(f"{url}: {problem}, {answers} times; its server, or what is before it, ignores ranges")
-                raise OSError(f"{url}: {problem}, {answers} times; the file is cut")
+                    raise StorageError(
+                        f"{url}: {problem}, {wrong_answers} times; its server, or what is before it, ignores ranges"
+                    )
+                raise OSError(f"{url}: {problem}, {wrong_answers} times; the file is cut")
         except Exception as error:  # every file system of fsspec raises its own kinds
-            if answers == _WRONG_ANSWERS or _is_final(error):
+            if wrong_answers == _MAX_WRONG_ANSWERS or _is_final(error):
                 raise _final(error, url) from None
             problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
         # Wait, unless the time is over or the reader was closed.
-        if time.monotonic() - began + pause > access.retry_seconds:
+        if time.monotonic() - started + pause > access.retry_seconds:
             raise StorageError(
                 f"{url}: not read in {access.retry_seconds:g} s (data.retry_seconds), {attempts} attempts; {problem}"
             )

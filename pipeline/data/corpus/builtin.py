@@ -88,9 +88,9 @@ def prepare_builtin(
         DataError: `directory` contains other files or a corpus of other settings, or this Python has too little text.
     """
     directory = Path(directory)
-    asked = {"sequence_length": sequence_length, "vocab_size": vocab_size, "seed": seed}
+    requested = {"sequence_length": sequence_length, "vocab_size": vocab_size, "seed": seed}
     if directory.exists() and any(directory.iterdir()):
-        _check_existing(directory, asked)
+        _check_existing(directory, requested)
         return
     report = progress or (lambda message: None)
 
@@ -121,19 +121,19 @@ def prepare_builtin(
                 source_names=names,
                 samples_per_shard=_SAMPLES_PER_SHARD,
             )
-        write_file(partial / CORPUS_FILE, (json.dumps(asked) + "\n").encode())
+        write_file(partial / CORPUS_FILE, (json.dumps(requested) + "\n").encode())
 
 
-def _check_existing(directory: Path, asked: dict[str, int]) -> None:
+def _check_existing(directory: Path, requested: dict[str, int]) -> None:
     remedy = f"remove {directory}, or choose another run directory"
     try:
-        made = json.loads((directory / CORPUS_FILE).read_text(encoding="utf-8"))
+        existing = json.loads((directory / CORPUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise DataError(f"expected the built-in corpus in {directory}, but it has no {CORPUS_FILE}; {remedy}") from None
-    differing = [key for key, value in asked.items() if made.get(key) != value]
+    differing = [key for key, value in requested.items() if existing.get(key) != value]
     if differing:
-        said = ", ".join(f"{key} {made.get(key)} (expected {asked[key]})" for key in differing)
-        raise DataError(f"the built-in corpus in {directory} was made with {said}; {remedy}")
+        listed = ", ".join(f"{key} {existing.get(key)} (expected {requested[key]})" for key in differing)
+        raise DataError(f"the built-in corpus in {directory} was made with {listed}; {remedy}")
     for name in FOLDERS:
         read_manifest(directory / name)
 

@@ -120,20 +120,20 @@ def input_files(inputs: Iterable[Input]) -> list[InputFile]:
 
 def slice_size(files: Sequence[InputFile], parts: int = 1) -> int:
     """Choose the size of slices in bytes, to keep the workers of each of `parts` machines busy."""
-    wanted = sum(file.size for file in files) // (_WANTED_SLICES * parts)
-    return min(max(wanted, _SMALLEST_SLICE), _LARGEST_SLICE)
+    size = sum(file.size for file in files) // (_WANTED_SLICES * parts)
+    return min(max(size, _SMALLEST_SLICE), _LARGEST_SLICE)
 
 
 def slices(files: Sequence[InputFile], size: int) -> list[list[Span]]:
     """Divide the whole input into slices of about `size` bytes."""
     result: list[list[Span]] = []
-    held = 0
+    num_bytes = 0
     for span in (span for number, file in enumerate(files) for span in _spans(number, file, size)):
-        if not result or held + span.size > size or len(result[-1]) == _FILES_PER_SLICE:
+        if not result or num_bytes + span.size > size or len(result[-1]) == _FILES_PER_SLICE:
             result.append([])
-            held = 0
+            num_bytes = 0
         result[-1].append(span)
-        held += span.size
+        num_bytes += span.size
     return result
 
 
@@ -146,13 +146,13 @@ def _spans(number: int, file: InputFile, size: int) -> Iterator[Span]:
             end = min(start + size, file.size)
             yield span(start, end, end - start)
     elif file.kind == ".parquet":
-        start = held = 0
+        start = num_bytes = 0
         groups = row_groups(file.path)
         for group, group_size in enumerate(groups):
-            held += group_size
-            if held >= size or group == len(groups) - 1:
-                yield span(start, group + 1, held)
-                start, held = group + 1, 0
+            num_bytes += group_size
+            if num_bytes >= size or group == len(groups) - 1:
+                yield span(start, group + 1, num_bytes)
+                start, num_bytes = group + 1, 0
     elif file.kind == DATASET:
         rows = dataset_rows(file.path)
         step = max(1, rows * size // max(file.size, 1))

@@ -132,24 +132,24 @@ def _best_fitting_rows(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
     """Assign each chunk to a row by best-fit-decreasing: int64 [C]."""
     rows = np.empty(len(lengths), np.int64)
     num_rows = 0
-    room: list[int] = []  # the distinct numbers of free tokens of rows, sorted
-    with_room: dict[int, list[int]] = defaultdict(list)  # rows by their number of free tokens
+    free_sizes: list[int] = []  # the distinct numbers of free tokens of rows, sorted
+    rows_by_free: dict[int, list[int]] = defaultdict(list)  # rows by their number of free tokens
     longest_first = np.argsort(-lengths, kind="stable")
     for chunk, length in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
         # The fullest row that has room, or a new one.
-        slot = bisect_left(room, length)
-        if slot == len(room):
+        slot = bisect_left(free_sizes, length)
+        if slot == len(free_sizes):
             row, free = num_rows, sequence_length
             num_rows += 1
         else:
-            free = room[slot]
-            row = with_room[free].pop()
-            if not with_room[free]:
-                del room[slot]
+            free = free_sizes[slot]
+            row = rows_by_free[free].pop()
+            if not rows_by_free[free]:
+                del free_sizes[slot]
 
         rows[chunk] = row
-        if left := free - length:
-            if not with_room[left]:
-                insort(room, left)
-            with_room[left].append(row)
+        if remaining := free - length:
+            if not rows_by_free[remaining]:
+                insort(free_sizes, remaining)
+            rows_by_free[remaining].append(row)
     return rows

@@ -183,13 +183,13 @@ def _own_slices(job: _Job) -> list[list[Span]]:
     number, count = job.settings.part or (1, 1)
     if not 1 <= number <= count:
         raise DataError(f"expected a part from 1/{count} to {count}/{count}, got {number}/{count}")
-    everything = slices(job.files, slice_size(job.files, count))
-    if len(everything) < count:
+    all_slices = slices(job.files, slice_size(job.files, count))
+    if len(all_slices) < count:
         raise DataError(
-            f"part {number}/{count}: the input can be cut into {len(everything)} slices only, so expected at most that many "
+            f"part {number}/{count}: the input can be cut into {len(all_slices)} slices only, so expected at most that many "
             "parts; compressed files and tars cannot be cut"
         )
-    return everything[number - 1 :: count]
+    return all_slices[number - 1 :: count]
 
 
 def _tokenizer(job: _Job, tokenizer: Tokenizer | int) -> Tokenizer:
@@ -204,9 +204,9 @@ def _tokenizer(job: _Job, tokenizer: Tokenizer | int) -> Tokenizer:
 
 def _train(job: _Job, vocab_size: int) -> Tokenizer:
     # Evenly spaced slices with about _TRAINING_BYTES together.
-    everything = slices(job.files, slice_size(job.files))
+    all_slices = slices(job.files, slice_size(job.files))
     step = -(-sum(file.size for file in job.files) // _TRAINING_BYTES)
-    chosen = everything[:: max(1, step)]
+    chosen = all_slices[:: max(1, step)]
     reader = DocumentReader(job.settings.rules)
     job.display.begin("reading text for a BPE", sum(span.size for spans in chosen for span in spans))
 

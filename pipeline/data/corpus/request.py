@@ -30,14 +30,14 @@ def describe(
     sizes = hashlib.sha256()
     for file in files:
         sizes.update(f"{file.source} {os.path.basename(file.path)} {file.size}\n".encode("utf-8", "surrogateescape"))
-    asked = {name: value for name, value in asdict(settings).items() if name != "rules"}
+    requested = {name: value for name, value in asdict(settings).items() if name != "rules"}
     return {
         "input files": sizes.hexdigest(),
         "sources": list(names),
         "tokenizer": tokenizer if isinstance(tokenizer, int) else hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
         "text_field": settings.rules.text_field,
         "max_document_bytes": settings.rules.max_document_bytes,
-        **json.loads(json.dumps(asked)),
+        **json.loads(json.dumps(requested)),
     }
 
 
@@ -58,15 +58,15 @@ def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[s
         DataError: the one there is another request, or the input has changed since.
     """
     changed = [(file.path, file.changed) for file in files]
-    asked = {**request, "times of change": hashlib.sha256(json.dumps(changed).encode()).hexdigest()}
+    requested = {**request, "times of change": hashlib.sha256(json.dumps(changed).encode()).hexdigest()}
     path = partial / REQUEST_FILE
 
     # Resume.
     if path.exists():
-        begun = json.loads(path.read_bytes())
-        differences = [name for name in asked if begun.get(name) != asked[name]]
+        existing = json.loads(path.read_bytes())
+        differences = [name for name in requested if existing.get(name) != requested[name]]
         if differences:
-            listed = "; ".join(f"{name}: {begun.get(name)} there, {asked[name]} now" for name in differences)
+            listed = "; ".join(f"{name}: {existing.get(name)} there, {requested[name]} now" for name in differences)
             raise DataError(
                 f"{partial} was begun with another request ({listed}); ask for the same to go on, or remove it to begin anew"
             )
@@ -74,5 +74,5 @@ def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[s
 
     # Begin. Files without a request are from a process that was killed early.
     clear(partial)
-    write_file(path, json.dumps(asked, indent=2).encode())
+    write_file(path, json.dumps(requested, indent=2).encode())
     return False

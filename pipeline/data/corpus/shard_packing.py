@@ -6,7 +6,7 @@ The shuffled documents (`sorted_runs`) are one long sequence of tokens. Shard s 
 
 With `concat` it has exactly these tokens, so the shards together equal the whole sequence packed at once, whichever worker
 makes which shard. With `best_fit` it has the documents that begin at these positions, so that it has about N rows, and no
-document is cut at the end of a shard. A shard in which no document begins, inside a very long document, is left out.
+document is cut at the end of a shard; a shard in which none begins (inside a very long document) is left out.
 
 The record of a shard is written last. A shard that has a record is finished.
 """

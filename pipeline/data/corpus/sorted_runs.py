@@ -37,7 +37,7 @@ class SortedRunWriter:
         self.dtype = dtype
         self.tokens_per_run = tokens_per_run
         self.num_documents = self.num_tokens = 0
-        self._num_runs = self._held_tokens = 0
+        self._num_runs = self._num_buffered_tokens = 0
         self._documents: list[tuple[np.ndarray, int]] = []
         self._keys: list[int] = []
 
@@ -45,10 +45,10 @@ class SortedRunWriter:
         """Add a document, given by its key, its ids [n] with n >= 1, and the index of its source."""
         self._keys.append(key)
         self._documents.append((ids, source))
-        self._held_tokens += len(ids)
+        self._num_buffered_tokens += len(ids)
         self.num_documents += 1
         self.num_tokens += len(ids)
-        if self._held_tokens >= self.tokens_per_run:
+        if self._num_buffered_tokens >= self.tokens_per_run:
             self._write()
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class SortedRunWriter:
         index = [keys[order].astype("<u8").tobytes(), ends.astype("<u8").tobytes(), documents.sources.tobytes()]
         write_file(self.directory / f"{name}.documents", b"".join(index))
         self._num_runs += 1
-        self._held_tokens = 0
+        self._num_buffered_tokens = 0
         self._documents, self._keys = [], []
 
 

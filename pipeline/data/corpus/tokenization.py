@@ -33,7 +33,7 @@ from pipeline.storage.atomic_write import write_file
 # Characters given to the tokenizer at once: enough for it to use all cores of one process, few enough to hold in memory.
 _BATCH_CHARACTERS = 2_000_000
 
-_making_encoder = Lock()
+_encoder_lock = Lock()
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ def _copies(positions: np.ndarray, file: int, seed: int, weight: float) -> Itera
     for copy in range(whole):
         yield np.arange(len(positions)), document_keys(positions, seed, file, copy)
     if weight > whole:
-        chance = sort_keys(positions, COPIES, seed, file) / 2.0**64
-        chosen = np.flatnonzero(chance < weight - whole)
+        uniform = sort_keys(positions, COPIES, seed, file) / 2.0**64
+        chosen = np.flatnonzero(uniform < weight - whole)
         yield chosen, document_keys(positions[chosen], seed, file, whole)
 
 
@@ -197,7 +197,7 @@ def _record_file(directory: Path, number: int) -> Path:
 def shared_encoder(settings: TokenizationSettings) -> Encoder:
     """Get the encoder of this process, shared by all its worker threads."""
     # Under a lock, because threads that call this at the same time would each make one.
-    with _making_encoder:
+    with _encoder_lock:
         return _encoder_of(settings.tokenizer_file, settings.tokenizer_sha256, settings.end_of_document_id)
 
 

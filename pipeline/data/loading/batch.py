@@ -108,8 +108,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     lengths = np.concatenate([part for sample, used in parts for part in (sample.lengths, [sequence_length - used])])
 
     # Document ids, one for each length, repeated over the document's tokens.
-    counting = np.arange(max(len(sample.lengths) for sample in samples), dtype=np.int32)
-    document_ids = np.concatenate([part for sample in samples for part in (counting[: len(sample.lengths)], _NO_DOCUMENT)])
+    ids = np.arange(max(len(sample.lengths) for sample in samples), dtype=np.int32)
+    document_ids = np.concatenate([part for sample in samples for part in (ids[: len(sample.lengths)], _NO_DOCUMENT)])
     lengths = lengths.astype(np.int64)
     document_ids_BT = np.repeat(document_ids, lengths).reshape(tokens_BT.shape)
 
@@ -187,6 +187,6 @@ def targets_and_valid(tokens_BT: Tensor, document_ids_BT: Tensor, num_heads: int
     return targets_BTH.masked_fill(~valid_BTH, 0), valid_BTH
 
 
-def _ahead(values_BT: Tensor, num_heads: int, beyond: int) -> Tensor:
-    """Shift by each head's horizon: [b, t, h] = values_BT[b, t+1+h], or `beyond` after the end of the row."""
-    return functional.pad(values_BT[:, 1:], (0, num_heads), value=beyond).unfold(1, num_heads, 1)
+def _ahead(values_BT: Tensor, num_heads: int, fill: int) -> Tensor:
+    """Shift by each head's horizon: [b, t, h] = values_BT[b, t+1+h], or `fill` after the end of the row."""
+    return functional.pad(values_BT[:, 1:], (0, num_heads), value=fill).unfold(1, num_heads, 1)

@@ -168,8 +168,8 @@ class MixtureOrder:
 
     def consumed(self, num_rows: int) -> list[int]:
         """Count the rows of each set among the first `num_rows` of the run."""
-        rounds, beyond = divmod(num_rows, self.lanes)
-        by_lane = (self.schedule.counts(lane, rounds + (lane < beyond)) for lane in range(self.lanes))
+        rounds, remainder = divmod(num_rows, self.lanes)
+        by_lane = (self.schedule.counts(lane, rounds + (lane < remainder)) for lane in range(self.lanes))
         return [sum(counts) for counts in zip(*by_lane, strict=True)]
 
 

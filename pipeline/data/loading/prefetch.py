@@ -17,10 +17,10 @@ from pipeline.data.loading.batch import Batch
 Item = TypeVar("Item")
 
 STEPS_AHEAD = 2
-"""Steps of micro-batches that training keeps ready. The loop begins each step one step early, to overlap the counting of its
-valid pairs over ranks; a second step keeps the queue from running dry meanwhile."""
+"""Steps whose micro-batches wait on the device in training. The loop takes all micro-batches of a step at once, so one step in
+the queue is the least that lets the next step begin without waiting; the second covers reads that take longer than a step."""
 EVALUATION_BATCHES_AHEAD = 1
-"""Batches that evaluation keeps ready: it has no step of its own to hide a longer read behind."""
+"""Batches that wait on the device in evaluation, which takes them one at a time: enough to overlap reading and copying."""
 
 _POLL_SECONDS = 0.1
 # How long closing waits for the item in progress, say from a storage that does not answer. The thread is a daemon.
@@ -28,7 +28,7 @@ _JOIN_SECONDS = 10.0
 
 
 def training_depth(micro_steps: int) -> int:
-    """The prefetch depth of training, in micro-batches: `STEPS_AHEAD` steps of `micro_steps` micro-batches each."""
+    """Compute the prefetch depth of training, in micro-batches: `STEPS_AHEAD` steps of `micro_steps` micro-batches each."""
     return STEPS_AHEAD * micro_steps
 
 
@@ -37,7 +37,7 @@ def prefetched(batches: Iterator[Batch], device: torch.device, depth: int) -> It
 
     Args:
         batches: on the host.
-        depth: the number of batches that wait on the device. Each takes its device memory.
+        depth: batches that wait on the device, in its memory.
     """
     return _copied(batches, device, depth) if device.type == "cuda" else batches
 

@@ -173,13 +173,13 @@ def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
     bounds = np.array([*offsets, end], OFFSET).tobytes()
     checksums = _checksums(path, [*offsets, end]).tobytes()
     new = {path.with_name(f"{path.name}{suffix}"): data for suffix, data in ((".idx", bounds), (".crc32", checksums))}
-    for beside, data in list(new.items()):
-        if beside.exists():
-            _compare(path, beside, data)
-            del new[beside]
-    for beside, data in new.items():
-        written.append(beside)
-        write_file(beside, data)
+    for index_file, data in list(new.items()):
+        if index_file.exists():
+            _compare(path, index_file, data)
+            del new[index_file]
+    for index_file, data in new.items():
+        written.append(index_file)
+        write_file(index_file, data)
 
     shard = Shard(
         name=path.stem,
@@ -192,18 +192,18 @@ def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
     return shard, kinds.pop()
 
 
-def _compare(tar: Path, beside: Path, expected: bytes) -> None:
+def _compare(tar: Path, index_file: Path, expected: bytes) -> None:
     """Compare an existing index file, one number for each sample, with the contents computed from the tar."""
-    size = (OFFSET if beside.suffix == ".idx" else CRC).itemsize
-    found = beside.read_bytes()
+    size = (OFFSET if index_file.suffix == ".idx" else CRC).itemsize
+    found = index_file.read_bytes()
     if found == expected:
         return
     starts = range(0, len(expected), size)
     sample = next((n // size for n in starts if found[n : n + size] != expected[n : n + size]), len(starts))
     raise DataError(
-        f"shard {tar.stem}: {beside}, which was there before, does not fit the tar ({len(found)} bytes, expected "
+        f"shard {tar.stem}: {index_file}, which was there before, does not fit the tar ({len(found)} bytes, expected "
         f"{len(expected)}; first difference at sample {sample}): one of them is damaged; copy both again, or remove "
-        f"{beside.name} if the tar is known to be right"
+        f"{index_file.name} if the tar is known to be right"
     )
 
 

@@ -32,7 +32,7 @@ def inspect(directory: Path, num_rows: int = 2) -> Iterator[str]:
     yield ""
     yield from _histogram(reader, manifest)
     tokenizer = load_tokenizer(directory / manifest.tokenizer_file)
-    for sample in _read(reader, manifest, _spread(manifest.num_samples, num_rows)):
+    for sample in _read(reader, manifest, _evenly_spaced(manifest.num_samples, num_rows)):
         yield ""
         yield from _row(sample, manifest, tokenizer)
     reader.close()
@@ -51,11 +51,14 @@ def _summary(directory: Path, manifest: Manifest) -> Iterator[str]:
         share = source.tokens / max(manifest.num_tokens, 1)
         yield f"source {source.name}: {source.documents:,} documents, {source.tokens:,} tokens ({share:.1%})"
 
-    if made := manifest.preparation:
-        cut = made.documents_cut / max(made.documents, 1)
-        weights = "".join(f", weight of {name} {weight:g}" for name, weight in made.weights.items())
-        yield f"packing {made.packing}: {made.documents:,} documents, {cut:.2%} of them cut; seed {made.seed}{weights}"
-        found = made.input
+    if preparation := manifest.preparation:
+        cut = preparation.documents_cut / max(preparation.documents, 1)
+        weights = "".join(f", weight of {name} {weight:g}" for name, weight in preparation.weights.items())
+        yield (
+            f"packing {preparation.packing}: {preparation.documents:,} documents, {cut:.2%} of them cut; "
+            f"seed {preparation.seed}{weights}"
+        )
+        found = preparation.input
         yield (
             f"input: {found.documents:,} documents; left out: {found.empty:,} empty, {found.undecodable:,} undecodable, "
             f"{found.oversized:,} oversized, {found.ignored:,} other members of tars"
@@ -63,7 +66,7 @@ def _summary(directory: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _histogram(reader: ShardReader, manifest: Manifest) -> Iterator[str]:
-    rows = _spread(manifest.num_samples, MAX_ROWS_COUNTED)
+    rows = _evenly_spaced(manifest.num_samples, MAX_ROWS_COUNTED)
     lengths = np.concatenate([sample.lengths for sample in _read(reader, manifest, rows)])
     counts = np.bincount(np.floor(np.log2(lengths)).astype(int))
     yield f"lengths of documents within rows, {len(lengths):,} in {len(rows):,} rows:"
@@ -93,7 +96,7 @@ def _read(reader: ShardReader, manifest: Manifest, rows: Sequence[int]) -> Itera
         yield reader.read(shard, row - (int(ends[shard - 1]) if shard else 0))
 
 
-def _spread(count: int, wanted: int) -> list[int]:
+def _evenly_spaced(count: int, num_wanted: int) -> list[int]:
     """Choose at most `wanted` numbers of range(count), evenly spaced."""
-    wanted = min(count, wanted)
-    return [number * count // wanted for number in range(wanted)]
+    num_wanted = min(count, num_wanted)
+    return [number * count // num_wanted for number in range(num_wanted)]

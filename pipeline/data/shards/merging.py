@@ -86,10 +86,10 @@ def _check(parts: Sequence[Path], folders: Sequence[str], manifests: Sequence[Ma
     _check_shards(parts, manifests)
 
 
-def _check_requests(parts: Sequence[Path], made: Sequence[Preparation]) -> None:
-    for part, preparation in zip(parts, made, strict=True):
+def _check_requests(parts: Sequence[Path], preparations: Sequence[Preparation]) -> None:
+    for part, preparation in zip(parts, preparations, strict=True):
         for name in _SAME_IN_ONE_REQUEST:
-            first, other = getattr(made[0], name), getattr(preparation, name)
+            first, other = getattr(preparations[0], name), getattr(preparation, name)
             if first == other or (name == "whole_sha256" and None in (first, other)):
                 continue
             what = "the input or another setting" if name == "whole_sha256" else name
@@ -116,10 +116,10 @@ def _check_numbers(numbers: Sequence[str]) -> None:
     expected = [f"{number}/{count}" for number in range(1, int(count) + 1)]
     if sorted(numbers) != sorted(expected):
         missing = sorted(set(expected) - set(numbers)) or ["none"]
-        surplus = sorted(number or "no part" for number in numbers if number not in expected or numbers.count(number) > 1)
+        unexpected = sorted(number or "no part" for number in numbers if number not in expected or numbers.count(number) > 1)
         raise DataError(
             f"expected all {count} parts of one preparation, each once; missing: {', '.join(missing)}; there twice or not of "
-            f"it: {', '.join(surplus) or 'none'}"
+            f"it: {', '.join(unexpected) or 'none'}"
         )
 
 
@@ -127,8 +127,8 @@ def _in_order(parts: Sequence[Path], manifests: Sequence[Manifest]) -> list[tupl
     """Sort parts by their numbers; without numbers they stay in the order of the command line."""
 
     def number(entry: tuple[Path, Manifest]) -> int:
-        made = entry[1].preparation
-        return int(made.part.partition("/")[0]) if made and made.part else 0
+        preparation = entry[1].preparation
+        return int(preparation.part.partition("/")[0]) if preparation and preparation.part else 0
 
     return sorted(zip(parts, manifests, strict=True), key=number)
 
@@ -162,22 +162,22 @@ def _merged(manifests: Sequence[Manifest], shards: Sequence[Shard]) -> Manifest:
         )
         for index, name in enumerate(manifests[0].source_names)
     )
-    made = [manifest.preparation for manifest in manifests if manifest.preparation]
+    preparations = [manifest.preparation for manifest in manifests if manifest.preparation]
     changes = {"shards": tuple(shards), "sources": sources}
-    preparation = _merged_preparation(made) if len(made) == len(manifests) else None
+    preparation = _merged_preparation(preparations) if len(preparations) == len(manifests) else None
     return manifests[0].model_copy(update={**changes, "preparation": preparation})
 
 
-def _merged_preparation(made: Sequence[Preparation]) -> Preparation:
-    counts = {name: sum(getattr(each.input, name) for each in made) for name in InputCounts.model_fields}
-    return made[0].model_copy(
+def _merged_preparation(preparations: Sequence[Preparation]) -> Preparation:
+    counts = {name: sum(getattr(each.input, name) for each in preparations) for name in InputCounts.model_fields}
+    return preparations[0].model_copy(
         update={
             "input": InputCounts(**counts),
             # A hash of its own: with that of the first part, this part's command would take the merged folder for its output.
-            "request_sha256": hashlib.sha256("\n".join(each.request_sha256 for each in made).encode()).hexdigest(),
+            "request_sha256": hashlib.sha256("\n".join(each.request_sha256 for each in preparations).encode()).hexdigest(),
             "part": None,
             "whole_sha256": None,
-            "documents": sum(each.documents for each in made),
-            "documents_cut": sum(each.documents_cut for each in made),
+            "documents": sum(each.documents for each in preparations),
+            "documents_cut": sum(each.documents_cut for each in preparations),
         }
     )

@@ -59,7 +59,7 @@ class ShardReader:
         self._decoder = SampleDecoder(manifest)
         self._open: LRUCache[int, OpenShard] = LRUCache(max_open_shards, OpenShard.close)
         self._indices: LRUCache[tuple[int, int], IndexChunk] = LRUCache(_MAX_INDEX_CHUNKS)
-        self._opening = threading.Lock()
+        self._open_lock = threading.Lock()
         self._is_remote = isinstance(directory, Url) and not directory.is_pipe
         self._pool: ThreadPoolExecutor | None = None
 
@@ -112,8 +112,10 @@ class ShardReader:
         self, positions_by_shard: dict[int, list[int]], samples: Sequence[int], found: list[Sample | None]
     ) -> None:
         """Read the samples at the given positions of the caller's list into `found`."""
-        wanted = {shard: [samples[position] for position in positions] for shard, positions in positions_by_shard.items()}
-        ranges = list(self._ranges(positions_by_shard, wanted, self._index_chunks(wanted), found))
+        samples_by_shard = {
+            shard: [samples[position] for position in positions] for shard, positions in positions_by_shard.items()
+        }
+        ranges = list(self._ranges(positions_by_shard, samples_by_shard, self._index_chunks(samples_by_shard), found))
         for range_, read in zip(ranges, self._map(self._read_range, ranges), strict=True):
             for position, sample in zip(range_.positions, read, strict=True):
                 found[position] = sample
@@ -160,11 +162,11 @@ class ShardReader:
             self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         return self._pool.map(function, items)
 
-    def _index_chunks(self, wanted: dict[int, list[int]]) -> dict[tuple[int, int], IndexChunk | Exception]:
+    def _index_chunks(self, samples_by_shard: dict[int, list[int]]) -> dict[tuple[int, int], IndexChunk | Exception]:
         """Get the index chunks of the wanted samples, by (shard, number of the chunk), from the cache or from their files."""
         # The wanted samples of each chunk.
         by_chunk: dict[tuple[int, int], list[int]] = {}
-        for shard, samples in wanted.items():
+        for shard, samples in samples_by_shard.items():
             for sample in samples:
                 by_chunk.setdefault((shard, sample // PIECE_SAMPLES), []).append(sample)
 
@@ -209,7 +211,7 @@ class ShardReader:
         return (OFFSET.itemsize * first, OFFSET.itemsize * (count + 1)), (CRC.itemsize * first, CRC.itemsize * count)
 
     def _files(self, shard: int) -> list[OpenFile]:
-        with self._opening:  # parallel requests open files concurrently
+        with self._open_lock:  # parallel requests open files concurrently
             opened = self._open.get(shard, lambda: OpenShard(self.directory, self.manifest.shards[shard], self._access))
             # Return a copy of the list, because the next request may evict and close the shard. A closed remote file can still
             # be read, as it holds nothing open; local files have one request at a time.
@@ -218,12 +220,12 @@ class ShardReader:
     def _ranges(
         self,
         positions_by_shard: dict[int, list[int]],
-        wanted: dict[int, list[int]],
+        samples_by_shard: dict[int, list[int]],
         chunks: dict[tuple[int, int], IndexChunk | Exception],
         found: list[Sample | None],
     ) -> Iterator[ReadRange]:
         """Merge neighbouring wanted samples into ranges. Samples that the index cannot locate go to `found` as damaged."""
-        for shard, samples in wanted.items():
+        for shard, samples in samples_by_shard.items():
             range_: ReadRange | None = None
             for sample, position in sorted(zip(samples, positions_by_shard[shard], strict=True)):
                 try:

@@ -218,7 +218,7 @@ def _shape_from_header(header: bytes, dtype: str, what: str) -> tuple[int]:
         raise DamageError(f"{what}.npy has no npy header of version 1.0") from None
     if not header.startswith(_MAGIC) or found != dtype or not is_vector or shape[0] >= 2**63:
         # An integer of some thousand digits cannot be printed, so unusual values are shown as the header's text.
-        is_usual = isinstance(found, str) and is_vector and shape[0] < 2**63
-        text = f"{found!r} with shape {shape}" if is_usual else header[len(_MAGIC) + 2 :].decode("ascii")
+        is_printable = isinstance(found, str) and is_vector and shape[0] < 2**63
+        text = f"{found!r} with shape {shape}" if is_printable else header[len(_MAGIC) + 2 :].decode("ascii")
         raise DamageError(f"{what}.npy is an array of {text[:120].strip()}, expected {dtype!r} with one dimension")
     return shape

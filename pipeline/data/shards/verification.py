@@ -46,7 +46,7 @@ def verify(directory: Path, report: Callable[[Shard], None] = lambda shard: None
     """
     directory = Path(directory)
     manifest = read_manifest(directory, check_files=False)
-    problems = [*_tokenizer_problems(directory, manifest), *_surplus(directory, manifest)]
+    problems = [*_tokenizer_problems(directory, manifest), *_unlisted_tars(directory, manifest)]
 
     # Every shard with all its samples. An error of the machine ends the verification.
     source_counts = SourceCounts()
@@ -87,18 +87,18 @@ def _shard_problems(
         yield f"shard {shard.name}: the sha256 of its tar is {found[:12]}…, expected {shard.sha256[:12]}…"
 
     # The checksums, by chunks: those of another shard would declare all samples to be damaged.
-    foreign = _foreign_chunks(shard, (directory / f"{shard.name}.tar.crc32").read_bytes())
-    if foreign:
+    mismatched = _mismatched_chunks(shard, (directory / f"{shard.name}.tar.crc32").read_bytes())
+    if mismatched:
         yield (
             f"shard {shard.name}: its .crc32 is not the one that the manifest means, at samples "
-            f"{', '.join(f'{chunk[0]:,} to {chunk[-1]:,}' for chunk in foreign)}: the file is damaged, or the shard was "
+            f"{', '.join(f'{chunk[0]:,} to {chunk[-1]:,}' for chunk in mismatched)}: the file is damaged, or the shard was "
             "exchanged for another"
         )
 
     # The samples.
     tokens, damaged = 0, []
     for sample in range(shard.samples):
-        if any(sample in chunk for chunk in foreign):
+        if any(sample in chunk for chunk in mismatched):
             continue
         try:
             tokens += count_row(reader.read(index, sample), manifest, source_counts)
@@ -107,11 +107,11 @@ def _shard_problems(
     yield from damaged[:_MAX_SAMPLES_LISTED]
     if len(damaged) > _MAX_SAMPLES_LISTED:
         yield f"shard {shard.name}: {len(damaged) - _MAX_SAMPLES_LISTED:,} samples more are damaged"
-    if not damaged and not foreign and tokens != shard.tokens:
+    if not damaged and not mismatched and tokens != shard.tokens:
         yield f"shard {shard.name}: it has {tokens:,} tokens, expected {shard.tokens:,}"
 
 
-def _foreign_chunks(shard: Shard, checksums: bytes) -> list[range]:
+def _mismatched_chunks(shard: Shard, checksums: bytes) -> list[range]:
     """Compare a shard's `.crc32` with the manifest; returns the samples of each chunk that differs."""
     found, expected = crc32_of_pieces(checksums), shard.crc32 or ""
     starts = range(0, len(expected), 8)
@@ -148,7 +148,7 @@ def _tokenizer_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{directory / manifest.tokenizer_file} is not the tokenizer that the manifest names; copy it again"
 
 
-def _surplus(directory: Path, manifest: Manifest) -> Iterator[str]:
+def _unlisted_tars(directory: Path, manifest: Manifest) -> Iterator[str]:
     listed = {f"{shard.name}.tar" for shard in manifest.shards}
     for path in sorted(directory.glob("*.tar")):
         if path.name not in listed:
