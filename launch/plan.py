@@ -49,8 +49,8 @@ def _figures(parser: argparse.ArgumentParser, options: argparse.Namespace, unkno
     settings, problems = read_recipe(parser, options, unknown)
 
     from pipeline.checks import check_before_planning
-    from pipeline.planning.reading import case_of
     from pipeline.planning.report import document
+    from pipeline.planning.resolve import resolve_planned_job
     from pipeline.runtime.memory import total_bytes
 
     if options.device_memory is not None and not 0 < options.device_memory < math.inf:
@@ -59,8 +59,8 @@ def _figures(parser: argparse.ArgumentParser, options: argparse.Namespace, unkno
     settings, content = check_before_planning(settings, options.deepspeed, options.gpus, problems)
     on_gpu = options.device == "cuda"
     memory = total_bytes() if options.device_memory is None and on_gpu else (options.device_memory or 0) * 2**30 or None
-    case, notes = case_of(settings, content, options.gpus, on_gpu, memory)
-    return document(case, memory, notes)
+    job, notes = resolve_planned_job(settings, content, options.gpus, on_gpu, memory)
+    return document(job, memory, notes)
 
 
 def _file_problems(path: Path | None) -> list[str]:

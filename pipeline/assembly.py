@@ -14,12 +14,12 @@ import torch.distributed as dist
 from pipeline.config import ModelSettings, Settings
 from pipeline.data.loading.mixture import DataSet, read_joined, sets_of
 from pipeline.data.loading.stream import Stream
-from pipeline.derived import cached_losses, is_compared, lanes_of, reference_shape
+from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, reference_shape
 from pipeline.micro_step import Models
 from pipeline.run import Run
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.deepspeed_json import precision_of, resolve_deepspeed_json
-from pipeline.runtime.distributed import World, smallest
+from pipeline.runtime.distributed import World, min_over_ranks
 from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
 from pipeline.runtime.identity import identity_of
 from pipeline.runtime.memory import free_bytes, sharding_that_fits
@@ -43,7 +43,7 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
     A `dry` run looks at no checkpoints, and draws a reference that is still to be trained.
     """
     validation_path = settings.data.validation_path
-    settings, config, checkpoints = resolved(job, settings, run_dir)
+    settings, config, checkpoints = resolve_settings(job, settings, run_dir)
     stream = open_stream(sets_of(settings.data), settings, config, job.world, settings.data.num_workers)
     validation = None
     if validation_path is not None:
@@ -52,8 +52,8 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
     if not dry:
         checkpoints.check(job.allow_changed)
     engine = build_policy(settings, config)
-    shape = reference_shape(settings, stand_in=dry)
-    reference = None if shape is None else frozen_reference(job, settings, config, shape)
+    shape = reference_shape(settings, include_untrained=dry)
+    reference = None if shape is None else build_frozen_reference(job, settings, config, shape)
     return Run(
         settings=settings,
         world=job.world,
@@ -67,18 +67,18 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
     )
 
 
-def frozen_reference(job: Job, settings: Settings, config: dict[str, Any], shape: ModelSettings) -> Engine:
+def build_frozen_reference(job: Job, settings: Settings, config: dict[str, Any], shape: ModelSettings) -> Engine:
     """The reference under its engine; `auto` keeps it whole on every rank where it takes little of the memory that is free
     on the fullest one, which saves its collectives."""
     sharding: str = settings.reference.sharding
     if sharding == "auto":
         needed = num_parameters(shape) * (2 if precision_of(config) == "bfloat16" else 4)
-        free = smallest(free_bytes(job.device, job.world.local_size), job.device)
+        free = min_over_ranks(free_bytes(job.device, job.world.local_size), job.device)
         sharding = sharding_that_fits(needed, free)
     return build_reference(shape, settings.reference.path, sharding, config, settings.training.compile)
 
 
-def resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dict[str, Any], Checkpoints]:
+def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dict[str, Any], Checkpoints]:
     """Settings with what depends on the data filled in, the DeepSpeed configuration, and the run's checkpoints."""
     manifest = read_joined(settings.data)
     settings = settings.with_values(
@@ -86,7 +86,9 @@ def resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dic
     )
     config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
     cached = (
-        [cached_losses(settings, each.location, config) for each in sets_of(settings.data)] if is_compared(settings) else []
+        [cached_losses(settings, each.location, config) for each in sets_of(settings.data)]
+        if has_selecting_heads(settings)
+        else []
     )
     identity = identity_of(settings, config, [each.manifest for each in cached if each is not None])
     return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint.keep)
@@ -94,7 +96,7 @@ def resolved(job: Job, settings: Settings, run_dir: Path) -> tuple[Settings, dic
 
 def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:
     """The rows of this rank, with the reference losses that are cached for them, if the settings name a cache."""
-    if is_compared(settings):
+    if has_selecting_heads(settings):
         sets = [replace(each, losses=cached_losses(settings, each.location, config)) for each in sets]
     return Stream(
         sets,

@@ -17,7 +17,7 @@ from pipeline.data.loading.order import too_few_samples
 from pipeline.data.loading.sizes import check_sizes
 from pipeline.data.shards.manifest import Manifest, read_manifest
 from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, load_tokenizer
-from pipeline.derived import cached_losses, is_compared, lanes_of, next_token_model
+from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, next_token_model
 from pipeline.model.huggingface import ModelFilesError, read_model_settings, weight_problems
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 from pipeline.runtime.deepspeed_json import read_deepspeed_json, resolve_deepspeed_json
@@ -74,7 +74,7 @@ def check_before_planning(
 
 def _cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]:
     """Of what is there before the job makes anything: a job's own data has no losses yet."""
-    if settings.data.builtin or not is_compared(settings):
+    if settings.data.builtin or not has_selecting_heads(settings):
         return
     for place in data_places(settings):
         try:

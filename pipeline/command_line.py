@@ -138,7 +138,7 @@ def _run_on_all_ranks(
     from pipeline.runtime.agreement import RanksDisagreeError
     from pipeline.runtime.distributed import device_of, find_world, share_cores
     from pipeline.runtime.engine import initialize_distributed
-    from pipeline.train import TrainingDivergedError
+    from pipeline.runtime.non_finite import TrainingDivergedError
 
     world = find_world()
     run_dir = options.run_dir or Path("runs") / settings.run.name

@@ -4,8 +4,8 @@ A component receives only its own section. `recipe` reads them from YAML and the
 ranks or the DeepSpeed JSON is checked where those are known. All such checks return sentences, which end up together
 in one `ConfigError`.
 
-Every setting says whether it may differ between a run and its continuation (`Change`): it is `Free`, it `ChangesResult`, or it
-is `Fixed`.
+Every setting carries a `ResumeRule`, which says whether it may differ when a run is resumed: `Free`, `ChangesResult` or
+`Fixed`.
 """
 
 import difflib
@@ -42,7 +42,7 @@ def _above_zero_up_to_one(value: float) -> float:
     return value
 
 
-class Change(Enum):
+class ResumeRule(Enum):
     """What it means that a setting differs between a run and its continuation.
 
     FREE: nothing for what is computed. Folders may move; the fingerprints of what is in them are compared instead.
@@ -56,9 +56,9 @@ class Change(Enum):
 
 
 Value = TypeVar("Value")
-Free = Annotated[Value, Change.FREE]
-ChangesResult = Annotated[Value, Change.CHANGES_RESULT]
-Fixed = Annotated[Value, Change.FIXED]
+Free = Annotated[Value, ResumeRule.FREE]
+ChangesResult = Annotated[Value, ResumeRule.CHANGES_RESULT]
+Fixed = Annotated[Value, ResumeRule.FIXED]
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]

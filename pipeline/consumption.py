@@ -78,7 +78,7 @@ def settle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSe
     return damage
 
 
-def curves(stream: Stream, samples: int, progress: Any, consumed: Consumed) -> dict[str, float | int]:
+def data_metrics(stream: Stream, samples: int, progress: Any, consumed: Consumed) -> dict[str, float | int]:
     """Metrics of the data: `samples` were consumed so far, `progress` has the counts by source, `consumed` is of one step."""
     record: dict[str, float | int] = {
         "data_epoch": samples / stream.samples_per_epoch,

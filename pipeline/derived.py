@@ -22,20 +22,20 @@ def next_token_model(shape: ModelSettings) -> ModelSettings:
     return shape.model_copy(update={"num_prediction_heads": 1})
 
 
-def is_compared(settings: Settings) -> bool:
+def has_selecting_heads(settings: Settings) -> bool:
     """Whether there is anything to compare with a reference: one head selects nothing."""
     return settings.model.num_prediction_heads > 1
 
 
-def reference_shape(settings: Settings, stand_in: bool = False) -> ModelSettings | None:
+def reference_shape(settings: Settings, include_untrained: bool = False) -> ModelSettings | None:
     """The shape of the reference model that runs along: that of its files, with the next-token head alone unless all are
     asked; None for a run without, as with cached losses. A `stand_in` has the shape of one that is still to be trained."""
-    if not is_compared(settings) or settings.reference.cached is not None:
+    if not has_selecting_heads(settings) or settings.reference.cached is not None:
         return None
     if settings.reference.path is not None:
         shape = read_model_settings(settings.reference.path)
         return shape if settings.reference.horizon == "matched" else next_token_model(shape)
-    return next_token_model(settings.model) if stand_in and settings.reference.training_steps is not None else None
+    return next_token_model(settings.model) if include_untrained and settings.reference.training_steps is not None else None
 
 
 def cached_losses(settings: Settings, place: Location, config: dict[str, Any]) -> CachedLosses | None:

@@ -1,47 +1,59 @@
 """Held-out losses, through the training's own loss code: per head without selection, and the objective with it."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from pipeline.config import Settings
 from pipeline.consumption import settle_damage
 from pipeline.data.loading.batch import Batch
-from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
+from pipeline.micro_step import Models, comparisons, count_step, load_micro_batches, policy_losses, selectors_of
 from pipeline.runtime.distributed import World
 from pipeline.runtime.metrics import Record, SelectionSums
-from pipeline.weighting.objective import loss_scale
+from pipeline.weighting.objective import ObjectiveSettings, loss_scale
+from pipeline.weighting.prediction import Prediction
 
 
 def evaluate(
     models: Models,
     batches: Iterable[Batch],
     settings: Settings,
+    objective: ObjectiveSettings,
     source_names: Sequence[str],
     world: World,
     device: torch.device,
 ) -> Record:
-    """Losses over all `batches` of all ranks, every rank having equally many. `loss_head_h` counts every valid pair,
-    `loss` is the training objective with the whole of the data as one step; what a loss that is not finite belongs to is
-    None."""
-    num_heads = settings.model.num_prediction_heads
+    """Compute the losses over all `batches` of all ranks, every rank having equally many.
+
+    `loss_head_h` counts every valid pair; `loss` is the training objective with the whole of the data as one step; values that
+    depend on a loss that is not finite are None.
+    """
+    num_heads, training = settings.model.num_prediction_heads, settings.training
     sums = SelectionSums(num_heads, len(source_names), device)
-    # A validation's micro-batches are no steps: what a step would pool is pooled by micro-batch.
-    pool = "global" if settings.training.selection_pool == "step" else settings.training.selection_pool
-    training = settings.training.model_copy(update={"selection_pool": pool})
+    # A validation's micro-batches are no steps: each is a pool of its own where a step would be one.
+    objective = replace(objective, pool="global" if objective.pool == "step" else objective.pool)
     num_pairs_H, first_sample, num_corrupt = [0] * num_heads, 0, 0
+
     # Not inference_mode: its tensors would poison the trained engine's next step.
     with torch.no_grad():
         for batch in batches:
+            # Data: on the device, counted, damage agreed.
             micro_batches = load_micro_batches([batch], first_sample, num_heads, world.size, world.rank, device)
             first_sample += len(batch.tokens_BT) * world.size
-            counts, consumed, _ = plan(micro_batches, training, settings.head_weights, len(source_names), models.group)()
+            counts, consumed, _ = count_step(micro_batches, objective, len(source_names), models.group).read()
             num_corrupt += len(settle_damage(consumed, [batch], settings.data, num_corrupt))
-            (losses,) = selective_losses(models, micro_batches, counts, training)
+
+            # Losses, as in training; without gradients nothing is gained by predicting.
+            compared = comparisons(models, micro_batches, training)
+            selectors = selectors_of(models, micro_batches, compared, counts, training, Prediction())
+            (losses,) = policy_losses(models, micro_batches, selectors, counts, training)
+
+            # Sums, and the pairs by which the objective is divided.
             sums.add(losses, micro_batches[0].valid_BTH, micro_batches[0].batch.sources_BT)
-            counted_H = counts.num_valid if training.normalize_by == "valid" else counts.num_selected_H
+            counted_H = counts.num_valid if objective.normalize_by == "valid" else counts.num_selected_H
             num_pairs_H = [total + count for total, count in zip(num_pairs_H, counted_H, strict=True)]
-    record = sums.record(loss_scale(num_pairs_H, settings.head_weights), source_names, models.group)
-    # Nothing is foreseen here: what is not trained on needs no gradient.
+
+    record = sums.record(loss_scale(num_pairs_H, objective.head_weights), source_names, models.group)
     record = {key: value for key, value in record.items() if not key.startswith("prediction_hit_rate")}
     return record | {"corrupt_samples": num_corrupt}

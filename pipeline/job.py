@@ -12,30 +12,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.assembly import Job, build_run, resolved
+from pipeline.assembly import Job, build_run, resolve_settings
 from pipeline.checks import check_data
 from pipeline.config import ConfigError, Settings, TrainingSettings
 from pipeline.data.corpus.builtin import CORPUS_FILE, prepare_builtin
 from pipeline.data.loading.mixture import read_joined
 from pipeline.data.tokenizer import TOKENIZER_FILE
-from pipeline.derived import is_compared
+from pipeline.derived import has_selecting_heads
 from pipeline.model.huggingface import save_model
 from pipeline.model.mtp import MTPModel
 from pipeline.planning.plan import plan_memory
-from pipeline.planning.reading import case_of
 from pipeline.planning.report import summary
+from pipeline.planning.resolve import resolve_planned_job
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.runtime.description import describe_run
-from pipeline.runtime.distributed import any_rank, from_first, largest, made_once
+from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once, max_over_ranks
 from pipeline.runtime.engine import gathered, release
-from pipeline.runtime.logbook import closing_table, read_records
+from pipeline.runtime.logbook import read_records, summary_table
 from pipeline.runtime.memory import peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
 from pipeline.storage.atomic_write import publish, write_file
 from pipeline.storage.files import read_whole
-from pipeline.train import advance, begin_step, train, train_step
+from pipeline.train import advance, fetch_step, train, train_step
 
 # One head selects nothing; how the policy does is no property of the reference.
 _NO_SELECTION = TrainingSettings().model_dump(
@@ -46,7 +46,7 @@ _NO_SELECTION = TrainingSettings().model_dump(
 def run_job(job: Job, stop: StopRequest) -> int:
     """Make what is missing, train, close with a table; returns the exit code."""
     lock = RunLock(job.run_dir)
-    holder = from_first(lock.take() if job.world.is_first else None)
+    holder = broadcast_from_first(lock.take() if job.world.is_first else None)
     if holder is not None:
         raise ConfigError([f"--run-dir: {job.run_dir} is in use by {holder}; wait for its end, or choose another one"])
     if job.world.is_first:
@@ -55,14 +55,14 @@ def run_job(job: Job, stop: StopRequest) -> int:
         exit_code = _make_and_train(job, stop)
     finally:
         lock.release()
-    stop.settle()
+    stop.clear()
     return exit_code
 
 
 def _make_and_train(job: Job, stop: StopRequest) -> int:
     _say(job, f"run directory {job.run_dir}; {job.world.size} rank{'s' if job.world.size > 1 else ''} on {job.device.type}")
     settings = with_builtin_data(job)
-    if is_compared(settings) and settings.reference.path is None and settings.reference.training_steps is not None:
+    if has_selecting_heads(settings) and settings.reference.path is None and settings.reference.training_steps is not None:
         settings, exit_code = with_trained_reference(job, settings, stop)
         if exit_code:
             return exit_code
@@ -70,7 +70,7 @@ def _make_and_train(job: Job, stop: StopRequest) -> int:
     exit_code = train_in(job, settings, job.run_dir, stop)
     if exit_code == 0 and job.world.is_first:
         names = read_joined(settings.data).source_names
-        print("\n" + closing_table(read_records(job.run_dir), job.run_dir, names), flush=True)
+        print("\n" + summary_table(read_records(job.run_dir), job.run_dir, names), flush=True)
     return exit_code
 
 
@@ -81,19 +81,19 @@ def dry_run(job: Job) -> int:
     progress = Progress()
     reset_peak(job.device)
     started = time.perf_counter()
-    result = train_step(run, begin_step(run, run.stream.iterate(0), first_sample=0), progress)
+    result = train_step(run, fetch_step(run, run.stream.iterate(0), step=0, first_sample=0), progress)
     advance(progress, result, settings)
-    peak = largest(peak_bytes(job.device), job.device)
-    record = result.sums.record(result.plan.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
+    peak = max_over_ranks(peak_bytes(job.device), job.device)
+    record = result.sums.record(result.counts.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
     seconds = time.perf_counter() - started
-    case, _ = case_of(run.settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
+    planned, _ = resolve_planned_job(run.settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
     steps, epoch = settings.training.steps, run.stream.manifest.num_tokens
     budget = progress.tokens * steps
     _say(
         job,
         f"dry run: one step on {job.world.size} rank(s), loss {math.nan if record['loss'] is None else record['loss']:.4f}\n"
         f"  peak memory of the step   {peak / 2**20:,.0f} MiB on the fullest rank ({_what_is_counted(job.device)})\n"
-        f"  memory plan               {summary(plan_memory(case))}, what libraries take left out\n"
+        f"  memory plan               {summary(plan_memory(planned))}, what libraries take left out\n"
         f"  token budget              {steps} steps × {progress.tokens:,} tokens = {budget:,} tokens, "
         f"{budget / epoch:.2f} epochs of {epoch:,}\n"
         f"  time                      {seconds:.1f} s for this first step, the warm-up included",
@@ -112,7 +112,7 @@ def with_builtin_data(job: Job) -> Settings:
         prepare_builtin(directory, settings.data.sequence_length, settings.data.seed, progress=lambda m: _say(job, m))
 
     # Looked at even where it is there: another seed or length gives another corpus.
-    made_once(directory / CORPUS_FILE, make, job.world, again=True)
+    make_once(directory / CORPUS_FILE, make, job.world, again=True)
     settings = settings.with_values(
         data={
             "path": directory / "mix",
@@ -149,7 +149,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
 
 def _refuse_another_reference(job: Job, settings: Settings, directory: Path) -> None:
     """A reference that is there already must be the one that these settings would train, if it is known how it was."""
-    _, _, checkpoints = resolved(job, settings, directory / "training")
+    _, _, checkpoints = resolve_settings(job, settings, directory / "training")
     changed = checkpoints.changed()
     if changed:
         remedy = f"remove {directory} to train it again, or pass --allow-changed to use it as it is"

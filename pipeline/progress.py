@@ -34,11 +34,13 @@ class Progress:
     def to_json(self) -> dict[str, Any]:
         """Plain values, every bit of them; waits for the device."""
         values = {known.name: getattr(self, known.name) for known in fields(self)}
-        return values | {"prediction": {"level_K": self.prediction.numbers()}}
+        return values | {"prediction": {"threshold_K": self.prediction.numbers()}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """From what `to_json` gave, or gave when there were fewer of them."""
         known = {known.name: values[known.name] for known in fields(cls) if known.name in values}
-        prediction = Prediction.of(known.get("prediction", {}).get("level_K", []))
+        predicted = known.get("prediction", {})
+        # An older program called it level_K.
+        prediction = Prediction.of(predicted.get("threshold_K", predicted.get("level_K", [])))
         return cls(**known | {"prediction": prediction})

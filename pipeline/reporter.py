@@ -5,16 +5,17 @@ import time
 from collections import deque
 
 from pipeline.config import Settings
-from pipeline.consumption import curves
+from pipeline.consumption import data_metrics
 from pipeline.data.loading.prefetch import prefetched
 from pipeline.data.loading.stream import Stream
 from pipeline.evaluate import evaluate
 from pipeline.progress import Progress
 from pipeline.run import Run, StepResult
-from pipeline.runtime.distributed import largest
+from pipeline.runtime.distributed import max_over_ranks
 from pipeline.runtime.engine import gradient_norm
 from pipeline.runtime.logbook import Logbook, progress_line, selection_block, without_non_finite
 from pipeline.runtime.metrics import Record, Totals
+from pipeline.schedule import objective_at
 
 
 class Reporter:
@@ -53,7 +54,7 @@ class Reporter:
         if not (wanted or progressed or detailed or drawn):
             return
         totals = result.sums.over_ranks(self.run.models.group)
-        data_wait = largest(self._share_waited(), self.run.device)
+        data_wait = max_over_ranks(self._share_waited(), self.run.device)
         if self.logbook is None:
             return
         record = self._record(progress, result, totals) | {"data_wait": data_wait}
@@ -76,7 +77,8 @@ class Reporter:
         rows = run.validation.iterate(0, end_sample=validation_rows(run.validation, run.settings))
         batches = prefetched(rows, run.device, depth=1)
         names = run.validation.manifest.source_names or ("",)
-        record = evaluate(run.models, batches, run.settings, names, run.world, run.device)
+        objective = objective_at(run.settings, progress.step)
+        record = evaluate(run.models, batches, run.settings, objective, names, run.world, run.device)
         run.engine.train()
         self.restart_clock()
         record = {"step": progress.step, "samples": progress.samples, "split": "validation"} | without_non_finite(record)
@@ -109,7 +111,7 @@ class Reporter:
         return waited / seconds
 
     def _record(self, progress: Progress, result: StepResult, totals: Totals) -> Record:
-        record = totals.record(result.plan.scale_H, self.run.stream.manifest.source_names or ("",))
+        record = totals.record(result.counts.scale_H, self.run.stream.manifest.source_names or ("",))
         if not result.applied:
             record["loss"] = None
         tokens, seconds, _ = map(sum, zip(*self.recent, strict=True))
@@ -120,7 +122,7 @@ class Reporter:
             "tokens_per_second": tokens / seconds,
             "skipped_steps": progress.skipped_steps,
         }
-        data = curves(self.run.stream, progress.samples, progress, result.consumed)
+        data = data_metrics(self.run.stream, progress.samples, progress, result.consumed)
         return without_non_finite(position | record | more | data)
 
 

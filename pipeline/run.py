@@ -1,6 +1,5 @@
-"""What a training run works with, and what a step of it gives."""
+"""The parts of a training run, and the outcome of a step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import torch
 from pipeline.config import Settings
 from pipeline.consumption import Consumed
 from pipeline.data.loading.stream import Stream
-from pipeline.micro_step import MicroBatch, Models, Planned
+from pipeline.micro_step import MicroBatch, Models, PendingStep
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.distributed import World
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.metrics import SelectionSums
-from pipeline.weighting.objective import StepPlan
+from pipeline.weighting.objective import StepCounts
 
 
 @dataclass(frozen=True)
@@ -33,22 +32,22 @@ class Run:
 
 
 @dataclass(frozen=True)
-class BegunStep:
-    """A step whose data is there. plan: reads its counts over all ranks, and whether any of them had been asked to stop when
-    it was begun. waited: seconds in which this rank waited for the data."""
+class FetchedStep:
+    """A step whose data is there. pending: its counts over all ranks, and whether any of them had been asked to stop when it
+    was fetched. waited: seconds in which this rank waited for the data."""
 
     micro_batches: list[MicroBatch]
-    plan: Callable[[], Planned]
+    pending: PendingStep
     waited: float
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """consumed: what the data was, over all ranks. replaced: what was wrong with the samples whose places padding took.
-    sums: this rank's. applied: False where all ranks discarded the step; `bad` then says who met what on which
+    """The outcome of a step. consumed: its data, over all ranks. replaced: the damaged samples that rows of padding replaced,
+    a sentence each. sums: this rank's. applied: False where all ranks discarded the step; `bad` then names the rank, head and
     samples."""
 
-    plan: StepPlan
+    counts: StepCounts
     consumed: Consumed
     replaced: list[str]
     sums: SelectionSums

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.assembly import Job, frozen_reference, resolved
+from pipeline.assembly import Job, build_frozen_reference, resolve_settings
 from pipeline.checks import data_places
 from pipeline.config import ConfigError, Settings
 from pipeline.data.errors import DataError
@@ -27,7 +27,7 @@ from pipeline.data.shards.sample import Sample
 from pipeline.derived import reference_shape
 from pipeline.model.reference import Reference, reference_columns
 from pipeline.runtime.deepspeed_json import precision_of
-from pipeline.runtime.distributed import any_rank, from_first
+from pipeline.runtime.distributed import any_rank, broadcast_from_first
 from pipeline.runtime.identity import model_fingerprint
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 from pipeline.storage.files import read_whole
@@ -53,11 +53,11 @@ def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopReque
         )
         raise ConfigError([f"reference.path: not set; name the directory of the reference that is to score the data{trained}"])
     settings = settings.with_values(reference={"cached": None})
-    settings, config, _ = resolved(job, settings, job.run_dir)
+    settings, config, _ = resolve_settings(job, settings, job.run_dir)
     shape = reference_shape(settings)
     if shape is None:
         raise ConfigError(["model.num_prediction_heads: 1, so nothing selects and there is nothing to score for"])
-    reference = frozen_reference(job, settings, config, shape)
+    reference = build_frozen_reference(job, settings, config, shape)
     for place in data_places(settings):
         if not _score_data_set(job, settings, place, reference, cache, precision_of(config), dtype, stop):
             return EXIT_TRY_AGAIN
@@ -91,7 +91,7 @@ def _score_data_set(
         }
     )
     writer, world = LossesWriter(cache, losses, manifest), job.world
-    missing, failure = from_first(_begin(writer) if world.is_first else None)
+    missing, failure = broadcast_from_first(_begin(writer) if world.is_first else None)
     if failure is not None:
         raise DataError(failure)
     if missing is None:

@@ -1,42 +1,33 @@
 """The training loop; the one module that knows the order of things.
 
 A step: fetch its A micro-batches, count their pairs over all ranks, run each (reference, policy, selection, loss,
-backward), agree whether every number was finite, apply. `train` puts steps in a row and sees to what happens between
-them: metrics, validation, checkpoints, requests to stop.
+backward), agree that every number was finite, apply. `train` runs step after step and does what lies between them: metrics,
+validation, checkpoints, requests to stop.
 
-A step is begun, fetched and counted, before the one before it is run, so that its counts are on the host when they are wanted;
-with them comes whether a rank was asked to stop. So nothing here waits for the device but what the loss phase has to repair,
-once a micro-batch; and what is logged, when it is logged.
+A step is fetched and counted before the one before it is run, so that its counts, and requests to stop, are on the host when
+they are needed. The host waits for the device once a micro-batch, to size the loss phase's repair, and when metrics are logged.
 """
 
 import itertools
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from pipeline.config import Settings
 from pipeline.consumption import Consumed, settle_damage
 from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.prefetch import prefetched
-from pipeline.micro_step import load_micro_batches, plan, selective_losses
+from pipeline.micro_step import comparisons, count_step, load_micro_batches, policy_losses, selectors_of
 from pipeline.progress import Progress
 from pipeline.reporter import Reporter
-from pipeline.run import BegunStep, Run, StepResult
-from pipeline.runtime.agreement import check_ranks_agree, who_met_bad_numbers
+from pipeline.run import FetchedStep, Run, StepResult
+from pipeline.runtime.agreement import check_ranks_agree
 from pipeline.runtime.engine import backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
 from pipeline.runtime.metrics import SelectionSums
+from pipeline.runtime.non_finite import TrainingDivergedError, all_finite_or_nan, describe_bad_numbers
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
-from pipeline.schedule import learning_rate
+from pipeline.schedule import learning_rate, objective_at
 from pipeline.weighting.pools import SHARED_POOLS
-
-
-class TrainingDivergedError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that was not finite."""
 
 
 def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
@@ -50,20 +41,30 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     reporter = Reporter(run, progress.step)
     if progress.step == 0:
         reporter.validate(progress)
-    for begun, following in begun_ahead(run, progress, stop):
-        result = train_step(run, begun, progress)
+
+    for fetched, following in fetched_ahead(run, progress, stop):
+        # One optimiser step.
+        result = train_step(run, fetched, progress)
         advance(progress, result, run.settings)
+
+        # Metrics, and the check that ranks still agree.
         reporter.step(progress, result, 0.0 if following is None else following.waited)
         if training.check_ranks_every and progress.step % training.check_ranks_every == 0:
             check_ranks_agree(common_values(run, progress, result), run.device)
-        if progress.step % logging.validation_every == 0 or following is None:
+
+        # Validation.
+        is_last = following is None
+        if progress.step % logging.validation_every == 0 or is_last:
             reporter.validate(progress)
-        stopping = following is not None and following.plan().said
-        if progress.step % run.settings.checkpoint.every == 0 or following is None or stopping:
+
+        # Checkpoint, at its interval, at the end and before a stop.
+        stop_requested = following is not None and following.pending.read().stop_requested
+        if progress.step % run.settings.checkpoint.every == 0 or is_last or stop_requested:
             run.checkpoints.save(run.engine, progress)
             reporter.restart_clock()
-        if stopping:
+        if stop_requested:
             break
+
     reporter.close()
     if progress.step < training.steps:
         reporter.say(f"stopped on request after step {progress.step}; run the same command again to continue")
@@ -71,75 +72,88 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     return 0
 
 
-def begun_ahead(run: Run, progress: Progress, stop: StopRequest) -> Iterator[tuple[BegunStep, BegunStep | None]]:
-    """Each step that is left, and the one after it, which is begun before: its counts are summed over ranks behind the first
-    one's work, and have long arrived when they are wanted."""
+def fetched_ahead(run: Run, progress: Progress, stop: StopRequest) -> Iterator[tuple[FetchedStep, FetchedStep | None]]:
+    """Yield each step that is left with the one after it, None after the last.
+
+    The following step is fetched first: its counts are summed over ranks behind the current step's work, and have arrived
+    long before they are needed.
+    """
     batches = prefetched(run.stream.iterate(progress.samples), run.device, depth=2 * run.stream.micro_steps)
-    num_steps, num_rows = run.settings.training.steps - progress.step, run.settings.data.global_batch
-    first_samples = range(progress.samples, progress.samples + num_steps * num_rows, num_rows)
-    steps = (begin_step(run, batches, first_sample, stop.is_made) for first_sample in first_samples)
-    begun = next(steps, None)
-    while begun is not None:
+    num_rows = run.settings.data.global_batch
+    positions = zip(
+        range(progress.step, run.settings.training.steps), itertools.count(progress.samples, num_rows), strict=False
+    )
+    steps = (fetch_step(run, batches, step, first_sample, stop.is_made) for step, first_sample in positions)
+    fetched = next(steps, None)
+    while fetched is not None:
         following = next(steps, None)
-        yield begun, following
-        begun = following
+        yield fetched, following
+        fetched = following
 
 
-def begin_step(run: Run, batches: Iterator[Batch], first_sample: int, asked_to_stop: bool = False) -> BegunStep:
-    """Fetch this rank's next A micro-batches and have them counted over all ranks. `first_sample`: the number of the step's
-    first row in the run."""
+def fetch_step(run: Run, batches: Iterator[Batch], step: int, first_sample: int, stop_requested: bool = False) -> FetchedStep:
+    """Fetch this rank's next A micro-batches and count their pairs over all ranks.
+
+    `step` (from 0) and `first_sample` are the numbers of the step, and of its first row, in the whole run.
+    """
+    settings, world = run.settings, run.world
+
+    # Wait for the data.
     started = time.perf_counter()
-    settings, micro_steps = run.settings, run.stream.micro_steps
-    fetched = list(itertools.islice(batches, micro_steps))
+    fetched = list(itertools.islice(batches, run.stream.micro_steps))
     waited = time.perf_counter() - started
-    num_heads, num_sources = settings.model.num_prediction_heads, len(run.stream.manifest.source_names) or 1
-    micro_batches = load_micro_batches(fetched, first_sample, num_heads, run.world.size, run.world.rank, run.device)
-    read = plan(micro_batches, settings.training, settings.head_weights, num_sources, run.models.group, asked_to_stop)
-    return BegunStep(micro_batches, read, waited)
+
+    # Put it on the device; count its pairs, whose sums over ranks arrive later.
+    num_heads = settings.model.num_prediction_heads
+    micro_batches = load_micro_batches(fetched, first_sample, num_heads, world.size, world.rank, run.device)
+    num_sources = len(run.stream.manifest.source_names) or 1
+    pending = count_step(micro_batches, objective_at(settings, step), num_sources, run.models.group, stop_requested)
+    return FetchedStep(micro_batches, pending, waited)
 
 
-def train_step(run: Run, begun: BegunStep, progress: Progress) -> StepResult:
-    """One optimiser step."""
-    settings, training, micro_batches = run.settings, run.settings.training, begun.micro_batches
-    counts, consumed, _ = begun.plan()
+def train_step(run: Run, fetched: FetchedStep, progress: Progress) -> StepResult:
+    """Run one optimiser step."""
+    settings, training, micro_batches = run.settings, run.settings.training, fetched.micro_batches
+    counts, consumed, _ = fetched.pending.read()
+
+    # Damaged samples: all ranks go on, or all stop.
     batches = [micro.batch for micro in micro_batches]
     replaced = settle_damage(consumed, batches, settings.data, progress.corrupt_samples)
+
     rate = learning_rate(training, progress.applied_steps)
     set_learning_rate(run.engine, rate)
-    num_heads, num_sources = settings.model.num_prediction_heads, len(consumed.tokens_by_source)
-    sums, applied = SelectionSums(num_heads, num_sources, run.device), False
+    sums = SelectionSums(settings.model.num_prediction_heads, len(consumed.tokens_by_source), run.device)
     run.engine.module.bad_gradient_rows.clear()
-    losses_of_each = selective_losses(run.models, micro_batches, counts, training, progress.prediction)
+
+    # Reference, selection and policy losses, each micro-batch when the loop asks for it; backward.
+    compared = comparisons(run.models, micro_batches, training)
+    selectors = selectors_of(run.models, micro_batches, compared, counts, training, progress.prediction)
+    losses_of_each = policy_losses(run.models, micro_batches, selectors, counts, training)
+    applied = False
     for micro, losses in zip(micro_batches, losses_of_each, strict=True):
         sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
         is_last = micro is micro_batches[-1]
-        backward(run.engine, losses.loss * all_finite_or_nan(sums) if is_last else losses.loss)
+        backward(run.engine, losses.loss * all_finite_or_nan(sums.finite) if is_last else losses.loss)
         applied = end_micro_step(run.engine)
+
+    # A step that was discarded says why.
     keys = [batch.keys for batch in batches]
-    bad = None if applied else who_met_bad_numbers(sums.bad_rows, run.engine.module.bad_gradient_rows, keys)
+    bad = None if applied else describe_bad_numbers(sums.bad_rows, run.engine.module.bad_gradient_rows, keys)
     return StepResult(counts, consumed, replaced, sums, rate, applied, bad)
 
 
-def all_finite_or_nan(sums: SelectionSums) -> Tensor:
-    """1, or NaN where any rank met a loss that was not finite in this step.
-
-    As a factor of the last micro-batch's loss it makes the gradient NaN on every rank, so that the engine's own check
-    discards the whole step: one mechanism for bad losses and bad gradients, and no wait for the device.
-    """
-    finite = sums.finite.float()
-    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    return torch.where(finite > 0, 1.0, math.nan)
-
-
 def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
-    """Count a step; its samples are consumed whether or not it was applied."""
+    """Count a step; its samples are consumed even if it was discarded."""
     progress.step += 1
     progress.samples += settings.data.global_batch
     count_consumed(progress, result.consumed)
+
+    # The schedule and the prediction follow applied steps alone.
     progress.skipped_steps += not result.applied
     progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
     if result.applied and settings.training.selection_pool in SHARED_POOLS:
         progress.prediction = progress.prediction.after(result.sums.thresholds)
+
     if progress.skipped_in_a_row >= settings.training.max_skipped_steps:
         raise TrainingDivergedError(
             f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, met numbers that were not finite; in the "
@@ -155,12 +169,12 @@ def count_consumed(progress: Progress, consumed: Consumed) -> None:
 
 
 def add_up(before: list[int], more: list[int]) -> list[int]:
-    """Their sums; `before` is empty at the start of a run."""
+    """Add two lists of sums; `before` is empty at the start of a run."""
     return [sum(pair) for pair in itertools.zip_longest(before, more, fillvalue=0)]
 
 
 def common_values(run: Run, progress: Progress, result: StepResult) -> dict[str, Any]:
-    """What every rank must hold alike after a step; of the weights a sample of one parameter, each in its turn."""
+    """Collect the values that all ranks must hold alike after a step, with a sample of one parameter, another each time."""
     training = run.settings.training
     values: dict[str, Any] = {
         "progress": progress.to_json(),

@@ -55,7 +55,7 @@ def plan_and_measure(job: Job, device: torch.device) -> Measured:
     """The plan of a job, and the peak of building it and of two steps, from the second of which on an optimiser has its
     states."""
     from pipeline.planning.plan import plan_memory
-    from pipeline.planning.reading import case_of
+    from pipeline.planning.resolve import resolve_planned_job
     from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak
 
     gc.collect()
@@ -64,9 +64,10 @@ def plan_and_measure(job: Job, device: torch.device) -> Measured:
     _run(job, device)
     peak = peak_bytes(device)
     gc.collect()
-    case, notes = case_of(settings_of(job), job.deepspeed, dist.get_world_size(), device.type == "cuda", None)
+    on_gpu = device.type == "cuda"
+    resolved, notes = resolve_planned_job(settings_of(job), job.deepspeed, dist.get_world_size(), on_gpu, None)
     assert notes == []
-    plan = plan_memory(case)
+    plan = plan_memory(resolved)
     planned = plan.total + (plan.host_total if device.type == "cpu" else 0)
     return Measured(planned, peak - before, current_bytes(device) - before)
 
@@ -97,19 +98,19 @@ def _run(job: Job, device: torch.device) -> None:
     from pipeline.progress import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.engine import build_policy, build_reference, release
-    from pipeline.train import advance, begin_step, train_step
+    from pipeline.train import advance, fetch_step, train_step
     from tests.stepping import run_of
 
     settings = settings_of(job)
     config = resolve_deepspeed_json(job.deepspeed, settings, dist.get_world_size())
     engine = build_policy(settings, config)
-    shape = reference_shape(settings, stand_in=True)
+    shape = reference_shape(settings, include_untrained=True)
     reference = None if shape is None else build_reference(shape, None, settings.reference.sharding, config)
     run = run_of(settings, engine, reference, job.micro_steps, device)
     progress = Progress()
     for step in range(2):
         batches = iter(_batches(job, seed=10 * step + dist.get_rank()))
-        result = train_step(run, begin_step(run, batches, progress.samples), progress)
+        result = train_step(run, fetch_step(run, batches, progress.step, progress.samples), progress)
         advance(progress, result, settings)
         assert result.applied
     for each in filter(None, (engine, reference)):

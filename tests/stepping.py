@@ -1,7 +1,7 @@
 """The training's own step under an engine, without the job round it; with the gradient read just before the optimiser would
 use it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +9,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.config import Settings
+from pipeline.config import Settings, TrainingSettings
 from pipeline.data.loading.batch import Batch
+from pipeline.micro_step import MicroBatch, Models, comparisons, policy_losses, selectors_of
+from pipeline.weighting.loss_phase import HeadLosses
+from pipeline.weighting.objective import ObjectiveSettings, StepCounts
 from pipeline.weighting.prediction import Prediction
 
 CPU = torch.device("cpu")
 Answer = tuple[dict[str, torch.Tensor], dict[str, Any]]
 """(gradients by name, the step's metrics)."""
+
+
+def objective_of(training: TrainingSettings, num_heads: int = 4) -> ObjectiveSettings:
+    return ObjectiveSettings(training.k_percent, [1.0] * num_heads, training.selection_pool, training.normalize_by)
+
+
+def losses_of(
+    models: Models,
+    micro_batches: list[MicroBatch],
+    counts: StepCounts,
+    training: TrainingSettings,
+    prediction: Prediction | None = None,
+) -> Iterator[HeadLosses]:
+    """Join the three stages of a micro-step."""
+    compared = comparisons(models, micro_batches, training)
+    selectors = selectors_of(models, micro_batches, compared, counts, training, prediction or Prediction())
+    return policy_losses(models, micro_batches, selectors, counts, training)
 
 
 def run_of(
@@ -27,7 +47,6 @@ def run_of(
     policy: Any = None,
 ) -> Any:
     """What `train_step` works with, on each rank of a process group. policy: what runs in the engine's place."""
-    from pipeline.micro_step import Models
     from pipeline.run import Run
     from pipeline.runtime.distributed import World
 
@@ -75,9 +94,9 @@ class WatchedEngine:
     ) -> Answer:
         """One step over this rank's micro-batches."""
         from pipeline.progress import Progress
-        from pipeline.train import begin_step, train_step
+        from pipeline.train import fetch_step, train_step
 
         self.gradients = {}
         run = run_of(settings, self.engine, reference, len(batches), device)
-        result = train_step(run, begin_step(run, iter(batches), 0), Progress(prediction=prediction))
-        return self.gradients, result.sums.record(result.plan.scale_H, ("",), dist.group.WORLD)
+        result = train_step(run, fetch_step(run, iter(batches), 0, 0), Progress(prediction=prediction))
+        return self.gradients, result.sums.record(result.counts.scale_H, ("",), dist.group.WORLD)

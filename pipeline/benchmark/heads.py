@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.benchmark.variants import Round, in_turn, medians, timed
-from pipeline.micro_step import Comparison
 from pipeline.weighting.loss_phase import chunked_losses
-from pipeline.weighting.pools import select_shared
 from pipeline.weighting.prediction import Prediction
-from pipeline.weighting.selection import Select, Selection, num_selected, select_all
+from pipeline.weighting.score import Comparison
+from pipeline.weighting.selection import Selection, num_selected
+from pipeline.weighting.selectors import EveryPair, TopOfPool
 
 DRIFT = 0.02
 """Nats by which the reference's losses rise from round to round: what a policy learns in a step, early in training."""
@@ -128,16 +128,16 @@ def _prepare(name: str, tokens: int, dim: int, vocabulary: int, heads: int, thre
     def one_round(number: int) -> dict[str, Any]:
         nonlocal prediction
         inputs = _inputs(number, tokens, num_heads, weight_VD)
-        foresees = name in ("predicted", "one_head")
-        select = _select(inputs, prediction if foresees else Prediction())
-        (selection, foreseen_BTK), seconds, peak = timed(partial(_step, name, inputs, select), device)
+        predicts = name in ("predicted", "one_head")
+        selector = _selector(inputs, prediction if predicts else Prediction())
+        (selection, predicted_BTK), seconds, peak = timed(partial(_step, name, inputs, selector), device)
         answer: dict[str, Any] = {"seconds": seconds, "peak_bytes": peak, "hit_rates": []}
         if number == CHECKED_ROUND:
             gradients = (inputs.hidden_BTHD.grad, weight_VD.grad)
             answer["gradients"] = [gradient.cpu().numpy() for gradient in gradients if gradient is not None]
-        if foreseen_BTK is not None:
-            both_K = (foreseen_BTK & selection.selected_BTK).sum((0, 1))
-            answer["hit_rates"] = (both_K / (foreseen_BTK | selection.selected_BTK).sum((0, 1))).tolist()
+        if predicted_BTK is not None:
+            both_K = (predicted_BTK & selection.selected_BTK).sum((0, 1))
+            answer["hit_rates"] = (both_K / (predicted_BTK | selection.selected_BTK).sum((0, 1))).tolist()
         prediction = prediction.after([selection.threshold_K])
         weight_VD.grad = None
         return answer
@@ -157,40 +157,41 @@ def _inputs(number: int, tokens: int, num_heads: int, weight_VD: Tensor) -> Inpu
     return Inputs(hidden_BTHD.requires_grad_(), weight_VD, targets_BTH, reference_loss_BTK)
 
 
-def _select(inputs: Inputs, prediction: Prediction) -> Select:
+def _selector(inputs: Inputs, prediction: Prediction) -> TopOfPool | EveryPair:
     """The training's own selection, on one process."""
     valid_BTK = torch.ones_like(inputs.reference_loss_BTK, dtype=torch.bool)
-    if valid_BTK.shape[-1] == 0:
-        return Select(partial(select_all, valid_BTK=valid_BTK))
-    num_valid_K = [valid_BTK[..., 0].numel()] * valid_BTK.shape[-1]
-    compare = Comparison("excess", valid_BTK, inputs.reference_loss_BTK, None)
+    num_positions, num_selecting = valid_BTK[..., 0:1].numel(), valid_BTK.shape[-1]
+    if num_selecting == 0:
+        return EveryPair(valid_BTK)
+    return TopOfPool(
+        compared=Comparison("excess", valid_BTK, inputs.reference_loss_BTK, None),
+        pool="global",
+        k_percent=K_PERCENT,
+        num_valid_K=[num_positions] * num_selecting,
+        num_selected_K=[num_selected(K_PERCENT, num_positions)] * num_selecting,
+        exchange="radix",
+        group=None,
+        predicted_threshold_K=prediction.thresholds(valid_BTK.device),
+    )
 
-    def choose(policy_loss_BTK: Tensor) -> Selection:
-        num_selected_K = [num_selected(K_PERCENT, num_valid) for num_valid in num_valid_K]
-        scores_BTK = compare.scores(policy_loss_BTK)
-        return select_shared(scores_BTK[None], valid_BTK[None], [num_valid_K], num_selected_K, "radix", None)[0]
 
-    level_K = prediction.scores(valid_BTK.device)
-    return Select(choose, None if level_K is None else partial(compare.surplus, level_K), K_PERCENT)
-
-
-def _step(name: str, inputs: Inputs, select: Select) -> tuple[Selection, Tensor | None]:
-    """Loss and gradients by one variant; (what was selected, what was foreseen)."""
+def _step(name: str, inputs: Inputs, selector: TopOfPool | EveryPair) -> tuple[Selection, Tensor | None]:
+    """Compute loss and gradients by one variant; returns the selection, and the pairs that were predicted."""
     hidden_BTHD, weight_VD, targets_BTH, _ = inputs
     valid_BTH = torch.ones_like(targets_BTH, dtype=torch.bool)
     scale_H = torch.full(targets_BTH.shape[-1:], 1 / targets_BTH.numel(), device=weight_VD.device)
     if name in ("two_pass", "predicted", "one_head"):
         num_valid_H = [targets_BTH[..., 0].numel()] * targets_BTH.shape[-1]
-        losses = chunked_losses(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, select, scale_H, num_valid_H)
+        losses = chunked_losses(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, selector, scale_H, num_valid_H)
         losses.loss.backward()
-        return losses.selection, losses.foreseen_BTK
+        return losses.selection, losses.predicted_BTK
     token_loss = {"plain": _plain, "linear_cross_entropy": _linear_cross_entropy, "liger": _liger()}[name]
     assert token_loss is not None
     by_head = zip(hidden_BTHD.unbind(2), targets_BTH.unbind(2), strict=True)
     loss_BTH = torch.stack([token_loss(hidden_BTD[0], weight_VD, targets_BT[0]) for hidden_BTD, targets_BT in by_head], -1)[
         None
     ]
-    selection = select.choose(loss_BTH.detach()[..., 1:])
+    selection = selector.select(loss_BTH.detach()[..., 1:])
     selected_BTH = torch.cat([valid_BTH[..., :1], selection.selected_BTK], dim=-1)
     (loss_BTH * selected_BTH * scale_H).sum().backward()
     return selection, None

@@ -33,8 +33,8 @@ from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.runtime.distributed import device_of, find_world
 from pipeline.runtime.engine import backward, end_micro_step, initialize_distributed
-from pipeline.train import advance, begin_step, train_step
-from pipeline.weighting.selection import Select, select_all
+from pipeline.train import advance, fetch_step, train_step
+from pipeline.weighting.selectors import EveryPair
 
 K_PERCENT, HEADS = 0.6, 4
 WARM_UP_ROUNDS = 2
@@ -183,10 +183,10 @@ def _prepare(variant: str, directory: Path, options: dict[str, Any]) -> Round:
         if variant == "origin":
             step_of_the_origin(run, next(batches))
             return
-        # As the loop does: the next step is begun before this one is run.
-        begun = following or begin_step(run, batches, progress.samples)
-        following = begin_step(run, batches, progress.samples + settings.data.global_batch)
-        advance(progress, train_step(run, begun, progress), settings)
+        # As the loop does: the next step is fetched before this one is run.
+        fetched = following or fetch_step(run, batches, progress.step, progress.samples)
+        following = fetch_step(run, batches, progress.step + 1, progress.samples + settings.data.global_batch)
+        advance(progress, train_step(run, fetched, progress), settings)
 
     def measured(number: int) -> dict[str, float]:
         _, seconds, peak_bytes = timed(one_step, device)
@@ -201,20 +201,19 @@ def step_of_the_origin(run: Run, batch: Batch) -> None:
     valid_BTK = micro.valid_BTH[..., 1:]
     ones_H = torch.ones(HEADS, device=run.device)
     spans = micro.batch.spans
-    everything = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, valid_BTK))
+    forms = {"scale_H": ones_H, "loss_phase": "dense", "spans": spans}
     with torch.no_grad():
-        policy_loss_BTH = run.engine(*micro.inputs, select=everything, scale_H=ones_H, dense=True, spans=spans).policy_loss_BTH
+        policy_loss_BTH = run.engine(*micro.inputs, selector=EveryPair(valid_BTK), **forms).policy_loss_BTH
         reference: Any = run.models.reference
         assert reference is not None
         next_token_inputs = (*micro.inputs[:2], micro.targets_BTH[..., :1], micro.valid_BTH[..., :1])
-        none = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, valid_BTK[..., :0]))
-        scored = reference(*next_token_inputs, select=none, scale_H=ones_H[:1], dense=True, spans=spans)
+        scored = reference(*next_token_inputs, selector=EveryPair(valid_BTK[..., :0]), **forms | {"scale_H": ones_H[:1]})
         columns_BTC = torch.nn.functional.pad(scored.policy_loss_BTH[:, :-1], (0, 0, 1, 0))
         excess_BTH = policy_loss_BTH - losses_by_head(columns_BTC, "shifted", HEADS)
     selected_BTK = torch.stack(list(_above_quantile(excess_BTH[..., 1:], valid_BTK)), dim=-1)
-    chosen = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, selected_BTK))
     scale_H = ones_H / HEADS / torch.stack([micro.valid_BTH[..., 0].sum(), *selected_BTK.sum((0, 1))])
-    backward(run.engine, run.engine(*micro.inputs, select=chosen, scale_H=scale_H, dense=True, spans=spans).loss)
+    losses = run.engine(*micro.inputs, selector=EveryPair(selected_BTK), **forms | {"scale_H": scale_H})
+    backward(run.engine, losses.loss)
     end_micro_step(run.engine)
 
 

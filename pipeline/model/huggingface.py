@@ -1,8 +1,8 @@
-"""Causal language models in Hugging Face's layout (config.json, safetensors): read as policy or reference, written.
+"""Load and save causal language models in Hugging Face's layout (config.json, safetensors).
 
-Trunk + head 0 is the ordinary model; further prediction heads are written beside it as `prediction_heads.N.…`, which
-other readers report as unused. Weights travel one tensor at a time, so a partitioned model is never whole anywhere.
-Only safetensors is read: pickled checkpoints run code.
+Trunk + head 0 is the ordinary model. Further prediction heads are saved beside it as `prediction_heads.N.…`, which other
+readers report as unused. Weights are moved one tensor at a time, so a partitioned model is never whole on any rank. Only
+safetensors are read, because loading a pickled checkpoint executes code.
 """
 
 import json
@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.config import ModelSettings
-from pipeline.model.mtp import Gather, MTPModel, whole
+from pipeline.model.mtp import Gather, MTPModel, no_gather
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+"""Bytes from which on a saved model is split into another file."""
 _MAX_LISTED = 8
 
 _TOP_NAMES = {
@@ -44,28 +45,27 @@ _BLOCK_NAMES = {
     "ffn.down": "mlp.down_proj",
 }
 _MODEL_TYPES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
-"""model_type: (attention_bias, qk_norm) as this package's models spell it."""
+"""model_type: (attention_bias, qk_norm) of `ModelSettings`."""
 
-
-_PLAIN = {
+_ONLY_SUPPORTED = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
 }
-"""What config.json may say of features that this package does not compute."""
+"""The only values supported of settings in config.json for features that this package does not implement."""
 
 
 class ModelFilesError(ValueError):
-    """A directory that does not hold the model that is expected of it."""
+    """A directory does not hold the model that is expected in it."""
 
 
 def read_model_settings(directory: Path) -> ModelSettings:
-    """The shape of the model in `directory`.
+    """Read the shape of the model in `directory` from its config.json.
 
     Raises:
-        ModelFilesError: files are missing, or the model is of a kind that this package cannot compute exactly.
+        ModelFilesError: files are missing, or the model has a feature that this package does not implement exactly.
     """
     _weight_files(directory)
     config = _read_json(directory / CONFIG_FILE)
@@ -73,13 +73,16 @@ def read_model_settings(directory: Path) -> ModelSettings:
     if model_type not in _MODEL_TYPES:
         raise ModelFilesError(f"{directory}: model_type {model_type!r}; expected one of {', '.join(_MODEL_TYPES)}")
     attention_bias, qk_norm = _MODEL_TYPES[model_type]
+
+    # Refuse what would silently give other numbers: scaled RoPE, other activations, sliding windows.
     rope = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or rope
     if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
         raise ModelFilesError(f"{directory}: scaled rotary positions ({scaling}) are not supported")
-    for key, value in _PLAIN.items():
+    for key, value in _ONLY_SUPPORTED.items():
         if config.get(key, value) not in (value, None):
             raise ModelFilesError(f"{directory}: {key} is {config[key]!r} in {CONFIG_FILE}; only {value!r} is supported")
+
     try:
         return ModelSettings(
             dim=config["hidden_size"],
@@ -103,26 +106,30 @@ def read_model_settings(directory: Path) -> ModelSettings:
         raise ModelFilesError(f"{directory}: {CONFIG_FILE} makes no sense: {details}") from None
 
 
-def load_weights(model: MTPModel, directory: Path, gather: Gather = whole) -> None:
-    """Fill `model` from `directory`, tensor by tensor. Heads that the files lack start as copies of their last block.
+def load_weights(model: MTPModel, directory: Path, gather: Gather = no_gather) -> None:
+    """Load the weights in `directory` into `model`, one tensor at a time; collective if the model is partitioned.
+
+    Prediction heads that the files lack start as copies of the files' last block.
 
     Raises:
-        ModelFilesError: a tensor is missing or has another shape; found before the first is loaded, so that the ranks of a
-            partitioned model all raise together.
+        ModelFilesError: a tensor is missing or has another shape. All are checked before the first is loaded, so that the
+            ranks of a partitioned model raise together.
     """
     problems = weight_problems(model.settings, directory)
     if problems:
         raise ModelFilesError("; ".join(problems))
     with _opened_tensors(directory) as tensors:
         for name, parameter in model.named_parameters():
-            with gather(parameter) as counts, torch.no_grad():
-                if counts:
+            with gather(parameter) as is_writer, torch.no_grad():
+                if is_writer:
                     source = _source_name(name, model.settings, tensors)
                     parameter.copy_(tensors[source].get_tensor(source))
 
 
 def weight_problems(settings: ModelSettings, directory: Path) -> list[str]:
-    """What is missing in `directory`, or of another shape, for a model of `settings`, one sentence each; reads headers.
+    """List tensors of a model of `settings` that `directory` lacks or has in another shape, one sentence each.
+
+    Reads only the files' headers.
 
     Raises:
         ModelFilesError: the files cannot be opened.
@@ -143,7 +150,7 @@ def weight_problems(settings: ModelSettings, directory: Path) -> list[str]:
 
 @contextmanager
 def _opened_tensors(directory: Path) -> Iterator[dict[str, Any]]:
-    """The open file that holds each tensor, by the tensor's name."""
+    """Open the weight files; yields the file that holds each tensor, by the tensor's name."""
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}
         for file in _weight_files(directory):
@@ -152,12 +159,15 @@ def _opened_tensors(directory: Path) -> Iterator[dict[str, Any]]:
         yield tensors
 
 
-def save_model(model: MTPModel, directory: Path, gather: Gather = whole, writes: bool = True) -> None:
-    """Write config.json and the weights in the model's dtype. Every rank of a partitioned model must call; the one
-    with `writes` creates the files, in an existing directory."""
+def save_model(model: MTPModel, directory: Path, gather: Gather = no_gather, writes: bool = True) -> None:
+    """Save config.json and the weights, in the model's dtype, into an existing directory.
+
+    Every rank of a partitioned model must call this; only the one with `writes` creates files.
+    """
+    # Weights go into files of about SHARD_BYTES; the None at the end of the parameters closes the last file.
     files: dict[str, str] = {}
     number, pending, pending_bytes = 0, {}, 0
-    for name, parameter in _with_last(model.named_parameters()):
+    for name, parameter in _with_end(model.named_parameters()):
         if parameter is not None:
             with gather(parameter):
                 if writes:
@@ -171,6 +181,8 @@ def save_model(model: MTPModel, directory: Path, gather: Gather = whole, writes:
             pending, pending_bytes = {}, 0
     if not writes:
         return
+
+    # One file has the plain name; several have an index.
     if number == 1:
         (directory / "model-00001.safetensors").rename(directory / WEIGHTS_FILE)
     else:
@@ -179,7 +191,8 @@ def save_model(model: MTPModel, directory: Path, gather: Gather = whole, writes:
     (directory / CONFIG_FILE).write_text(json.dumps(_export_config(model.settings) | {"torch_dtype": dtype}, indent=1))
 
 
-def _with_last(items: Any) -> Iterator[tuple[str, nn.Parameter | None]]:
+def _with_end(items: Any) -> Iterator[tuple[str, nn.Parameter | None]]:
+    """The items, then ("", None)."""
     yield from items
     yield "", None
 
@@ -218,23 +231,24 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _source_name(name: str, settings: ModelSettings, available: Any) -> str:
-    """The tensor that fills parameter `name`: its own, or the last block's for a head that the files lack."""
+    """Name of the tensor to load into parameter `name`: its own, or the last block's for a head that the files lack."""
     own = _export_name(name, settings)
     if name.startswith("heads.") and own not in available:
         return _export_name(f"heads.0.{name.split('.', 2)[2]}", settings)
     if name == "unembed.weight" and own not in available:
-        # A model whose embeddings are tied loads into an untied one as two copies.
+        # A file with tied embeddings has no unembedding; an untied model starts with two copies of the one matrix.
         return _TOP_NAMES["embed.weight"]
     return own
 
 
 def _export_name(name: str, settings: ModelSettings) -> str:
+    """Hugging Face's name of our parameter `name`: `heads.0.ffn.up.weight` -> `model.layers.LAST.mlp.up_proj.weight`."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
-    place, index, rest = name.split(".", 2)
+    module_list, index, rest = name.split(".", 2)
     stem, kind = rest.rsplit(".", 1)
     block = f"{_BLOCK_NAMES[stem]}.{kind}"
-    if place == "trunk":
+    if module_list == "trunk":
         return f"model.layers.{index}.{block}"
     return f"model.layers.{settings.num_layers - 1}.{block}" if index == "0" else f"prediction_heads.{index}.{block}"
 

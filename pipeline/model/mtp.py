@@ -1,10 +1,12 @@
-"""The multi-token prediction policy (arXiv 2404.19737): a shared trunk, one block a head, one shared unembedding.
+"""The multi-token prediction model (arXiv 2404.19737): a shared trunk, one block per head, one shared unembedding.
 
-`num_layers` is the depth of the next-token path, so trunk + head 0 is an ordinary causal language model and, with one
-head, the whole of it. One forward does everything that a micro-batch needs: hidden states of all heads, their losses,
-the selection at that fixed point (handed in as functions, so that the model knows nothing of ranks or references), and the
-loss with gradient over the selected rows alone (`loss_phase`). All of it happens inside the one module that owns the
-unembedding, because under ZeRO-3 the weight exists nowhere else.
+`num_layers` is the depth of the next-token path, so trunk + head 0 is an ordinary causal language model, and with one head it
+is the whole model.
+
+One forward does everything that a micro-batch needs: the hidden states of all heads, their per-token losses, the selection,
+and the loss with gradient over the selected pairs alone (`weighting.loss_phase`). The selection is passed in, so that the model
+knows nothing of ranks or references. The losses are computed inside `Unembedding.forward`, because under ZeRO-3 the
+unembedding's weight exists only during the forward of the module that owns it (elsewhere its size is 0).
 
 Shapes: B rows, T tokens, H heads, D width, V vocabulary.
 """
@@ -21,18 +23,18 @@ from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import Spans
 from pipeline.model.elementwise import EAGER, Elementwise
 from pipeline.model.recompute import block_runner
-from pipeline.model.transformer import Block, RMSNorm, document_mask, flash_serves, rotary_angles
+from pipeline.model.transformer import Block, RMSNorm, can_use_flash, document_mask, rotary_angles
 from pipeline.weighting.loss_phase import HeadLosses, chunked_losses, dense_losses, score_tokens
-from pipeline.weighting.selection import Select
+from pipeline.weighting.selection import Selector
 
 INIT_STD = 0.02
 
 Gather = Callable[[nn.Parameter], AbstractContextManager[bool]]
-"""Makes a parameter whole for the length of a `with`; yields whether this process's changes to it count."""
+"""Gathers a partitioned parameter for the length of a `with`; yields True where this process's writes to it count."""
 
 
 class Unembedding(nn.Module):
-    """Final norm and unembedding, shared by all heads, and every loss made of them."""
+    """Final norm and unembedding, shared by all heads, and the losses computed from them."""
 
     def __init__(self, settings: ModelSettings, embedding: Tensor):
         super().__init__()
@@ -45,22 +47,27 @@ class Unembedding(nn.Module):
         hidden_BTHD: Tensor,
         targets_BTH: Tensor,
         valid_BTH: Tensor,
-        select: Select | None,
+        selector: Selector | None,
         scale_H: Tensor | None,
-        dense: bool,
+        loss_phase: str,
         num_valid_H: Sequence[int] | None,
     ) -> Tensor | HeadLosses:
         hidden_BTHD = self.norm(hidden_BTHD)
-        if select is None or scale_H is None:
+        if selector is None or scale_H is None:
             return score_tokens(hidden_BTHD, self.weight, targets_BTH, valid_BTH, num_valid_H)
-        if dense:
-            return dense_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, select, scale_H)
-        return chunked_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, select, scale_H, num_valid_H)
+        if loss_phase == "dense":
+            return dense_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, selector, scale_H)
+        predict = loss_phase == "predicted"
+        return chunked_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, selector, scale_H, num_valid_H, predict)
 
 
 class MTPModel(nn.Module):
-    """Trunk, heads and unembedding for `settings`, whose vocab_size must be set; `activation_checkpointing` as `recompute`
-    names it."""
+    """Embedding, trunk, prediction heads and unembedding.
+
+    settings: the shape; its vocab_size must be set.
+    activation_checkpointing: `none`, `selective` or `full`, see `recompute`.
+    elementwise: the eager or compiled elementwise functions of the blocks.
+    """
 
     def __init__(self, settings: ModelSettings, activation_checkpointing: str = "none", elementwise: Elementwise = EAGER):
         super().__init__()
@@ -71,7 +78,7 @@ class MTPModel(nn.Module):
         self.heads = nn.ModuleList(Block(settings, elementwise) for _ in range(settings.num_prediction_heads))
         self.unembed = Unembedding(settings, self.embed.weight)
         self.run_block = block_runner(activation_checkpointing)
-        # For each backward since somebody cleared it bool [B], the rows whose gradient was not finite on its way to the end.
+        # One bool [B] per backward since the caller last cleared the list: rows whose gradient at the embedding was not finite.
         self.bad_gradient_rows: list[Tensor] = []
 
     def forward(
@@ -80,30 +87,43 @@ class MTPModel(nn.Module):
         document_ids_BT: Tensor,
         targets_BTH: Tensor,
         valid_BTH: Tensor,
-        select: Select | None = None,
+        selector: Selector | None = None,
         scale_H: Tensor | None = None,
-        dense: bool = False,
+        loss_phase: str = "predicted",
         spans: Spans | None = None,
         num_valid_H: Sequence[int] | None = None,
     ) -> Tensor | HeadLosses:
-        """Without `select` the losses of all heads, float32 [B, T, H] without gradient, 0 at invalid pairs; with it
-        the objective over what it selects, each pair's loss times `scale_H` (float32) of its head, by the `dense` oracle
-        or in chunks.
+        """Compute the losses of a micro-batch.
 
-        tokens_BT and targets_BTH are int64, document_ids_BT int32 with -1 on padding, valid_BTH bool. What the host knows
-        of them saves waiting for the device: `spans` of the documents, and how many pairs of each head are valid.
+        Args:
+            tokens_BT: int64.
+            document_ids_BT: int32, -1 on padding.
+            targets_BTH: int64, the token that head h at position t predicts.
+            valid_BTH: bool.
+            selector: selects the pairs to train on from the per-token losses; None to score only.
+            scale_H: float32, the factor of each head's summed loss; given together with `selector`.
+            loss_phase: `predicted`, `two_pass` or `dense`, as `training.loss_phase`.
+            spans: the documents' boundaries as the host knows them; saves a wait for the device.
+            num_valid_H: valid pairs of each head as the host knows them; saves a wait for the device.
+
+        Returns:
+            Without `selector` the losses of all heads, float32 [B, T, H] without gradient, 0 at invalid pairs. With it
+            `HeadLosses`, whose loss is the objective Σ_h scale_h · Σ selected losses of head h.
         """
         hidden_BTHD = self.hidden_states(tokens_BT, document_ids_BT, spans)
-        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, select, scale_H, dense, num_valid_H)
+        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, selector, scale_H, loss_phase, num_valid_H)
 
     def hidden_states(self, tokens_BT: Tensor, document_ids_BT: Tensor, spans: Spans | None = None) -> Tensor:
-        """[B, T, H, D], each head's output before the final norm."""
+        """Each head's output before the final norm, [B, T, H, D] in the model's dtype."""
         angles = rotary_angles(tokens_BT.shape[1], self.settings, tokens_BT.device)
         hidden_BTD = self.embed(tokens_BT)
-        masks = spans is None or not flash_serves(hidden_BTD, self.settings)
+        masks = spans is None or not can_use_flash(hidden_BTD, self.settings)
         documents = document_mask(document_ids_BT) if masks else spans
+
+        # Backward ends here, so a row's gradient that became non-finite on the way arrives non-finite.
         if hidden_BTD.requires_grad:
             hidden_BTD.register_hook(self._note_bad_rows)
+
         for block in self.trunk:
             hidden_BTD = self.run_block(block, hidden_BTD, angles, documents)
         return torch.stack([self.run_block(head, hidden_BTD, angles, documents) for head in self.heads], dim=2)
@@ -112,22 +132,24 @@ class MTPModel(nn.Module):
         self.bad_gradient_rows.append(~torch.isfinite(gradient_BTD).all(dim=2).all(dim=1))
 
 
-def whole(_: nn.Parameter) -> AbstractContextManager[bool]:
-    """The `Gather` of a model that is not partitioned."""
+def no_gather(_: nn.Parameter) -> AbstractContextManager[bool]:
+    """The `Gather` of a model that is not partitioned: there is nothing to gather."""
     return nullcontext(True)
 
 
-def initialize_weights(model: MTPModel, gather: Gather = whole) -> None:
-    """Draw the initial weights: N(0, 0.02) for matrices, divided by sqrt(2 * num_layers) for the two that write into
-    the residual stream of a block, ones for norms, zeros for biases.
+def initialize_weights(model: MTPModel, gather: Gather = no_gather) -> None:
+    """Initialise the weights; collective if the model is partitioned.
 
-    Each parameter has its own generator, seeded by `model.seed` and its name, so the values depend neither on the
-    number of ranks nor on what else the model holds. No more than one parameter is whole at a time.
+    Matrices are drawn from N(0, 0.02²); the two of a block that write into the residual stream are scaled by
+    1 / sqrt(2 · num_layers), as in GPT-2. Norms are ones, biases zeros.
+
+    Each parameter has its own generator, seeded by `model.seed` and its name, so its values depend neither on the number of
+    ranks nor on the rest of the model. At most one parameter is gathered at a time.
     """
     residual_std = INIT_STD / math.sqrt(2 * model.settings.num_layers)
     for name, parameter in model.named_parameters():
-        with gather(parameter) as counts, torch.no_grad():
-            if not counts:
+        with gather(parameter) as is_writer, torch.no_grad():
+            if not is_writer:
                 continue
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
@@ -137,6 +159,7 @@ def initialize_weights(model: MTPModel, gather: Gather = whole) -> None:
                 std = residual_std if name.endswith(("attention.output.weight", "ffn.down.weight")) else INIT_STD
                 seed = hashlib.sha256(f"{model.settings.seed}/{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+                # Drawn on the CPU in float32 and then cast, so that the values are the same on every device.
                 shape = tuple(parameter.shape)
                 parameter.copy_(torch.randn(shape, generator=generator, dtype=torch.float32) * std)
 

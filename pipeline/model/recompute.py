@@ -1,15 +1,15 @@
-"""Activation checkpointing: which of a block's activations wait for backward, and which are made again.
+"""Activation checkpointing (arXiv 1604.06174): save fewer activations in forward and recompute the others in backward.
 
-    none       all are kept
-    selective  the outputs of matrix products and attention are kept, what lies between them (norms, rotations, SwiGLU's
-               product) is made again: about half the memory of `none` for a few per cent of the time
-    full       a block's input alone is kept, its forward runs once more in backward (arXiv 1604.06174): a third more work
+    none       save all
+    selective  save the outputs of matrix products and attention, recompute what lies between them (norms, RoPE, SwiGLU's
+               product): about half the memory of `none`, a few per cent more time
+    full       save only each block's input and run its forward again in backward: a third more work
 
-The gradient is the same to the bit. Each block is a unit of its own, heads among them.
+The gradient is the same to the bit. Each block is checkpointed by itself, the heads' blocks too.
 
-What `selective` keeps is found again by its operation and its turn among that operation's calls. torch's own
-`create_selective_checkpoint_contexts` counts all operations, kept or not, and stops where the second forward differs from the
-first; under ZeRO-3 it does, because DeepSpeed gathers weights on the way, in other portions than in forward.
+`selective` identifies a saved output by its operation and its turn among that operation's calls. torch's own
+`create_selective_checkpoint_contexts` counts all operations, saved or not, and raises if the second forward differs from the
+first. Under ZeRO-3 it does differ: DeepSpeed gathers weights along the way, grouped otherwise than in the first forward.
 """
 
 from collections import defaultdict, deque
@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 RunBlock = Callable[..., Tensor]
-"""(block, *inputs) -> what the block gives."""
+"""(block, *inputs) -> the block's output."""
 
 _aten: Any = torch.ops.aten
-KEPT = [
+SAVED_OPERATIONS = [
     _aten.mm.default,
     _aten.addmm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -37,41 +37,45 @@ KEPT = [
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
 ]
-"""Operations whose outputs `selective` keeps."""
+"""Operations whose outputs `selective` saves."""
 
 
 def block_runner(kind: str) -> RunBlock:
-    """How blocks are run under `none`, `selective` or `full`."""
+    """The function that runs a block under `none`, `selective` or `full` checkpointing."""
     if kind == "none":
         return lambda block, *inputs: block(*inputs)
     if kind == "full":
         return partial(checkpoint, use_reentrant=False)
-    return partial(checkpoint, use_reentrant=False, context_fn=_keep_and_reuse)
+    return partial(checkpoint, use_reentrant=False, context_fn=_save_and_reuse)
 
 
-def _keep_and_reuse() -> tuple["_Keep", "_Reuse"]:
-    """What surrounds a block's first forward, and its second."""
+def _save_and_reuse() -> tuple["_SaveOutputs", "_ReuseOutputs"]:
+    """The contexts of a block's forward and of its recomputation, which share the saved outputs."""
     outputs: dict[Any, deque[Any]] = defaultdict(deque)
-    return _Keep(outputs), _Reuse(outputs)
+    return _SaveOutputs(outputs), _ReuseOutputs(outputs)
 
 
-class _Keep(TorchDispatchMode):
+class _SaveOutputs(TorchDispatchMode):
+    """Saves the outputs of `SAVED_OPERATIONS` during forward."""
+
     def __init__(self, outputs: dict[Any, deque[Any]]):
         super().__init__()
         self.outputs = outputs
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        if function in KEPT:
-            # Without its graph, which would hold this and be held by it.
+        if function in SAVED_OPERATIONS:
+            # Detached: the output's graph refers to this mode, which would refer to the output, and neither would be freed.
             self.outputs[function].append(tree_map_only(Tensor, Tensor.detach, output))
         return output
 
 
-class _Reuse(TorchDispatchMode):
+class _ReuseOutputs(TorchDispatchMode):
+    """Returns the saved outputs, in the order they were saved, instead of computing them again."""
+
     def __init__(self, outputs: dict[Any, deque[Any]]):
         super().__init__()
         self.outputs = outputs
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.outputs[function].popleft() if function in KEPT else function(*args, **(kwargs or {}))
+        return self.outputs[function].popleft() if function in SAVED_OPERATIONS else function(*args, **(kwargs or {}))

@@ -1,11 +1,13 @@
-"""The frozen reference model: one forward a micro-batch, its cross-entropy computed once, then only indexed.
+"""Losses of the frozen reference model: one forward per micro-batch, its cross-entropy computed once, then only indexed.
 
-A next-token reference gives the loss of token j given all tokens before it; head h at position t predicts token
-t + 1 + h, so reference_loss_BTH[b, t, h] is that token's loss (the *shifted* reference, arXiv 2404.07965's quantity at
-each head's target). A reference with the policy's heads can be asked head by head instead (*matched*): then both saw the same
-context, up to position t.
+*Shifted* (the default): a next-token reference gives the loss of token j given tokens < j (arXiv 2404.07965). Head h at
+position t predicts token t+1+h, so
 
-Shapes: B rows, T tokens, H heads.
+    reference_loss_BTH[b, t, h] = reference_token_loss_BT[b, t + 1 + h]
+
+*Matched*: a reference with as many heads as the policy is compared head by head, so both saw the same context, tokens <= t.
+
+Shapes: B rows, T tokens, H heads, C columns of losses: 1 (shifted) or H (matched).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from pipeline.data.loading.batch import Spans
 from pipeline.weighting.selection import shifted_reference_loss
 
 Reference = Callable[..., Tensor]
-"""A scoring forward: (tokens_BT, document_ids_BT, targets, valid, spans=, num_valid_H=) -> losses, [B, T, 1] or with all heads
+"""A scoring forward: (tokens_BT, document_ids_BT, targets, valid, spans=, num_valid_H=) -> losses, float32 [B, T, 1] or
 [B, T, H]."""
 
 
@@ -32,8 +34,11 @@ def reference_columns(
     spans: Spans | None = None,
     num_valid_H: Sequence[int] | None = None,
 ) -> Tensor:
-    """What the reference computes, float32 [B, T, C]: each token's loss (`shifted`, C = 1), or the losses of its own heads
-    (`matched`, C = H)."""
+    """Run the reference without gradient; returns float32 [B, T, C].
+
+    Shifted: column 0 at [b, j] is the loss of token j given tokens < j, 0 at j = 0. Matched: column h at [b, t] is the loss of
+    the reference's head h at position t.
+    """
     with torch.inference_mode():
         heads = targets_BTH.shape[-1] if horizon == "matched" else 1
         losses_BTC = reference(
@@ -48,5 +53,5 @@ def reference_columns(
 
 
 def losses_by_head(columns_BTC: Tensor, horizon: str, num_heads: int) -> Tensor:
-    """float32 [B, T, H] from `reference_columns`; meaningful at valid pairs."""
+    """Index the result of `reference_columns` by head: float32 [B, T, H], meaningful at valid pairs only."""
     return columns_BTC if horizon == "matched" else shifted_reference_loss(columns_BTC[..., 0], num_heads)

@@ -1,10 +1,11 @@
-"""The Llama family's block in plain torch: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""A Llama-family transformer block in plain torch: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-Switches cover its relatives: bias on the query, key and value projections (Qwen2), RMSNorm on queries and keys
-(Qwen3). Rotary positions use the half-rotation layout of Hugging Face checkpoints, so that their weights load as they
-are. Attention is confined to a document: by flash attention over the documents' spans where a device has it (a padding
-position then attends to the padding before it), elsewhere by a mask made once a forward (to itself). What becomes of a
-padding position reaches nothing else.
+Switches cover its relatives: bias on the query, key and value projections (Qwen2), RMSNorm on queries and keys (Qwen3). RoPE
+uses the half-rotation layout of Hugging Face checkpoints, so their weights load unchanged.
+
+Attention is causal within a document. Where the device has flash attention it runs over the documents' spans; elsewhere a
+boolean mask is built once per forward. A padding position attends to the padding before it (flash) or to itself (mask); no
+other position attends to padding, so its output reaches nothing.
 
 Shapes: B rows, T tokens, D width, N attention heads, G key-value heads, K width of an attention head, P = B * T.
 """
@@ -24,20 +25,25 @@ from pipeline.model.elementwise import EAGER, Elementwise
 Documents = Tensor | Spans
 """A `document_mask`, or spans for flash attention."""
 
-# torch 2.11 wants as many key-value heads as query heads.
-FLASH_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+# torch 2.11's flash attention requires as many key-value heads as query heads.
+FLASH_SUPPORTS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention_head_dim(settings: ModelSettings) -> int:
+    """K, width of an attention head."""
     return settings.head_dim or settings.dim // settings.num_attention_heads
 
 
 def ffn_dim(settings: ModelSettings) -> int:
+    """Width of the SwiGLU layer; by default 8/3 of the model's, rounded up to a multiple of 64."""
     return settings.ffn_dim or -(-8 * settings.dim // (3 * 64)) * 64
 
 
 def document_mask(document_ids_BT: Tensor) -> Tensor:
-    """bool [B, 1, T, T], true where query t may see key s: s <= t, both in one document, or s = t."""
+    """Attention mask, bool [B, 1, T, T]: True where query t may see key s, i.e. s <= t in the same document, or s = t.
+
+    document_ids_BT: int32, -1 on padding.
+    """
     num_tokens = document_ids_BT.shape[1]
     same_document = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
     present = (document_ids_BT >= 0)[:, :, None]
@@ -45,24 +51,33 @@ def document_mask(document_ids_BT: Tensor) -> Tensor:
     return ((same_document & present).tril() | itself)[:, None]
 
 
-def flash_serves(hidden_BTD: Tensor, settings: ModelSettings) -> bool:
-    """Whether flash attention takes such hidden states: half precision on a GPU of compute capability 8 or more (Ampere),
-    attention heads that are not too wide."""
+def can_use_flash(hidden_BTD: Tensor, settings: ModelSettings) -> bool:
+    """True if flash attention supports these hidden states.
+
+    It needs bf16 or fp16, compute capability 8.0 (Ampere) or newer, and attention heads of a width <= 256 that 8 divides.
+    """
     width = attention_head_dim(settings)
     if not hidden_BTD.is_cuda or hidden_BTD.dtype not in (torch.bfloat16, torch.float16) or width > 256 or width % 8:
         return False
     return torch.cuda.get_device_capability(hidden_BTD.device)[0] >= 8
 
 
-def attend_in_spans(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, spans: Spans) -> Tensor:
-    """[B, T, N, K]: each query attends to the keys of its span up to its own."""
+def flash_attention(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, spans: Spans) -> Tensor:
+    """Causal attention within spans by torch's `varlen_attn`; returns [B, T, N, K].
+
+    spans: boundaries of the documents in the flattened [B * T] positions, and the length of the longest.
+    """
     query_PNK, key_PGK, value_PGK = query_BTNK.flatten(0, 1), key_BTGK.flatten(0, 1), value_BTGK.flatten(0, 1)
+
+    # Grouped-query attention; torch 2.11 needs a copy of each key and value per query head.
     options: dict[str, Any] = {}
     groups = query_PNK.shape[1] // key_PGK.shape[1]
-    if groups > 1 and FLASH_GROUPS_HEADS:
+    if groups > 1 and FLASH_SUPPORTS_GQA:
         options = {"enable_gqa": True}
     elif groups > 1:
         key_PGK, value_PGK = key_PGK.repeat_interleave(groups, dim=1), value_PGK.repeat_interleave(groups, dim=1)
+
+    # window_size (-1, 0) is causal: all keys to the left, none to the right.
     starts_S, longest = spans
     attended_PNK: Any = varlen_attn(
         query_PNK, key_PGK, value_PGK, starts_S, starts_S, longest, longest, window_size=(-1, 0), **options
@@ -71,8 +86,8 @@ def attend_in_spans(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, sp
     return attended_BTNK
 
 
-def attend_under_mask(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, mask: Tensor) -> Tensor:
-    """[B, T, N, K]: each query attends to the keys that the mask lets it see."""
+def masked_attention(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, mask: Tensor) -> Tensor:
+    """Attention under a `document_mask` by torch's scaled-dot-product attention; returns [B, T, N, K]."""
     query_BNTK, key_BGTK, value_BGTK = (tensor.transpose(1, 2) for tensor in (query_BTNK, key_BTGK, value_BTGK))
     grouped = query_BNTK.shape[1] != key_BGTK.shape[1]
     attended_BNTK = F.scaled_dot_product_attention(query_BNTK, key_BGTK, value_BGTK, attn_mask=mask, enable_gqa=grouped)
@@ -80,7 +95,10 @@ def attend_under_mask(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, 
 
 
 def rotary_angles(num_tokens: int, settings: ModelSettings, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin), float32 [T, 1, K]. Only differences of positions matter, so documents need no restart."""
+    """RoPE's (cos, sin), float32 [T, 1, K].
+
+    Positions count from the start of the row, not of the document: attention depends on differences of positions only.
+    """
     width = attention_head_dim(settings)
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     positions = torch.arange(num_tokens, dtype=torch.float32, device=device)
@@ -89,6 +107,8 @@ def rotary_angles(num_tokens: int, settings: ModelSettings, device: torch.device
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the last dimension."""
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
@@ -99,6 +119,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with RoPE, causal within documents."""
+
     def __init__(self, settings: ModelSettings, elementwise: Elementwise):
         super().__init__()
         self.rotate = elementwise.rotate
@@ -118,17 +140,21 @@ class Attention(nn.Module):
         query_BTNK, key_BTGK, value_BTGK = (
             project(x_BTD).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value)
         )
+        # RoPE comes after the norm of queries and keys, as in Qwen3.
         if self.qk_norm:
             query_BTNK, key_BTGK = self.query_norm(query_BTNK), self.key_norm(key_BTGK)
         query_BTNK, key_BTGK = self.rotate(query_BTNK, angles), self.rotate(key_BTGK, angles)
+
         if isinstance(documents, Spans):
-            attended_BTNK = attend_in_spans(query_BTNK, key_BTGK, value_BTGK, documents)
+            attended_BTNK = flash_attention(query_BTNK, key_BTGK, value_BTGK, documents)
         else:
-            attended_BTNK = attend_under_mask(query_BTNK, key_BTGK, value_BTGK, documents)
+            attended_BTNK = masked_attention(query_BTNK, key_BTGK, value_BTGK, documents)
         return self.output(attended_BTNK.flatten(2))
 
 
 class SwiGLU(nn.Module):
+    """Feed-forward layer (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
     def __init__(self, settings: ModelSettings, elementwise: Elementwise):
         super().__init__()
         self.gated = elementwise.gated
@@ -141,6 +167,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm transformer block: attention, then feed-forward, each added to the residual stream. [B, T, D] -> [B, T, D]."""
+
     def __init__(self, settings: ModelSettings, elementwise: Elementwise = EAGER):
         super().__init__()
         self.attention_norm = RMSNorm(settings.dim, settings.norm_eps)

@@ -1,5 +1,10 @@
-"""What a run needs of each rank's memory, computed from shapes before anything is built.
+"""The memory plan: what each rank will need, computed from shapes before anything is built.
 
-`case` is what is planned, `states` what DeepSpeed holds of the model, `activations` what a forward and its losses leave for
-backward, `plan` puts them together moment by moment, and `advice` says which setting brings how much.
+planned_job — the job that is planned: settings, ranks, device, sizes
+resolve — a recipe, a DeepSpeed JSON and a number of ranks into a planned job
+states — what DeepSpeed holds: weights, master weights, optimizer states, gradients, buckets
+activations — what forward saves for backward, and what backward allocates
+plan — adds these up at each moment of a step and takes the highest
+advice — judges whether a plan fits, and what each setting would save
+report — the plan as a table and as JSON
 """

@@ -1,16 +1,23 @@
-"""The plan: at which moment of a step a rank needs most, and what of it is what.
+"""The memory plan: the moment of a step at which a rank needs most memory, split into parts.
 
-A step's memory has few moments at which it can be highest: the loss phase, when all activations wait and the loss's
-buffers are there; the start of backward, when the final norm's gradients are made; a block's backward, when a checkpointed
-one is made again; the end of backward, when the embedding's gradient is made; reductions by themselves; the optimiser's
-step; and, for models that are whole on each rank, their building. The plan is the highest of them.
+Memory can peak at a few moments of a step:
+
+- the loss phase: all activations are saved, and the loss's buffers are allocated;
+- the start of backward: the final norm's gradients;
+- a block's backward: a checkpointed block is recomputed;
+- the end of backward: the embedding's gradient;
+- the reduction of gradients;
+- the optimizer's step;
+- building the model, where it is whole on each rank (stages 1 and 2).
+
+The plan computes all of them and takes the highest.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.planning import activations, states
-from pipeline.planning.case import Case
+from pipeline.planning.planned_job import PlannedJob
 
 PARTS = (
     "parameters", "gathered parameters", "master weights", "optimiser", "gradients", "reduce buckets", "activations",
@@ -20,21 +27,25 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one rank. at_rest: by part, between two steps; moments: by moment and part, on the device; host: by part, what
-    is kept in host memory instead."""
+    """Memory of one rank, in bytes.
+
+    at_rest: by part, on the device between two steps.
+    moments: by moment and part, on the device, `at_rest` included.
+    host: by part, in host memory because it is offloaded.
+    """
 
     at_rest: dict[str, int]
     moments: dict[str, dict[str, int]]
     host: dict[str, int]
 
     @property
-    def highest(self) -> str:
-        """The moment at which most is needed."""
+    def peak_moment(self) -> str:
+        """The moment at which most memory is needed."""
         return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
 
     @property
     def peak(self) -> dict[str, int]:
-        return self.moments[self.highest]
+        return self.moments[self.peak_moment]
 
     @property
     def total(self) -> int:
@@ -45,123 +56,130 @@ class Plan:
         return sum(self.host.values())
 
 
-def plan_memory(case: Case) -> Plan:
+def plan_memory(job: PlannedJob) -> Plan:
+    """Compute the memory plan of one rank."""
+    # Between steps, on the device or, offloaded, on the host.
     held = {
-        "parameters": states.weights(case),
-        "master weights": states.master_weights(case),
-        "optimiser": states.optimizer(case),
-        "gradients": states.gradients_at_rest(case),
-        "reduce buckets": states.buckets_at_rest(case),
-        "reference": states.reference(case),
+        "parameters": states.weights(job),
+        "master weights": states.master_weights(job),
+        "optimiser": states.optimizer(job),
+        "gradients": states.gradients_at_rest(job),
+        "reduce buckets": states.buckets_at_rest(job),
+        "reference": states.reference(job),
     }
     host: dict[str, int] = {}
-    if case.offloads_optimizer:
+    if job.offloads_optimizer:
         host |= {part: held.pop(part) for part in ("master weights", "optimiser", "gradients")}
-    if case.offloads_parameters:
+    if job.offloads_parameters:
         host["parameters"] = held.pop("parameters")
-    resident = states.persistent(case, case.parameters) if case.stage == 3 and case.num_ranks > 1 else 0
+
+    # Parameters below the persistence threshold stay gathered under ZeRO-3.
+    resident = states.persistent_parameters(job, job.parameter_sizes) if job.stage == 3 and job.num_ranks > 1 else 0
     at_rest = held | {"gathered parameters": resident}
-    moments = {name: _with(at_rest, moment(case)) for name, moment in _MOMENTS.items()}
-    if case.stage != 3:
-        # The model as it was built, and the flat copy that takes its place.
-        moments["building"] = {"parameters": 2 * states.weights(case)}
+
+    # What each moment adds to that.
+    moments = {name: _sum_parts(at_rest, moment(job)) for name, moment in _MOMENTS.items()}
+    if job.stage != 3:
+        # The model as it was built, and the flat copy that DeepSpeed replaces it with.
+        moments["building"] = {"parameters": 2 * states.weights(job)}
     return Plan(at_rest, moments, host)
 
 
-def _with(at_rest: dict[str, int], added: dict[str, int]) -> dict[str, int]:
+def _sum_parts(at_rest: dict[str, int], added: dict[str, int]) -> dict[str, int]:
+    """Add two dicts part by part; parts of zero bytes are left out."""
     both = {part: at_rest.get(part, 0) + added.get(part, 0) for part in PARTS}
     return {part: size for part, size in both.items() if size}
 
 
-def _gathered_beyond_persistent(case: Case) -> int:
-    return max(0, states.gathered(case) - states.persistent(case, case.parameters))
+def _gathered_beyond_persistent(job: PlannedJob) -> int:
+    return max(0, states.gathered_parameters(job) - states.persistent_parameters(job, job.parameter_sizes))
 
 
-def _loss_phase(case: Case) -> dict[str, int]:
+def _loss_phase(job: PlannedJob) -> dict[str, int]:
     return {
-        "gathered parameters": _gathered_beyond_persistent(case),
-        "gradients": states.gradients_accumulated(case),
-        "activations": activations.waiting(case),
-        "loss phase": activations.stacked(case) + activations.normalised(case) + activations.in_loss(case),
+        "gathered parameters": _gathered_beyond_persistent(job),
+        "gradients": states.gradients_accumulated(job),
+        "activations": activations.saved_for_backward(job),
+        "loss phase": activations.head_outputs(job) + activations.final_norm(job) + activations.loss_phase(job),
     }
 
 
-def _start_of_backward(case: Case) -> dict[str, int]:
-    dense = case.settings.training.loss_phase == "dense"
-    at_work = activations.in_backward_of_dense(case) if dense else activations.in_backward_of_norm(case)
-    alone = states.fits_no_bucket(case)
+def _start_of_backward(job: PlannedJob) -> dict[str, int]:
+    dense = job.settings.training.loss_phase == "dense"
+    at_work = activations.dense_loss_backward(job) if dense else activations.norm_backward(job)
+    alone = states.exceeds_bucket(job)
     return {
-        "gathered parameters": _gathered_beyond_persistent(case),
-        "gradients": states.gradients_accumulated(case) + _unembeddings_gradient(case),
-        "reduce buckets": _buckets_beyond_rest(case, 0 if alone else case.unembedding),
-        "activations": activations.waiting(case),
-        "loss phase": activations.stacked(case) + activations.normalised(case) + at_work,
+        "gathered parameters": _gathered_beyond_persistent(job),
+        "gradients": states.gradients_accumulated(job) + _unembedding_gradient(job),
+        "reduce buckets": _buckets_beyond_rest(job, 0 if alone else job.embedding_size),
+        "activations": activations.saved_for_backward(job),
+        "loss phase": activations.head_outputs(job) + activations.final_norm(job) + at_work,
     }
 
 
-def _first_reduction(case: Case) -> dict[str, int]:
-    """Of the unembedding's gradient by itself, when the final norm's comes."""
-    if not states.fits_no_bucket(case) or states.is_bf16_optimizer(case):
+def _first_reduction(job: PlannedJob) -> dict[str, int]:
+    """The reduction of an unembedding's gradient that exceeds a bucket; it starts when the final norm's gradient comes."""
+    if not states.exceeds_bucket(job) or states.is_bf16_optimizer(job):
         return {}
     return {
-        "gathered parameters": _gathered_beyond_persistent(case),
-        "gradients": states.gradients_in_backward(case) + _unembeddings_gradient(case),
-        "reduce buckets": _buckets_beyond_rest(case, 0) + states.reducing_alone(case),
-        "activations": activations.waiting(case) + activations.stacked(case),
+        "gathered parameters": _gathered_beyond_persistent(job),
+        "gradients": states.gradients_in_backward(job) + _unembedding_gradient(job),
+        "reduce buckets": _buckets_beyond_rest(job, 0) + states.unbucketed_reduction(job),
+        "activations": activations.saved_for_backward(job) + activations.head_outputs(job),
     }
 
 
-def _backward_of_a_head(case: Case) -> dict[str, int]:
+def _head_backward(job: PlannedJob) -> dict[str, int]:
     return {
-        "gathered parameters": _gathered_beyond_persistent(case),
-        "gradients": states.gradients_in_backward(case) + _kept_as_they_are(case),
-        "reduce buckets": _buckets_beyond_rest(case, 2 * case.unembedding) + states.reducing(case),
-        "activations": activations.waiting(case) + activations.in_backward_of_block(case),
+        "gathered parameters": _gathered_beyond_persistent(job),
+        "gradients": states.gradients_in_backward(job) + _unreduced_gradient(job),
+        "reduce buckets": _buckets_beyond_rest(job, 2 * job.embedding_size) + states.reduction_buffers(job),
+        "activations": activations.saved_for_backward(job) + activations.block_backward(job),
     }
 
 
-def _end_of_backward(case: Case) -> dict[str, int]:
-    own = 0 if _kept_as_they_are(case) else case.width * case.unembedding
+def _end_of_backward(job: PlannedJob) -> dict[str, int]:
+    own = 0 if _unreduced_gradient(job) else job.dtype_bytes * job.embedding_size
     return {
-        "gathered parameters": case.width * case.unembedding if _gathered_beyond_persistent(case) else 0,
-        "gradients": states.gradients_after_backward(case) + own,
-        "reduce buckets": _buckets_beyond_rest(case, case.whole) + states.reducing(case),
-        "activations": activations.block_input(case) * 2,
+        "gathered parameters": job.dtype_bytes * job.embedding_size if _gathered_beyond_persistent(job) else 0,
+        "gradients": states.gradients_after_backward(job) + own,
+        "reduce buckets": _buckets_beyond_rest(job, job.num_parameters) + states.reduction_buffers(job),
+        "activations": activations.block_input(job) * 2,
     }
 
 
-def _reduction_of_the_whole(case: Case) -> dict[str, int]:
-    if not states.is_bf16_optimizer(case):
+def _whole_reduction(job: PlannedJob) -> dict[str, int]:
+    if not states.is_bf16_optimizer(job):
         return {}
-    return {"gradients": states.gradients_after_backward(case), "reduce buckets": states.reducing_whole(case)}
+    return {"gradients": states.gradients_after_backward(job), "reduce buckets": states.bf16_optimizer_reduction(job)}
 
 
-def _unembeddings_gradient(case: Case) -> int:
-    """Where nothing takes it as soon as it is there."""
-    kept = states.fits_no_bucket(case) or states.is_bf16_optimizer(case)
-    return case.width * case.unembedding if kept else 0
+def _unembedding_gradient(job: PlannedJob) -> int:
+    """The unembedding's gradient, where it is not moved into a bucket as soon as it is computed."""
+    kept = states.exceeds_bucket(job) or states.is_bf16_optimizer(job)
+    return job.dtype_bytes * job.embedding_size if kept else 0
 
 
-def _kept_as_they_are(case: Case) -> int:
-    """The unembedding's gradient in a first micro-step of BF16_Optimizer, which reduces none before all are there."""
-    first = states.is_bf16_optimizer(case) and case.micro_steps == 1
-    return _unembeddings_gradient(case) if first else 0
+def _unreduced_gradient(job: PlannedJob) -> int:
+    """The unembedding's gradient in a first micro-step under BF16_Optimizer, which reduces only after backward."""
+    first = states.is_bf16_optimizer(job) and job.micro_steps == 1
+    return _unembedding_gradient(job) if first else 0
 
 
-def _buckets_beyond_rest(case: Case, written: int) -> int:
-    return states.buckets_in_backward(case, written) - states.buckets_at_rest(case)
+def _buckets_beyond_rest(job: PlannedJob, written: int) -> int:
+    return states.buckets_in_backward(job, written) - states.buckets_at_rest(job)
 
 
-def _optimizer_step(case: Case) -> dict[str, int]:
-    return {"gradients": states.gradients_in_step(case)}
+def _optimizer_step(job: PlannedJob) -> dict[str, int]:
+    return {"gradients": states.gradients_in_step(job)}
 
 
-_MOMENTS: dict[str, Callable[[Case], dict[str, int]]] = {
+_MOMENTS: dict[str, Callable[[PlannedJob], dict[str, int]]] = {
     "the loss phase": _loss_phase,
     "the start of backward": _start_of_backward,
     "the unembedding's reduction": _first_reduction,
-    "a head's backward": _backward_of_a_head,
+    "a head's backward": _head_backward,
     "the end of backward": _end_of_backward,
-    "the gradient's reduction": _reduction_of_the_whole,
+    "the gradient's reduction": _whole_reduction,
     "the optimiser's step": _optimizer_step,
 }

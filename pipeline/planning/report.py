@@ -1,45 +1,51 @@
-"""A plan as a table for people and as a JSON document for programs."""
+"""Format a memory plan: a table for the terminal, a JSON document for programs."""
 
 from typing import Any
 
-from pipeline.planning.advice import MARGIN, changes, plannable, verdict
-from pipeline.planning.case import Case
+from pipeline.planning.advice import MARGIN, savings, usable_bytes, verdict
 from pipeline.planning.plan import PARTS, Plan, plan_memory
+from pipeline.planning.planned_job import PlannedJob
 from pipeline.runtime.table import aligned
 
 
 def summary(plan: Plan) -> str:
-    """One line."""
+    """Format a plan as one line."""
     host = f", {_sized(plan.host_total)} of host memory" if plan.host else ""
-    return f"{_sized(plan.total)} a rank, highest in {plan.highest}{host}"
+    return f"{_sized(plan.total)} a rank, highest in {plan.peak_moment}{host}"
 
 
-def document(case: Case, device_bytes: float | None, notes: list[str]) -> dict[str, Any]:
-    """Everything that `table` shows, in bytes."""
-    plan = plan_memory(case)
+def document(job: PlannedJob, device_bytes: float | None, notes: list[str]) -> dict[str, Any]:
+    """The plan and its verdict as JSON values, sizes in bytes; `table` prints the same.
+
+    Args:
+        device_bytes: memory of a rank's device; None if unknown.
+        notes: assumptions that were made, one sentence each.
+    """
+    plan = plan_memory(job)
     return {
-        "gpus": case.num_ranks,
-        "stage": case.stage,
-        "precision": "bfloat16" if case.width == 2 else "float32",
-        "device": "cuda" if case.on_gpu else "cpu",
-        "parameters": case.whole,
-        "micro_steps": case.micro_steps,
+        "gpus": job.num_ranks,
+        "stage": job.stage,
+        "precision": "bfloat16" if job.dtype_bytes == 2 else "float32",
+        "device": "cuda" if job.on_gpu else "cpu",
+        "parameters": job.num_parameters,
+        "micro_steps": job.micro_steps,
         "at_rest": plan.at_rest,
         "peak": plan.peak,
-        "peak_moment": plan.highest,
+        "peak_moment": plan.peak_moment,
         "moments": {moment: sum(parts.values()) for moment, parts in plan.moments.items()},
         "total": plan.total,
         "host": plan.host,
         "device_memory": device_bytes,
-        "left_aside": None if device_bytes is None else device_bytes - plannable(case, device_bytes),
-        "verdict": None if device_bytes is None else verdict(plan, plannable(case, device_bytes)),
-        "changes": [change._asdict() for change in changes(case)],
+        "left_aside": None if device_bytes is None else device_bytes - usable_bytes(job, device_bytes),
+        "verdict": None if device_bytes is None else verdict(plan, usable_bytes(job, device_bytes)),
+        "changes": [saving._asdict() for saving in savings(job)],
         "notes": notes,
     }
 
 
 def table(figures: dict[str, Any]) -> str:
-    """`document`'s figures for a terminal."""
+    """Format the result of `document` for the terminal."""
+    # One row per part, one column per place and time.
     columns = {"between steps": figures["at_rest"], "at the peak": figures["peak"]}
     columns |= {"on the host": figures["host"]} if figures["host"] else {}
     rows = [["GiB a rank", *columns]]
@@ -47,6 +53,7 @@ def table(figures: dict[str, Any]) -> str:
         if any(part in column for column in columns.values()):
             rows.append([part, *(_gib(column.get(part, 0)) for column in columns.values())])
     rows.append(["total", *(_gib(sum(column.values())) for column in columns.values())])
+
     lines = [
         f"{figures['parameters'] / 1e9:,.3f} billion parameters in {figures['precision']} on {figures['gpus']} "
         f"{'GPU' if figures['device'] == 'cuda' else 'CPU rank'}{'s' if figures['gpus'] > 1 else ''}, ZeRO stage "
@@ -62,6 +69,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def _judgement(figures: dict[str, Any]) -> list[str]:
+    """Lines that say whether the plan fits and, if not, what each setting would save."""
     memory = figures["device_memory"]
     if memory is None:
         return ["How much memory a device has is not known here: --device-memory GiB says whether this fits."]

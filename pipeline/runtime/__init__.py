@@ -1,0 +1,17 @@
+"""Everything between the training loop and the machine: process group, DeepSpeed, checkpoints, metrics, signals.
+
+distributed — rank, world size and device; the small collectives by which ranks agree
+engine — DeepSpeed engines of policy and reference; the only importer of deepspeed
+deepspeed_json — validates and resolves the DeepSpeed JSON
+checkpoint — saves checkpoints and resumes from the newest complete one
+identity — settings and fingerprints that a resumed run must share with its checkpoint
+preemption — requests to stop: SIGTERM, SIGUSR1, a file STOP
+run_lock — one job per run directory
+agreement — checks that ranks still hold the same state
+non_finite — the rule for numbers that are not finite, and the parts of it that all ranks run together
+metrics — the selection's statistics, summed on the device, reduced over ranks at intervals
+logbook — metrics.jsonl, TensorBoard, lines for the terminal
+table — plain-text tables
+description — config.yaml and environment.json of a run directory
+memory — measures memory in use and at the peak
+"""

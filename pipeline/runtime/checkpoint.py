@@ -1,8 +1,10 @@
-"""Checkpoints: `checkpoints/step-00000100/` holds DeepSpeed's files of every rank and `state.json`, our own part.
+"""Save and load checkpoints: `checkpoints/step-00000100/` holds DeepSpeed's files of every rank and our `state.json`.
 
-A checkpoint is written under a temporary name, renamed when all ranks have finished, and only then named by the file
-`latest`; DeepSpeed's own `latest` is off, because it is written before the other ranks are done. The position of the
-job is one integer, samples consumed; nothing in training draws random numbers, so there is no generator to save.
+A checkpoint is complete or it does not exist. It is written to `step-….partial`, renamed once all ranks have finished, and
+only then named by the file `latest`. DeepSpeed's own `latest` is switched off: rank 0 writes it before the other ranks have
+finished, so after a crash one rank would load the checkpoint and another raise, and the job would hang.
+
+The position in the data is one integer, samples consumed. Training draws no random numbers, so no generator state is saved.
 """
 
 import json
@@ -14,16 +16,20 @@ import torch.distributed as dist
 
 from pipeline.config import ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.distributed import World, from_first
+from pipeline.runtime.distributed import World, broadcast_from_first
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.identity import FIXED, differences_that_matter
+from pipeline.runtime.identity import FIXED_SETTINGS, changed_settings
 from pipeline.storage.atomic_write import publish, write_file
 
 REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"
 
 
 class Checkpoints:
-    """The checkpoints of a run directory. `identity` is what must not change between a run and its continuation."""
+    """Saves, finds and loads the checkpoints of one run directory.
+
+    identity: settings and fingerprints that a resumed run must share with the checkpoint (`identity.identity_of`).
+    keep: number of newest checkpoints to keep; None keeps all.
+    """
 
     def __init__(self, run_dir: Path, world: World, identity: dict[str, Any], keep: int | None):
         self.directory = run_dir / "checkpoints"
@@ -32,42 +38,50 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, engine: Engine, progress: Progress) -> None:
-        """Every rank calls; when it returns the checkpoint is complete."""
+        """Write a checkpoint; collective. It is complete on disk when this returns."""
         name = step_name(progress.step)
         partial, final = self.directory / f"{name}.partial", self.directory / name
         if self.world.is_first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
+
+        # Every rank writes its own partition. Without the second barrier the rename could happen under a rank that writes.
         engine.save_checkpoint(str(self.directory), tag=partial.name, save_latest=False)
         dist.barrier()
+
+        # state.json goes last: a folder without it is incomplete.
         if self.world.is_first:
             state = {"progress": progress.to_json(), "world_size": self.world.size, "identity": self.identity}
             write_file(partial / "state.json", json.dumps(state, indent=1).encode())
             shutil.rmtree(final, ignore_errors=True)
             publish(partial, final)
             write_file(self.directory / "latest", f"{name}\n".encode())
-            self._forget_all_but_the_newest_and(name)
+            self._prune(name)
         dist.barrier()
 
     def resume(self, engine: Engine, allow_changed: bool) -> Progress:
-        """Load the newest checkpoint into `engine`; a run directory without any starts from nothing.
+        """Load the newest checkpoint into `engine` and return its progress; without any checkpoint, a new `Progress`.
 
         Raises:
-            ConfigError: there are checkpoints but none can be used, or they belong to other settings.
+            ConfigError: there are checkpoints but none can be used, or they were written under other settings.
         """
         state = self.check(allow_changed)
         if not state:
             return Progress()
         name = step_name(state["progress"]["step"])
+        # Always name the tag: without one DeepSpeed reads its `latest`, and where that is missing it silently starts anew.
         loaded, _ = engine.load_checkpoint(str(self.directory), tag=name)
         if loaded is None:
             raise ConfigError([f"{self.directory / name}: DeepSpeed could not load it"])
         return Progress.from_json(state["progress"])
 
     def newest(self) -> str | None:
-        """The checkpoint that a run continues from; None where the run directory has none at all. One that has only
-        broken ones is refused: a run never starts anew in silence."""
+        """Return the name of the checkpoint to resume from, or None if the run directory has none.
+
+        Raises:
+            ConfigError: every checkpoint is incomplete. A run never silently starts from scratch.
+        """
         complete = self._complete()
         if not complete and any(path.suffix != ".partial" for path in self.directory.glob("step-*")):
             raise ConfigError([f"{self.directory}: has checkpoints, but none with a state.json; {REMEDY}"])
@@ -78,15 +92,23 @@ class Checkpoints:
         return complete[-1] if complete else None
 
     def check(self, allow_changed: bool) -> dict[str, Any]:
-        """The newest checkpoint's state, if this run may continue from it (ConfigError otherwise); {} if there is none.
-        The first rank looks for all: a shared file system may show the others something older."""
+        """Return the newest checkpoint's `state.json` if this run may resume from it; {} if there is no checkpoint. Collective.
+
+        The first rank reads for all ranks: a shared file system may show the others an older state.
+
+        Raises:
+            ConfigError: the checkpoint has another number of ranks, other fixed settings, or (unless `allow_changed`) other
+                settings that change the result.
+        """
         state = self._newest_state()
         if not state:
             return {}
         name = step_name(state["progress"]["step"])
+
+        # Never allowed to differ: the settings that the data position is counted in, and the number of ranks.
         fixed = [
             f"{key}: was {state['identity'][key]!r}, is now {self.identity[key]!r}; it is fixed for the life of a run"
-            for key in FIXED
+            for key in FIXED_SETTINGS
             if state["identity"].get(key) != self.identity.get(key)
         ]
         if state["world_size"] != self.world.size:
@@ -94,10 +116,12 @@ class Checkpoints:
                 f"number of ranks: {name} was written by {state['world_size']}, this job has {self.world.size}; "
                 f"start it with {state['world_size']}"
             )
+
+        # Allowed to differ only on request.
         changed = [
             f"{change} ({name} was trained with the former)"
-            for change in differences_that_matter(state["identity"], self.identity)
-            if not change.startswith(FIXED)
+            for change in changed_settings(state["identity"], self.identity)
+            if not change.startswith(FIXED_SETTINGS)
         ]
         if fixed or (changed and not allow_changed):
             remedy = "to start anew choose another --run-dir"
@@ -106,18 +130,19 @@ class Checkpoints:
         return state
 
     def changed(self) -> list[str]:
-        """What of this run's identity differs from that of the newest checkpoint, one sentence each; none without one."""
+        """List the differences between this run's identity and the newest checkpoint's, one sentence each. Collective."""
         state = self._newest_state()
-        return differences_that_matter(state["identity"], self.identity) if state else []
+        return changed_settings(state["identity"], self.identity) if state else []
 
     def _newest_state(self) -> dict[str, Any]:
-        """Our own part of the newest checkpoint as the first rank reads it, on every rank; {} if there is none."""
-        state, broken = from_first(self._look() if self.world.is_first else None)
+        """Broadcast the newest checkpoint's `state.json` from the first rank; {} if there is none."""
+        state, broken = broadcast_from_first(self._read_newest_state() if self.world.is_first else None)
         if broken:
             raise ConfigError(broken)
         return state
 
-    def _look(self) -> tuple[dict[str, Any], list[str]]:
+    def _read_newest_state(self) -> tuple[dict[str, Any], list[str]]:
+        """Read the newest `state.json` on this rank: (state, problems). Problems are returned, so that all ranks can raise."""
         try:
             name = self.newest()
         except ConfigError as error:
@@ -130,11 +155,13 @@ class Checkpoints:
             return {}, [f"{self.directory / name}: state.json cannot be read ({error}); {REMEDY}"]
 
     def _complete(self) -> list[str]:
+        """Names of the complete checkpoints, oldest first."""
         found = (path for path in self.directory.glob("step-*") if (path / "state.json").is_file())
         return sorted(path.name for path in found if path.suffix != ".partial")
 
-    def _forget_all_but_the_newest_and(self, current: str) -> None:
-        # After a return to an older checkpoint the one just written is not the one with the highest number.
+    def _prune(self, current: str) -> None:
+        """Delete all but the newest `keep` checkpoints, `current` among those kept."""
+        # `current` need not have the highest number: a run that went back to an older checkpoint has later ones on disk.
         if self.keep is not None:
             others = [name for name in self._complete() if name != current]
             for name in others[: max(0, len(others) + 1 - self.keep)]:
@@ -142,4 +169,5 @@ class Checkpoints:
 
 
 def step_name(step: int) -> str:
+    """The folder name of a step's checkpoint: `step-00000100`."""
     return f"step-{step:08d}"

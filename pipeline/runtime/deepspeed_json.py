@@ -1,7 +1,8 @@
-"""The DeepSpeed JSON: ZeRO, precision and communication, and nothing else.
+"""Validate and resolve the DeepSpeed JSON, which holds ZeRO, precision and communication and nothing else.
 
-The recipe owns batch sizes, learning rate and clipping, and a JSON that also sets one is refused with both values.
-Unknown keys, which DeepSpeed accepts in silence, are refused; 'auto', which is Hugging Face's, is resolved here.
+The recipe owns batch sizes, learning rate and clipping; a JSON that also sets one of them is refused with both values.
+Unknown keys are refused, because DeepSpeed silently ignores a misspelt one. 'auto' is a convention of Hugging Face's
+integration that DeepSpeed itself does not know, so it is resolved here.
 """
 
 import json
@@ -32,59 +33,67 @@ _REFUSED = {"fp16": "train in bf16 or float32: fp16's loss scaling would change 
 
 
 def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any], list[str]]:
-    """The JSON's content and everything that is wrong with it, one sentence a problem."""
+    """Read the JSON; return its content and a list of problems, one sentence each (empty if it is valid)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_reject_duplicates)
     except FileNotFoundError:
         return {}, [f"--deepspeed: no such file: {path}"]
     except (ValueError, OSError) as error:
         return {}, [f"--deepspeed: {path} is not valid JSON: {error}"]
     if not isinstance(content, dict):
         return {}, [f"--deepspeed: {path}: expected a JSON object"]
+
     problems = [problem for key, value in content.items() for problem in _key_problems(key, value, settings)]
     for section, model in JSON_SECTIONS.items():
         problems += _section_problems(section, model, content.get(section, {}))
     problems += _precision_problems(content) + _zero_problems(content.get("zero_optimization", {}))
+
+    # A gradient that is not finite must be noticed, and nothing may stay 'auto' that is not resolved below.
     bf16 = content.get("bf16", {})
     if isinstance(bf16, dict) and bf16.get("check_grad_overflow", True) is not True:
         problems.append("deepspeed bf16.check_grad_overflow: a gradient that is not finite must be seen; remove the key")
     problems += [
-        f"deepspeed {place}: 'auto' is not resolved here; write a value or leave the key out"
-        for place in _autos(content)
-        if place not in _AUTO and place not in RECIPE_OWNS
+        f"deepspeed {key}: 'auto' is not resolved here; write a value or leave the key out"
+        for key in _auto_keys(content)
+        if key not in _AUTO_VALUES and key not in RECIPE_OWNS
     ]
     return content, problems
 
 
 def resolve_deepspeed_json(content: dict[str, Any], settings: Settings, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is given: 'auto' replaced by values, the recipe's batch sizes and clipping filled in."""
+    """Return the configuration for `deepspeed.initialize`: 'auto' resolved, the recipe's batch sizes and clipping filled in."""
     batch, micro_batch = settings.data.global_batch, settings.data.micro_batch
-    # DeepSpeed would reduce and accumulate gradients in bf16 where nothing is said.
+
+    # DeepSpeed's default is to reduce and accumulate gradients in bf16.
     exact = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     resolved = exact | {key: value for key, value in content.items() if key not in RECIPE_OWNS}
-    for place in _autos(resolved):
-        section, key = place.split(".")
-        resolved[section] = resolved[section] | {key: _AUTO[place](settings)}
+    for dotted in _auto_keys(resolved):
+        section, key = dotted.split(".")
+        resolved[section] = resolved[section] | {key: _AUTO_VALUES[dotted](settings)}
     if resolved.get("zero_optimization", {}).get("offload_optimizer"):
-        # DeepSpeed insists on an Adam of its own, which it compiles at first use; torch's fused one runs on a CPU as well.
+        # With an offloaded optimizer DeepSpeed insists on its own CPU Adam, which it compiles at first use (minutes, needs a
+        # compiler). torch's fused AdamW runs on a CPU as well.
         resolved["zero_force_ds_cpu_optimizer"] = False
+
+    # Gradient clipping is written out even when it is off, because DeepSpeed's default is 1.0.
     return resolved | {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": batch // (micro_batch * world_size),
         "gradient_clipping": settings.training.gradient_clipping or 0.0,
         "steps_per_print": None,
-        # On by default, it waits for the device at both ends of every micro-step, only to print.
+        # On by default; it synchronises with the device twice per micro-step, only to print a speed.
         "timers": {"throughput": {"enabled": False}},
     }
 
 
 def precision_of(config: dict[str, Any]) -> str:
-    """In which models run under a resolved configuration: `bfloat16` or `float32`."""
+    """The dtype that models run in under a resolved configuration: `bfloat16` or `float32`."""
     return "bfloat16" if config.get("bf16", {}).get("enabled") else "float32"
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that is given twice, of which the JSON parser would silently keep the last."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -114,7 +123,7 @@ def _key_problems(key: str, value: Any, settings: Settings) -> list[str]:
 
 
 def _section_problems(section: str, model: type[BaseModel], value: Any) -> Iterator[str]:
-    """What DeepSpeed itself would raise for a section, as sentences; 'auto' is judged elsewhere."""
+    """Validate a section with DeepSpeed's own pydantic model; 'auto' is checked elsewhere."""
     if value == "auto":
         return
     if not isinstance(value, dict):
@@ -124,12 +133,12 @@ def _section_problems(section: str, model: type[BaseModel], value: Any) -> Itera
         model.model_validate({key: given for key, given in value.items() if given != "auto"})
     except ValidationError as error:
         for detail in error.errors():
-            place = ".".join(map(str, detail["loc"]))
+            key = ".".join(map(str, detail["loc"]))
             if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
-                known = {name for key, field in model.model_fields.items() for name in (key, field.alias) if name}
-                yield f"deepspeed {section}.{place}: unknown key; {did_you_mean(place, known)}"
+                known = {name for field, info in model.model_fields.items() for name in (field, info.alias) if name}
+                yield f"deepspeed {section}.{key}: unknown key; {did_you_mean(key, known)}"
             else:
-                yield f"deepspeed {section}.{place}: got {detail['input']!r}; {detail['msg']}"
+                yield f"deepspeed {section}.{key}: got {detail['input']!r}; {detail['msg']}"
 
 
 def _precision_problems(content: dict[str, Any]) -> list[str]:
@@ -172,19 +181,19 @@ def _zero_problems(zero: Any) -> list[str]:
     return problems
 
 
-def _autos(content: Any, place: str = "") -> list[str]:
-    """Dotted places of all values 'auto'."""
+def _auto_keys(content: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of all values that are 'auto'."""
     if content == "auto":
-        return [place]
+        return [prefix]
     if not isinstance(content, dict):
         return []
-    return [found for key, value in content.items() for found in _autos(value, f"{place}.{key}" if place else key)]
+    return [found for key, value in content.items() for found in _auto_keys(value, f"{prefix}.{key}" if prefix else key)]
 
 
-# As Hugging Face's integration computes the same 'auto', so that one file serves both; but a small model's gradients are
-# reduced together: one collective a parameter costs such a model more than a tenth of its step.
+# The formulas of Hugging Face's integration, so that one JSON serves both, with a lower bound: at dim ** 2 a small model
+# would reduce each parameter in a collective of its own, which costs more than a tenth of its step.
 _SMALLEST_BUCKET = 2**22
-_AUTO = {
+_AUTO_VALUES = {
     "bf16.enabled": lambda settings: torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
     "zero_optimization.reduce_bucket_size": lambda settings: max(settings.model.dim**2, _SMALLEST_BUCKET),
     "zero_optimization.allgather_bucket_size": lambda settings: max(settings.model.dim**2, _SMALLEST_BUCKET),

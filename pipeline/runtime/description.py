@@ -1,4 +1,4 @@
-"""What a run directory says of itself: resolved settings, versions, commit, command."""
+"""Record how a run was started in its run directory: resolved settings, versions, git commit, command."""
 
 import json
 import platform
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "tokenizers", "safetensors", "nu
 
 
 def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], world: World, device: torch.device) -> None:
-    """Write config.yaml and environment.json; `deepspeed` is the JSON's content as it was given."""
+    """Write config.yaml and environment.json. `deepspeed`: the JSON's content as given, before 'auto' is resolved."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_file(run_dir / "config.yaml", settings.to_yaml().encode())
     environment = {

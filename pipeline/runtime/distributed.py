@@ -1,7 +1,7 @@
-"""Who this process is among the others, and the few things all of them do together.
+"""Rank, world size and device of this process, and the small collectives by which ranks agree.
 
-Ranks come from the launcher's variables (`deepspeed`, torchrun) or, under srun, from Slurm's; without either this is a
-job of one process. Collectives used for agreement are tiny and run by every rank whatever its data.
+Ranks come from the launcher's environment variables (`deepspeed`, torchrun) or, under srun, from Slurm's; without either the
+job is a single process. Every rank runs every collective here whatever its data, because one that does not hangs the job.
 """
 
 import os
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """rank in [0, size); local_rank in [0, local_size) on this machine."""
+    """Position of this process in the job: rank in [0, size), local_rank in [0, local_size) on this machine."""
 
     rank: int
     size: int
@@ -32,23 +32,28 @@ class World:
 
 
 def find_world() -> World:
-    """Read the launcher's variables, and set those that torch.distributed expects where they are missing."""
+    """Read the rank from the environment, and set the variables that torch.distributed expects where they are missing."""
+    # Under srun: Slurm's own variables, one task per rank.
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         env["LOCAL_WORLD_SIZE"] = _tasks_on_this_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))
+
+    # Without a launcher: one process. A free port lets several such jobs share a machine.
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", "0")
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     if int(env["WORLD_SIZE"]) == 1:
         env.setdefault("MASTER_PORT", str(_free_port()))
+
     local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]
     return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(local_size))
 
 
 def device_of(world: World) -> torch.device:
+    """This rank's CUDA device, made the current one; the CPU where there is none."""
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
         return torch.device("cuda", world.local_rank)
@@ -56,52 +61,55 @@ def device_of(world: World) -> torch.device:
 
 
 def share_cores(world: World) -> None:
-    """Give this rank its part of the machine's cores as threads: more would fight, fewer would idle."""
+    """Set torch's thread count to this rank's share of the machine's cores."""
     cores = int(os.environ.get("SLURM_CPUS_ON_NODE", 0)) or len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // world.local_size))
 
 
-def made_once(path: Path, make: Callable[[], None], world: World, again: bool = False) -> None:
-    """Have the first rank run `make` unless `path` exists (or `again`); the others wait for it however long it takes.
+def make_once(path: Path, make: Callable[[], None], world: World, again: bool = False) -> None:
+    """Run `make` on the first rank unless `path` exists (always with `again`), while the other ranks wait. Collective.
 
-    What `make` raises is raised on every rank; if the first rank dies, the others' wait ends with an error. `make` must
-    create `path` by a rename, so that its existence means that it is complete.
+    An exception of `make` is raised on every rank; if the first rank dies, the wait of the others ends with an error. `make`
+    must create `path` by a rename, so that its existence means that it is complete.
     """
-    # A group of its own, because its patience is its own too: others' collectives time out in minutes. It exists before the
-    # work begins, so that the others are connected to the first rank and feel it die.
+    # Preparing data can take hours and the default group's collectives time out in minutes, hence a group with its own
+    # timeout. It is created before the work begins: a waiting rank notices the first rank's death only over an open connection.
     waiting = dist.new_group(backend="gloo", timeout=timedelta(weeks=1))
+
     failure: Exception | None = None
     if world.is_first and (again or not path.exists()):
         try:
             make()
         except Exception as error:
             failure = error
-    failure = from_first(failure, waiting)
+    failure = broadcast_from_first(failure, waiting)
     if failure is not None:
         raise failure
-    while not path.exists():  # A shared file system may show it to other machines a little later.
+
+    # A shared file system may show the path to other machines a little later.
+    while not path.exists():
         time.sleep(0.2)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on any rank; one collective, which waits for the device."""
-    return largest(flag, device) > 0
+    """Logical or of `flag` over ranks; one all-reduce, and the host waits for the device."""
+    return max_over_ranks(flag, device) > 0
 
 
-def largest(value: float, device: torch.device) -> float:
-    """The largest of the ranks' values; one collective, which waits for the device."""
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """Maximum of `value` over ranks; one float64 all-reduce, and the host waits for the device."""
     found = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.item()
 
 
-def smallest(value: float, device: torch.device) -> float:
-    """The smallest of the ranks' values; one collective, which waits for the device."""
-    return -largest(-value, device)
+def min_over_ranks(value: float, device: torch.device) -> float:
+    """Minimum of `value` over ranks; one float64 all-reduce, and the host waits for the device."""
+    return -max_over_ranks(-value, device)
 
 
-def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """The first rank's `value`, on every rank; one collective."""
+def broadcast_from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Broadcast the first rank's `value` (any object) to every rank; `value` itself where there is no process group."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0, group=group)
@@ -109,7 +117,7 @@ def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:
 
 
 def _tasks_on_this_node(tasks_per_node: str, node: int) -> str:
-    """Slurm's '2(x3),1' means two tasks on each of three nodes, then one."""
+    """Parse SLURM_STEP_TASKS_PER_NODE: '2(x3),1' means two tasks on each of three nodes, then one."""
     counts: list[str] = []
     for part in tasks_per_node.split(","):
         count, _, times = part.partition("(x")

@@ -1,7 +1,13 @@
-"""DeepSpeed, and nothing but: the only module that imports it.
+"""Build and drive DeepSpeed engines; the only module that imports deepspeed.
 
-Guarantees: no rank ever holds a whole partitioned model; the gradient that reaches the optimiser is that of the objective
-summed over ranks and micro-steps (see `backward`); the reference has an engine of its own, without an optimiser.
+Guarantees: under ZeRO-3 no rank ever holds the whole model; the gradient that reaches the optimizer is that of the objective
+summed over ranks and micro-steps (see `backward`); the reference has its own engine, without an optimizer.
+
+The comments name the traps of DeepSpeed 0.19.8, which this module exists to keep in one place. Two of them bind its callers:
+
+- Every parameter must be reached by every step's backward, on every rank. ZeRO-3 applies the *previous* gradient of a parameter
+  that was not reached again. So a loss is multiplied by zero, never left out.
+- No `torch.inference_mode` around the trained engine: the next training step raises. Evaluate the policy under `torch.no_grad`.
 """
 
 import gc
@@ -25,9 +31,10 @@ from pipeline.model.huggingface import load_weights
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.transformer import Block
 
+# Both are read when deepspeed is imported.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-# DeepSpeed's collectives go by names that torch 2.13 deprecates, one warning a call.
+# DeepSpeed calls collectives by names that torch 2.13 deprecates: one warning per call.
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
 import deepspeed  # noqa: E402
 from deepspeed import DeepSpeedEngine as Engine  # noqa: E402
@@ -40,14 +47,15 @@ JSON_SECTIONS: dict[str, type[BaseModel]] = {
     "bf16": DeepSpeedBF16Config,
     "comms_logger": CommsLoggerConfig,
 }
-"""DeepSpeed's own models of the sections of its JSON."""
+"""DeepSpeed's pydantic models of the sections of its JSON."""
 
-# Compiling this on a CPU's first start takes most of a minute, and hangs on the lock of a build that was killed.
+# On a CPU DeepSpeed compiles this extension at its first start. That takes 45 s, fails without a compiler, and hangs on a stale
+# lock if an earlier build was killed. gloo does the same work without it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def initialize_distributed(device: torch.device, level: str) -> None:
-    """Start the process group and set how much of DeepSpeed's own log is shown."""
+    """Start the process group (nccl on CUDA, else gloo). `level`: of DeepSpeed's own log, `debug` to `error`."""
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(level.upper())
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=level == "debug")
@@ -55,7 +63,12 @@ def initialize_distributed(device: torch.device, level: str) -> None:
 
 @contextmanager
 def gathered(parameter: nn.Parameter) -> Iterator[bool]:
-    """Make a partitioned parameter whole; what the first rank writes into it reaches all. Every rank must enter."""
+    """Gather a partitioned parameter for the length of a `with`; collective.
+
+    Yields True where this rank's writes count: on the first rank, which broadcasts them to the others at the end; on every
+    rank if the parameter is not partitioned.
+    """
+    # `ds_id` marks the parameters that zero.Init has partitioned.
     if not hasattr(parameter, "ds_id"):
         yield True
         return
@@ -64,7 +77,7 @@ def gathered(parameter: nn.Parameter) -> Iterator[bool]:
 
 
 def sample_parameter(engine: Engine, turn: int, num_values: int = 4096) -> tuple[str, bytes]:
-    """(name, bits of some of its values) of one parameter, another each turn. Every rank must call."""
+    """(name, bytes of at most `num_values` of its values) of parameter number `turn`, modulo their count; collective."""
     parameters = list(engine.module.named_parameters())
     name, parameter = parameters[turn % len(parameters)]
     with gathered(parameter):
@@ -73,20 +86,28 @@ def sample_parameter(engine: Engine, turn: int, num_values: int = 4096) -> tuple
 
 
 def num_parameters(settings: ModelSettings) -> int:
-    """Parameters of a model of this shape."""
+    """The number of parameters of a model of this shape."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in MTPModel(settings).parameters())
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter; a partitioned one's own shape is (0,) (`ds_shape` has the truth)."""
+    """The shape of the whole parameter.
+
+    Under zero.Init a parameter's own shape is (0,) and its dim() is 1, on a single rank too, so code that groups by
+    `parameter.dim() >= 2` silently skips weight decay and initialisation. `ds_shape` has the true shape.
+    """
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def build_policy(settings: Settings, config: dict[str, Any]) -> Engine:
-    """The policy under its engine, weights drawn or read from `model.pretrained`."""
+    """Build the policy and its engine; weights are initialised, or loaded from `model.pretrained`.
+
+    config: the resolved DeepSpeed configuration.
+    """
     training = settings.training
     model = _build_model(settings.model, config, settings.model.pretrained, training.compile, training.activation_checkpointing)
+    # An optimizer object rather than the JSON's "optimizer": DeepSpeed would compile its own FusedAdam, which takes minutes.
     optimizer = torch.optim.AdamW(
         parameter_groups(model, training),
         lr=training.learning_rate,
@@ -105,7 +126,17 @@ def build_reference(
     policy_config: dict[str, Any],
     compile_setting: str = "auto",
 ) -> Engine:
-    """The frozen reference in an engine without optimiser; `directory` None draws random weights (a dry run's)."""
+    """Build the frozen reference in an engine without an optimizer.
+
+    Weights are loaded before `deepspeed.initialize`, because `load_checkpoint` fails on an engine without an optimizer.
+
+    Args:
+        directory: the model's files; None initialises random weights (for a dry run).
+        sharding: `zero3` partitions it; `replicate` keeps it whole on every rank.
+        policy_config: the policy's resolved configuration, from which precision and gathering limits are taken.
+        compile_setting: `training.compile`.
+    """
+    # The reference follows the policy in precision and in how much of it may be gathered at a time.
     config: dict[str, Any] = {
         key: policy_config[key] for key in ("train_micro_batch_size_per_gpu", "bf16") if key in policy_config
     }
@@ -117,18 +148,21 @@ def build_reference(
         "stage3_max_reuse_distance",
     )
     kept = {name: zero[name] for name in names if name in zero}
+
+    # Whole means stage 0: stages 1 and 2 assert that there is an optimizer.
     config |= {
         "zero_optimization": {"stage": 3, **kept} if sharding == "zero3" else {"stage": 0},
         "steps_per_print": None,
     }
+
     model = _build_model(settings, config, directory, compile_setting).requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    engine.eval()  # DeepSpeed's returns nothing.
+    engine.eval()  # Unlike torch's, it does not return the module.
     return engine
 
 
 def parameter_groups(model: nn.Module, training: TrainingSettings) -> list[dict[str, Any]]:
-    """Weight decay on matrices; none on norms and biases."""
+    """AdamW's parameter groups: weight decay on matrices, none on norms and biases."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if len(full_shape(parameter)) >= 2]
     vectors = [parameter for parameter in parameters if len(full_shape(parameter)) < 2]
@@ -137,47 +171,57 @@ def parameter_groups(model: nn.Module, training: TrainingSettings) -> list[dict[
 
 
 def backward(engine: Engine, loss: Tensor) -> None:
-    """Add the gradient of this rank's part of the objective.
+    """Add the gradient of this rank's part of the objective; once per micro-step.
 
-    The objective is the plain sum of all ranks' and micro-steps' losses, each already divided by the step's global
-    counts. DeepSpeed divides by the accumulation steps (not asked to here) and averages over ranks (undone here); this
-    is the one place that knows.
+    The objective is the plain sum of all ranks' and micro-steps' losses, each already divided by the step's global counts:
+
+        gradient = Σ_ranks Σ_micro-steps ∂loss
+
+    DeepSpeed would divide by the accumulation steps (`scale_wrt_gas=False` turns that off) and averages over ranks (the factor
+    world_size undoes that). Both corrections are made here and nowhere else. Never call `loss.backward()`: a hook of
+    DeepSpeed's divides by the accumulation steps there too.
     """
     engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
 
 def end_micro_step(engine: Engine) -> bool:
-    """Close a micro-step; the step's last one updates the weights, or on all ranks discards a gradient that is not
-    finite. Returns whether weights were updated."""
+    """End a micro-step. The last one of a step updates the weights, or discards a non-finite gradient on all ranks.
+
+    Returns:
+        True if the weights were updated. DeepSpeed's `global_steps` counts discarded steps too, so it is not used.
+    """
     engine.step()
     return engine.was_step_applied()
 
 
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:
+    """Set the learning rate of all parameter groups for the next update."""
     optimizer: Any = engine.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
 
 def gradient_norm(engine: Engine) -> float | None:
-    """L2 norm of the last step's whole gradient before clipping; None where it was not finite. Waits for the device."""
+    """L2 norm of the last step's whole gradient before clipping, None if not finite; the host waits for the device."""
     norm = engine.get_global_grad_norm()
     norm = math.nan if norm is None else float(norm)
     return norm if math.isfinite(norm) else None
 
 
 def release(engine: Engine) -> None:
-    """Give back the memory of an engine that is no longer needed: weights, gradients, optimiser state."""
+    """Free the memory of an engine that is no longer needed: weights, gradients, optimizer state."""
     parameters = list(engine.module.parameters())
     engine.destroy()
-    # Hooks of DeepSpeed's that last as long as the process name the engine and its model, so neither is ever collected:
-    # what they hold has to be emptied.
-    for optimizer in filter(None, (engine.optimizer, engine.basic_optimizer)):  # A reference's engine has none.
+
+    # Process-wide hooks of DeepSpeed's keep references to the engine and its model, so Python never collects them. Empty what
+    # they hold instead.
+    for optimizer in filter(None, (engine.optimizer, engine.basic_optimizer)):  # The reference's engine has neither.
         vars(optimizer).clear()
     for parameter in parameters:
         parameter.grad = None
         for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
             held.data = held.data.new_empty(0)
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -192,13 +236,16 @@ def _build_model(
 ) -> MTPModel:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     elementwise = elementwise_for(compile_setting, activation_checkpointing, device_type)
+
+    # Under ZeRO-3 each parameter is partitioned as soon as its module is built, so the whole model never exists on a rank.
     partitioned = config.get("zero_optimization", {}).get("stage", 0) == 3
     with deepspeed.zero.Init(config_dict_or_path=dict(config)) if partitioned else nullcontext():
         model = MTPModel(settings, activation_checkpointing, elementwise)
     if partitioned:
-        # A block is gathered as one: a third of the collectives, and half the time that the hooks of all its parts take on the
-        # host, which a GPU waited for (22 layers: 0.22 s a step before, 0.11 s after).
+        # Gather a block in one collective instead of one per linear layer and norm. That is a third of the collectives and half
+        # the time in DeepSpeed's Python hooks, for which the GPU waited (22 layers: 0.22 s of a step before, 0.11 s after).
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
+
     if weights is None:
         initialize_weights(model, gathered)
     else:

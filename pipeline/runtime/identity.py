@@ -1,47 +1,55 @@
-"""What may not change between a run and its continuation: settings by their flat names, `section.key`, and by fingerprints the
-data and the models that they name."""
+"""The identity of a run: what must not change when it is resumed.
+
+It consists of the settings by their flat names (`section.key`), fingerprints of the data and models that they name, and the
+parts of the DeepSpeed configuration that decide layout and precision. Each setting's `ResumeRule` says what a change means.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Change, DataSettings, Settings
+from pipeline.config import DataSettings, ResumeRule, Settings
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Location
 
-# What a change of each setting means, as the setting itself says.
-CHANGES = {
+RESUME_RULES = {
     f"{section}.{key}": change
     for section, values in Settings()
     for key, setting in type(values).model_fields.items()
     for change in setting.metadata
-    if isinstance(change, Change)
+    if isinstance(change, ResumeRule)
 }
-# What the position of a run, one integer, is counted in.
-FIXED = tuple(key for key, change in CHANGES.items() if change is Change.FIXED)
+"""The rule of each setting by its flat name, collected from the annotations in `config`."""
+
+FIXED_SETTINGS = tuple(key for key, change in RESUME_RULES.items() if change is ResumeRule.FIXED)
+"""Settings in which the position in the data, one integer, is counted: they can never change."""
 
 
-def differences_that_matter(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Settings (flat, `section.key`) that differ and change the result of a run, one sentence each."""
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """List the entries of two identities that differ and change a run's result, one sentence each."""
     keys = dict.fromkeys([*before, *after])
     return [
         f"{key}: was {before.get(key)!r}, is now {after.get(key)!r}"
         for key in keys
-        if before.get(key) != after.get(key) and CHANGES.get(key) is not Change.FREE
+        if before.get(key) != after.get(key) and RESUME_RULES.get(key) is not ResumeRule.FREE
     ]
 
 
 def flatten(settings: Settings) -> dict[str, Any]:
-    """`{"section.key": value}` with JSON values."""
+    """The settings as one flat dict, `{"section.key": value}`, with JSON values."""
     dumped = settings.model_dump(mode="json")
     return {f"{section}.{key}": value for section, keys in dumped.items() for key, value in keys.items()}
 
 
 def identity_of(settings: Settings, deepspeed: dict[str, Any], cached: Sequence[Any] = ()) -> dict[str, Any]:
-    """What must be the same when a run continues: settings, data, reference (`cached`: the manifests of its cached losses,
-    which in float32 are as good as itself), and what of the (resolved) DeepSpeed JSON decides how weights lie and in which
-    precision they are."""
+    """Collect the identity that a resumed run must share: settings, data, reference and DeepSpeed's layout and precision.
+
+    Args:
+        deepspeed: the resolved DeepSpeed configuration.
+        cached: manifests of the reference's cached losses, if any. In float32 they select exactly what the live reference
+            does, so both have the same identity.
+    """
     reference = settings.reference.path
     fingerprint = model_fingerprint(reference) if reference is not None else None
     return flatten(settings) | {
@@ -56,7 +64,7 @@ def identity_of(settings: Settings, deepspeed: dict[str, Any], cached: Sequence[
 
 
 def _data_fingerprint(data: DataSettings) -> str | list[Any]:
-    """Of the manifest; of a mixture, each set's name, weight and manifest."""
+    """SHA-256 of the data's manifest; for a mixture [name, weight, SHA-256] of each set."""
 
     def of(place: Location) -> str:
         return hashlib.sha256(read_whole(place / "manifest.json", data.access)).hexdigest()
@@ -68,7 +76,10 @@ def _data_fingerprint(data: DataSettings) -> str | list[Any]:
 
 
 def model_fingerprint(directory: Path) -> str:
-    """Of a model's files: their sizes, and their first and last MiB. A whole hash of a large model takes minutes."""
+    """Fingerprint of a model folder: names, sizes, and first and last MiB of its safetensors files.
+
+    Hashing every byte of a large model takes minutes at each start.
+    """
     digest = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):
         size = file.stat().st_size

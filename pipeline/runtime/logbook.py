@@ -1,7 +1,7 @@
-"""Where the numbers go: metrics.jsonl, TensorBoard, and what a person reads on the terminal. First rank only.
+"""Write metrics to metrics.jsonl and TensorBoard, and format them for the terminal. First rank only.
 
-metrics.jsonl and TensorBoard hold the same values; on resuming, what was logged beyond the checkpoint is dropped from
-both, because those steps are made again.
+metrics.jsonl and TensorBoard hold the same values. When a run resumes, records after its checkpoint are dropped from both,
+because those steps are trained again.
 """
 
 import json
@@ -20,9 +20,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Logbook:
-    """Writes records of one run directory, from `first_step` on; 0 is a new start, which keeps nothing."""
+    """Writer of one run directory's metrics. `first_step`: the step resumed from; 0 is a new run, which keeps no old record."""
 
     def __init__(self, run_dir: Path, first_step: int, num_heads: int):
+        # Cut metrics.jsonl to the checkpoint; SummaryWriter's purge_step does the same for TensorBoard.
         path = run_dir / METRICS_FILE
         kept = [record for record in read_records(run_dir) if 0 < first_step >= record["step"]]
         write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
@@ -32,6 +33,7 @@ class Logbook:
             self.board.add_custom_scalars(_layout(num_heads))
 
     def write(self, record: Record) -> None:
+        """Append a record to metrics.jsonl and its values to TensorBoard."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         for key, value in record.items():
@@ -40,7 +42,7 @@ class Logbook:
                 self.board.add_scalar(tag, value, record["step"])
 
     def write_histograms(self, step: int, totals: Totals) -> None:
-        """The distribution of each selecting head's excess loss, as TensorBoard draws it over the steps."""
+        """Add a histogram of each selecting head's excess loss to TensorBoard."""
         for head, counts_V in enumerate(totals.whole.histogram_KV, start=1):
             filled = counts_V.nonzero().flatten().tolist()
             if filled:
@@ -54,7 +56,7 @@ class Logbook:
 
 
 def read_records(run_dir: Path) -> list[Record]:
-    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    """Read metrics.jsonl; an incomplete last line, as a kill may leave it, is skipped."""
     path = run_dir / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -80,10 +82,16 @@ _TAGS = {
 
 
 def tensorboard_tag(key: str, split: str | None = None) -> str | None:
-    """`loss_head_0` -> `loss/head_0`, `selected_ratio_head_1` -> `selection/ratio/head_1`, of one source
-    `source/NAME/selected_ratio/head_1`; over all heads `excess_mean` -> `selection/excess_mean`; `data_tokens_source_NAME` ->
-    `data/tokens/source_NAME`; what is no statistic of heads `train/`, as `loss` -> `train/loss`; with a split
-    `SPLIT/loss/head_0`, `SPLIT/loss`."""
+    """Map a metric's key to its TensorBoard tag; None for `step` and `split`, which are not curves.
+
+    loss_head_0                          loss/head_0
+    selected_ratio_head_1                selection/ratio/head_1
+    selected_ratio_head_1_source_NAME    source/NAME/selected_ratio/head_1
+    excess_mean                          selection/excess_mean
+    data_tokens_source_NAME              data/tokens/source_NAME
+    loss, learning_rate                  train/loss, train/learning_rate
+    loss_head_0 with split="validation"  validation/loss/head_0
+    """
     if key in ("step", "split"):
         return None
     if key.startswith("data_") or key == "corrupt_samples":
@@ -102,7 +110,7 @@ def tensorboard_tag(key: str, split: str | None = None) -> str | None:
 
 
 def progress_line(record: Record, total_steps: int, seconds_left: float) -> str:
-    """step/total, objective, selected share of each head, tokens/s, time left."""
+    """Format one line: step/total, objective, selected share of each head, tokens/s, time left."""
     heads = _heads(record)
     shares = " ".join(_percent(record[f"selected_ratio_head_{head}"]) for head in heads)
     return (
@@ -112,7 +120,7 @@ def progress_line(record: Record, total_steps: int, seconds_left: float) -> str:
 
 
 def selection_block(record: Record) -> str:
-    """The statistics of one step's selection, as a block of lines."""
+    """Format the statistics of one step's selection as a block of lines."""
     heads = _heads(record)
     lines = [
         f"[Step {record['step']}] Training metrics:",
@@ -135,20 +143,27 @@ def selection_block(record: Record) -> str:
     return "\n".join(lines)
 
 
-def closing_table(records: Sequence[Record], run_dir: Path, source_names: Sequence[str]) -> str:
-    """Held-out loss per head at the start and the end, selection per head over the last quarter of the steps, and for
-    each named source its share in the data and among the selected pairs."""
+def summary_table(records: Sequence[Record], run_dir: Path, source_names: Sequence[str]) -> str:
+    """Format the table that closes a run.
+
+    Rows: held-out loss per head at the start and the end; the share selected per head over the last quarter of the steps; and
+    for each named source its share in the data and among the selected pairs.
+    """
     trained = [record for record in records if "split" not in record]
     if not trained:
         return ""
     heads = _heads(trained[-1])
     last_quarter = [record for record in trained if record["step"] > 0.75 * trained[-1]["step"]]
     held_out = [record for record in records if record.get("split") == "validation"]
+
+    # Held-out losses.
     rows = [["", *(f"head {head} (t+{head + 1})" for head in heads)]]
     if held_out:
         for when, record in (("start", held_out[0]), ("end", held_out[-1])):
             losses = [_number(record[f"loss_head_{head}"], 3) for head in heads]
             rows.append([f"held-out loss, {when} (step {record['step']})", *losses])
+
+    # Shares over the last quarter: sum counts over its steps, then divide once.
     counts = {key: sum(record.get(key) or 0 for record in last_quarter) for key in trained[-1] if "_count_" in key}
     rows.append(
         ["selected", *(_percent(ratio(counts[f"selected_count_head_{h}"], counts[f"valid_count_head_{h}"])) for h in heads)]
@@ -158,6 +173,7 @@ def closing_table(records: Sequence[Record], run_dir: Path, source_names: Sequen
             for label, kind in (("in the data", "valid"), ("among selected", "selected")):
                 parts = [(counts[f"{kind}_count_head_{h}_source_{name}"], counts[f"{kind}_count_head_{h}"]) for h in heads]
                 rows.append([f"share of {name} {label}", *(_percent(ratio(part, whole)) for part, whole in parts)])
+
     first, last = last_quarter[0]["step"], last_quarter[-1]["step"]
     return "\n".join(
         [
@@ -171,7 +187,7 @@ def closing_table(records: Sequence[Record], run_dir: Path, source_names: Sequen
 
 
 def without_non_finite(record: Record) -> Record:
-    """JSON has no NaN: such values become null."""
+    """Replace non-finite values by None, because JSON has no NaN."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
 
 
@@ -180,7 +196,7 @@ def _heads(record: Record) -> list[int]:
 
 
 def _layout(num_heads: int) -> dict[str, Any]:
-    """One chart a quantity, with all heads in it, and one a head with all sources in it. Tags are regular expressions."""
+    """TensorBoard's custom scalars: one chart per quantity with all heads, one per head with all sources. Tags are regexes."""
     charts = {
         "policy loss": ("loss", 0),
         "selected ratio": ("selection/ratio", 0),
@@ -201,7 +217,7 @@ def _layout(num_heads: int) -> dict[str, Any]:
 
 
 def _histogram(counts: list[float], first: int, last: int) -> dict[str, Any]:
-    """The bins from the first to the last filled one, for `add_histogram_raw`; moments from the bins' middles."""
+    """Arguments of `add_histogram_raw` from bin counts, cut to [first, last]; the moments are those of the bins' centres."""
     counts = counts[first : last + 1]
     middles = [EXCESS_LOWEST + (first + number + 0.5) * EXCESS_BIN_WIDTH for number in range(len(counts))]
     return {

@@ -1,4 +1,4 @@
-"""What a step or a validation did, over all ranks: sums on the device, one reduction, then plain numbers.
+"""The metrics of a step or a validation over all ranks: sums on the device, one reduction, then plain numbers.
 
 Everything is a sum divided once by a global count; a mean of ranks' means would weigh ranks with few valid pairs too
 much. Sums are float64, counts in them exact. A mean over losses of which one was not finite does not exist: it is None,
@@ -8,7 +8,7 @@ Distributions are histograms of `EXCESS_BINS` bins: percentiles read from them a
 true ones, for values inside; what lies outside counts in the outermost bins.
 
 Shapes: B rows, T tokens, N = B * T, H heads, K = H - 1 the heads that select, P pairs of such heads, S sources, V bins
-of a histogram, C columns of sums.
+of a histogram, C columns of sums, X those of one name.
 """
 
 import itertools
@@ -32,18 +32,36 @@ PERCENTILES = (10, 50, 90)
 
 
 class SelectionSums:
-    """Sums over the micro-batches of one step or one validation. `finite` is false once a loss was not; `bad_rows` says
-    for each micro-batch of this rank in which rows and heads, bool [B, H]; `thresholds` its thresholds, [K]."""
+    """Sums over the micro-batches of one step or one validation, on the device.
+
+    finite: bool scalar, false once a loss was not finite. bad_rows: for each micro-batch of this rank bool [B, H], true where
+    a loss was not finite. thresholds: of each micro-batch, float32 [K].
+    """
 
     def __init__(self, num_heads: int, num_sources: int, device: torch.device):
+        num_selecting = num_heads - 1
         # Made here, because an index made from numbers on the host is copied, and copies wait.
-        self.pairs_2P = torch.triu_indices(num_heads - 1, num_heads - 1, offset=1, device=device)
-        self.widths = [*[num_heads] * 5, *[num_heads - 1] * 4, self.pairs_2P.shape[1]]
+        self.pairs_2P = torch.triu_indices(num_selecting, num_selecting, offset=1, device=device)
         self.sources_S = torch.arange(num_sources, device=device)
-        zeros_K = torch.zeros(num_heads - 1, dtype=torch.float64, device=device)
-        self.columns_SC = zeros_K.new_zeros(num_sources, sum(self.widths))
-        self.histogram_SKV = zeros_K.new_zeros(num_sources, num_heads - 1, EXCESS_BINS)
+
+        # What is summed for each source, by the names of `Counted`, with the number of columns.
+        self.widths = {
+            "valid": num_heads,
+            "selected": num_heads,
+            "bad_loss": num_heads,
+            "loss": num_heads,
+            "selected_loss": num_heads,
+            "bad_excess": num_selecting,
+            "excess": num_selecting,
+            "predicted_and_selected": num_selecting,
+            "predicted_or_selected": num_selecting,
+            "both": self.pairs_2P.shape[1],
+        }
+        zeros_K = torch.zeros(num_selecting, dtype=torch.float64, device=device)
+        self.columns_SC = zeros_K.new_zeros(num_sources, sum(self.widths.values()))
+        self.histogram_SKV = zeros_K.new_zeros(num_sources, num_selecting, EXCESS_BINS)
         self.threshold_K, self.threshold_weight_K = zeros_K, zeros_K.clone()
+
         self.compared = False
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.bad_rows: list[Tensor] = []
@@ -54,23 +72,43 @@ class SelectionSums:
         selection, policy_loss_BTH = losses.selection, losses.policy_loss_BTH
         self.compared = selection.excess_BTK is not None
         excess_BTK = torch.zeros_like(policy_loss_BTH[..., 1:]) if selection.excess_BTK is None else selection.excess_BTK
+
+        # Values that are not finite are counted, and are in no sum.
         finite_BTH, finite_BTK = torch.isfinite(policy_loss_BTH), torch.isfinite(excess_BTK)
         policy_loss_BTH, excess_BTK = policy_loss_BTH.where(finite_BTH, 0.0), excess_BTK.where(finite_BTK, 0.0)
-        selected_BTH = torch.cat([valid_BTH[..., :1], selection.selected_BTK], dim=-1)
-        one_BTP, other_BTP = (selection.selected_BTK.index_select(-1, heads_P) for heads_P in self.pairs_2P)
-        columns = [valid_BTH, selected_BTH, ~finite_BTH, policy_loss_BTH, policy_loss_BTH * selected_BTH]
-        foreseen_BTK = selection.selected_BTK.new_zeros(()) if losses.foreseen_BTK is None else losses.foreseen_BTK
-        columns += [~finite_BTK, excess_BTK, foreseen_BTK & selection.selected_BTK]
-        columns += [(foreseen_BTK | selection.selected_BTK) & (losses.foreseen_BTK is not None), one_BTP & other_BTP]
-        # A product with ones and zeros, not `index_add_`: its order of summation is always the same.
+
+        # The columns of every pair.
+        selected_BTK, has_prediction = selection.selected_BTK, losses.predicted_BTK is not None
+        selected_BTH = torch.cat([valid_BTH[..., :1], selected_BTK], dim=-1)
+        predicted_BTK = selected_BTK.new_zeros(()) if losses.predicted_BTK is None else losses.predicted_BTK
+        one_BTP, other_BTP = (selected_BTK.index_select(-1, heads_P) for heads_P in self.pairs_2P)
+        columns = {
+            "valid": valid_BTH,
+            "selected": selected_BTH,
+            "bad_loss": ~finite_BTH,
+            "loss": policy_loss_BTH,
+            "selected_loss": policy_loss_BTH * selected_BTH,
+            "bad_excess": ~finite_BTK,
+            "excess": excess_BTK,
+            "predicted_and_selected": predicted_BTK & selected_BTK,
+            "predicted_or_selected": (predicted_BTK | selected_BTK) & has_prediction,
+            "both": one_BTP & other_BTP,
+        }
+
+        # Sums by source. A product with ones and zeros, not `index_add_`: its order of summation is always the same.
         is_of_source_SN = sources_BT.flatten() == self.sources_S[:, None]
-        self.columns_SC += is_of_source_SN.double() @ torch.cat(columns, dim=-1).flatten(0, 1).double()
+        columns_BTC = torch.cat([columns[name] for name in self.widths], dim=-1)
+        self.columns_SC += is_of_source_SN.double() @ columns_BTC.flatten(0, 1).double()
         if self.compared:
             self._add_to_histogram(excess_BTK, valid_BTH[..., 1:] & finite_BTK, sources_BT)
+
+        # Thresholds, whose mean is weighted by valid pairs.
         weight_K = selection.threshold_weight_K
         self.threshold_K += torch.where(weight_K > 0, selection.threshold_K, 0.0) * weight_K
         self.threshold_weight_K += weight_K
         self.thresholds.append(selection.threshold_K)
+
+        # The micro-batch's part of the rule for numbers that are not finite (`runtime.non_finite`).
         finite_BTH = finite_BTH & F.pad(finite_BTK, (1, 0), value=True)
         self.bad_rows.append(~finite_BTH.all(1))
         self.finite &= finite_BTH.all() & selection.finite
@@ -82,29 +120,39 @@ class SelectionSums:
         self.histogram_SKV.view(-1).scatter_add_(0, bin_BTK.flatten(), counted_BTK.flatten().double())
 
     def over_ranks(self, group: Group) -> "Totals":
-        """One collective, which every rank must join, and one copy to the host."""
+        """Sum over all ranks, with one collective that every rank must join, and one copy to the host."""
         parts = [self.columns_SC, self.histogram_SKV, self.threshold_K, self.threshold_weight_K]
         flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]), group).cpu()
         columns, histogram, threshold_K, weight_K = flat.split([part.numel() for part in parts])
-        by_kind = columns.view(self.columns_SC.shape).split(self.widths, dim=1)
+
+        columns_SX = columns.view(self.columns_SC.shape).split(list(self.widths.values()), dim=1)
+        by_name = dict(zip(self.widths, columns_SX, strict=True))
         histogram_SKV = histogram.view(self.histogram_SKV.shape)
         by_source = [
-            Counted(self.compared, histogram_SKV[source], *(kind_SX[source].tolist() for kind_SX in by_kind))
+            Counted(
+                compared=self.compared,
+                histogram_KV=histogram_SKV[source],
+                **{name: sums_SX[source].tolist() for name, sums_SX in by_name.items()},
+            )
             for source in range(len(histogram_SKV))
         ]
-        whole = Counted(self.compared, histogram_SKV.sum(0), *(kind_SX.sum(0).tolist() for kind_SX in by_kind))
+        whole = Counted(
+            compared=self.compared,
+            histogram_KV=histogram_SKV.sum(0),
+            **{name: sums_SX.sum(0).tolist() for name, sums_SX in by_name.items()},
+        )
         thresholds = [ratio(*of_head) for of_head in zip(threshold_K.tolist(), weight_K.tolist(), strict=True)]
         return Totals(whole, by_source, thresholds)
 
     def record(self, scale_H: Sequence[float], source_names: Sequence[str], group: Group) -> Record:
-        """The metrics of these sums; one collective, which every rank must join."""
+        """Return the metrics of these sums; one collective, which every rank must join."""
         return self.over_ranks(group).record(scale_H, source_names)
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What was counted and summed over the pairs of a source, or all: lists of a number for each head (`excess`,
-    `bad_excess` and what was foreseen for heads 1..., `both`, pairs that two heads select, for each two of these).
+    """Counts and sums over the pairs of a source, or of all: lists of a number for each head (`excess`, `bad_excess` and
+    those of the prediction for heads 1..., `both`, pairs that two heads select, for each two of these).
 
     `bad_loss` and `bad_excess` are numbers of valid pairs whose value is not finite; such values are in no sum.
     `compared` is false without a reference.
@@ -119,8 +167,8 @@ class Counted:
     selected_loss: list[float]
     bad_excess: list[float]
     excess: list[float]
-    foreseen_rightly: list[float]
-    foreseen_or_selected: list[float]
+    predicted_and_selected: list[float]
+    predicted_or_selected: list[float]
     both: list[float]
 
     @property
@@ -128,7 +176,7 @@ class Counted:
         return not any(self.bad_loss) and not any(self.bad_excess)
 
     def statistics(self) -> Record:
-        """Of each head, of each two selecting heads, and overall."""
+        """Return the metrics of each head, of each two selecting heads, and overall."""
         record: Record = {}
         *percentiles, overall = excess_percentiles(torch.cat([self.histogram_KV, self.histogram_KV.sum(0, keepdim=True)]))
         for head, (valid, selected) in enumerate(zip(self.valid, self.selected, strict=True)):
@@ -152,8 +200,8 @@ class Counted:
         return record
 
     def _of_heads(self, heads: slice, percentiles: Sequence[float | None]) -> Record:
-        """Means over the pairs of some selecting heads, given as a part of 1...: excess, and the policy loss of what
-        they selected and of what they rejected."""
+        """Average over the pairs of some selecting heads, given as a slice of 1...: excess, and the policy loss of selected
+        and of rejected pairs."""
         valid, selected, loss, selected_loss, bad_loss = (
             sum(numbers[1:][heads]) for numbers in (self.valid, self.selected, self.loss, self.selected_loss, self.bad_loss)
         )
@@ -169,7 +217,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class Totals:
-    """Over all ranks. thresholds: of heads 1...; a threshold belongs to a pool, so that neither a source nor several
+    """Sums over all ranks. thresholds: of heads 1...; a threshold belongs to a pool, so that neither a source nor several
     heads together have one."""
 
     whole: Counted
@@ -177,7 +225,7 @@ class Totals:
     thresholds: list[float | None]
 
     def record(self, scale_H: Sequence[float], source_names: Sequence[str]) -> Record:
-        """The metrics; `scale_H` is the objective's factor for a selected loss of each head. Without names ("") there
+        """Return the metrics; `scale_H` is the objective's factor for a selected loss of each head. Without names ("") there
         are none by source."""
         whole = self.whole
         objective = sum(scale * loss for scale, loss in zip(scale_H, whole.selected_loss, strict=True))
@@ -186,8 +234,8 @@ class Totals:
         for index, threshold in enumerate(self.thresholds):
             is_bad = whole.bad_loss[index + 1] or whole.bad_excess[index]
             record[f"threshold_head_{index + 1}"] = None if is_bad else threshold
-            foreseen = whole.foreseen_or_selected[index]
-            record[f"prediction_hit_rate_head_{index + 1}"] = ratio(whole.foreseen_rightly[index], foreseen)
+            hits, either = whole.predicted_and_selected[index], whole.predicted_or_selected[index]
+            record[f"prediction_hit_rate_head_{index + 1}"] = ratio(hits, either)
         for name, counted in zip(source_names, self.by_source, strict=True):
             if name:
                 record |= {f"{key}_source_{name}": value for key, value in counted.statistics().items()}
@@ -195,12 +243,12 @@ class Totals:
 
 
 def excess_bin(excess: Tensor) -> Tensor:
-    """int64 number of the histogram bin of each excess; what lies outside counts in the outermost bin."""
+    """Return the histogram bin of each excess, int64; values outside count in the outermost bins."""
     return ((excess - EXCESS_LOWEST) / EXCESS_BIN_WIDTH).floor().clamp(0, EXCESS_BINS - 1).long()
 
 
 def excess_percentiles(counts_XV: Tensor) -> list[list[float | None]]:
-    """For each histogram the middles of the bins in which the values of those ranks lie; None where it is empty."""
+    """Return for each histogram the middles of the bins in which the percentiles lie; None where it is empty."""
     reached_XV = counts_XV.cumsum(-1)
     # In whole numbers, so that rounding cannot make the rank one more.
     found = [(100 * reached_XV >= percent * reached_XV[:, -1:]).int().argmax(-1) for percent in PERCENTILES]

@@ -1,10 +1,10 @@
-"""Tables for a terminal."""
+"""Plain-text tables for the terminal."""
 
 from collections.abc import Iterable, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """One line a row; the first column to the left, the others to the right."""
+    """Format rows as lines of aligned columns: the first column flush left, the others flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(_aligned_row(row, widths) for row in rows)
 

@@ -1,9 +1,9 @@
-"""Cross-entropy over a vocabulary in chunks of rows: no [rows, vocabulary] tensor beyond one chunk ever exists.
+"""Cross-entropy over a vocabulary in chunks of rows: no [rows, vocabulary] tensor larger than one chunk ever exists.
 
-`token_losses` scores rows without gradient. `WeightedCrossEntropy` gathers sum(row_weight * loss) over rows that become
-known bit by bit, and its gradients with it: they are made while a chunk's log-probabilities are at hand, in place, and
-a row can be taken back. Gradients that exist before autograd asks for them must be scaled by whatever multiplies the loss
-later, as accumulation and world size do; `with_gradients` does that for both, so any such factor stays exact.
+`token_losses` scores rows without gradient. `WeightedCrossEntropy` accumulates the gradients of sum(row_weight * loss) over
+rows that become known in several passes: gradients are computed in place while a chunk's log-probabilities are in memory, and
+a row can be subtracted again. Gradients that exist before autograd asks for them must be scaled by whatever multiplies the
+loss later, such as accumulation and world size; `with_gradients` scales both, so that any factor stays exact.
 
 Logits and losses are float32 whatever the dtype of the inputs: a product of bf16 matrices is summed in float32 and never
 rounded to bf16, which would move 0.2 % of a selection. The weight's gradient is accumulated in float32 over all chunks and
@@ -16,15 +16,10 @@ Shapes: N rows, C rows of a chunk, D width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-Foresee = Callable[[Tensor, Tensor], Tensor]
-"""(losses of some rows, float32 [C], and their numbers, int64 [C]) -> how surely each will be wanted, float32 [C]; where that
-is 0 or more it probably will."""
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 """Most logits of one chunk, by kind of device: 64 MiB in float32, 1 GiB on CUDA. Matrix products want a few hundred rows to
@@ -32,7 +27,16 @@ run at full speed; and each chunk adds to a whole [V, D] in float32, for which a
 about a thousand rows. On an H200, V 128k, 16k tokens, chunks of 2^27, 2^28 and 2^29 logits took 287, 243 and 224 ms."""
 
 MOVES = 16
-"""In so many parts a chunk's rows are moved, so that what a move needs beside the chunk is a sixteenth of it."""
+"""Steps in which the rows of a chunk are moved: a move needs a sixteenth of a chunk beside it."""
+
+
+class MarginPredictor(Protocol):
+    """A guess at which rows will be wanted."""
+
+    def predicted_margin(self, loss_C: Tensor, rows_C: Tensor, /) -> Tensor:
+        """Predict how far above the threshold rows will lie (float32 [C]), from their losses (float32 [C]) and numbers
+        (int64 [C]); 0 or more means that a row will probably be wanted."""
+        ...
 
 
 def rows_per_chunk(num_rows: int, vocab_size: int, device_type: str = "cpu") -> int:
@@ -69,39 +73,47 @@ class WeightedCrossEntropy:
         self.weight_grad_VD = torch.zeros_like(self.weight_VD, dtype=torch.float32)
         self._buffer_CV = _chunk_buffer(weight_VD, chunk_rows)
 
-    def score(self, rows: Tensor, take: float, foresee: Foresee | None = None) -> None:
-        """The losses of `rows` (int64), and at once the gradients of a part `take` of them, all, none or those that are
-        wanted most surely.
+    def score(self, rows: Tensor, take: float, predictor: MarginPredictor | None = None) -> None:
+        """Compute the losses of `rows` (int64), and at once the gradients of a part of them: of all (`take` 1), of none (0),
+        or of that share with the largest predicted margins.
 
-        How many rows of a chunk have room is known beforehand, so that nothing waits for the device; a row that has room but
-        will probably not be wanted enters with weight 0.
+        The number of rows taken from a chunk is fixed beforehand, so that the host never waits for the device; a row that is
+        taken but will probably not be wanted enters with weight 0.
         """
         for rows_C in _chunks(rows, self.chunk_rows):
             log_probability_CV = _log_probabilities(self.hidden_ND[rows_C], self.weight_VD, self._buffer_CV)
             self.loss_N[rows_C] = loss_C = _losses(log_probability_CV, self.targets_N[rows_C])
+
             num_taken = math.ceil(take * len(rows_C))
             if num_taken == 0:
                 continue
-            wanted_C, places = torch.ones_like(rows_C, dtype=torch.bool), None
-            if foresee is not None:
-                surplus_C = foresee(loss_C, rows_C)
-                places = surplus_C.sort(descending=True, stable=True).indices[:num_taken].sort().values
-                rows_C, wanted_C = rows_C[places], surplus_C[places] >= 0
+
+            # The taken rows of the chunk, in ascending order, and which of them will be wanted.
+            taken_C, wanted_C = None, torch.ones_like(rows_C, dtype=torch.bool)
+            if predictor is not None:
+                margin_C = predictor.predicted_margin(loss_C, rows_C)
+                taken_C = margin_C.sort(descending=True, stable=True).indices[:num_taken].sort().values
+                rows_C, wanted_C = rows_C[taken_C], margin_C[taken_C] >= 0
+
             self.taken_N[rows_C] = wanted_C
             weight_C = self.row_weight_N[rows_C] * wanted_C
-            self._add(log_probability_CV, places, rows_C, weight_C, weight_C)
+            self._add(log_probability_CV, taken_C, rows_C, weight_C, weight_C)
 
     def repair(self, wanted_N: Tensor) -> None:
-        """Make the sums those of the rows in `wanted_N`, all of which were scored. Rows missed are added; rows taken wrongly
-        are subtracted from the weight's gradient and zeroed in the hidden one. Where that is more work than all the wanted
-        rows are, and would leave more rounding than gradient, everything starts from zero. Waits for the device once."""
+        """Correct the sums to those of the rows in `wanted_N`, all of which were scored.
+
+        Rows missed are added; rows taken wrongly are subtracted from the weight's gradient and zeroed in the hidden one.
+        Where these are more than the wanted rows, which would leave more rounding than gradient, everything starts from zero.
+        The host waits for the device once, to learn how many rows there are.
+        """
         differs_N = self.taken_N != wanted_N
         num_different, num_wanted = torch.stack([differs_N.sum(), wanted_N.sum()]).tolist()
         from_zero = num_different > num_wanted
         if from_zero:
             self.hidden_grad_ND.zero_()
             self.weight_grad_VD.zero_()
-        rows = places_of(wanted_N, num_wanted) if from_zero else places_of(differs_N, num_different)
+
+        rows = indices_of(wanted_N, num_wanted) if from_zero else indices_of(differs_N, num_different)
         for rows_C in _chunks(rows, self.chunk_rows):
             log_probability_CV = _log_probabilities(self.hidden_ND[rows_C], self.weight_VD, self._buffer_CV)
             weight_C, wanted_C = self.row_weight_N[rows_C], wanted_N[rows_C]
@@ -117,19 +129,27 @@ class WeightedCrossEntropy:
     def _add(
         self,
         log_probability_CV: Tensor,
-        places: Tensor | None,
+        taken_C: Tensor | None,
         rows_C: Tensor,
         hidden_weight_C: Tensor,
         weight_C: Tensor,
     ) -> None:
-        """Set the hidden gradient of the rows at some `places` of a chunk (None: of all) and add to the weight's; the chunk's
-        log-probabilities are used up. rows_C: the numbers of those rows, with their weights."""
-        logit_grad_CV = _probabilities(log_probability_CV, places, self.hidden_ND.dtype)
-        # Of the target p - 1, as exp(-loss) - 1 in float32: p itself, rounded to bf16, is 1 from 0.998 on.
+        """Set the hidden gradient of some rows and add to the weight's; uses up the chunk's log-probabilities.
+
+        taken_C: the rows' indices within the chunk, None for all of it; rows_C: their numbers, with their weights in the
+        two gradients.
+        """
+        # d loss / d logits = softmax - onehot(target). At the target p - 1 = exp(-loss) - 1, in float32: p itself, rounded
+        # to bf16, is 1 from 0.998 on.
+        logit_grad_CV = _probabilities(log_probability_CV, taken_C, self.hidden_ND.dtype)
         target_grad_C = torch.expm1(-self.loss_N[rows_C]).to(logit_grad_CV.dtype)
         logit_grad_CV.scatter_(1, self.targets_N[rows_C, None], target_grad_C[:, None])
+
+        # d / d hidden = logit_grad @ weight, row by row.
         hidden_grad_CD = (logit_grad_CV @ self.weight_VD).mul_(hidden_weight_C[:, None])
         self.hidden_grad_ND.index_copy_(0, rows_C, hidden_grad_CD)
+
+        # d / d weight = logit_grad.T @ hidden, summed over all chunks in float32.
         weighted_CD = (self.hidden_ND[rows_C] * weight_C[:, None]).to(logit_grad_CV.dtype)
         if logit_grad_CV.dtype == torch.float32:
             self.weight_grad_VD.addmm_(logit_grad_CV.T, weighted_CD)
@@ -137,14 +157,14 @@ class WeightedCrossEntropy:
             self.weight_grad_VD += logit_grad_CV.T @ weighted_CD
 
 
-def places_of(mask: Tensor, number: int | None = None) -> Tensor:
-    """int64, where a mask is set, in its flat list. Waits for the device, unless told how many places that are."""
+def indices_of(mask: Tensor, number: int | None = None) -> Tensor:
+    """Return the indices (int64) at which a flattened mask is set. Waits for the device, unless told how many they are."""
     mask_N = mask.flatten()
     return (mask_N.nonzero() if number is None else torch.nonzero_static(mask_N, size=number))[:, 0]
 
 
 def _chunks(rows: Tensor, chunk_rows: int) -> list[Tensor]:
-    """Each chunk has rows from everywhere, so that in all of them alike about the same share is wanted."""
+    """Split rows into strided chunks, so that each holds about the same share of selected rows."""
     num_chunks = -(-len(rows) // chunk_rows)
     return [rows[first::num_chunks] for first in range(num_chunks)]
 
@@ -153,18 +173,19 @@ def _chunk_buffer(weight_VD: Tensor, chunk_rows: int) -> Tensor:
     return torch.empty(chunk_rows, len(weight_VD), dtype=torch.float32, device=weight_VD.device)
 
 
-def _probabilities(log_probability_CV: Tensor, places: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """exp of the rows at `places`, which ascend, or of all; in float32 in the first rows of the same memory."""
+def _probabilities(log_probability_CV: Tensor, taken_C: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Exponentiate the rows at the indices `taken_C`, which ascend, or all; float32 ones into the first rows in place."""
     in_place = log_probability_CV.dtype == dtype
-    if places is None:
+    if taken_C is None:
         probability_CV = log_probability_CV if in_place else torch.empty_like(log_probability_CV, dtype=dtype)
         return torch.exp(log_probability_CV, out=probability_CV)
-    taken_CV = log_probability_CV[: len(places)]
-    probability_CV = taken_CV if in_place else torch.empty_like(taken_CV, dtype=dtype)
+
+    first_CV = log_probability_CV[: len(taken_C)]
+    probability_CV = first_CV if in_place else torch.empty_like(first_CV, dtype=dtype)
     step = -(-len(log_probability_CV) // MOVES)
-    for start in range(0, len(places), step):
-        # A few rows at a time: no row moves to a place that a later one is still read from.
-        moved_CV = log_probability_CV.index_select(0, places[start : start + step])
+    for start in range(0, len(taken_C), step):
+        # A few rows at a time: no row is overwritten that a later step still reads.
+        moved_CV = log_probability_CV.index_select(0, taken_C[start : start + step])
         torch.exp(moved_CV, out=probability_CV[start : start + step])
     return probability_CV
 

@@ -1,9 +1,9 @@
-"""How ranks that share a pool find its exact top together: two exchanges, equal bit for bit.
+"""The exact top of a pool that ranks share, found by two exchanges that agree bit for bit.
 
-`all_gather` shows every rank all keys: one collective, 4 bytes a pair, growing with the ranks and their tokens.
+`all_gather` gives every rank all keys: one collective, 4 bytes a pair, growing with the ranks and their tokens.
 `radix` never moves a pair: three all-reduced histograms (of 11, 11 and 10 bits of the keys, all heads at once) narrow
-the threshold down to its last bit, and one all-reduced table of tie counts says which ties are whose. Its traffic
-depends on the number of heads and, in the ties, of ranks, not of tokens. Both run the same collectives in the same order
+the threshold down to its last bit, and one all-reduced table of tie counts assigns the ties to ranks. Its traffic grows
+with the number of heads and, in the ties, of ranks, not with tokens. Both run the same collectives in the same order
 on every rank whatever its data, and neither waits for the device. `pipeline.benchmark.selection` measures them.
 
 Shapes: R ranks, M micro-steps of the pool, B rows, T tokens, K heads that select.
@@ -40,7 +40,7 @@ is slower by 0.3 ms at most."""
 
 
 def all_gather(values: Tensor, group: Group) -> Tensor:
-    """[R, *values.shape], the tensors of all ranks in rank order; shapes must be equal on all."""
+    """Gather the tensors of all ranks in rank order, [R, *values.shape]; shapes must be equal on all."""
     if group is None:
         return values[None]
     gathered = torch.empty((dist.get_world_size(group), *values.shape), dtype=values.dtype, device=values.device)
@@ -49,7 +49,7 @@ def all_gather(values: Tensor, group: Group) -> Tensor:
 
 
 def all_reduce_sum(values: Tensor, group: Group) -> Tensor:
-    """The sum over all ranks, in place."""
+    """Sum over all ranks, in place."""
     if group is not None:
         dist.all_reduce(values, group=group)
     return values
@@ -64,13 +64,13 @@ def ranks_of(group: Group) -> int:
 
 
 def on_device(numbers: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor, without waiting for the device: a copy from memory that is not pinned would."""
+    """Copy numbers from the host to a tensor without waiting for the device, by way of pinned memory."""
     values = torch.as_tensor(numbers, dtype=dtype)
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
-class OnTheWay:
-    """A device's values, on the way to the host from now on."""
+class HostCopy:
+    """A copy of a device's values to the host that runs behind the device's other work."""
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._arrived = values, None
@@ -80,7 +80,7 @@ class OnTheWay:
             self._arrived = torch.cuda.current_stream(values.device).record_event()
 
     def read(self) -> list[Any]:
-        """The values; waits if they have not arrived yet, and for nothing that the device was told to do after them."""
+        """Return the values; waits if they have not arrived yet, but not for work that the device was given after them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         # By way of numpy, which refuses what lies on a device.
@@ -89,19 +89,19 @@ class OnTheWay:
 
 
 def suited_exchange(num_keys: int, ranks: int) -> str:
-    """What `auto` takes for `num_keys` keys on each of so many ranks; every rank has equally many, so all choose alike."""
+    """Name the exchange that `auto` takes for `num_keys` keys a rank; all ranks have equally many, so all choose alike."""
     return "all_gather" if 4 * num_keys * ranks <= GATHER_AT_MOST else "radix"
 
 
 def exchange_named(name: str, num_keys: int, group: Group) -> Exchange:
-    """`all_gather`, `radix`, or by `auto` the one that suits `num_keys` keys a rank."""
+    """Return the exchange `all_gather` or `radix`, or by `auto` the one that suits `num_keys` keys a rank."""
     if name == "auto":
         name = suited_exchange(num_keys, ranks_of(group))
     return {"all_gather": select_by_gathering, "radix": select_by_radix}[name]
 
 
 def select_by_gathering(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """The `all_gather` exchange."""
+    """Select by the exchange `all_gather`."""
     keys_MRBTK = all_gather(keys_MBTK, group).transpose(0, 1)
     selected, thresholds = [], []
     for head, count in enumerate(num_selected_K):
@@ -113,7 +113,7 @@ def select_by_gathering(keys_MBTK: Tensor, num_selected_K: Sequence[int], group:
 
 
 def select_by_radix(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """The `radix` exchange."""
+    """Select by the exchange `radix`: the threshold's key digit by digit, highest first, then the ties."""
     num_heads = keys_MBTK.shape[-1]
     keys_KP = keys_MBTK.movedim(-1, 0).reshape(num_heads, -1)
     count_K = on_device(num_selected_K, torch.int64, keys_KP.device)
@@ -121,6 +121,8 @@ def select_by_radix(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Gro
     candidate_KP = keys_KP > NON_FINITE_KEY
     threshold_key_K = torch.zeros_like(count_K)
     still_needed_K = count_K
+
+    # Each digit of the threshold's key, from a histogram over all ranks of the keys that begin as it does.
     for lowest_bit, num_values in DIGITS:
         # The highest digit carries the sign: shifted up by half its range it orders as the keys do.
         digit_KP = (keys_KP >> lowest_bit) + 2**10 if lowest_bit == 21 else (keys_KP >> lowest_bit) & (num_values - 1)
@@ -135,15 +137,18 @@ def select_by_radix(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Gro
         digit_K, still_needed_K = _digit_of_threshold(histogram_KV, still_needed_K)
         candidate_KP &= digit_KP == digit_K[:, None]
         threshold_key_K += (digit_K - 2**10 if lowest_bit == 21 else digit_K) * 2**lowest_bit
-    # What is left are the pairs equal to the threshold; `still_needed_K` of them are taken, in order.
+
+    # The candidates left are the pairs equal to the threshold; `still_needed_K` of them are taken, in order.
     tied_KMN = candidate_KP.view(num_heads, keys_MBTK.shape[0], -1)
     # Each rank fills its own row. Gathered, the table would go round a ring of all ranks; a sum goes up and down a tree.
     tied_RKM = torch.zeros(ranks_of(group), *tied_KMN.shape[:2], dtype=counts_dtype, device=keys_KP.device)
     tied_RKM[rank_in(group)] = tied_KMN.sum(-1)
     all_reduce_sum(tied_RKM, group)
     before_MK = _ties_before(tied_RKM, rank_in(group))
-    place_KMN = before_MK.T[..., None] + tied_KMN.cumsum(-1)
-    chosen_KMN = tied_KMN & (place_KMN <= still_needed_K[:, None, None])
+    position_KMN = before_MK.T[..., None] + tied_KMN.cumsum(-1)
+    chosen_KMN = tied_KMN & (position_KMN <= still_needed_K[:, None, None])
+
+    # Selected: all above the threshold, and those ties.
     above_KP = (keys_KP > threshold_key_K[:, None]) & (count_K > 0)[:, None]
     selected_KP = above_KP | (chosen_KMN.flatten(1) & (count_K > 0)[:, None])
     selected_MBTK = selected_KP.view(num_heads, *keys_MBTK.shape[:-1]).movedim(0, -1)
@@ -151,12 +156,12 @@ def select_by_radix(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Gro
 
 
 def histogram_dtype(num_pairs: int) -> torch.dtype:
-    """What counts up to `num_pairs` pairs of a pool; half the bytes while it can."""
+    """Return the smallest integer type that counts `num_pairs` pairs of a pool."""
     return torch.int32 if num_pairs < 2**31 else torch.int64
 
 
 def _digit_of_threshold(histogram_KV: Tensor, needed_K: Tensor) -> tuple[Tensor, Tensor]:
-    """(the digit in which the needed-th largest candidate falls, how many of that digit's are needed), int64."""
+    """Find the digit of the needed-th largest candidate, and how many candidates with that digit are needed; int64."""
     at_least_KV = histogram_KV.long().flip(1).cumsum(1).flip(1)
     digit_K = (at_least_KV >= needed_K[:, None]).sum(1).clamp(min=1) - 1
     above_K = torch.nn.functional.pad(at_least_KV, (0, 1)).gather(1, digit_K[:, None] + 1)[:, 0]
@@ -164,7 +169,7 @@ def _digit_of_threshold(histogram_KV: Tensor, needed_K: Tensor) -> tuple[Tensor,
 
 
 def _ties_before(tied_RKM: Tensor, rank: int) -> Tensor:
-    """[M, K]: ties that come before this rank's in each micro-step, in the order (micro-step, rank)."""
+    """Count the ties that come before this rank's in each micro-step, [M, K], in the order (micro-step, rank)."""
     num_ranks, num_heads, num_micro_steps = tied_RKM.shape
     counts_CK = tied_RKM.permute(2, 0, 1).reshape(-1, num_heads)
     before_CK = counts_CK.cumsum(0) - counts_CK

@@ -1,17 +1,16 @@
-"""Over what the top k_percent is taken: the four pools, and the scores that compete in them.
+"""The four pools over which the top k_percent is taken.
 
     global  the micro-step, over all ranks
     step    all micro-steps of the optimiser step, over all ranks
     rank    this rank's micro-batch
     row     each row by itself
 
-`global` and `step` are shared by the ranks and go through an exchange; the others are this rank's own business, without
-a collective. Scores other than the excess are controls for experiments; they go through the same selection.
+`global` and `step` are shared by the ranks and go through an exchange; the others are this rank's own, without a
+collective. `score` says by what pairs compete.
 
 Shapes: M micro-steps of a pool, B rows, T tokens, K the heads that select (1...H-1), P pools of a rank.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +30,9 @@ def select_shared(
     exchange: str,
     group: Group,
 ) -> list[Selection]:
-    """One pool of M micro-steps over all ranks of `group` (None: this process alone); a selection for each micro-step.
+    """Select from one pool of M micro-steps over all ranks of `group` (None: this process alone).
+
+    Returns a selection for each micro-step.
 
     `num_valid_MK` and `num_selected_K` count over all ranks; they are known beforehand from the data.
     """
@@ -47,7 +48,7 @@ def select_shared(
 
 
 def select_local(score_BTK: Tensor, valid_BTK: Tensor, k_percent: float, pool: str) -> Selection:
-    """The pools `rank` and `row` of one micro-batch; no collective, no wait for the device."""
+    """Select from the pool `rank` or the pools `row` of one micro-batch; no collective, no wait for the device."""
     keys_BTK = excess_keys(score_BTK, valid_BTK)
     num_rows, _, num_heads = keys_BTK.shape
     keys_PTK = keys_BTK.view(num_rows if pool == "row" else 1, -1, num_heads)
@@ -62,34 +63,3 @@ def select_local(score_BTK: Tensor, valid_BTK: Tensor, k_percent: float, pool: s
         excess_BTK=None,
         finite=(keys_BTK != NON_FINITE_KEY).all(),
     )
-
-
-def random_scores(seed: int, rows_B: Tensor, num_tokens: int, num_heads: int) -> Tensor:
-    """float32 [B, T, K], uniform in [0, 1), a function of the seed and of each pair's row, position and head alone.
-
-    `rows_B` (int64) numbers the rows over the whole run, so that any number of ranks draws the same.
-    """
-    place_BTK = (rows_B[:, None, None] * num_tokens + torch.arange(num_tokens, device=rows_B.device)[:, None]) * num_heads
-    place_BTK = place_BTK + torch.arange(num_heads, device=rows_B.device)
-    # SplitMix64 from a start of the seed's own; int64 arithmetic wraps, and masks make the shifts logical.
-    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little")
-    mixed = place_BTK * _as_int64(0x9E3779B97F4A7C15) + _as_int64(start)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * _as_int64(factor)
-    mixed = mixed ^ ((mixed >> 31) & ((1 << 33) - 1))
-    return ((mixed >> 40) & (2**24 - 1)).float() / 2**24
-
-
-def _as_int64(number: int) -> int:
-    """The signed integer with the lowest 64 bits of `number`."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
-def score(name: str, policy_loss_BTK: Tensor, excess_BTK: Tensor | None, random_BTK: Tensor | None) -> Tensor:
-    """`excess`, or the controls: `policy_loss` (the hardest k) and `random` (any k)."""
-    if name == "policy_loss":
-        return policy_loss_BTK
-    chosen = excess_BTK if name == "excess" else random_BTK
-    assert chosen is not None
-    # A loss that is not finite must be seen whatever it is that competes.
-    return torch.where(torch.isfinite(policy_loss_BTK), chosen, torch.nan)

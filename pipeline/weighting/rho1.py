@@ -1,11 +1,11 @@
 """Selective weights from dense logits: the plain API, and the oracle for everything faster.
 
-It shares the selection itself with training (`select_shared`) and computes the losses in the obvious way. Labels are
-the tokens themselves, unshifted: head h at position t predicts labels[t + 1 + h]. A pair is invalid where its target
-lies beyond the row or is -100, or where its position or its target has attention mask 0.
+It shares the selection itself with training (`select_shared`) and computes the losses from full logits. Labels are the tokens
+themselves, unshifted: head h at position t predicts labels[t + 1 + h]. A pair is invalid where its target lies beyond the row
+or is -100, or where its position or its target has attention mask 0.
 
-What is wrong with the inputs of one rank is an error on all ranks of its group: they tell one another before any of them
-waits for the others' numbers.
+Wrong inputs on one rank are an error on all ranks of its group: problems are exchanged before any rank waits for the others'
+numbers.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def compute_mtp_selective_weights(
     k_percent: float = 0.6,
     group: Group = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Weights of all pairs under selective multi-token prediction (arXiv 2404.19737, 2404.07965).
+    """Compute the weights of all pairs under selective multi-token prediction (arXiv 2404.19737, 2404.07965).
 
     Args:
         policy_logits: [batch, seq, n_future, vocab], floating point.
@@ -52,27 +52,34 @@ def compute_mtp_selective_weights(
     problem = _problem_with_inputs(policy_logits, ref_logits, labels, attention_mask, k_percent)
     in_common = {} if problem else {"policy_logits": list(policy_logits.shape), "k_percent": k_percent}
     _raise_on_all_ranks(problem, in_common, group)
+
+    # Targets and validity of each pair.
     num_heads = policy_logits.shape[2]
     targets_BTH = _shifted(labels.long(), num_heads, fill=IGNORED_LABEL)
     valid_BTH = _valid_by_mask(attention_mask, num_heads) & (targets_BTH != IGNORED_LABEL)
+
+    # excess = policy loss - reference loss of the token that the head predicts.
     with torch.no_grad():
         policy_loss_BTH = _cross_entropy(policy_logits, targets_BTH)
         next_token_loss_BT = _cross_entropy(ref_logits, targets_BTH[..., 0])
         reference_loss_BTH = shifted_reference_loss(F.pad(next_token_loss_BT[:, :-1], (1, 0)), num_heads)
-    counts = all_reduce_sum(valid_BTH.sum((0, 1)), group).tolist()
     excess_BTH = policy_loss_BTH - reference_loss_BTH
+
+    # The exact top of each head over the group.
+    counts = all_reduce_sum(valid_BTH.sum((0, 1)), group).tolist()
     # Head 0 goes along, with all its pairs, so that its excess is checked as the others' is.
     num_selected_H = [counts[0], *(num_selected(k_percent, count) for count in counts[1:])]
     (selection,) = select_shared(excess_BTH[None], valid_BTH[None], [counts], num_selected_H, "auto", group)
     if not selection.finite:
         raise ValueError("policy_logits or ref_logits give a loss that is NaN or infinite on a valid pair")
+
     excess_BTH = excess_BTH.masked_fill(~valid_BTH, torch.nan)
     weights = selection.selected_BTK.float()
     return weights, compute_rho1_stats(excess_BTH, weights, attention_mask, group)
 
 
 def compute_rho1_stats(excess_loss: Tensor, weights: Tensor, attention_mask: Tensor, group: Group = None) -> dict[str, Any]:
-    """Statistics of a selection, over all ranks of `group`.
+    """Compute the statistics of a selection over all ranks of `group`.
 
     Args:
         excess_loss: [batch, seq, n_future], policy minus reference loss; NaN marks a pair without a target.
@@ -89,6 +96,8 @@ def compute_rho1_stats(excess_loss: Tensor, weights: Tensor, attention_mask: Ten
     """
     problem = _problem_with_selection(excess_loss, weights, attention_mask)
     _raise_on_all_ranks(problem, {} if problem else {"n_future": list(weights.shape[2:])}, group)
+
+    # Sums and smallest selected excess over all ranks.
     num_heads = weights.shape[2]
     valid_BTH = _valid_by_mask(attention_mask, num_heads) & ~excess_loss.isnan()
     selected_BTH = (weights > 0) & valid_BTH
@@ -98,6 +107,7 @@ def compute_rho1_stats(excess_loss: Tensor, weights: Tensor, attention_mask: Ten
     smallest_H = excess_loss.float().masked_fill(~selected_BTH, torch.inf).amin((0, 1))
     if group is not None:
         dist.all_reduce(smallest_H, op=dist.ReduceOp.MIN, group=group)
+
     valid, selected, excess = sums_3H.tolist()
     stats: dict[str, Any] = {}
     for head in range(num_heads):

@@ -1,4 +1,4 @@
-"""Which pairs are trained on: the exact top k_percent of a pool by signed excess loss (arXiv 2404.07965, applied to
+"""The pairs that are trained on: the exact top k_percent of a pool by signed excess loss (arXiv 2404.07965, applied to
 each head of arXiv 2404.19737 by itself).
 
 Exactly m = floor(k_percent * n + 0.5) of a pool's n valid pairs are selected, at least one if there is any; equal
@@ -12,12 +12,12 @@ Shapes: M micro-steps of a pool, B rows, T tokens, K the heads that select (1...
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from pipeline.weighting.cross_entropy import MarginPredictor
 
 INVALID_KEY = -(2**31)
 """Key of a pair outside the pool; below the key of every float."""
@@ -26,7 +26,7 @@ NON_FINITE_KEY = INVALID_KEY + 1
 
 
 class Selection(NamedTuple):
-    """What was chosen for heads 1...H-1 of a rank's micro-batch.
+    """The pairs selected for heads 1...H-1 of a rank's micro-batch.
 
     selected_BTK: bool.
     threshold_K: float32, the smallest selected excess of the pool, NaN where it is empty; where this rank has several
@@ -34,7 +34,7 @@ class Selection(NamedTuple):
     threshold_weight_K: float64, the valid pairs for which this rank's threshold stands in a mean over ranks: a pool
         that ranks share counts once, on the first.
     excess_BTK: float32, policy minus reference loss, 0 where a pair is invalid; None without a reference.
-    finite: bool scalar, whether every valid score that this rank has seen was finite.
+    finite: bool scalar, true if every valid score that this rank has seen was finite.
     """
 
     selected_BTK: Tensor
@@ -44,20 +44,28 @@ class Selection(NamedTuple):
     finite: Tensor
 
 
-@dataclass(frozen=True)
-class Select:
-    """What the model calls at its fixed point.
+class Selector(MarginPredictor, Protocol):
+    """The object that the model calls at its fixed point, when the policy's losses are known (`selectors`)."""
 
-    choose: from policy_loss_BTK (float32) to the selection, exactly.
-    foresee: from some pairs' policy losses (float32 [P]) and their places in the flattened [B, T, K] (int64 [P]) to
-        how far they lie above what will probably be the threshold (float32 [P]); a guess, that costs only time where it is
-        wrong. None: nothing is known beforehand.
-    share: of the valid pairs, how many will be selected, about.
-    """
+    @property
+    def share(self) -> float:
+        """The part of the valid pairs that will be selected, about."""
+        ...
 
-    choose: Callable[[Tensor], Selection]
-    foresee: Callable[[Tensor, Tensor], Tensor] | None = None
-    share: float = 1.0
+    @property
+    def predicts(self) -> bool:
+        """True if `predicted_margin` may be called."""
+        ...
+
+    def select(self, policy_loss_BTK: Tensor) -> Selection:
+        """Select exactly, from float32 losses."""
+        ...
+
+
+def among_selecting_heads(indices_P: Tensor, num_selecting: int) -> Tensor:
+    """Turn indices into the flattened [B, T, H], of pairs of heads 1..., into indices into the flattened [B, T, K]."""
+    num_heads = num_selecting + 1
+    return indices_P // num_heads * num_selecting + indices_P % num_heads - 1
 
 
 def num_selected(k_percent: float, num_valid: int) -> int:
@@ -66,7 +74,7 @@ def num_selected(k_percent: float, num_valid: int) -> int:
 
 
 def nums_selected(k_percent: float, num_valid: Tensor) -> Tensor:
-    """The same for each entry of an integer tensor, as int64: torch's float64 arithmetic is Python's."""
+    """`num_selected` of each entry of an integer tensor, as int64: torch's float64 arithmetic is Python's."""
     rounded = torch.floor(k_percent * num_valid.double() + 0.5).long()
     return torch.where(num_valid > 0, rounded.clamp(min=1), 0)
 
@@ -105,17 +113,17 @@ def select_top(keys_P: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def select_top_of_rows(keys_BTK: Tensor, count_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with every row and head a pool: (selected_BTK, threshold_BK, NaN where `count_BK`, int64, is 0)."""
+    """`select_top` with every row and head a pool: (selected_BTK, threshold_BK, NaN where `count_BK`, int64, is 0)."""
     sorted_BTK, order_BTK = keys_BTK.sort(dim=1, descending=True, stable=True)
-    places_T = torch.arange(keys_BTK.shape[1], device=keys_BTK.device)
-    taken_BTK = places_T[None, :, None] < count_BK[:, None]
+    position_T = torch.arange(keys_BTK.shape[1], device=keys_BTK.device)
+    taken_BTK = position_T[None, :, None] < count_BK[:, None]
     selected_BTK = torch.zeros_like(taken_BTK).scatter(1, order_BTK, taken_BTK)
     threshold_BK = excess_of_key(sorted_BTK.gather(1, (count_BK - 1).clamp(min=0)[:, None])[:, 0])
     return selected_BTK, torch.where(count_BK > 0, threshold_BK, math.nan)
 
 
 def select_all(policy_loss_BTK: Tensor, valid_BTK: Tensor) -> Selection:
-    """Every valid pair: training without a reference."""
+    """Select every valid pair, as training without a reference does."""
     none_K = policy_loss_BTK.new_zeros(policy_loss_BTK.shape[-1:])
     return Selection(
         selected_BTK=valid_BTK,

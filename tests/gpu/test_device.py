@@ -20,12 +20,12 @@ from pipeline.data.loading.batch import Batch, targets_and_valid
 from pipeline.data.loading.prefetch import prefetched
 from pipeline.model.elementwise import EAGER, elementwise_for
 from pipeline.model.mtp import MTPModel, initialize_weights
-from pipeline.model.transformer import attend_in_spans, attend_under_mask, document_mask, rotary_angles
+from pipeline.model.transformer import document_mask, flash_attention, masked_attention, rotary_angles
 from pipeline.weighting.loss_phase import chunked_losses, dense_losses
 from pipeline.weighting.prediction import Prediction
-from pipeline.weighting.selection import Select, select_all
 from tests.ranks import run_ranks
 from tests.rows import batch_of, random_lengths
+from tests.selecting import Given
 from tests.stepping import WatchedEngine
 
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -156,21 +156,20 @@ def test_a_step_in_bf16_has_the_gradient_of_the_float32_formula_but_for_its_roun
 
 @EITHER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("foresees", [False, True])
+@pytest.mark.parametrize("predicts", [False, True])
 def test_every_loss_phase_gives_the_losses_and_gradients_of_the_dense_one(
-    device: str, dtype: torch.dtype, foresees: bool
+    device: str, dtype: torch.dtype, predicts: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 64, HEADS, 32, generator=generator).to(device, dtype).requires_grad_()
     weight = torch.randn(VOCAB, 32, generator=generator).to(device, dtype).requires_grad_()
     targets = torch.randint(VOCAB, (2, 64, HEADS), generator=generator).to(device)
     valid = (torch.rand(2, 64, HEADS, generator=generator) < 0.8).to(device)
-    selected, foreseen = ((torch.rand(2, 64, HEADS - 1, generator=generator) < 0.6).to(device) for _ in range(2))
+    selected, predicted = ((torch.rand(2, 64, HEADS - 1, generator=generator) < 0.6).to(device) for _ in range(2))
     selected &= valid[..., 1:]
     scale = torch.tensor([0.1, 0.2, 0.3, 0.4], device=device)
-    foresee = (lambda loss, places: foreseen.flatten()[places].float() - 0.5) if foresees else None
-    select = Select(lambda loss: select_all(loss, selected), foresee, 0.6)
-    arguments = hidden, weight, targets, valid, select, scale
+    selector = Given(selected, predicted if predicts else None, 0.6)
+    arguments = hidden, weight, targets, valid, selector, scale
     found, expected = chunked_losses(*arguments, valid.sum((0, 1)).tolist()), dense_losses(*arguments)
     # Logits are summed in float32, whatever is multiplied.
     torch.testing.assert_close(found.policy_loss_BTH, expected.policy_loss_BTH, rtol=1e-5, atol=1e-5)
@@ -204,8 +203,8 @@ def test_flash_attention_over_spans_is_attention_under_the_mask(groups: int) -> 
     present = batch.document_ids_BT >= 0
     upstream = torch.randn(3, 256, 8, 64, generator=generator).to("cuda", torch.bfloat16) * present[..., None, None]
     ways = [
-        attend_in_spans(query, key, value, batch.spans),
-        attend_under_mask(query, key, value, document_mask(batch.document_ids_BT)),
+        flash_attention(query, key, value, batch.spans),
+        masked_attention(query, key, value, document_mask(batch.document_ids_BT)),
     ]
     found, expected = ([way, *torch.autograd.grad(way, (query, key, value), upstream)] for way in ways)
     for one, other in zip(found, expected, strict=True):
@@ -217,7 +216,7 @@ def waits_of_a_step() -> list[str]:
     from pipeline.progress import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
-    from pipeline.train import advance, begin_step, train_step
+    from pipeline.train import advance, fetch_step, train_step
     from tests.stepping import run_of
 
     device = torch.device("cuda", 0)
@@ -232,10 +231,11 @@ def waits_of_a_step() -> list[str]:
     def note(*details: Any) -> None:
         found.append(place_in_package())
 
-    def begun() -> Any:
-        return begin_step(run, prefetched(iter(micro_batches()), device, depth=2), progress.samples)
+    def fetched() -> Any:
+        batches = prefetched(iter(micro_batches()), device, depth=2)
+        return fetch_step(run, batches, progress.step, progress.samples)
 
-    following = begun()
+    following = fetched()
     for step in range(3):
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
             if step == 2:
@@ -245,9 +245,9 @@ def waits_of_a_step() -> list[str]:
                 patch.setattr(torch.cuda, "synchronize", note)
                 patch.setattr(torch.cuda.Event, "synchronize", lambda event: event.query() or note())
                 torch.cuda.set_sync_debug_mode("warn")
-            current, following = following, begun()
+            current, following = following, fetched()
             advance(progress, train_step(run, current, progress), settings)
-            assert not following.plan().said
+            assert not following.pending.read().stop_requested
             torch.cuda.set_sync_debug_mode("default")
     return [place for place in found if place]
 

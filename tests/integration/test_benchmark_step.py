@@ -15,7 +15,7 @@ from pipeline.benchmark.step import HEADS, K_PERCENT, VARIANTS, flops_a_token
 from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import targets_and_valid
 from pipeline.model.mtp import MTPModel, initialize_weights
-from pipeline.weighting.selection import Select, select_all
+from tests.selecting import Given
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, TOKENS = 2, 256
@@ -52,14 +52,10 @@ def counted(heads: int, share: float, trains: bool = True) -> float:
     documents = torch.zeros(ROWS, TOKENS, dtype=torch.int32)
     targets, valid = targets_and_valid(tokens, documents, heads)
     chosen = valid[..., 1:] & (torch.arange(TOKENS)[:, None] % 10 < 10 * share)
-
-    def foreseen(policy_loss_P: torch.Tensor, places_P: torch.Tensor) -> torch.Tensor:
-        return chosen.take(places_P).float() - 0.5
-
-    select = Select(lambda policy_loss_BTK: select_all(policy_loss_BTK, chosen), foreseen, share)
+    selector = Given(chosen, chosen, share)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION | IN_PLACE) as counter:
         if trains:
-            model(tokens, documents, targets, valid, select, torch.ones(heads)).loss.backward()
+            model(tokens, documents, targets, valid, selector, torch.ones(heads)).loss.backward()
         else:
             with torch.inference_mode():
                 model(tokens, documents, targets, valid)

@@ -111,7 +111,7 @@ def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) ->
     from pipeline.progress import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
-    from pipeline.train import advance, begin_step, train_step
+    from pipeline.train import advance, fetch_step, train_step
 
     initialize_distributed(torch.device("cpu"), "error")
     rank = dist.get_rank()
@@ -135,13 +135,16 @@ def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) ->
         losses = reference(*inputs, **known)
         return poisoned(losses) if is_here("reference loss") else losses
 
-    def maybe_poisoned_policy(*inputs: torch.Tensor, select: Any, **others: Any) -> Any:
-        def choose_among_poisoned(policy_loss_BTK: torch.Tensor) -> Any:
-            if is_here("head 2's loss"):
-                policy_loss_BTK[..., 1][inputs[3][..., 2]] = bad.value  # type: ignore[union-attr]
-            return select.choose(policy_loss_BTK)
+    def maybe_poisoned_policy(*inputs: torch.Tensor, selector: Any, **others: Any) -> Any:
+        class Poisoned:
+            share, predicts, predicted_margin = selector.share, selector.predicts, selector.predicted_margin
 
-        return engine(*inputs, select=replace(select, choose=choose_among_poisoned), **others)
+            def select(self, policy_loss_BTK: torch.Tensor) -> Any:
+                if is_here("head 2's loss"):
+                    policy_loss_BTK[..., 1][inputs[3][..., 2]] = bad.value  # type: ignore[union-attr]
+                return selector.select(policy_loss_BTK)
+
+        return engine(*inputs, selector=Poisoned(), **others)
 
     def poison_head_0(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output * bad.value if bad and is_here("head 0's loss") else output
@@ -160,7 +163,7 @@ def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) ->
     steps = [bad for one in bads for bad in (None, one)] if with_bad_ones else [None] * len(bads)
     for step, bad in enumerate([*steps, None]):  # noqa: B007 (the hooks read it)
         before = whole_weights(engine.module)
-        result = train_step(run, begin_step(run, iter(batches), progress.samples), progress)
+        result = train_step(run, fetch_step(run, iter(batches), progress.step, progress.samples), progress)
         advance(progress, result, settings)
         after = whole_weights(engine.module)
         seen.append(

@@ -27,7 +27,7 @@ def steps(settings: Any, zero: dict[str, Any]) -> dict[str, list[int]]:
     from pipeline.progress import Progress
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.engine import build_policy
-    from pipeline.train import advance, begin_step, train_step
+    from pipeline.train import advance, fetch_step, train_step
 
     engine = build_policy(settings, resolve_deepspeed_json({"zero_optimization": {"stage": 3, **zero}}, settings, 2))
     parameters = list(engine.module.parameters())
@@ -52,7 +52,7 @@ def steps(settings: Any, zero: dict[str, Any]) -> dict[str, list[int]]:
     progress = Progress()
     for _ in range(2):
         during.clear()
-        result = train_step(run, begin_step(run, iter([batch] * 2), progress.samples), progress)
+        result = train_step(run, fetch_step(run, iter([batch] * 2), progress.step, progress.samples), progress)
         advance(progress, result, settings)
         assert result.applied
         seen["most"].append(max(during))

@@ -80,9 +80,9 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 FORMS = {
     "two_pass": ("two_pass", Prediction()),
     "dense": ("dense", Prediction()),
-    "nothing foreseen": ("predicted", Prediction()),
-    "some foreseen, some wrongly": ("predicted", Prediction.of([-0.01] * 3)),
-    "all foreseen": ("predicted", Prediction.of([-1e6] * 3)),
+    "nothing predicted": ("predicted", Prediction()),
+    "some predicted, some wrongly": ("predicted", Prediction.of([-0.01] * 3)),
+    "all predicted": ("predicted", Prediction.of([-1e6] * 3)),
 }
 
 
@@ -103,7 +103,7 @@ def test_the_gradient_of_ranks_and_micro_steps_is_that_of_one_dense_process(worl
             assert record == answers[0][1]
             for head in range(1, HEADS):
                 hit_rate = record[f"prediction_hit_rate_head_{head}"]
-                if "foreseen" in name and name != "nothing foreseen":
+                if "predicted" in name and name != "nothing predicted":
                     assert 0.5 < hit_rate < 1.0, name
                 else:
                     assert hit_rate is None

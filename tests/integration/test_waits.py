@@ -45,7 +45,7 @@ def waits_of_a_step() -> list[tuple[int, dict[str, Any], list[str], int]]:
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.distributed import World
     from pipeline.runtime.engine import build_policy, build_reference, initialize_distributed
-    from pipeline.train import advance, begin_step, train_step
+    from pipeline.train import advance, fetch_step, train_step
     from tests.stepping import run_of
 
     initialize_distributed(torch.device("cpu"), "error")
@@ -61,16 +61,17 @@ def waits_of_a_step() -> list[tuple[int, dict[str, Any], list[str], int]]:
             run, progress = run_of(settings, engine, reference, micro_steps), Progress()
             # Not the first rank, which writes what is logged.
             reporter = Reporter(replace(run, world=World(1, 2, 1, 2)), first_step=0)
-            begun = begin_step(run, batches(micro_steps), 0)
+            fetched = fetch_step(run, batches(micro_steps), 0, 0)
             for _ in range(3):
                 with CountWaits() as waits:
-                    following = begin_step(run, batches(micro_steps), progress.samples + settings.data.global_batch)
-                    result = train_step(run, begun, progress)
+                    next_samples = progress.samples + settings.data.global_batch
+                    following = fetch_step(run, batches(micro_steps), progress.step + 1, next_samples)
+                    result = train_step(run, fetched, progress)
                     advance(progress, result, settings)
                     reporter.step(progress, result, following.waited)
                     assert result.applied
-                    assert not following.plan().said
-                begun = following
+                    assert not following.pending.read().stop_requested
+                fetched = following
             found.append((micro_steps, way, waits.places, waits.device_synchronized))
     return found
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.runtime.agreement import RanksDisagreeError, check_ranks_agree, who_met_bad_numbers
+from pipeline.runtime.agreement import RanksDisagreeError, check_ranks_agree
+from pipeline.runtime.non_finite import describe_bad_numbers
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ def compare() -> tuple[str, str, str]:
     bad = torch.zeros(2, 3, dtype=torch.bool)
     bad[1, 2] = rank == 1
     keys, spoilt = [("a", "b"), ("c", "d")], [torch.ones(2, dtype=torch.bool)] * 2
-    return said[0], said[1], who_met_bad_numbers([torch.zeros_like(bad), bad], spoilt, keys)
+    return said[0], said[1], describe_bad_numbers([torch.zeros_like(bad), bad], spoilt, keys)
 
 
 def test_every_rank_learns_which_ranks_differ_and_in_what() -> None:
@@ -39,7 +40,7 @@ def test_every_rank_learns_which_ranks_differ_and_in_what() -> None:
 def finite_losses() -> tuple[str, str]:
     losses, keys = [torch.zeros(2, 3, dtype=torch.bool)], [("a", "b")]
     own = torch.tensor([False, dist.get_rank() == 1])
-    return who_met_bad_numbers(losses, [own], keys), who_met_bad_numbers(losses, [own & False], keys)
+    return describe_bad_numbers(losses, [own], keys), describe_bad_numbers(losses, [own & False], keys)
 
 
 def test_where_every_loss_was_finite_it_was_a_gradient() -> None:

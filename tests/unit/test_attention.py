@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from pipeline.data.loading.batch import Batch
 from pipeline.model import mtp, transformer
-from pipeline.model.transformer import attend_in_spans, attend_under_mask, document_mask
+from pipeline.model.transformer import document_mask, flash_attention, masked_attention
 from tests.rows import batch_of, random_lengths
 
 B, T, N, K = 3, 24, 4, 8
@@ -52,7 +52,7 @@ def kernel_without_groups(*tensors: Any, window_size: tuple[int, int]) -> torch.
 @pytest.fixture(params=[kernel, kernel_without_groups])
 def _loop(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformer, "varlen_attn", request.param)
-    monkeypatch.setattr(transformer, "FLASH_GROUPS_HEADS", request.param is kernel)
+    monkeypatch.setattr(transformer, "FLASH_SUPPORTS_GQA", request.param is kernel)
 
 
 @pytest.mark.usefixtures("_loop")
@@ -62,8 +62,8 @@ def test_spans_confine_attention_as_the_mask_does(batch: Batch, groups: int) -> 
     query = torch.randn(B, T, N, K, generator=generator)
     key, value = (torch.randn(B, T, groups, K, generator=generator) for _ in range(2))
     assert batch.spans is not None
-    found = attend_in_spans(query, key, value, batch.spans)
-    expected = attend_under_mask(query, key, value, document_mask(batch.document_ids_BT))
+    found = flash_attention(query, key, value, batch.spans)
+    expected = masked_attention(query, key, value, document_mask(batch.document_ids_BT))
     present = batch.document_ids_BT >= 0
     torch.testing.assert_close(found[present], expected[present])
     assert found.isfinite().all()
@@ -78,7 +78,7 @@ def test_a_model_that_is_served_by_flash_attention_gives_the_same_hidden_states(
     mtp.initialize_weights(model)
     with torch.no_grad():
         expected = model.hidden_states(batch.tokens_BT, batch.document_ids_BT, batch.spans)
-        monkeypatch.setattr(mtp, "flash_serves", lambda hidden, settings: True)
+        monkeypatch.setattr(mtp, "can_use_flash", lambda hidden, settings: True)
         monkeypatch.setattr(mtp, "document_mask", None)  # Nothing of T x T is made.
         found = model.hidden_states(batch.tokens_BT, batch.document_ids_BT, batch.spans)
     present = batch.document_ids_BT >= 0

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import Change, ConfigError, Settings, did_you_mean
+from pipeline.config import ConfigError, ResumeRule, Settings, did_you_mean
 from pipeline.recipe import load_settings, read_settings
-from pipeline.runtime.identity import CHANGES, FIXED, differences_that_matter, flatten
+from pipeline.runtime.identity import FIXED_SETTINGS, RESUME_RULES, changed_settings, flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -340,32 +340,32 @@ def test_keys_that_are_not_words_are_refused(tmp_path):
 
 def test_every_setting_says_once_what_its_change_in_a_runs_life_means():
     for section, key in all_settings():
-        said = [each for each in section_class(section).model_fields[key].metadata if isinstance(each, Change)]
+        said = [each for each in section_class(section).model_fields[key].metadata if isinstance(each, ResumeRule)]
         assert len(said) == 1, f"{section}.{key}: expected Free, ChangesResult or Fixed"
-        assert CHANGES[f"{section}.{key}"] is said[0]
+        assert RESUME_RULES[f"{section}.{key}"] is said[0]
 
 
 @pytest.mark.parametrize(
     ("change", "setting", "before", "after"),
     [
-        (Change.FREE, "data.cache_dir", None, "/tmp"),
-        (Change.FREE, "training.activation_checkpointing", "none", "full"),
-        (Change.FREE, "run.name", "a", "b"),
-        (Change.CHANGES_RESULT, "training.k_percent", 0.6, 0.5),
-        (Change.CHANGES_RESULT, "model.num_key_value_heads", None, 2),
-        (Change.FIXED, "data.global_batch", 8, 16),
-        (Change.FIXED, "data.lanes", 8, 4),
+        (ResumeRule.FREE, "data.cache_dir", None, "/tmp"),
+        (ResumeRule.FREE, "training.activation_checkpointing", "none", "full"),
+        (ResumeRule.FREE, "run.name", "a", "b"),
+        (ResumeRule.CHANGES_RESULT, "training.k_percent", 0.6, 0.5),
+        (ResumeRule.CHANGES_RESULT, "model.num_key_value_heads", None, 2),
+        (ResumeRule.FIXED, "data.global_batch", 8, 16),
+        (ResumeRule.FIXED, "data.lanes", 8, 4),
     ],
 )
 def test_of_what_is_free_no_difference_matters_and_of_the_rest_every_one(change, setting, before, after):
-    assert CHANGES[setting] is change
-    assert differences_that_matter({setting: before}, {setting: before}) == []
-    found = differences_that_matter({setting: before}, {setting: after})
-    assert found == ([] if change is Change.FREE else [f"{setting}: was {before!r}, is now {after!r}"])
+    assert RESUME_RULES[setting] is change
+    assert changed_settings({setting: before}, {setting: before}) == []
+    found = changed_settings({setting: before}, {setting: after})
+    assert found == ([] if change is ResumeRule.FREE else [f"{setting}: was {before!r}, is now {after!r}"])
 
 
 def test_what_a_runs_position_is_counted_in_is_fixed():
-    assert FIXED == ("data.global_batch", "data.lanes")
+    assert FIXED_SETTINGS == ("data.global_batch", "data.lanes")
 
 
 def test_only_differences_that_change_the_result_matter():
@@ -377,9 +377,9 @@ def test_only_differences_that_change_the_result_matter():
         data={"num_workers": 0, "path": "elsewhere", "validation_path": "held-out"},
         reference={"path": "moved", "sharding": "replicate"},
     )
-    assert differences_that_matter(flatten(before), flatten(harmless)) == []
+    assert changed_settings(flatten(before), flatten(harmless)) == []
     other = harmless.with_values(training={"k_percent": 0.5, "steps": 2000}, data={"micro_batch": 4}, model={"seed": 1})
-    assert differences_that_matter(flatten(before), flatten(other)) == [
+    assert changed_settings(flatten(before), flatten(other)) == [
         "data.micro_batch: was 8, is now 4",
         "model.seed: was 0, is now 1",
         "training.steps: was 1000, is now 2000",
@@ -388,7 +388,7 @@ def test_only_differences_that_change_the_result_matter():
 
 
 def test_something_known_to_only_one_of_two_runs_is_a_difference():
-    assert differences_that_matter({"data": "abc"}, {"data": "abd", "deepspeed stage": 3}) == [
+    assert changed_settings({"data": "abc"}, {"data": "abd", "deepspeed stage": 3}) == [
         "data: was 'abc', is now 'abd'",
         "deepspeed stage: was None, is now 3",
     ]

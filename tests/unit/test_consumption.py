@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataSettings
-from pipeline.consumption import Consumed, count, curves, settle_damage
+from pipeline.consumption import Consumed, count, data_metrics, settle_damage
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import blank_batch, collate
 from pipeline.data.loading.mixture import DataSet
@@ -104,7 +104,7 @@ def test_curves_have_regular_names_and_follow_each_set_and_source(tmp_path):
     stream = Stream(sets, **sizes)
     progress = types.SimpleNamespace(corrupt_samples=3, tokens_by_source=[10, 20, 30], samples_by_source=[4, 5, 6])
     consumed = Consumed(tokens=24, positions=32, damaged=0, failed=0, tokens_by_source=[], samples_by_source=[])
-    record = curves(stream, 80, progress, consumed)
+    record = data_metrics(stream, 80, progress, consumed)
     assert record == {
         "data_epoch": 80 / 60,
         "data_padding_share": 0.25,

@@ -12,6 +12,16 @@ N, D, V = 23, 8, 31
 EVERY_ROW = torch.arange(N)
 
 
+class Margins:
+    """Predicts these margins, a number a row."""
+
+    def __init__(self, margin: torch.Tensor):
+        self.margin_N = margin
+
+    def predicted_margin(self, loss_C: torch.Tensor, rows_C: torch.Tensor) -> torch.Tensor:
+        return self.margin_N[rows_C]
+
+
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
@@ -29,7 +39,7 @@ def full_logits(taken: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def gathered(taken: torch.Tensor, chunk_rows: int) -> WeightedCrossEntropy:
     sums = WeightedCrossEntropy(*inputs(), chunk_rows)
-    sums.score(EVERY_ROW, 1, lambda loss, rows: taken[rows].float() - 0.5)
+    sums.score(EVERY_ROW, 1, Margins(taken.float() - 0.5))
     return sums
 
 
@@ -73,7 +83,7 @@ def test_rows_that_are_not_scored_have_no_loss_and_no_gradient() -> None:
     hidden, weight, targets, row_weight = inputs()
     rows = torch.tensor([1, 4, 22])
     sums = WeightedCrossEntropy(hidden, weight, targets, row_weight, 2)
-    sums.score(rows, 1, lambda loss, rows: rows - 2)
+    sums.score(rows, 1, Margins(EVERY_ROW - 2))
     assert sums.loss_N.nonzero().flatten().tolist() == [1, 4, 22]
     assert sums.taken_N.nonzero().flatten().tolist() == [4, 22]
     assert sums.hidden_grad_ND.any(1).nonzero().flatten().tolist() == [4, 22]
@@ -94,14 +104,14 @@ def test_all_rows_or_none_are_taken_without_asking(take: int) -> None:
 @pytest.mark.parametrize("share", [0.1, 0.4, 1.0])
 @pytest.mark.parametrize("chunk_rows", [5, 23])
 def test_of_each_chunk_the_surest_rows_are_taken_as_far_as_there_is_room(share: float, chunk_rows: int) -> None:
-    surplus = torch.randn(N, generator=torch.Generator().manual_seed(4))
+    margin = torch.randn(N, generator=torch.Generator().manual_seed(4))
     sums = WeightedCrossEntropy(*inputs(), chunk_rows)
-    sums.score(EVERY_ROW, share, lambda loss, rows: surplus[rows])
+    sums.score(EVERY_ROW, share, Margins(margin))
     num_chunks = math.ceil(N / chunk_rows)
     expected = torch.zeros(N, dtype=torch.bool)
     for first in range(num_chunks):
         rows = range(first, N, num_chunks)
-        surest = sorted((row for row in rows if surplus[row] >= 0), key=lambda row: -surplus[row])
+        surest = sorted((row for row in rows if margin[row] >= 0), key=lambda row: -margin[row])
         expected[surest[: math.ceil(share * len(rows))]] = True
     assert torch.equal(sums.taken_N, expected)
     losses, hidden_grad, weight_grad = full_logits(expected)

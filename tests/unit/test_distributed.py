@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.data.errors import DataError
-from pipeline.runtime.distributed import World, any_rank, find_world, largest, made_once, smallest
+from pipeline.runtime.distributed import World, any_rank, find_world, make_once, max_over_ranks, min_over_ranks
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def make_slowly(path: Path) -> tuple[bool, str]:
         partial.write_text(f"made by {rank}")
         partial.rename(path)
 
-    made_once(path, make, World(rank, dist.get_world_size(), rank, dist.get_world_size()))
+    make_once(path, make, World(rank, dist.get_world_size(), rank, dist.get_world_size()))
     return made, path.read_text()
 
 
@@ -76,7 +76,7 @@ def fail_to_make(path: Path) -> str:
         raise DataError("the disk is full")
 
     try:
-        made_once(path, make, World(dist.get_rank(), 2, dist.get_rank(), 2))
+        make_once(path, make, World(dist.get_rank(), 2, dist.get_rank(), 2))
     except DataError as error:
         return str(error)
     return "no error"
@@ -90,11 +90,11 @@ DIE_WHILE_MAKING = """
 import os, sys
 from pathlib import Path
 import torch.distributed as dist
-from pipeline.runtime.distributed import World, made_once
+from pipeline.runtime.distributed import World, make_once
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-made_once(folder / "it", lambda: os._exit(9), World(rank, 2, rank, 2))
+make_once(folder / "it", lambda: os._exit(9), World(rank, 2, rank, 2))
 """
 
 
@@ -116,7 +116,7 @@ def ask_all() -> list[bool]:
 def extremes() -> tuple[float, float]:
     """Of -1 and -3."""
     value = -1.0 - 2 * dist.get_rank()
-    return largest(value, CPU), smallest(value, CPU)
+    return max_over_ranks(value, CPU), min_over_ranks(value, CPU)
 
 
 def test_extremes_over_ranks() -> None:

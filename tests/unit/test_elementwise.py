@@ -69,3 +69,16 @@ def test_where_nothing_can_be_compiled_they_run_as_they_are_and_it_is_said_once(
     assert torch.equal(found, F.silu(gate) * up)
     assert len(warned) == 1
     assert torch.equal(run(gate, up), found)
+
+
+def test_more_kinds_of_input_than_torchs_own_limit_are_compiled() -> None:
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    run = CompiledIfPossible(gated, backend=backend)
+    for width in range(2, 14):
+        run(drawn(3, width), drawn(3, width))
+    assert len(compiled) == 12

@@ -13,6 +13,7 @@ from pipeline.micro_step import Models
 from pipeline.model.mtp import MTPModel
 from pipeline.runtime.distributed import World
 from pipeline.runtime.logbook import without_non_finite
+from pipeline.schedule import objective_at
 from tests.dense import HEADS, all_losses, dense_model, dense_objective, settings_for, whole_batch
 from tests.rows import part_of
 
@@ -20,7 +21,7 @@ from tests.rows import part_of
 def validated(settings: Settings, policy: MTPModel, reference: MTPModel) -> dict[str, Any]:
     batches = [part_of(whole_batch(), slice(start, start + 2)) for start in (2, 4, 6)]
     models = Models(policy, reference, "shifted", None)
-    return evaluate(models, batches, settings, ("",), World(0, 1, 0, 1), torch.device("cpu"))
+    return evaluate(models, batches, settings, objective_at(settings, 0), ("",), World(0, 1, 0, 1), torch.device("cpu"))
 
 
 def test_held_out_losses_are_means_over_all_valid_pairs() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import pipeline.weighting.exchange as exchange
 from pipeline.benchmark.measurement import Collective, CollectiveRecorder
 from pipeline.weighting.exchange import exchange_named, select_by_gathering, select_by_radix
-from pipeline.weighting.pools import random_scores, score, select_local, select_shared
+from pipeline.weighting.pools import select_local, select_shared
+from pipeline.weighting.score import random_scores, score
 from pipeline.weighting.selection import Selection, excess_keys, num_selected
 from tests.ranks import run_ranks
 from tests.unit.test_selection import FLOATS, top_by_sorting
@@ -359,10 +360,10 @@ def test_random_scores_depend_on_row_position_head_and_seed_alone() -> None:
 
 
 def test_the_controls_compete_by_other_scores_and_still_see_a_bad_loss() -> None:
-    policy, excess = torch.tensor([1.0, math.nan]), torch.tensor([2.0, math.nan])
+    policy, reference = torch.tensor([1.0, math.nan]), torch.tensor([-1.0, 0.5])
     drawn = torch.tensor([0.1, 0.2])
     assert score("policy_loss", policy, None, None)[0] == 1.0
-    assert score("excess", policy, excess, None)[0] == 2.0
+    assert score("excess", policy, reference, None)[0] == 2.0
     assert score("random", policy, None, drawn)[0] == pytest.approx(0.1)
     for name in ("policy_loss", "excess", "random"):
-        assert score(name, policy, excess, drawn)[1].isnan()
+        assert score(name, policy, reference, drawn)[1].isnan()

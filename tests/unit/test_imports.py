@@ -16,7 +16,7 @@ ALLOWED = {
     "storage": set(),
     "config": {"storage"},
     "recipe": {"config"},
-    "schedule": {"config"},
+    "schedule": {"config", "weighting"},
     "progress": {"weighting"},
     "data": set(),
     "data.corpus": {"data", "data.shards", "storage"},
@@ -33,7 +33,7 @@ ALLOWED = {
     "checks": DATA | {"config", "storage", "derived", "model", "runtime"},
     "evaluate": {"config", "consumption", "data.loading", "weighting", "model", "runtime", "micro_step"},
     "run": {"config", "consumption", "data.loading", "weighting", "runtime", "micro_step"},
-    "reporter": {"config", "progress", "consumption", "data.loading", "runtime", "evaluate", "run"},
+    "reporter": {"schedule", "config", "progress", "consumption", "data.loading", "runtime", "evaluate", "run"},
     "train": {
         "config",
         "schedule",

@@ -12,10 +12,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from pipeline.model.mtp import HeadLosses
 from pipeline.runtime.logbook import (
     Logbook,
-    closing_table,
     progress_line,
     read_records,
     selection_block,
+    summary_table,
     tensorboard_tag,
     without_non_finite,
 )
@@ -119,7 +119,7 @@ def test_the_closing_tables_shares_are_sums_over_the_last_quarter_divided_once(t
         with_sources(80, {"prose": (60, 50), "noise": (40, 30)}, {"prose": (60, 40), "noise": (40, 8)}),
         with_sources(100, {"prose": (10, 10), "noise": (10, 10)}, {"prose": (10, 9), "noise": (10, 3)}),
     ]
-    table = closing_table([*early, *late], tmp_path / "demo", ("prose", "noise"))
+    table = summary_table([*early, *late], tmp_path / "demo", ("prose", "noise"))
     # Head 0: all 120 pairs selected, noise 50 of them. Head 1: 60 of 100 selected, noise 40 of 100 valid, 11 of 60 selected.
     assert cells(table, "selected") == ["100.0%", "60.0%"]
     assert cells(table, "share of noise in the data") == ["41.7%", "40.0%"]
@@ -137,7 +137,7 @@ def test_the_closing_table_has_held_out_losses_and_where_to_look(tmp_path):
         training_record(20),
         validation_record(20, (3.0, 3.1, 3.2, 3.3)),
     ]
-    table = closing_table(records, tmp_path / "runs" / "demo", ())
+    table = summary_table(records, tmp_path / "runs" / "demo", ())
     columns = [cell.strip() for cell in table.splitlines()[0].split("  ") if cell]
     assert columns == ["head 0 (t+1)", "head 1 (t+2)", "head 2 (t+3)", "head 3 (t+4)"]
     assert cells(table, "held-out loss, start (step 0)") == ["5.500", "5.600", "5.700", "5.800"]
@@ -148,9 +148,9 @@ def test_the_closing_table_has_held_out_losses_and_where_to_look(tmp_path):
 
 
 def test_the_closing_table_does_without_validation_and_with_nothing_trained(tmp_path):
-    assert "held-out" not in closing_table([training_record(1)], tmp_path, ())
-    assert closing_table([], tmp_path, ()) == ""
-    assert closing_table([validation_record(0, (1.0,))], tmp_path, ()) == ""
+    assert "held-out" not in summary_table([training_record(1)], tmp_path, ())
+    assert summary_table([], tmp_path, ()) == ""
+    assert summary_table([validation_record(0, (1.0,))], tmp_path, ()) == ""
 
 
 @pytest.mark.parametrize(

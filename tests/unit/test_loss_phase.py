@@ -1,4 +1,4 @@
-"""The loss phase against full logits and autograd written out, whatever was foreseen; what it costs in rows and memory."""
+"""The loss phase against full logits and autograd written out, whatever was predicted; what it costs in rows and memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.weighting.loss_phase import HeadLosses, chunked_losses, dense_losses, score_tokens
-from pipeline.weighting.selection import Select, select_all
+from tests.selecting import Given
 from tests.waits import CountWaits
 
 B, T, H, D, V = 2, 20, 3, 4, 100
@@ -18,9 +18,9 @@ SCALE = torch.tensor([0.1, 0.7, 0.4])
 
 
 class Case:
-    """Pairs of which some are valid, some of those selected, and any foreseen."""
+    """Pairs of which some are valid, some of those selected, and any predicted."""
 
-    def __init__(self, seed: int, valid: float = 0.8, selected: float = 0.6, foreseen: float = 0.6):
+    def __init__(self, seed: int, valid: float = 0.8, selected: float = 0.6, predicted: float = 0.6):
         generator = torch.Generator().manual_seed(seed)
 
         def some(share: float, *shape: int) -> torch.Tensor:
@@ -31,19 +31,18 @@ class Case:
         self.targets = torch.randint(V, (B, T, H), generator=generator)
         self.valid = some(valid, B, T, H)
         self.selected = some(selected, B, T, H - 1) & self.valid[..., 1:]
-        self.foreseen = some(foreseen, B, T, H - 1)
+        self.predicted = some(predicted, B, T, H - 1)
         self.share = 1.0
 
-    def select(self, foresees: bool = True) -> Select:
-        foresee = (lambda loss, places: self.foreseen.flatten()[places].float() - 0.5) if foresees else None
-        return Select(lambda loss: select_all(loss, self.selected), foresee, self.share)
+    def selector(self, predicts: bool = True) -> Given:
+        return Given(self.selected, self.predicted if predicts else None, self.share)
 
     @property
     def num_valid(self) -> list[int]:
         return self.valid.sum((0, 1)).tolist()
 
-    def losses(self, form: Callable[..., HeadLosses], foresees: bool = True) -> tuple[HeadLosses, list[torch.Tensor]]:
-        found = form(self.hidden, self.weight, self.targets, self.valid, self.select(foresees), SCALE)
+    def losses(self, form: Callable[..., HeadLosses], predicts: bool = True) -> tuple[HeadLosses, list[torch.Tensor]]:
+        found = form(self.hidden, self.weight, self.targets, self.valid, self.selector(predicts), SCALE)
         return found, list(torch.autograd.grad(2 * found.loss, (self.hidden, self.weight)))
 
     def by_hand(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -71,46 +70,46 @@ def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> f
     seed=st.integers(0, 2**16),
     valid=st.sampled_from([0.0, 0.3, 1.0]),
     selected=st.sampled_from([0.0, 0.05, 0.6, 1.0]),
-    foreseen=st.sampled_from([None, 0.0, 0.6, 1.0]),
+    predicted=st.sampled_from([None, 0.0, 0.6, 1.0]),
     share=st.sampled_from([0.2, 0.6, 1.0]),
 )
-def test_loss_and_gradient_are_those_of_the_formula_whatever_was_foreseen(
-    seed: int, valid: float, selected: float, foreseen: float | None, share: float
+def test_loss_and_gradient_are_those_of_the_formula_whatever_was_predicted(
+    seed: int, valid: float, selected: float, predicted: float | None, share: float
 ) -> None:
-    case = Case(seed, valid, selected, foreseen or 0.0)
+    case = Case(seed, valid, selected, predicted or 0.0)
     case.share = share
     objective, losses, gradients = case.by_hand()
     for form in (chunked_losses, dense_losses):
-        found, found_gradients = case.losses(form, foresees=foreseen is not None)
+        found, found_gradients = case.losses(form, predicts=predicted is not None)
         assert found.loss.item() == pytest.approx(objective.item(), rel=1e-5)
         torch.testing.assert_close(found.policy_loss_BTH.double(), losses, rtol=1e-5, atol=1e-5)
         assert not found.policy_loss_BTH.requires_grad
         assert relative_error(found_gradients, gradients) < 1e-5
 
 
-def test_all_that_is_foreseen_is_told_and_nothing_where_there_is_no_foresight() -> None:
+def test_the_predicted_pairs_are_returned_where_there_is_a_prediction() -> None:
     case = Case(0)
-    foreseen = case.losses(chunked_losses)[0].foreseen_BTK
-    assert foreseen is not None
-    assert torch.equal(foreseen, case.foreseen & case.valid[..., 1:])
-    assert case.losses(chunked_losses, foresees=False)[0].foreseen_BTK is None
-    assert case.losses(dense_losses)[0].foreseen_BTK is None
+    predicted = case.losses(chunked_losses)[0].predicted_BTK
+    assert predicted is not None
+    assert torch.equal(predicted, case.predicted & case.valid[..., 1:])
+    assert case.losses(chunked_losses, predicts=False)[0].predicted_BTK is None
+    assert case.losses(dense_losses)[0].predicted_BTK is None
 
 
-@pytest.mark.parametrize("foresees", [False, True])
-def test_the_same_again_gives_the_same_bits(foresees: bool) -> None:
+@pytest.mark.parametrize("predicts", [False, True])
+def test_the_same_again_gives_the_same_bits(predicts: bool) -> None:
     case = Case(3)
-    (first, first_gradients), (second, second_gradients) = (case.losses(chunked_losses, foresees) for _ in range(2))
+    (first, first_gradients), (second, second_gradients) = (case.losses(chunked_losses, predicts) for _ in range(2))
     assert torch.equal(first.loss, second.loss)
     assert torch.equal(first.policy_loss_BTH, second.policy_loss_BTH)
     assert all(torch.equal(a, b) for a, b in zip(first_gradients, second_gradients, strict=True))
 
 
-def test_what_is_foreseen_changes_no_bit_of_a_loss_and_so_none_of_the_selection() -> None:
+def test_what_is_predicted_changes_no_bit_of_a_loss_and_so_none_of_the_selection() -> None:
     case = Case(4)
-    with_foresight, without = (case.losses(chunked_losses, foresees)[0] for foresees in (True, False))
-    assert torch.equal(with_foresight.policy_loss_BTH, without.policy_loss_BTH)
-    assert torch.equal(with_foresight.loss, without.loss)
+    with_prediction, without = (case.losses(chunked_losses, predicts)[0] for predicts in (True, False))
+    assert torch.equal(with_prediction.policy_loss_BTH, without.policy_loss_BTH)
+    assert torch.equal(with_prediction.loss, without.loss)
 
 
 class Watch(TorchDispatchMode):
@@ -138,9 +137,9 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def rows_of_products(case: Case, foresees: bool) -> int:
+def rows_of_products(case: Case, predicts: bool) -> int:
     with Watch() as watch:
-        case.losses(chunked_losses, foresees)
+        case.losses(chunked_losses, predicts)
     return watch.product_rows
 
 
@@ -148,28 +147,28 @@ def test_a_row_costs_one_product_to_score_two_where_there_is_room_for_its_gradie
     case = Case(5, valid=1.0)
     positions, selected = B * T, int(case.selected.sum())
     scored, first_head = H * positions, 2 * positions
-    assert rows_of_products(case, foresees=False) == scored + first_head + 3 * selected
-    case.foreseen = case.selected.clone()
+    assert rows_of_products(case, predicts=False) == scored + first_head + 3 * selected
+    case.predicted = case.selected.clone()
     others, chunk = (H - 1) * positions, positions // 4
-    assert rows_of_products(case, foresees=True) == scored + first_head + 2 * others
+    assert rows_of_products(case, predicts=True) == scored + first_head + 2 * others
     missed, wrong = case.selected[0, :, 0].nonzero()[0].item(), (~case.selected[1, :, 1]).nonzero()[0].item()
-    case.foreseen[0, missed, 0], case.foreseen[1, wrong, 1] = False, True
-    assert rows_of_products(case, foresees=True) == scored + first_head + 2 * others + 3 + 3
-    case.share, case.foreseen = 0.5, torch.ones_like(case.foreseen)
-    case.selected = case.foreseen.clone()
-    assert rows_of_products(case, foresees=True) == scored + first_head + 2 * others // 2 + 3 * others // 2
+    case.predicted[0, missed, 0], case.predicted[1, wrong, 1] = False, True
+    assert rows_of_products(case, predicts=True) == scored + first_head + 2 * others + 3 + 3
+    case.share, case.predicted = 0.5, torch.ones_like(case.predicted)
+    case.selected = case.predicted.clone()
+    assert rows_of_products(case, predicts=True) == scored + first_head + 2 * others // 2 + 3 * others // 2
     assert others % chunk == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("foresees", [False, True])
-def test_what_the_host_knows_beforehand_changes_no_bit_and_leaves_one_wait_for_the_device(seed: int, foresees: bool) -> None:
+@pytest.mark.parametrize("predicts", [False, True])
+def test_what_the_host_knows_beforehand_changes_no_bit_and_leaves_one_wait_for_the_device(seed: int, predicts: bool) -> None:
     case = Case(seed, valid=0.7)
     case.share = 0.6
     arguments, num_valid = (case.hidden, case.weight, case.targets, case.valid), case.num_valid
-    expected, expected_gradients = case.losses(chunked_losses, foresees)
+    expected, expected_gradients = case.losses(chunked_losses, predicts)
     with CountWaits() as waits:
-        found = chunked_losses(*arguments, case.select(foresees), SCALE, num_valid)
+        found = chunked_losses(*arguments, case.selector(predicts), SCALE, num_valid)
         gradients = torch.autograd.grad(2 * found.loss, (case.hidden, case.weight))
     assert waits.number == 1
     assert torch.equal(found.policy_loss_BTH, expected.policy_loss_BTH)
@@ -182,10 +181,10 @@ def test_what_the_host_knows_beforehand_changes_no_bit_and_leaves_one_wait_for_t
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
     chunk = B * T // 4 * V
-    for foresees in (False, True):
+    for predicts in (False, True):
         with Watch() as watch:
             case = Case(7, valid=1.0)
-            case.losses(chunked_losses, foresees)
+            case.losses(chunked_losses, predicts)
             score_tokens(case.hidden, case.weight, case.targets, case.valid)
         assert watch.largest == chunk
 
@@ -194,12 +193,12 @@ def test_where_autograd_records_nothing_no_gradient_is_made() -> None:
     case = Case(11)
     expected = case.losses(chunked_losses)[0]
     with torch.no_grad(), Watch() as watch:
-        found = chunked_losses(case.hidden, case.weight, case.targets, case.valid, case.select(), SCALE)
+        found = chunked_losses(case.hidden, case.weight, case.targets, case.valid, case.selector(), SCALE)
     assert watch.product_rows == case.valid.sum()
     assert (V, D) not in watch.shapes
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     torch.testing.assert_close(found.policy_loss_BTH, expected.policy_loss_BTH)
-    assert found.foreseen_BTK is None
+    assert found.predicted_BTK is None
 
 
 @pytest.mark.parametrize("form", [chunked_losses, dense_losses])
@@ -215,3 +214,11 @@ def test_a_loss_that_is_not_finite_is_seen_and_counts_as_zero_in_the_sum(form: C
     assert bad == [[0, 0, 0], [0, 5, 1], [1, 2, 2]]
     taken = torch.cat([case.valid[..., :1], case.selected], dim=-1) & found.policy_loss_BTH.isfinite()
     assert found.loss.item() == pytest.approx((found.policy_loss_BTH * SCALE)[taken].sum().item())
+
+
+def test_two_passes_ignore_the_prediction() -> None:
+    case = Case(5)
+    arguments = (case.hidden, case.weight, case.targets, case.valid)
+    found = chunked_losses(*arguments, case.selector(), SCALE, predict=False)
+    assert found.predicted_BTK is None
+    assert torch.equal(found.loss, case.losses(chunked_losses, predicts=False)[0].loss)

@@ -33,9 +33,9 @@ def micro_batch(seed: int) -> tuple[HeadLosses, torch.Tensor, torch.Tensor]:
     weight = valid[..., 1:].sum((0, 1)).double()
     selection = Selection(selected, threshold, weight, excess, torch.tensor(True))
     sources = torch.randint(2, (ROWS, TOKENS), generator=generator)
-    # The last micro-batch has nothing foreseen, as the first of a run has.
-    foreseen = None if seed == 3 else valid[..., 1:] & (excess > 0.3 * seed)
-    return HeadLosses(torch.zeros(()), policy_loss, selection, foreseen), valid, sources
+    # The last micro-batch has nothing predicted, as the first of a run has.
+    predicted = None if seed == 3 else valid[..., 1:] & (excess > 0.3 * seed)
+    return HeadLosses(torch.zeros(()), policy_loss, selection, predicted), valid, sources
 
 
 def record_of(seeds: list[int]) -> dict[str, Any]:
@@ -109,9 +109,13 @@ def test_the_record_is_that_of_all_pairs_of_all_ranks_and_micro_batches() -> Non
         thresholds = [(losses.selection.threshold_K[head - 1].item(), v[..., head].sum().item()) for losses, v, _ in parts]
         mean = sum(value * weight for value, weight in thresholds) / sum(weight for _, weight in thresholds)
         expected[f"threshold_head_{head}"] = mean
-        guesses = [(losses.foreseen_BTK, losses.selection.selected_BTK) for losses, _, _ in parts]
+        guesses = [(losses.predicted_BTK, losses.selection.selected_BTK) for losses, _, _ in parts]
         right, made = (
-            sum(join(foreseen, selected)[..., head - 1].sum().item() for foreseen, selected in guesses if foreseen is not None)
+            sum(
+                join(predicted, selected)[..., head - 1].sum().item()
+                for predicted, selected in guesses
+                if predicted is not None
+            )
             for join in (torch.logical_and, torch.logical_or)
         )
         expected[f"prediction_hit_rate_head_{head}"] = right / made

@@ -1,4 +1,4 @@
-"""The collectives of a step's objective, from its plan to its metrics: how many, how large, the same on every rank."""
+"""The collectives of a step's objective, from its counts to its metrics: how many, how large, the same on every rank."""
 
 import itertools
 import math
@@ -12,12 +12,12 @@ import torch.distributed as dist
 from pipeline.benchmark.measurement import Collective, CollectiveRecorder
 from pipeline.config import Settings, TrainingSettings
 from pipeline.data.loading.batch import targets_and_valid
-from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
+from pipeline.micro_step import Models, count_step, load_micro_batches
 from pipeline.model.mtp import MTPModel
 from pipeline.runtime.metrics import EXCESS_BINS, SelectionSums
-from pipeline.train import all_finite_or_nan
-from pipeline.weighting.pools import random_scores
+from pipeline.runtime.non_finite import all_finite_or_nan
 from pipeline.weighting.prediction import Prediction
+from pipeline.weighting.score import random_scores
 from tests.dense import (
     HEADS,
     ROWS,
@@ -30,6 +30,7 @@ from tests.dense import (
 )
 from tests.ranks import run_ranks
 from tests.rows import batch_of, part_of, random_lengths
+from tests.stepping import losses_of, objective_of
 
 MICRO_STEPS, SELECTING = 2, HEADS - 1
 WAYS = [(pool, exchange) for pool in ("global", "step") for exchange in ("all_gather", "radix")] + [
@@ -51,9 +52,10 @@ def collectives_of_a_step() -> list[list[Collective]]:
         training = TrainingSettings(selection_pool=pool, selection_exchange=exchange)  # type: ignore[arg-type]
         with CollectiveRecorder() as recorder:
             micro_batches = load_micro_batches(batches, 0, HEADS, 2, rank, torch.device("cpu"))
-            counts, _, _ = plan(micro_batches, training, [1.0] * HEADS, 2, group)()
+            counts, _, _ = count_step(micro_batches, objective_of(training), 2, group).read()
             sums = SelectionSums(HEADS, 2, torch.device("cpu"))
-            losses = selective_losses(Models(policy, reference, "shifted", group), micro_batches, counts, training)
+            models = Models(policy, reference, "shifted", group)
+            losses = losses_of(models, micro_batches, counts, training, Prediction())
             for micro, of_micro in zip(micro_batches, losses, strict=True):
                 sums.add(of_micro, micro.valid_BTH, micro.batch.sources_BT)
             sums.record(counts.scale_H, ("a", "b"), group)
@@ -61,7 +63,7 @@ def collectives_of_a_step() -> list[list[Collective]]:
     return found
 
 
-def test_a_step_runs_one_plan_one_exchange_a_pool_and_one_reduction_of_metrics() -> None:
+def test_a_step_runs_one_count_one_exchange_a_pool_and_one_reduction_of_metrics() -> None:
     padded, others = run_ranks(collectives_of_a_step, 2)
     assert padded == others
     pairs = ROWS // 2 // MICRO_STEPS * TOKENS * SELECTING
@@ -74,10 +76,10 @@ def test_a_step_runs_one_plan_one_exchange_a_pool_and_one_reduction_of_metrics()
         return [Collective("all_reduce", 4 * SELECTING * size) for size in sizes]
 
     for (pool, name), collectives in zip(WAYS, padded, strict=True):
-        planning, *exchanges, metrics = collectives
+        counting, *exchanges, metrics = collectives
         # What the data was is counted along, and whether a rank was asked to stop: tokens, positions, damage, and two numbers
         # for each of two sources.
-        assert planning == Collective("all_reduce", 8 * (MICRO_STEPS * HEADS + HEADS + 1 + 4 + 2 * 2))
+        assert counting == Collective("all_reduce", 8 * (MICRO_STEPS * HEADS + HEADS + 1 + 4 + 2 * 2))
         expected = {"global": 2 * exchanged(name, 1), "step": exchanged(name, 2)}.get(pool, [])
         assert exchanges == expected, (pool, name)
         assert metrics.kind == "all_reduce"
@@ -88,9 +90,9 @@ def test_a_step_runs_one_plan_one_exchange_a_pool_and_one_reduction_of_metrics()
 def agreed_on_finite() -> tuple[list[Collective], float, float]:
     sums = SelectionSums(HEADS, 1, torch.device("cpu"))
     with CollectiveRecorder() as recorder:
-        before = all_finite_or_nan(sums)
+        before = all_finite_or_nan(sums.finite)
     sums.finite &= dist.get_rank() == 0
-    return recorder.collectives, before.item(), all_finite_or_nan(sums).item()
+    return recorder.collectives, before.item(), all_finite_or_nan(sums.finite).item()
 
 
 def test_one_flag_a_step_says_whether_every_rank_met_finite_numbers_alone() -> None:
@@ -133,11 +135,11 @@ def selected_in_each_way() -> list[tuple[torch.Tensor, dict[str, Any]]]:
         starts = [(micro_step * 2 + rank) * rows for micro_step in range(MICRO_STEPS)]
         batches = [part_of(whole_batch(), slice(start, start + rows)) for start in starts]
         micro_batches = load_micro_batches(batches, FIRST_ROW, HEADS, 2, rank, torch.device("cpu"))
-        counts, _, _ = plan(micro_batches, training, [1.0] * HEADS, 1, group)()
+        counts, _, _ = count_step(micro_batches, objective_of(training), 1, group).read()
         sums, masks = SelectionSums(HEADS, 1, torch.device("cpu")), []
         models = Models(policy, frozen[horizon], horizon, group)
         expected = Prediction.of([0.1, 0.2, 0.3])
-        losses_of_each = selective_losses(models, micro_batches, counts, training, expected)
+        losses_of_each = losses_of(models, micro_batches, counts, training, expected)
         for micro, losses in zip(micro_batches, losses_of_each, strict=True):
             sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
             masks.append(losses.selection.selected_BTK)
@@ -188,9 +190,9 @@ def test_what_a_model_is_told_beforehand_is_what_it_is_given(pool: Any, horizon:
 
     def told(model: MTPModel, *inputs: torch.Tensor, num_valid_H: list[int], spans: Any, **others: Any) -> Any:
         tokens, documents, _, valid = inputs
-        if "select" in others:
-            assert others["select"].foresee is not None
-            shares.append(others["select"].share)
+        if "selector" in others:
+            assert others["selector"].predicts
+            shares.append(others["selector"].share)
         given.append((list(num_valid_H), valid.sum((0, 1)).tolist()))
         assert int(spans.starts_S[-1]) == tokens.numel() == documents.numel()
         return model(*inputs, num_valid_H=num_valid_H, spans=spans, **others)
@@ -198,9 +200,9 @@ def test_what_a_model_is_told_beforehand_is_what_it_is_given(pool: Any, horizon:
     batches = [batch_of(random_lengths(4, TOKENS, seed), TOKENS, VOCAB) for seed in range(MICRO_STEPS)]
     micro_batches = load_micro_batches(batches, 0, HEADS, 1, 0, torch.device("cpu"))
     training = TrainingSettings(selection_pool=pool)
-    counts, _, _ = plan(micro_batches, training, [1.0] * HEADS, 1, None)()
+    counts, _, _ = count_step(micro_batches, objective_of(training), 1, None).read()
     models = Models(partial(told, policy), partial(told, reference), horizon, None)
-    losses = selective_losses(models, micro_batches, counts, training, Prediction.of([0.1, 0.2, 0.3]))
+    losses = losses_of(models, micro_batches, counts, training, Prediction.of([0.1, 0.2, 0.3]))
     assert len(list(losses)) == MICRO_STEPS
     assert shares == [0.6] * MICRO_STEPS
     assert len(given) == MICRO_STEPS * (3 if pool == "step" else 2)

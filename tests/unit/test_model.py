@@ -11,7 +11,7 @@ from pipeline.data.loading.batch import targets_and_valid
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.reference import losses_by_head, reference_columns
 from pipeline.model.transformer import document_mask
-from pipeline.weighting.selection import Select, select_all
+from pipeline.weighting.selectors import EveryPair
 from tests.unit.test_loss_phase import Watch
 
 VOCAB = 29
@@ -140,11 +140,8 @@ def test_the_objective_and_its_gradient_equal_a_sum_over_pairs_written_by_hand(t
     targets, valid = targets_and_valid(tokens, documents, 4)
     scale = torch.tensor([0.1, 0.7, 0.0, 0.4])
 
-    def select_even(policy_loss):
-        selected = valid[..., 1:] & (torch.arange(12) % 2 == 0)[None, :, None]
-        return select_all(policy_loss, selected)
-
-    found = model(tokens, documents, targets, valid, Select(select_even), scale)
+    even = valid[..., 1:] & (torch.arange(12) % 2 == 0)[None, :, None]
+    found = model(tokens, documents, targets, valid, EveryPair(even), scale)
     found.loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -164,7 +161,7 @@ def test_nothing_selected_still_reaches_every_parameter() -> None:
     tokens, documents = rows()
     documents = torch.full_like(documents, -1)
     targets, valid = targets_and_valid(tokens, documents, 4)
-    losses = model(tokens, documents, targets, valid, Select(lambda loss: select_all(loss, valid[..., 1:])), torch.ones(4))
+    losses = model(tokens, documents, targets, valid, EveryPair(valid[..., 1:]), torch.ones(4))
     losses.loss.backward()
     assert losses.loss.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
@@ -187,9 +184,7 @@ def test_no_tensor_as_large_as_all_logits_of_one_head_is_ever_made() -> None:
     tokens, documents = rows()
     targets, valid = targets_and_valid(tokens, documents, 4)
     with Watch() as watch:
-        model(
-            tokens, documents, targets, valid, Select(lambda loss: select_all(loss, valid[..., 1:])), torch.ones(4)
-        ).loss.backward()
+        model(tokens, documents, targets, valid, EveryPair(valid[..., 1:]), torch.ones(4)).loss.backward()
         model(tokens, documents, targets, valid)
     assert watch.largest == 5000 * settings.dim < tokens.numel() * 5000
 

@@ -1,13 +1,12 @@
 """What the data of a step determines: counts, sizes and scales of unequal micro-steps and ranks against plain counting."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.weighting.objective import StepPlan, plan_step
+from pipeline.weighting.objective import ObjectiveSettings, StepCounts, count_pairs
 from tests.ranks import run_ranks
 
 MICRO_STEPS, ROWS, TOKENS, HEADS, RANKS = 3, 2, 7, 3, 2
@@ -25,18 +24,11 @@ def valid_of(rank: int, micro_step: int) -> torch.Tensor:
     return valid
 
 
-def planned(**settings: Any) -> StepPlan:
+def counted(pool: str, normalize_by: str) -> StepCounts:
     rank = dist.get_rank()
     valid = [valid_of(rank, micro_step).sum(1) for micro_step in range(MICRO_STEPS)]
-    read = plan_step(
-        valid,
-        torch.tensor([rank + 1, 10]),
-        head_weights=WEIGHTS,
-        device=torch.device("cpu"),
-        group=dist.group.WORLD,
-        **settings,
-    )
-    return read()
+    objective = ObjectiveSettings(0.6, WEIGHTS, pool, normalize_by)
+    return count_pairs(valid, torch.tensor([rank + 1, 10]), objective, torch.device("cpu"), dist.group.WORLD).read()
 
 
 def size(k_percent: float, num_valid: int) -> int:
@@ -60,20 +52,16 @@ def pools_of(pool: str, head: int) -> list[int]:
 @pytest.mark.parametrize("normalize_by", ["valid", "selected"])
 @pytest.mark.parametrize("pool", ["global", "step", "rank", "row"])
 def test_counts_sizes_and_scales_are_those_of_the_whole_step(pool: str, normalize_by: str) -> None:
-    plans = run_ranks(planned_with, RANKS, pool, normalize_by)
-    assert plans[0] == plans[1]
+    counts = run_ranks(counted, RANKS, pool, normalize_by)
+    assert counts[0] == counts[1]
     for head in range(HEADS):
         in_pools = pools_of(pool, head)
         selected = sum(in_pools) if head == 0 else sum(size(0.6, count) for count in in_pools)
-        assert plans[0].num_selected_H[head] == selected
-        assert [counts[head] for counts in plans[0].num_valid_AH] == pools_of("global", head)
+        assert counts[0].num_selected_H[head] == selected
+        assert [of_step[head] for of_step in counts[0].num_valid_AH] == pools_of("global", head)
         divisor = sum(in_pools) if normalize_by == "valid" else selected
-        assert plans[0].scale_H[head] == WEIGHTS[head] / (HEADS * divisor)
+        assert counts[0].scale_H[head] == WEIGHTS[head] / (HEADS * divisor)
     sizes = [[size(0.6, count) for count in pools_of(pool, head)] for head in range(1, HEADS)]
-    assert plans[0].pool_selected == ([list(each) for each in zip(*sizes, strict=True)] if pool in ("global", "step") else [])
-    assert plans[0].data == [3, 20]
-    assert len({tuple(counts) for counts in plans[0].num_valid_AH}) == MICRO_STEPS, "unequal, or the test shows nothing"
-
-
-def planned_with(pool: str, normalize_by: str) -> StepPlan:
-    return planned(pool=pool, k_percent=0.6, normalize_by=normalize_by)
+    assert counts[0].pool_selected == ([list(each) for each in zip(*sizes, strict=True)] if pool in ("global", "step") else [])
+    assert counts[0].data == [3, 20]
+    assert len({tuple(of_step) for of_step in counts[0].num_valid_AH}) == MICRO_STEPS, "unequal, or the test shows nothing"

@@ -13,11 +13,11 @@ from pipeline.model.mtp import MTPModel
 from pipeline.model.recompute import block_runner
 from pipeline.model.transformer import Block, document_mask, rotary_angles
 from pipeline.planning import activations, states
-from pipeline.planning.advice import changes, plannable, verdict
-from pipeline.planning.case import Case
+from pipeline.planning.advice import savings, usable_bytes, verdict
 from pipeline.planning.plan import Plan, plan_memory
-from pipeline.planning.reading import case_of
+from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.report import document
+from pipeline.planning.resolve import resolve_planned_job
 from pipeline.runtime.engine import num_parameters
 
 CONTENT: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -35,9 +35,9 @@ def settings_of(**sections: dict[str, Any]) -> Settings:
 
 def case(
     num_ranks: int = 4, on_gpu: bool = False, bf16: bool = False, zero: dict[str, Any] | None = None, **sections: Any
-) -> Case:
+) -> PlannedJob:
     content = CONTENT | {"bf16": {"enabled": bf16}, "zero_optimization": CONTENT["zero_optimization"] | (zero or {})}
-    return case_of(settings_of(**sections), content, num_ranks, on_gpu, None)[0]
+    return resolve_planned_job(settings_of(**sections), content, num_ranks, on_gpu, None)[0]
 
 
 def saved_by_autograd(settings: Settings, dtype: torch.dtype) -> int:
@@ -89,15 +89,16 @@ def kept_by_storage(settings: Settings, kind: str) -> int:
 def test_what_waits_for_backward_is_what_stays_allocated(kind: str) -> None:
     planned = case(training={"activation_checkpointing": kind}, data={"sequence_length": 256})
     few = 64 * 1024  # Random states, and the like.
-    assert kept_by_storage(planned.settings, kind) == pytest.approx(activations.kept_by_block(planned), abs=few)
+    assert kept_by_storage(planned.settings, kind) == pytest.approx(activations.saved_by_checkpointed_block(planned), abs=few)
 
 
 def test_activations_halve_with_the_rows() -> None:
     for kind in ("none", "selective", "full"):
         four, two = (case(data={"micro_batch": rows}, training={"activation_checkpointing": kind}) for rows in (4, 2))
-        assert activations.waiting(four) - 2 * activations.waiting(two) < 0.01 * activations.waiting(four)
-        assert activations.kept_by_block(four) == 2 * activations.kept_by_block(two)
-        assert activations.stacked(four) == 2 * activations.stacked(two)
+        saved = activations.saved_for_backward(four)
+        assert saved - 2 * activations.saved_for_backward(two) < 0.01 * saved
+        assert activations.saved_by_checkpointed_block(four) == 2 * activations.saved_by_checkpointed_block(two)
+        assert activations.head_outputs(four) == 2 * activations.head_outputs(two)
 
 
 def test_the_mask_of_a_cpu_grows_with_the_square_of_the_length_and_a_gpu_has_none() -> None:
@@ -111,35 +112,40 @@ def test_the_mask_of_a_cpu_grows_with_the_square_of_the_length_and_a_gpu_has_non
 
 def test_checkpointing_keeps_less_and_makes_more_again() -> None:
     none, selective, full = (case(training={"activation_checkpointing": kind}) for kind in ("none", "selective", "full"))
-    assert activations.waiting(none) > activations.waiting(selective) > activations.waiting(full) > 0
-    assert 0 == activations.made_again(none) < activations.made_again(selective) < activations.made_again(full)
-    assert activations.made_again(full) == activations.saved_by_block(none)
+    most, less, least = map(activations.saved_for_backward, (none, selective, full))
+    assert most > less > least > 0
+    assert 0 == activations.recomputed(none) < activations.recomputed(selective) < activations.recomputed(full)
+    assert activations.recomputed(full) == activations.saved_by_block(none)
 
 
 def test_every_head_adds_a_block_and_its_hidden_states() -> None:
     one, two, three = (case(model={"num_prediction_heads": heads}) for heads in (1, 2, 3))
-    assert two.whole - one.whole == three.whole - two.whole == num_parameters(three.settings.model) - two.whole
-    assert activations.stacked(three) == 3 * activations.stacked(one)
-    grown = [activations.waiting(each) - activations.block_input(each) for each in (one, two, three)]
+    assert (
+        two.num_parameters - one.num_parameters
+        == three.num_parameters - two.num_parameters
+        == num_parameters(three.settings.model) - two.num_parameters
+    )
+    assert activations.head_outputs(three) == 3 * activations.head_outputs(one)
+    grown = [activations.saved_for_backward(each) - activations.block_input(each) for each in (one, two, three)]
     assert grown[2] - grown[1] == grown[1] - grown[0] > activations.saved_by_block(one)
 
 
 def test_states_are_cut_by_the_ranks_and_weights_by_stage_3_alone() -> None:
     for stage in (1, 2, 3):
         two, four = (case(num_ranks=ranks, zero={"stage": stage}) for ranks in (2, 4))
-        assert two.whole == four.whole == num_parameters(two.settings.model)
+        assert two.num_parameters == four.num_parameters == num_parameters(two.settings.model)
         for of in (states.master_weights, states.optimizer):
             assert of(two) == 2 * of(four)
-        assert states.master_weights(two) == 4 * two.whole // 2
-        assert states.optimizer(two) == 8 * two.whole // 2
+        assert states.master_weights(two) == 4 * two.num_parameters // 2
+        assert states.optimizer(two) == 8 * two.num_parameters // 2
         assert states.weights(two) == (2 * states.weights(four) if stage == 3 else states.weights(four))
         assert (states.gradients_at_rest(two) > 0) == (stage == 3)
-        assert (states.gathered(two) > 0) == (stage == 3)
+        assert (states.gathered_parameters(two) > 0) == (stage == 3)
 
 
 def test_bf16_halves_weights_and_hidden_states_and_leaves_the_optimisers_states() -> None:
     single, half = (case(on_gpu=True, bf16=bf16) for bf16 in (False, True))
-    for of in (states.weights, states.reference, activations.stacked, activations.block_input):
+    for of in (states.weights, states.reference, activations.head_outputs, activations.block_input):
         assert of(single) == 2 * of(half)
     for of in (states.master_weights, states.optimizer, states.gradients_at_rest):
         assert of(single) == of(half)
@@ -147,7 +153,7 @@ def test_bf16_halves_weights_and_hidden_states_and_leaves_the_optimisers_states(
 
 def test_bf16_in_stage_1_has_whole_gradients_on_every_rank() -> None:
     planned = case(bf16=True, zero={"stage": 1})
-    assert states.gradients_at_rest(planned) == 4 * planned.whole
+    assert states.gradients_at_rest(planned) == 4 * planned.num_parameters
     assert states.gradients_at_rest(case(bf16=True, zero={"stage": 2})) == 0
 
 
@@ -155,7 +161,7 @@ def test_accumulated_gradients_are_whole_in_stage_1_and_a_part_in_stage_2() -> N
     def accumulated(stage: int, rows: int) -> int:
         return states.gradients_accumulated(case(zero={"stage": stage}, data={"micro_batch": rows}))
 
-    whole = case().whole
+    whole = case().num_parameters
     assert [accumulated(stage, 16) for stage in (1, 2, 3)] == [0, 0, 0]
     assert [accumulated(stage, 8) for stage in (1, 2, 3)] == [4 * whole, whole, 0]
 
@@ -163,7 +169,7 @@ def test_accumulated_gradients_are_whole_in_stage_1_and_a_part_in_stage_2() -> N
 def test_gathered_weights_follow_the_window_and_never_exceed_the_model() -> None:
     def gathered(num_ranks: int = 4, kind: str = "none", **zero: int) -> int:
         zero = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0} | zero
-        return states.gathered(case(num_ranks=num_ranks, zero=zero, training={"activation_checkpointing": kind}))
+        return states.gathered_parameters(case(num_ranks=num_ranks, zero=zero, training={"activation_checkpointing": kind}))
 
     with torch.device("meta"):
         largest = sum(parameter.numel() for parameter in MTPModel(case().settings.model).heads[0].parameters())
@@ -172,9 +178,9 @@ def test_gathered_weights_follow_the_window_and_never_exceed_the_model() -> None
     assert gathered(stage3_max_live_parameters=10_000) == 4 * (largest + 10_000)
     assert gathered(stage3_max_live_parameters=10_000, stage3_prefetch_bucket_size=0) == 4 * largest
     assert gathered(stage3_max_reuse_distance=30_000) == 4 * (largest + 15_000)
-    assert gathered(stage3_max_live_parameters=10**9) == 4 * case().whole
+    assert gathered(stage3_max_live_parameters=10**9) == 4 * case().num_parameters
     assert gathered(num_ranks=1, stage3_max_live_parameters=10**9) == 0
-    assert gathered(stage3_param_persistence_threshold=10**9) == 4 * case().whole
+    assert gathered(stage3_param_persistence_threshold=10**9) == 4 * case().num_parameters
 
 
 def test_a_reference_is_whole_or_a_part_or_nothing_at_all() -> None:
@@ -189,37 +195,41 @@ def test_a_reference_is_whole_or_a_part_or_nothing_at_all() -> None:
 
 def test_auto_keeps_a_reference_whole_where_it_takes_a_quarter_of_what_is_free() -> None:
     settings = settings_of(reference={"sharding": "auto"})
-    built = case().whole * (4 + 4 + 4) // 4 + 4 * case().whole  # A part of everything, and the bucket as far as it is used.
+    built = (
+        case().num_parameters * (4 + 4 + 4) // 4 + 4 * case().num_parameters
+    )  # A part of everything, and the bucket as far as it is used.
     needed = states.reference(case())
     for spare, expected in ((1, "replicate"), (-1, "zero3")):
-        planned, notes = case_of(settings, CONTENT, 4, False, built + 4 * (needed + spare))
+        planned, notes = resolve_planned_job(settings, CONTENT, 4, False, built + 4 * (needed + spare))
         assert (planned.sharding, notes) == (expected, [])
-    planned, (note,) = case_of(settings, CONTENT, 4, False, None)
+    planned, (note,) = resolve_planned_job(settings, CONTENT, 4, False, None)
     assert planned.sharding == "replicate"
     assert "memory is not known" in note
 
 
 def test_a_reference_that_is_elsewhere_is_assumed_to_have_the_policys_shape() -> None:
     settings = settings_of(reference={"path": Path("nowhere"), "training_steps": None, "training_data": None})
-    planned, (note,) = case_of(settings, CONTENT, 4, False, None)
+    planned, (note,) = resolve_planned_job(settings, CONTENT, 4, False, None)
     assert planned.reference == planned.settings.model.model_copy(update={"num_prediction_heads": 1})
     assert "nowhere" in note
 
 
 def test_bf16_auto_is_what_the_device_has_not_what_this_machine_has() -> None:
     content = CONTENT | {"bf16": {"enabled": "auto"}}
-    assert [case_of(settings_of(), content, 4, on_gpu, None)[0].width for on_gpu in (False, True)] == [4, 2]
+    assert [resolve_planned_job(settings_of(), content, 4, on_gpu, None)[0].dtype_bytes for on_gpu in (False, True)] == [4, 2]
 
 
 def test_the_loss_phase_holds_a_chunk_and_dense_every_heads_logits() -> None:
     predicted, two_pass, dense = (case(training={"loss_phase": phase}) for phase in ("predicted", "two_pass", "dense"))
     tokens, vocab, dim = 4 * 64, 512, 96
-    assert activations.in_loss(predicted) == activations.in_loss(two_pass)
+    assert activations.loss_phase(predicted) == activations.loss_phase(two_pass)
     # Hidden gradient, weight gradient, a quarter of a head's logits and a sixteenth of those, and twice their rows.
     chunk = tokens // 4 * vocab
-    assert activations.in_loss(predicted) == 4 * (tokens * 4 * dim + vocab * dim + chunk + chunk // 16 + tokens // 4 * 2 * dim)
+    assert activations.loss_phase(predicted) == 4 * (
+        tokens * 4 * dim + vocab * dim + chunk + chunk // 16 + tokens // 4 * 2 * dim
+    )
     # The log-probabilities of four heads, and the logits of the last one.
-    assert activations.in_loss(dense) == 4 * tokens * vocab * (4 + 1)
+    assert activations.loss_phase(dense) == 4 * tokens * vocab * (4 + 1)
 
 
 def test_offloading_moves_to_the_host_what_it_takes_from_the_device() -> None:
@@ -241,16 +251,16 @@ def test_offloading_moves_to_the_host_what_it_takes_from_the_device() -> None:
 def test_the_total_is_the_highest_moments_sum() -> None:
     plan = plan_memory(case())
     totals = {moment: sum(parts.values()) for moment, parts in plan.moments.items()}
-    assert plan.total == max(totals.values()) == totals[plan.highest]
+    assert plan.total == max(totals.values()) == totals[plan.peak_moment]
     assert plan.total > sum(plan.at_rest.values())
 
 
 def test_advice_is_what_the_changed_settings_would_be_planned_to_take() -> None:
-    def planned(rows: int = 4, **training: Any) -> Case:
+    def planned(rows: int = 4, **training: Any) -> PlannedJob:
         zero = {"stage": 2, "reduce_bucket_size": 10**5}
         return case(bf16=True, zero=zero, data={"micro_batch": rows, "sequence_length": 512}, training=training)
 
-    advised = {change.setting.partition(" (")[0]: change.total for change in changes(planned())}
+    advised = {saving.setting.partition(" (")[0]: saving.total for saving in savings(planned())}
     total = plan_memory(planned()).total
     assert list(advised.values()) == sorted(advised.values())
     assert all(size < 0.99 * total for size in advised.values())
@@ -300,15 +310,15 @@ VECTORS = (2 + HEADS) * 2 * DIM + DIM
 PART = WHOLE // 4
 
 
-def staged(stage: int, bf16: bool = False, rows: int = 16, **zero: Any) -> Case:
+def staged(stage: int, bf16: bool = False, rows: int = 16, **zero: Any) -> PlannedJob:
     """With 16 rows a micro-batch is a whole step's, with 8 rows half of it."""
     return case(bf16=bf16, zero={"stage": stage} | zero, data={"micro_batch": rows})
 
 
 def test_the_hand_counts_are_the_models() -> None:
-    assert case().whole == WHOLE == num_parameters(case().settings.model)
-    assert case().part == PART
-    assert case().matrices == WHOLE - VECTORS
+    assert case().num_parameters == WHOLE == num_parameters(case().settings.model)
+    assert case().num_local_parameters == PART
+    assert case().num_matrix_parameters == WHOLE - VECTORS
 
 
 @pytest.mark.parametrize(
@@ -328,7 +338,7 @@ def test_the_hand_counts_are_the_models() -> None:
     ],
 )
 def test_reducing_a_bucket_makes_what_is_sent(stage: int, bf16: bool, bucket: int, expected: int) -> None:
-    assert states.reducing(staged(stage, bf16, reduce_bucket_size=bucket)) == expected
+    assert states.reduction_buffers(staged(stage, bf16, reduce_bucket_size=bucket)) == expected
 
 
 def test_a_gradient_that_fits_no_bucket_waits_and_is_copied_in_bf16_alone() -> None:
@@ -349,10 +359,14 @@ def test_bf16_in_stage_1_reduces_all_gradients_at_once_unless_they_are_too_many(
     assert reduction["gradients"] == (4 + 2) * WHOLE
     assert reduction["reduce buckets"] == 4 * WHOLE
     monkeypatch.setattr(states, "_LARGEST_FLATTENED", WHOLE - VECTORS - 1)
-    assert states.reducing_whole(planned) == 0
+    assert states.bf16_optimizer_reduction(planned) == 0
     monkeypatch.setattr(states, "_LARGEST_FLATTENED", WHOLE - VECTORS)
-    assert states.reducing_whole(planned) == 4 * WHOLE
-    assert [states.reducing_whole(staged(stage, bf16)) for stage, bf16 in ((1, False), (2, True), (3, True))] == [0, 0, 0]
+    assert states.bf16_optimizer_reduction(planned) == 4 * WHOLE
+    assert [states.bf16_optimizer_reduction(staged(stage, bf16)) for stage, bf16 in ((1, False), (2, True), (3, True))] == [
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -381,8 +395,8 @@ def test_gradients_of_a_step(stage: int, bf16: bool, accumulated: int, in_backwa
 def test_the_norm_in_float64_is_of_one_gradient_or_of_as_much_of_it_as_is_this_ranks() -> None:
     few, many = (case(bf16=True, num_ranks=ranks, zero={"stage": 2}) for ranks in (4, 16))
     assert states.gradients_in_step(few) == 4 * PART + 8 * EMBEDDING
-    assert many.part < EMBEDDING
-    assert states.gradients_in_step(many) == 4 * many.part + 8 * many.part
+    assert many.num_local_parameters < EMBEDDING
+    assert states.gradients_in_step(many) == 4 * many.num_local_parameters + 8 * many.num_local_parameters
 
 
 def test_stage_3_flattens_no_more_gradients_than_a_sub_group_has() -> None:
@@ -417,16 +431,16 @@ def test_what_backward_adds_is_counted_by_its_steps() -> None:
     single, half = case(), case(bf16=True)
     on_gpu = case(on_gpu=True, bf16=True)
     # The norm: gradients of what it gave and took, on a CPU four float32 tensors.
-    assert activations.in_backward_of_norm(single) == activations.in_backward_of_norm(half) == 4 * 4 * hidden
-    assert activations.in_backward_of_norm(on_gpu) == 2 * 2 * hidden
+    assert activations.norm_backward(single) == activations.norm_backward(half) == 4 * 4 * hidden
+    assert activations.norm_backward(on_gpu) == 2 * 2 * hidden
     # The oracle: four heads' log-probabilities and one gradient of logits in float32, the unembedding's gradient twice, the
     # hidden states'; in bf16 both factors in float32 as well.
-    assert activations.in_backward_of_dense(single) == 4 * (5 * logits + 2 * EMBEDDING + hidden)
-    assert activations.in_backward_of_dense(half) == 4 * (5 * logits + 2 * EMBEDDING) + 2 * hidden + 4 * (hidden + EMBEDDING)
+    assert activations.dense_loss_backward(single) == 4 * (5 * logits + 2 * EMBEDDING + hidden)
+    assert activations.dense_loss_backward(half) == 4 * (5 * logits + 2 * EMBEDDING) + 2 * hidden + 4 * (hidden + EMBEDDING)
     # A block: the heads' gradients, two of the stream, two of the feed-forward layer, and what is made again.
-    assert activations.in_backward_of_block(single) == 4 * (hidden + 2 * TOKENS * DIM + 2 * TOKENS * FFN)
+    assert activations.block_backward(single) == 4 * (hidden + 2 * TOKENS * DIM + 2 * TOKENS * FFN)
     again = case(training={"activation_checkpointing": "full"})
-    added = activations.in_backward_of_block(again) - activations.in_backward_of_block(single)
+    added = activations.block_backward(again) - activations.block_backward(single)
     assert added == activations.saved_by_block(again) > 0
 
 
@@ -434,7 +448,7 @@ def test_adding_in_two_precisions_takes_a_copy_on_a_cpu_alone() -> None:
     rows = TOKENS // 4
     chunk = rows * (4 * VOCAB + 4 * VOCAB // 16 + 2 * VOCAB + 2 * 2 * DIM)
     needed = 2 * HEADS * TOKENS * DIM + 4 * EMBEDDING + chunk + 2 * EMBEDDING
-    assert activations.in_loss(case(bf16=True)) == needed + 4 * EMBEDDING
+    assert activations.loss_phase(case(bf16=True)) == needed + 4 * EMBEDDING
 
 
 def test_a_model_that_is_whole_on_each_rank_is_there_twice_while_it_is_built() -> None:
@@ -451,13 +465,13 @@ def test_torch_2_11_saves_keys_and_values_for_every_head_that_shares_them(monkey
         selective = case(model=grouped, training={"activation_checkpointing": "selective"}, **more)
         return (
             activations.saved_by_block(case(model=grouped, **more)),
-            activations.kept_by_block(selective),
-            activations.made_again(selective),
+            activations.saved_by_checkpointed_block(selective),
+            activations.recomputed(selective),
         )
 
     found = {}
     for groups in (True, False):
-        monkeypatch.setattr(transformer, "FLASH_GROUPS_HEADS", groups)
+        monkeypatch.setattr(transformer, "FLASH_SUPPORTS_GQA", groups)
         found[groups] = counts(on_gpu=True, bf16=True)
         # Under a mask attention takes them as they are.
         assert counts(bf16=True) == counts(bf16=True, on_gpu=False)
@@ -492,33 +506,33 @@ def test_each_kind_of_advice_is_accepted_and_brings_what_it_says(setting: str) -
     given, change = ADVISED[setting]
     given = given | {"zero": {"reduce_bucket_size": 10**5} | given.get("zero", {})}
     planned = case(on_gpu=True, bf16=True, **given)
-    advised = {each.setting.partition(" (")[0]: each.total for each in changes(planned)}
+    advised = {each.setting.partition(" (")[0]: each.total for each in savings(planned)}
     changed = planned.changed(**change)
     assert advised[setting] == plan_memory(changed).total < plan_memory(planned).total
     assert size_problems(changed.settings, changed.num_ranks) == []
     # What is there already is not advised again.
-    assert setting not in {each.setting.partition(" (")[0] for each in changes(changed)}
+    assert setting not in {each.setting.partition(" (")[0] for each in savings(changed)}
 
 
 def test_no_more_gpus_are_advised_than_the_lanes_can_feed() -> None:
     def advised(lanes: int) -> bool:
         sizes, few = {"global_batch": 64, "lanes": lanes, "micro_batch": 4}, {"reduce_bucket_size": 10**5}
-        return any(each.setting.startswith("--gpus") for each in changes(case(data=sizes, zero=few)))
+        return any(each.setting.startswith("--gpus") for each in savings(case(data=sizes, zero=few)))
 
     # Four ranks of four rows: 16 lanes are all in use, whatever the number of micro-steps.
     assert [advised(lanes) for lanes in (16, 32)] == [False, True]
 
 
 def test_a_gpu_has_two_gib_that_are_not_the_plans() -> None:
-    assert plannable(case(on_gpu=True), 24 * 2**30) == 22 * 2**30
-    assert plannable(case(on_gpu=False), 24 * 2**30) == 24 * 2**30
+    assert usable_bytes(case(on_gpu=True), 24 * 2**30) == 22 * 2**30
+    assert usable_bytes(case(on_gpu=False), 24 * 2**30) == 24 * 2**30
 
 
 def test_every_moment_has_the_gradients_that_are_there_by_then() -> None:
     moments = ("the start of backward", "a head's backward", "the end of backward", "the optimiser's step")
     bucket = {"reduce_bucket_size": 10_000, "overlap_comm": False}
 
-    def found(part: str, planned: Case) -> list[int]:
+    def found(part: str, planned: PlannedJob) -> list[int]:
         return [plan_memory(planned).moments[moment].get(part, 0) for moment in moments]
 
     # The unembedding's gradient, which fits no bucket; the part of the average; the embedding's gradient; the norm in float64.

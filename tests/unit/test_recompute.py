@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.data.loading.batch import Spans
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.recompute import block_runner
-from pipeline.model.transformer import attend_in_spans
+from pipeline.model.transformer import flash_attention
 from tests.unit.test_model import rows, small
 
 PRODUCTS = {"mm", "addmm", "bmm", "_varlen_attn"}
@@ -62,7 +62,7 @@ def test_flash_attention_over_spans_is_kept_as_a_product_is(kind: str, again: in
     spans = Spans(torch.empty(3, dtype=torch.int32, device="meta"), 5)
 
     def block(*inputs: torch.Tensor) -> torch.Tensor:
-        return attend_in_spans(*inputs, spans).square()
+        return flash_attention(*inputs, spans).square()
 
     with Products() as forward:
         attended = block_runner(kind)(block, query, key, value)

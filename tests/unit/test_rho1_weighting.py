@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import ModelSettings, TrainingSettings
-from pipeline.micro_step import Models, load_micro_batches, plan, selective_losses
+from pipeline.micro_step import Models, count_step, load_micro_batches
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.weighting.rho1 import compute_mtp_selective_weights, compute_rho1_stats
 from tests.ranks import run_ranks
 from tests.rows import batch_with
+from tests.stepping import losses_of, objective_of
 
 BATCH, SEQ, HEADS, VOCAB = 3, 12, 4, 11
 
@@ -263,8 +264,8 @@ def training_beside_dense_api() -> tuple[torch.Tensor, torch.Tensor, dict[str, A
     training = TrainingSettings(selection_exchange="radix")
     batch = batch_with(tokens, [[int(of_row)] for of_row in (documents >= 0).sum(1)])
     micro = load_micro_batches([batch], 0, HEADS, dist.get_world_size(), rank, torch.device("cpu"))
-    counts, _, _ = plan(micro, training, [1.0] * HEADS, 1, group)()
-    (losses,) = selective_losses(Models(policy, reference, "shifted", group), micro, counts, training)
+    counts, _, _ = count_step(micro, objective_of(training), 1, group).read()
+    (losses,) = losses_of(Models(policy, reference, "shifted", group), micro, counts, training)
     sums = SelectionSums(HEADS, 1, torch.device("cpu"))
     sums.add(losses, micro[0].valid_BTH, batch.sources_BT)
     record = sums.record(counts.scale_H, ("",), group)

@@ -1,7 +1,4 @@
-"""What is planned: a resolved job on so many ranks, and the sizes that everything else is computed from.
-
-Shapes: N tokens of a micro-batch, D width, V vocabulary, H heads.
-"""
+"""The job whose memory is planned, and the sizes that the plan is computed from."""
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -15,14 +12,19 @@ from pipeline.runtime.deepspeed_json import RECIPE_OWNS, precision_of, resolve_d
 from pipeline.runtime.engine import JSON_SECTIONS
 
 FLOAT32 = 4
-"""Bytes of master weights, optimiser states, accumulated gradients and losses, whatever the models run in."""
+"""Bytes per value of master weights, optimizer states, accumulated gradients and losses, whatever dtype the models run in."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """settings: their vocab_size is set. config: the resolved DeepSpeed configuration. on_gpu: whose kernels run; on a CPU
-    device and host memory are one. reference: the shape of the model that runs along, None without one; sharding: how it
-    lies on the ranks, `replicate` or `zero3`."""
+class PlannedJob:
+    """A resolved job on a number of ranks.
+
+    settings: with vocab_size set.
+    config: the resolved DeepSpeed configuration.
+    on_gpu: True for GPU kernels and memory; on a CPU device and host memory are the same.
+    reference: the shape of the live reference model, None without one.
+    sharding: `replicate` or `zero3`, the reference's.
+    """
 
     settings: Settings
     config: dict[str, Any]
@@ -33,7 +35,7 @@ class Case:
 
     @cached_property
     def zero(self) -> Any:
-        """DeepSpeed's own reading of the JSON, its defaults filled in."""
+        """The zero_optimization section as DeepSpeed's own model, with its defaults filled in."""
         return JSON_SECTIONS["zero_optimization"].model_validate(self.config["zero_optimization"])
 
     @property
@@ -49,8 +51,8 @@ class Case:
         return _on_host(self.zero.offload_param)
 
     @property
-    def width(self) -> int:
-        """Bytes of a weight or activation in the models' precision."""
+    def dtype_bytes(self) -> int:
+        """Bytes per weight or activation in the models' dtype."""
         return 2 if precision_of(self.config) == "bfloat16" else 4
 
     @property
@@ -67,40 +69,46 @@ class Case:
         return self.settings.model.vocab_size
 
     @cached_property
-    def parameters(self) -> list[int]:
-        """Values of each parameter of the policy."""
+    def parameter_sizes(self) -> list[int]:
+        """Number of values of each of the policy's parameters."""
         return parameter_sizes(self.settings.model)
 
     @cached_property
-    def largest_module(self) -> int:
-        """Values of the largest module that ZeRO-3 gathers as one: a block, or the embedding."""
+    def largest_gathered_module(self) -> int:
+        """Number of values of the largest module that ZeRO-3 gathers at once: a block, or the embedding."""
+        # One more head is one more block.
         model = self.settings.model
         one_head_more = model.model_copy(update={"num_prediction_heads": model.num_prediction_heads + 1})
-        return max(sum(parameter_sizes(one_head_more)) - self.whole, self.unembedding)
+        return max(sum(parameter_sizes(one_head_more)) - self.num_parameters, self.embedding_size)
 
     @cached_property
-    def whole(self) -> int:
-        """Values of the policy's parameters."""
-        return sum(self.parameters)
+    def num_parameters(self) -> int:
+        """Number of the policy's parameters."""
+        return sum(self.parameter_sizes)
 
     @cached_property
-    def matrices(self) -> int:
-        """Values of them that are in matrices, one of the two groups of `engine.parameter_groups`."""
+    def num_matrix_parameters(self) -> int:
+        """Number of the policy's parameters in matrices, one of the two groups of `engine.parameter_groups`."""
         return sum(parameter_sizes(self.settings.model, matrices_alone=True))
 
     @property
-    def part(self) -> int:
-        """Values of them that one rank owns: each parameter is cut evenly and padded (`partition_parameters.py`,
-        _partition_numel); stages 1 and 2 cut a flat list, which is the same but for the padding."""
-        return sum(-(-size // self.num_ranks) for size in self.parameters)
+    def num_local_parameters(self) -> int:
+        """Number of the policy's parameters that one rank owns under ZeRO.
+
+        Stage 3 cuts each parameter evenly and pads it (`partition_parameters.py`, _partition_numel). Stages 1 and 2 cut a flat
+        list, which is the same but for the padding.
+        """
+        return sum(-(-size // self.num_ranks) for size in self.parameter_sizes)
 
     @property
-    def unembedding(self) -> int:
-        """Values of the embedding, and of the unembedding."""
+    def embedding_size(self) -> int:
+        """Number of values of the embedding matrix, which is that of the unembedding: V * D."""
         return self.vocab_size * self.settings.model.dim
 
-    def changed(self, sections: dict[str, Any] | None = None, zero: dict[str, Any] | None = None, **others: Any) -> "Case":
-        """The same with other settings, other values in the JSON's zero_optimization, or other values of its own."""
+    def changed(
+        self, sections: dict[str, Any] | None = None, zero: dict[str, Any] | None = None, **others: Any
+    ) -> "PlannedJob":
+        """A copy with other settings (`sections`), other values in the JSON's zero_optimization, or other fields."""
         settings, ranks = self.settings.with_values(**(sections or {})), others.get("num_ranks", self.num_ranks)
         content = {key: value for key, value in self.config.items() if key not in RECIPE_OWNS}
         content["zero_optimization"] = content["zero_optimization"] | (zero or {})
@@ -109,7 +117,7 @@ class Case:
 
 @cache
 def parameter_sizes(shape: ModelSettings, matrices_alone: bool = False) -> list[int]:
-    """Values of each parameter, or of each matrix, of a model of this shape."""
+    """Number of values of each parameter, or of each matrix, of a model of this shape."""
     with torch.device("meta"):
         parameters = MTPModel(shape).parameters()
         return [parameter.numel() for parameter in parameters if parameter.ndim > 1 or not matrices_alone]
