@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.weighting.exchange as exchange
-from pipeline.benchmark.measurement import Collective, CollectiveRecorder
+from pipeline.benchmark.collectives import Collective, CollectiveRecorder
 from pipeline.weighting.exchange import exchange_named, select_by_gathering, select_by_radix
 from pipeline.weighting.pools import random_scores, score, select_local, select_shared
 from pipeline.weighting.selection import Selection, excess_keys, num_selected
