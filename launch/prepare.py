@@ -1,14 +1,14 @@
-"""Prepare text for training: documents in, a folder of packed shards out.
+"""Prepare text for training: read documents, tokenise, shuffle and pack them, and write a folder of shards.
 
     python launch/prepare.py --input prose=books/ --input web=crawl.jsonl.zst --output data/mix \\
         --tokenizer tokenizer.json --sequence-length 2048 --validation 0.005
 
-Killed at any moment, the same command goes on where it was. On a Slurm array, one part of the input a task:
+After a kill at any moment, the same command resumes. On a Slurm array, each task prepares one part of the input:
 
     python launch/prepare.py … --part $SLURM_ARRAY_TASK_ID/8 --output data/parts/$SLURM_ARRAY_TASK_ID      # --array=1-8
     python launch/shards.py merge data/parts/* --output data/mix
 
-Exit code 0 when the folder is complete; 2, with one message, when something about the arguments or the data has to be mended.
+Exit code 0 if the folder is complete; 2, with one message, if the arguments or the data must be corrected; 130 on Ctrl-C.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Counts, Rules
 from pipeline.data.corpus.inputs import parse_input, parse_weights, source_names
 from pipeline.data.corpus.packing import PACKINGS
-from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, Settings
+from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import Manifest
@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         "be repeated; with NAMEs selection can be followed per source",
     )
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
+
+    # Tokens.
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument(
         "--tokenizer",
@@ -75,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         "begins anew",
     )
     parser.add_argument("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not found")
+
+    # Rows.
     parser.add_argument("--sequence-length", type=int, required=True, metavar="T", help="tokens a row")
     parser.add_argument(
         "--packing",
@@ -89,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="how often the documents of a named input are taken for training: 2.3 is twice, and 30 %% of them once more",
     )
+
+    # Documents, shuffle and shards.
     parser.add_argument("--text-field", default="text", help="the field or column that holds the text")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle of the documents")
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="rows in a shard (best_fit: about)")
@@ -108,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-document-bytes", type=int, default=MAX_DOCUMENT_BYTES, metavar="N", help="longer documents are left out, counted"
     )
+
+    # The work.
     parser.add_argument("--processes", type=int, default=_cores(), metavar="N", help="default: one a core")
     parser.add_argument("--part", type=_part, metavar="i/N", help="prepare the i-th (from 1) of N parts of the input")
     return parser
@@ -116,9 +124,11 @@ def _parser() -> argparse.ArgumentParser:
 def _prepare(options: argparse.Namespace) -> None:
     if options.processes < 1:
         raise DataError(f"expected at least 1 process, got {options.processes}")
+
+    # The request.
     inputs = [parse_input(argument) for argument in options.input]
     tokenizer, end_of_document = _tokenizer(options)
-    settings = Settings(
+    settings = PrepareSettings(
         sequence_length=options.sequence_length,
         seed=options.seed,
         packing=options.packing,
@@ -129,6 +139,8 @@ def _prepare(options: argparse.Namespace) -> None:
         end_of_document=end_of_document,
         rules=Rules(options.text_field, options.max_document_bytes, options.on_undecodable),
     )
+
+    # The work, and its result.
     with Display() as display:
         prepared = prepare_files(inputs, options.output, tokenizer, settings, processes=options.processes, display=display)
     if prepared.was_complete:
@@ -139,7 +151,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, str | None]:
-    """The tokenizer, or the size of the one to train, and the token that ends a document (None: one of the usual)."""
+    """Choose the tokenizer, or the vocabulary size of the BPE to train, and the end-of-document token (None: a usual one)."""
     if options.train_bpe is not None:
         return options.train_bpe, options.end_of_document
     if options.tokenizer == BYTES:
@@ -167,14 +179,15 @@ def _print_summary(directory: Path, manifest: Manifest) -> None:
         f"{directory}: {manifest.num_tokens:,} tokens in {manifest.num_samples:,} rows of {manifest.sequence_length}, "
         f"{len(manifest.shards)} shard(s), {padding:,} positions of padding"
     )
-    if (made := manifest.preparation) and made.documents:
+    if (preparation := manifest.preparation) and preparation.documents:
         positions = max(1, manifest.num_samples * manifest.sequence_length)
+        cut = preparation.documents_cut / preparation.documents
         print(
-            f"  packing {made.packing}: {made.documents_cut / made.documents:.2%} of {made.documents:,} documents cut, "
+            f"  packing {preparation.packing}: {cut:.2%} of {preparation.documents:,} documents cut, "
             f"{padding / positions:.3%} padding"
         )
     for source in manifest.sources:
-        weight = made.weights.get(source.name, 1.0) if made else 1.0
+        weight = preparation.weights.get(source.name, 1.0) if preparation else 1.0
         taken = f", weight {weight:g}" if weight != 1 else ""
         print(f"  {source.name}: {source.documents:,} documents, {source.tokens:,} tokens{taken}")
 

@@ -1,15 +1,15 @@
 """Work on prepared shards.
 
     python launch/shards.py merge PART … --output DIR     join the parts that prepare.py --part made
-    python launch/shards.py verify DIR                    hold every byte against the manifest
-    python launch/shards.py inspect DIR                   totals, lengths, and some rows as text
-    python launch/shards.py index DIR                     adopt token tars that others wrote
+    python launch/shards.py verify DIR                    check every byte against the manifest
+    python launch/shards.py inspect DIR                   show counts, lengths of documents, and some rows as text
+    python launch/shards.py index DIR                     write manifest and index files for token tars that others wrote
     python launch/shards.py order DIR --global-batch G --ranks R --steps N …
-                                                          a line a sample, `step rank shard key`: what reaches which rank when,
-                                                          read by the code that feeds training
+                                                          print a line `step rank shard key` for each sample: which rank reads
+                                                          it in which step, by the code that feeds training
 
 DIR may also be a folder of prepared folders (train, validation). Exit code 0; 1 if `verify` found damage; 2, with one message,
-when something about the arguments or the data has to be mended; 130 on Ctrl-C.
+if the arguments or the data must be corrected; 130 on Ctrl-C.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from pipeline.data.shards.manifest import Manifest, read_manifest
 from pipeline.data.shards.merging import merge, prepared_folders
 from pipeline.data.shards.verification import verify
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.storage.location import Url, place_of
+from pipeline.storage.location import Url, parse_location
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(options)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
         sys.stdout = None
         return 0
     except KeyboardInterrupt:
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     joined.add_argument("--output", type=Path, required=True, help="the folder to make")
     joined.set_defaults(command=_merge)
 
-    verified = commands.add_parser("verify", help="hold every byte against the manifest", allow_abbrev=False)
+    verified = commands.add_parser("verify", help="check every byte against the manifest", allow_abbrev=False)
     verified.add_argument("directory", type=Path, metavar="DIR")
     verified.set_defaults(command=_verify)
 
@@ -98,17 +98,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _order(options: argparse.Namespace) -> int:
-    of_one = dict.fromkeys(("ranks", "global_batch", "micro_batch", "lanes", "shuffle_block"), 1)
-    of_none = dict.fromkeys(("steps", "workers", "start"), 0)
-    for name, least in (of_one | of_none).items():
+    # The smallest value of each option.
+    at_least_one = dict.fromkeys(("ranks", "global_batch", "micro_batch", "lanes", "shuffle_block"), 1)
+    at_least_zero = dict.fromkeys(("steps", "workers", "start"), 0)
+    for name, least in (at_least_one | at_least_zero).items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise DataError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
-    place = place_of(options.directory)
-    if isinstance(place, Url) and place.is_pipe:
-        raise DataError(f"order runs no command of a pipe, as in {place}; name a folder or another URL")
+    location = parse_location(options.directory)
+    if isinstance(location, Url) and location.is_pipe:
+        raise DataError(f"order runs no command of a pipe, as in {location}; name a folder or another URL")
+
     found = arrivals(
-        place,
+        location,
         world_size=options.ranks,
         global_batch=options.global_batch,
         micro_batch=options.micro_batch,
@@ -126,21 +128,21 @@ def _order(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     for directory, manifest in merge(options.parts, options.output).items():
-        _print_totals(directory, manifest)
+        _print_summary(directory, manifest)
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     found = 0
     for folder in prepared_folders(options.directory):
-        num_bytes = sum(shard.bytes for shard in read_manifest(options.directory / folder, looks_at_files=False).shards)
+        num_bytes = sum(shard.bytes for shard in read_manifest(options.directory / folder, check_files=False).shards)
         with Display(Console(stderr=True, highlight=False)) as display:
             display.begin(f"verifying {folder}" if folder != "." else "verifying", num_bytes)
             problems = verify(options.directory / folder, lambda shard: display.advance(0, shard.tokens, shard.bytes))
         for problem in problems:
             print(problem, file=sys.stderr)
         if not problems:
-            _print_totals(options.directory / folder, read_manifest(options.directory / folder), ": whole")
+            _print_summary(options.directory / folder, read_manifest(options.directory / folder), ": whole")
         found += len(problems)
     return 1 if found else 0
 
@@ -157,11 +159,11 @@ def _inspect(options: argparse.Namespace) -> int:
 def _index(options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(options.tokenizer or options.directory)
     manifest = index(options.directory, tokenizer, source_names=options.source, end_of_document=options.end_of_document)
-    _print_totals(options.directory, manifest)
+    _print_summary(options.directory, manifest)
     return 0
 
 
-def _print_totals(directory: Path, manifest: Manifest, remark: str = "") -> None:
+def _print_summary(directory: Path, manifest: Manifest, remark: str = "") -> None:
     print(
         f"{directory}{remark}: {manifest.num_tokens:,} tokens in {manifest.num_samples:,} rows of {manifest.sequence_length}, "
         f"{len(manifest.shards):,} shard(s)"

@@ -7,7 +7,7 @@ loss → engine → metrics.
 train.py            the training loop; start reading here
 micro_step.py       one micro-batch: reference, policy losses, selection, loss
 run.py              everything a training run works with, and the result of a step
-schedule.py         the learning rate
+schedule.py         the learning rate, and the settings of the objective in each step
 progress.py         the counters of a run, which checkpoints save
 consumption.py      counts the data of a step over all ranks, and reacts to damaged samples
 reporter.py         metrics, validations and terminal lines, each at its interval

@@ -103,7 +103,7 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
     )
     config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
     cached = (
-        [cached_losses(settings, each.place, config) for each in sets_of(settings.data)]
+        [cached_losses(settings, each.location, config) for each in sets_of(settings.data)]
         if has_selecting_heads(settings)
         else []
     )
@@ -114,7 +114,7 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
 def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:
     """Open this rank's stream of rows, with their cached reference losses if `reference.cached` is set."""
     if has_selecting_heads(settings):
-        sets = [replace(each, losses=cached_losses(settings, each.place, config)) for each in sets]
+        sets = [replace(each, losses=cached_losses(settings, each.location, config)) for each in sets]
     return Stream(
         sets,
         lanes=lanes_of(settings),

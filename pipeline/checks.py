@@ -22,7 +22,7 @@ from pipeline.model.huggingface import ModelFilesError, read_model_settings, wei
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 from pipeline.runtime.deepspeed_json import read_deepspeed_json, resolve_deepspeed_json
 from pipeline.runtime.distributed import World
-from pipeline.storage.location import Place
+from pipeline.storage.location import Location
 
 
 def check_before_start(
@@ -88,10 +88,10 @@ def _cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]
             yield f"reference.cached: {error}"
 
 
-def data_places(settings: Settings) -> list[Place]:
+def data_places(settings: Settings) -> list[Location]:
     """Locations of all training data sets, then of the validation set if there is one."""
     validation = settings.data.validation_path
-    return [*(each.place for each in sets_of(settings.data)), *([] if validation is None else [validation])]
+    return [*(each.location for each in sets_of(settings.data)), *([] if validation is None else [validation])]
 
 
 def check_data(settings: Settings) -> None:
@@ -124,7 +124,7 @@ def size_problems(settings: Settings, num_ranks: int) -> list[str]:
     )
 
 
-def _read_manifests(settings: Settings) -> tuple[dict[Place, Manifest], list[str]]:
+def _read_manifests(settings: Settings) -> tuple[dict[Location, Manifest], list[str]]:
     """The manifests of the data that is named, the training data's first, and what is wrong with those not read."""
     manifests, problems = {}, []
     named = {f"data.mixture {each.name}": each.path for each in settings.data.mixture or ()} | {
@@ -149,7 +149,7 @@ def _run_dir_problems(run_dir: Path) -> Iterator[str]:
         yield f"--run-dir: {existing} cannot be written to; choose another one"
 
 
-def _manifest_problems(found: Manifest, path: Place, settings: Settings, first: Manifest | None) -> Iterator[str]:
+def _manifest_problems(found: Manifest, path: Location, settings: Settings, first: Manifest | None) -> Iterator[str]:
     if found.sequence_length != settings.data.sequence_length:
         yield (
             f"data.sequence_length: {settings.data.sequence_length}, but {path} holds rows of {found.sequence_length} "

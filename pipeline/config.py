@@ -29,7 +29,7 @@ from pipeline.setting_types import (
     Section,
 )
 from pipeline.storage.files import Access
-from pipeline.storage.location import Location
+from pipeline.storage.location import LocationSetting
 
 
 class ConfigError(ValueError):
@@ -51,7 +51,7 @@ class RunSettings(Section):
 class MixtureSet(Section):
     """One data set of `data.mixture`."""
 
-    path: Location
+    path: LocationSetting
     """Folder or URL of prepared shards."""
     weight: PositiveFloat
     """Share of the rows, relative to the weights of the other sets; the decimals are taken exactly as written."""
@@ -62,12 +62,12 @@ class MixtureSet(Section):
 class DataSettings(Section):
     """Section `data`: the data sets, the batch sizes, and how they are read."""
 
-    path: Free[Location | None] = None
+    path: Free[LocationSetting | None] = None
     """Folder of prepared shards (launch/prepare.py makes it): a path, https://HOST/FOLDER, s3://BUCKET/FOLDER, or, with
     `allow_pipe`, pipe:COMMAND in which {} is the name of a file."""
     mixture: Free[Annotated[list[MixtureSet], Field(min_length=1)] | None] = None
     """Several data sets instead of `path`, each with `path`, `weight` and `name`, mixed by weight."""
-    validation_path: Free[Location | None] = None
+    validation_path: Free[LocationSetting | None] = None
     """Directory of held-out prepared shards; null: no validation."""
     builtin: Free[bool] = False
     """Prepare the embedded corpus (Python's own documentation and source, and noise) under the run directory and train on
@@ -157,7 +157,7 @@ class ReferenceSettings(Section):
     the live reference's, to the bit."""
     training_steps: Free[Positive | None] = None
     """First train a next-token reference of the policy's shape for this many optimizer steps; `path` must be null."""
-    training_data: Free[Location | None] = None
+    training_data: Free[LocationSetting | None] = None
     """Prepared shards to train that reference on; null: the built-in corpus without its noise."""
 
 

@@ -10,7 +10,7 @@ from pipeline.model.huggingface import read_model_settings
 from pipeline.runtime.deepspeed_json import precision_of
 from pipeline.runtime.identity import model_fingerprint
 from pipeline.storage.files import read_whole
-from pipeline.storage.location import Place
+from pipeline.storage.location import Location
 
 
 def lanes_of(settings: Settings) -> int:
@@ -42,7 +42,7 @@ def reference_shape(settings: Settings, include_untrained: bool = False) -> Mode
     return next_token_model(settings.model) if include_untrained and settings.reference.training_steps is not None else None
 
 
-def cached_losses(settings: Settings, place: Place, config: dict[str, Any]) -> CachedLosses | None:
+def cached_losses(settings: Settings, place: Location, config: dict[str, Any]) -> CachedLosses | None:
     """Find the cached reference losses of the data set at `place`; None if `reference.cached` is not set.
 
     config: the resolved DeepSpeed configuration, for the precision.

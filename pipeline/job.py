@@ -32,8 +32,8 @@ from pipeline.runtime.logbook import read_records, summary_table
 from pipeline.runtime.memory import peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
+from pipeline.storage.atomic_write import publish, write_file
 from pipeline.storage.files import read_whole
-from pipeline.storage.whole_file import publish, write_file
 from pipeline.train import advance, fetch_step, train, train_step
 
 # The reference has one head and selects nothing. With these settings at their defaults, a change of the policy's selection does
@@ -207,7 +207,7 @@ def export(run: Run, directory: Path) -> None:
     save_model(model, partial, gathered, writes=run.world.is_first)
 
     if run.world.is_first:
-        tokenizer = run.stream.sets[0].place / run.stream.manifest.tokenizer_file
+        tokenizer = run.stream.sets[0].location / run.stream.manifest.tokenizer_file
         write_file(directory / TOKENIZER_FILE, read_whole(tokenizer, run.settings.data.access))
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
             publish(file, directory / file.name)

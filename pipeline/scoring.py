@@ -19,9 +19,10 @@ from pipeline.checks import data_places
 from pipeline.config import ConfigError, Settings
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import collate, targets_and_valid
+from pipeline.data.shards.losses_writer import LossesWriter, Piece
 from pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
 from pipeline.data.shards.reader import ShardReader
-from pipeline.data.shards.reference_losses import LossesManifest, LossesWriter, Piece, data_fingerprint
+from pipeline.data.shards.reference_losses import LossesManifest, data_fingerprint
 from pipeline.data.shards.sample import Sample
 from pipeline.derived import reference_shape
 from pipeline.model.reference import Reference, reference_columns
@@ -30,7 +31,7 @@ from pipeline.runtime.distributed import any_rank, broadcast_from_first
 from pipeline.runtime.identity import model_fingerprint
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 from pipeline.storage.files import read_whole
-from pipeline.storage.location import Place
+from pipeline.storage.location import Location
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -75,7 +76,7 @@ def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopReque
 def _score_data_set(
     job: Job,
     settings: Settings,
-    place: Place,
+    place: Location,
     reference: Reference,
     cache: Path,
     precision: str,

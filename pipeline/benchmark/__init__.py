@@ -10,6 +10,8 @@ selection    the selection over ranks: time, and bytes moved
 data         the data path: both of
 preparing      documents to shards, beside the tokenizers library
 streaming      shards to batches, beside a bare webdataset loop
-variants     runs variants side by side, each in its own process
-measurement  repeats, counts the bytes of collectives
+timing         variants that take turns, their times and peaks
+ranks          a plain function on several gloo ranks of this machine
+child_process  a process that answers over a pipe, and whose end is noticed at once
+collectives    records collectives, and counts the bytes on the sockets
 """

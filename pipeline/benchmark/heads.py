@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.benchmark.variants import Round, in_turn, medians, timed
+from pipeline.benchmark.timing import Round, in_processes, in_turn, medians, timed
 from pipeline.weighting.loss_phase import chunked_losses
 from pipeline.weighting.prediction import Prediction
 from pipeline.weighting.score import Comparison
@@ -61,7 +61,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     names = variants_here()
     shape = (options.tokens, options.dim, options.vocabulary, options.heads, options.threads)
     variants = [(name, *shape) for name in names]
-    measured = dict(zip(names, in_turn(_prepare, variants, WARM_UP_ROUNDS + options.rounds), strict=True))
+    with in_processes(_prepare, variants) as rounds_of:
+        measured = in_turn(rounds_of, WARM_UP_ROUNDS + options.rounds)
     errors = {
         name: _relative_error(rounds[CHECKED_ROUND]["gradients"], measured["plain"][CHECKED_ROUND]["gradients"])
         for name, rounds in measured.items()

@@ -26,7 +26,7 @@ from pipeline.data.corpus.builtin import standard_library_documents
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import DocumentReader, Rules
 from pipeline.data.corpus.inputs import Input, input_files, slice_size, slices
-from pipeline.data.corpus.prepare import Settings
+from pipeline.data.corpus.prepare import PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.tokenizer import load_tokenizer, train_bpe
 
@@ -132,6 +132,6 @@ def _batches(texts: Sequence[str]) -> list[list[str]]:
 
 def _prepare(source: Path, output: Path, tokenizer: Tokenizer, processes: int) -> int:
     quiet = Display(Console(file=StringIO()))
-    settings = Settings(sequence_length=_SEQUENCE_LENGTH)
+    settings = PrepareSettings(sequence_length=_SEQUENCE_LENGTH)
     prepared = prepare_files([Input("", str(source))], output, tokenizer, settings, processes=processes, display=quiet)
     return sum(manifest.num_tokens - prepared.counts.documents for manifest in prepared.manifests.values())

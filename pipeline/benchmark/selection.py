@@ -27,15 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.benchmark.measurement import (
-    Collective,
-    CollectiveRecorder,
-    bytes_sent,
-    in_turn,
-    median_ratio,
-    run_ranks,
-    slowest,
-)
+from pipeline.benchmark.collectives import Collective, CollectiveRecorder, bytes_sent
+from pipeline.benchmark.ranks import run_ranks
+from pipeline.benchmark.timing import in_turn, median_ratio, slowest, stopwatch
 from pipeline.runtime.table import aligned
 from pipeline.weighting.exchange import DIGITS, all_gather, histogram_dtype, suited_exchange
 from pipeline.weighting.pools import select_local, select_shared
@@ -181,7 +175,8 @@ def _measure_size(tokens: int, heads: int, runs: int) -> dict[str, dict[str, Any
         "radix": lambda: exchanged("radix"),
         "quantile": lambda: select_by_quantile(excess_BTK[0], valid_BTK[0], group)[None],
     }
-    seconds = in_turn(ways, runs, with_fresh_numbers)
+    rounds = {way: stopwatch(select, before=with_fresh_numbers) for way, select in ways.items()}
+    seconds = {way: measured[1:] for way, measured in in_turn(rounds, 1 + runs).items()}
     exact_BTK = exchanged("all_gather")
     found = {}
     for way, select in ways.items():

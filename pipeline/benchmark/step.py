@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.assembly import Job, build_run
 from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
-from pipeline.benchmark.variants import Round, in_turn, medians, timed
+from pipeline.benchmark.timing import Round, in_processes, in_turn, medians, timed
 from pipeline.config import ModelSettings, Settings
 from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.prefetch import prefetched
@@ -97,7 +97,8 @@ def _measured_by_group(groups: list[list[tuple[Any, ...]]], rounds: int) -> tupl
     for group in groups:
         names = [variant[0] for variant in group]
         try:
-            measured |= dict(zip(names, in_turn(_prepare, group, rounds), strict=True))
+            with in_processes(_prepare, group) as rounds_of:
+                measured |= in_turn(rounds_of, rounds)
         except RuntimeError as error:
             if "next_token" in names:
                 raise

@@ -25,7 +25,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.data.loading.prefetch import ahead
+from pipeline.data.loading.prefetch import prefetch_in_thread
 from pipeline.data.loading.stream import Stream
 from pipeline.data.shards.manifest import Manifest, Source, read_manifest, write_manifest
 from pipeline.data.shards.writer import Row, token_dtype, write_shards
@@ -146,7 +146,7 @@ def _waiting(directory: Path, options: argparse.Namespace) -> float:
     sizes = {"lanes": options.lanes, "global_batch": options.lanes, "micro_batch": options.micro_batch}
     stream = Stream(directory, **sizes, rank=0, world_size=1, seed=0, shuffle_block=1024, num_workers=1)
     waited = worked = 0.0
-    with closing(ahead(stream.iterate(0), stream.micro_steps)) as batches:
+    with closing(prefetch_in_thread(stream.iterate(0), stream.micro_steps)) as batches:
         for step in range(_WARMING_STEPS + _PACED_STEPS):
             started = time.perf_counter()
             num_tokens = next(batches).tokens_BT.numel()

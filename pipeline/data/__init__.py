@@ -1,8 +1,14 @@
-"""From text to batches.
+"""Data: from documents to batches.
 
-Three rooms: `corpus` makes rows of documents, `shards` is the format on disk, `loading` makes batches of rows. Corpus and
-loading never meet; both stand on shards.
+    corpus        documents → rows, offline (launch/prepare.py)
+    shards        the format of prepared data on disk: written, read and checked
+    loading       rows → batches, online (launch/train.py)
 
-Here lies what all three stand on: the one error of data (`errors`), the tokenizer, stateless permutations and a bounded cache.
-Nothing here imports `torch.distributed`: rank and world size are arguments.
+    errors        DataError, the one error of data
+    tokenizer     trains, loads and identifies tokenizers
+    permutation   stateless permutations, the same on every machine
+    lru_cache     a cache of bounded size, for index chunks and open files
+
+corpus and loading do not import each other; both stand on shards, and all three on the modules here. Nothing imports
+`torch.distributed`: rank and world size are arguments.
 """

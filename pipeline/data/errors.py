@@ -1,12 +1,14 @@
-"""The one error of data.
+"""DataError, the one error of data.
 
-Every mistake a user can make with data is a `DataError`, whose message says what was expected, what was found, and what
+Every mistake that a user can make with data raises a `DataError`. Its message says what was expected, what was found, and what
 to do.
 """
 
 
 class DataError(ValueError):
-    """Something about the data that a user caused or can mend; one message, ready to be shown. `agreed`: all ranks raise
-    it, with the same message."""
+    """A problem with data that a user caused or can mend. The message is ready to be shown.
+
+    `agreed` is true if all ranks raise the error together, with the same message.
+    """
 
     agreed = False

@@ -1,4 +1,4 @@
-"""A cache that forgets what was used longest ago, so that memory and open files have a bound."""
+"""A least-recently-used (LRU) cache, which bounds memory and open files."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -8,19 +8,19 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class LeastRecentlyUsed(Generic[Key, Value]):
-    """At most `capacity` values; `forget` is called with each value that has to go."""
+class LRUCache(Generic[Key, Value]):
+    """A cache of at most `capacity` values. `on_evict` is called with each value that is evicted or dropped."""
 
-    def __init__(self, capacity: int, forget: Callable[[Value], None] | None = None) -> None:
+    def __init__(self, capacity: int, on_evict: Callable[[Value], None] | None = None) -> None:
         self.capacity = capacity
-        self._forget = forget
+        self._on_evict = on_evict
         self._values: OrderedDict[Key, Value] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._values)
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
-        """The value of `key`, made if it is not there."""
+        """Return the value of `key`; made and cached if there is none."""
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]
@@ -29,27 +29,27 @@ class LeastRecentlyUsed(Generic[Key, Value]):
         return value
 
     def find(self, key: Key) -> Value | None:
-        """The value of `key`, if it is there."""
+        """Return the value of `key`, or None."""
         if key in self._values:
             self._values.move_to_end(key)
         return self._values.get(key)
 
     def put(self, key: Key, value: Value) -> None:
-        """Keep a value, unless `key` has one already: that one stays."""
+        """Cache a value, unless `key` has one already."""
         self.get(key, lambda: value)
 
     def drop(self, key: Key) -> None:
-        """Forget the value of `key`, if it is there."""
+        """Drop the value of `key`, if there is one."""
         if key in self._values:
             self._values.move_to_end(key, last=False)
             self._shrink_to(len(self._values) - 1)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         self._shrink_to(0)
 
     def _shrink_to(self, size: int) -> None:
         while len(self._values) > size:
             _, value = self._values.popitem(last=False)
-            if self._forget is not None:
-                self._forget(value)
+            if self._on_evict is not None:
+                self._on_evict(value)

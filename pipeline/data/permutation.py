@@ -1,14 +1,14 @@
-"""Permutations that are a function of their name alone.
+"""Stateless permutations: each is a pure function of its name, a few integers.
 
-A run's order of samples must be the same in every later run, on every machine and with every version of numpy, and numpy
-keeps the streams of its Generators only until a better algorithm comes along. So a permutation here is a stable argsort of
-keys hashed by SplitMix64 (Steele, Lea and Flood 2014, doi 10.1145/2660193.2660195), which nine lines pin down for good.
+The order of samples must be the same on every machine, with every version of numpy, whenever a run is resumed. numpy does not
+guarantee that: the streams of its Generators may change between versions. A permutation here is a stable argsort of keys that
+are hashed by SplitMix64 (Steele, Lea and Flood 2014, doi 10.1145/2660193.2660195), which takes nine lines and never changes.
 """
 
 import numpy as np
 
-# What is permuted: the first word of a name, so that permutations of different kinds have nothing to do with each other.
-SHARDS, BLOCK, DOCUMENTS, WORDS, COPIES, ROWS, DEALT, GROUPS = 1, 2, 3, 4, 5, 6, 7, 8
+# The first integer of a name says what is permuted, so that permutations of different kinds are independent.
+SHARDS, BLOCK, DOCUMENTS, WORDS, COPIES, ROWS, GROUP_MEMBERS, GROUPS = 1, 2, 3, 4, 5, 6, 7, 8
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -17,14 +17,14 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 def permutation(length: int, *name: int) -> np.ndarray:
-    """The permutation of range(length) that belongs to `name` (any integers; their order counts): uint32 [length]."""
+    """Compute the permutation of range(length) with this name (any integers; their order matters): uint32 [length]."""
     return np.argsort(sort_keys(np.arange(length, dtype=np.uint64), *name), kind="stable").astype(np.uint32)
 
 
 def sort_keys(numbers: np.ndarray, *name: int) -> np.ndarray:
-    """The keys, uint64 [n], by which the permutation that belongs to `name` sorts `numbers`, uint64 [n].
+    """Compute the keys, uint64 [n], by which the permutation with this name sorts `numbers`, uint64 [n].
 
-    Different numbers have different keys. What need not be numbered through can be shuffled by them piece by piece.
+    Different numbers have different keys. So items can be shuffled by their keys in several parts, without numbering them all.
     """
     return _mix(np.uint64(_fold(name)) + (numbers + np.uint64(1)) * np.uint64(_GOLDEN))
 

@@ -1,7 +1,7 @@
-"""The tokenizer: a byte-level BPE of our own, the bytes themselves, or any `tokenizer.json` of the `tokenizers` library.
+"""Tokenizers: a byte-level BPE trained here, the bytes of UTF-8, or any `tokenizer.json` of the `tokenizers` library.
 
-A tokenizer is known by its *fingerprint*, the sha256 of its map from id to token: two files that differ only in how the JSON
-is laid out are the same tokenizer, and a model trained with one can be fed by the other.
+A tokenizer is identified by its *fingerprint*, the sha256 of its map from id to token. Two files that differ only in the layout
+of their JSON are the same tokenizer, and a model trained with one can use the other.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 BYTES = "bytes"
 
-# Other families' names for the same thing, in the order in which they are tried.
+# Names of the end-of-document token in various model families, in the order in which they are tried.
 _END_OF_DOCUMENT_NAMES = (
     END_OF_DOCUMENT,
     "</s>",
@@ -32,7 +32,7 @@ _NUM_BYTES = 256
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE whose id 0 is END_OF_DOCUMENT; the same texts give the same tokenizer.
 
-    Few texts may give fewer than `vocab_size` tokens: there are no more pairs to merge.
+    With little text it may have fewer than `vocab_size` tokens, because there are no more pairs to merge.
 
     Raises:
         DataError: `vocab_size` has no room for the 256 bytes and END_OF_DOCUMENT.
@@ -53,7 +53,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A tokenizer whose ids 0 to 255 are the bytes of UTF-8; 256 is END_OF_DOCUMENT."""
+    """Make a tokenizer whose ids 0 to 255 are the bytes of UTF-8; 256 is END_OF_DOCUMENT."""
     tokenizer = Tokenizer(models.BPE(vocab=_byte_characters(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,15 +62,16 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The characters that stand for bytes in a byte-level vocabulary: the visible ones for themselves, then others."""
+    """Map the characters that represent bytes in a byte-level vocabulary to these bytes."""
+    # Visible characters represent themselves; the other bytes are represented by the characters from 256 on.
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(_NUM_BYTES) if byte not in visible]
-    stands_for = {byte: byte for byte in visible} | {byte: _NUM_BYTES + number for number, byte in enumerate(others)}
-    return {chr(character): byte for byte, character in stands_for.items()}
+    code_points = {byte: byte for byte in visible} | {byte: _NUM_BYTES + number for number, byte in enumerate(others)}
+    return {chr(character): byte for byte, character in code_points.items()}
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a `tokenizer.json`, or the one in a folder, as Hugging Face models have it.
+    """Load a `tokenizer.json`, or the one in a folder such as a Hugging Face model's.
 
     Raises:
         DataError: there is no such file, or the `tokenizers` library cannot read it.
@@ -86,10 +87,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def for_documents(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that encodes the whole of any text as text.
+    """Copy a tokenizer so that it encodes any text completely, and as plain text.
 
-    A downloaded tokenizer may truncate or pad, and would turn the letters of END_OF_DOCUMENT inside a text into the token
-    itself, so that a text could end its own document.
+    A downloaded tokenizer may truncate or pad. It would also encode the string of END_OF_DOCUMENT inside a text as the special
+    token, so that a text could end its own document.
     """
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.no_truncation()
@@ -99,16 +100,16 @@ def for_documents(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """The sha256, in hexadecimal, of the map from id to token."""
+    """Compute the sha256, in hexadecimal, of the map from id to token."""
     tokens = sorted((token_id, token) for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(tokens, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def end_of_document_id(tokenizer: Tokenizer, token: str | None = None) -> int:
-    """The id of the token that ends a document: of `token`, or of the first of the names in use.
+    """Find the id of the end-of-document token: `token`, or if that is None the first of the usual names.
 
     Raises:
-        DataError: the tokenizer has none of them.
+        DataError: the tokenizer has no such token.
     """
     names = _END_OF_DOCUMENT_NAMES if token is None else (token,)
     for name in names:
@@ -122,7 +123,7 @@ def end_of_document_id(tokenizer: Tokenizer, token: str | None = None) -> int:
 
 
 def declared_end_of_document(tokenizer: Tokenizer, directory: Path) -> str | None:
-    """The `eos_token` of a Hugging Face model's folder, where the tokenizer has none of the names in use; else None."""
+    """Read the `eos_token` of a Hugging Face model's folder; None if there is none, or the tokenizer has a usual name."""
     if any(tokenizer.token_to_id(name) is not None for name in _END_OF_DOCUMENT_NAMES):
         return None
     try:
@@ -134,5 +135,5 @@ def declared_end_of_document(tokenizer: Tokenizer, directory: Path) -> str | Non
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """The number of ids that a model must know: the highest id + 1, gaps included."""
+    """Return the vocabulary size that a model needs: the highest id + 1, gaps included."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

@@ -7,8 +7,8 @@ checkpoint      saves checkpoints and resumes from the newest complete one
 identity        settings and fingerprints that a resumed run must share with its checkpoint
 preemption      requests to stop: SIGTERM, SIGUSR1, a file STOP
 run_lock        one job per run directory
-agreement       checks that ranks still hold the same state
-non_finite      the rule for numbers that are not finite, and the parts of it that all ranks run together
+agreement       checks that ranks have not diverged
+non_finite      the rule for numbers that are not finite, and its collective parts
 metrics         the selection's statistics, summed on the device, reduced over ranks at intervals
 logbook         metrics.jsonl, TensorBoard, lines for the terminal
 table           plain-text tables

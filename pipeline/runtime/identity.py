@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import DataSettings, Settings
 from pipeline.setting_types import ResumeRule
 from pipeline.storage.files import read_whole
-from pipeline.storage.location import Place
+from pipeline.storage.location import Location
 
 RESUME_RULES = {
     f"{section}.{key}": change
@@ -67,7 +67,7 @@ def identity_of(settings: Settings, deepspeed: dict[str, Any], cached: Sequence[
 def _data_fingerprint(data: DataSettings) -> str | list[Any]:
     """SHA-256 of the data's manifest; for a mixture [name, weight, SHA-256] of each set."""
 
-    def of(place: Place) -> str:
+    def of(place: Location) -> str:
         return hashlib.sha256(read_whole(place / "manifest.json", data.access)).hexdigest()
 
     if data.mixture is not None:

@@ -1,11 +1,11 @@
-"""Parts of remote files in a folder of this machine, of bounded size, shared by all processes that name it.
+"""Disk cache: parts of remote files in a local folder of bounded size, shared by all processes that use the folder.
 
-A file is kept in parts of 1 MiB, each a file of its own that appears by a rename, so one that is there is complete. Room
-is taken before a part is written: under the folder's lock the bytes in use are added up and, where they would be too
-many, the parts that were used longest ago go. A reader whose part goes meanwhile fetches it again. Two processes that
-want the same part at once fetch it once; two threads of a process do so even where the file system has no locks.
+A remote file is cached in parts of 1 MiB, each a file of its own that is written atomically. Space is reserved before a part
+is written: under the folder's lock the size of the cache is summed up, and if it would be too large, the least recently used
+parts are evicted. A reader whose part is evicted meanwhile fetches it again. If two processes want the same part at the same
+time, it is fetched once; the same holds for threads of one process, even on a file system without locks.
 
-A cache only saves time: what goes wrong with it (a full disk, a file system without locks) is never the reader's error.
+A cache only saves time. Its problems, such as a full disk or a file system without locks, never become errors of the reader.
 """
 
 import hashlib
@@ -15,20 +15,21 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from pipeline.storage.atomic_write import write_file
 from pipeline.storage.locks import take_lock
-from pipeline.storage.whole_file import write_file
 
 PART = 2**20
 _NUM_LOCKS = 64
-# What an eviction leaves: making room for many parts at once spares listing the folder for each.
-_LEFT = 0.9
+# An eviction leaves this fraction of the capacity. Making room for many parts at once avoids listing the folder for each.
+_EVICTION_TARGET = 0.9
 
-# By process, because a fork copies a lock as it is, but not the thread that would release it; and by path.
+# Locks by (process, path). The process is part of the key, because a fork copies a locked lock without the thread that would
+# release it.
 _thread_locks: dict[tuple[int, str], threading.Lock] = {}
 
 
 class DiskCache:
-    """At most `capacity` bytes of parts in `directory`."""
+    """Cache of at most `capacity` bytes in `directory`."""
 
     def __init__(self, directory: Path, capacity: int) -> None:
         self.directory = directory
@@ -36,17 +37,18 @@ class DiskCache:
         directory.mkdir(parents=True, exist_ok=True)
 
     def read(self, url: str, start: int, size: int, file_size: int, fetch: Callable[[int, int], bytes]) -> bytes:
-        """`size` bytes from `start` of the file behind `url`; `fetch(start, size)` gets those that are not here."""
+        """Read `size` bytes from `start` of a file of `file_size` bytes; `fetch(start, size)` gets missing parts."""
         parts = range(start // PART, (start + size - 1) // PART + 1)
         data = b"".join(self._part(url, part, file_size, fetch) for part in parts)
         return data[start - parts.start * PART :][:size]
 
-    def forget(self, url: str, start: int, size: int) -> None:
-        """Remove the parts that hold these bytes."""
+    def invalidate(self, url: str, start: int, size: int) -> None:
+        """Remove the parts that have these bytes."""
         for part in range(start // PART, (start + size - 1) // PART + 1):
             _removed(self._path(url, part))
 
     def _part(self, url: str, part: int, file_size: int, fetch: Callable[[int, int], bytes]) -> bytes:
+        """Read a part from the cache, or fetch and cache it; the second look, under its lock, is for one fetched meanwhile."""
         path = self._path(url, part)
         data = _read(path)
         if data is None:
@@ -60,14 +62,15 @@ class DiskCache:
     def _add(self, path: Path, data: bytes) -> None:
         if len(data) > self.capacity:
             return
-        with self._locked("lock"), suppress(OSError):  # a full disk costs only the copy
+        with self._locked("lock"), suppress(OSError):  # on a full disk the part is just not cached
             self._make_room(len(data))
-            # Not synced, for all who read through the cache would wait for that; what a crash of the machine cuts is damage to
-            # its readers, who forget it and fetch it again.
+            # Not synced, because all readers of the cache would wait for it. If a crash of the machine cuts a part, its readers
+            # find it damaged, invalidate it and fetch it again.
             write_file(path, data, synced=False)
 
     def _make_room(self, size: int) -> None:
-        """Called under the lock. The sum of sizes is kept in a file; a kill can leave it wrong, an eviction makes it right."""
+        """Reserve `size` bytes; called under the lock. The sum of sizes is kept in a file. A kill can leave it wrong, and the
+        next eviction corrects it."""
         count = self.directory / "bytes"
         try:
             used = int(count.read_text())
@@ -78,23 +81,23 @@ class DiskCache:
         count.write_text(str(used + size))
 
     def _evict(self, size: int) -> int:
-        """Remove what was used longest ago, until `size` more bytes fit; returns the bytes that are left."""
-        parts = sorted(self._ages_and_sizes())
+        """Evict the least recently used parts until `size` more bytes fit; returns the bytes that remain in use."""
+        parts = sorted(self._parts_with_ages())
         used = sum(bytes_ for _, bytes_, _ in parts)
-        goal = self.capacity - size
-        if used > goal:
-            goal = min(goal, int(self.capacity * _LEFT))
+        target = self.capacity - size
+        if used > target:
+            target = min(target, int(self.capacity * _EVICTION_TARGET))
         for _, bytes_, path in parts:
-            if used <= goal:
+            if used <= target:
                 break
             used -= bytes_ if _removed(Path(path)) else 0
         return used
 
-    def _ages_and_sizes(self) -> Iterator[tuple[int, int, str]]:
+    def _parts_with_ages(self) -> Iterator[tuple[int, int, str]]:
         with os.scandir(self.directory) as entries:
             for entry in entries:
                 if entry.name.partition(".")[0].count("-") == 1 and len(entry.name) > 20:
-                    with suppress(FileNotFoundError):  # forgotten by another reader since it was listed
+                    with suppress(FileNotFoundError):  # removed by another reader since it was listed
                         found = entry.stat()
                         yield found.st_mtime_ns, found.st_size, entry.path
 
@@ -105,7 +108,7 @@ class DiskCache:
     def _locked(self, name: str) -> Iterator[None]:
         path = str(self.directory / name)
         with _thread_locks.setdefault((os.getpid(), path), threading.Lock()), ExitStack() as opened:
-            with suppress(OSError):  # a folder that cannot be written to
+            with suppress(OSError):  # the folder is read-only
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                 opened.callback(os.close, descriptor)
                 take_lock(descriptor, wait=True)

@@ -1,9 +1,12 @@
-"""Bytes of a file at a position, from wherever the file lies.
+"""Reading byte ranges of files, local or remote.
 
-A local file is read by `pread`: no seek, because a descriptor's position would be shared with a forked loader worker. A
-remote one is read by range requests through fsspec, again and again until `retry_seconds` are over: connections drop,
-servers restart, answers end early. What no repetition can mend (no such file, no permission, a file that is too short)
-is said at once. A pipe cannot be asked for a range: its whole output goes to a temporary file first.
+Local files are read by `pread`, without seeking, because a forked loader worker would share the position of the descriptor.
+
+Remote files are read by range requests through fsspec. Connections drop, servers restart and answers end early, so a request
+is retried, with growing pauses, for `retry_seconds`. Errors that no retry can mend (no such file, no permission, a file that
+is too short) are raised at once.
+
+A pipe has no ranges: its whole output is written to a temporary file first.
 """
 
 import os
@@ -16,86 +19,90 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.storage.disk_cache import DiskCache
-from pipeline.storage.location import PIPE, Place, Url
+from pipeline.storage.location import PIPE, Location, Url
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 10.0
-_WRONG_ANSWERS = 4
-# A shell's codes from here on: a command that it may not run, does not find, or that a signal killed; ssh's for no connection.
+_MAX_WRONG_ANSWERS = 4
+# Exit codes from here on mean that a command did not run to its end: not executable (126), not found (127), killed by a signal
+# (128 and more), or no connection (ssh, 255).
 _NOT_RUN = 126
 _PIPE_PAUSE = 0.5
 _CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 30.0
 
 
 class StorageError(OSError):
-    """Data cannot be reached; its bytes may be as good as ever. One message, ready to be shown."""
+    """The data cannot be reached, which says nothing about its bytes. The message is ready to be shown to the user."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """How data that is not on this machine is reached.
+    """Settings of access to data that is not on this machine.
 
-    retry_seconds: how long a read is repeated. cache_dir, cache_bytes: a folder of this machine for what was read, and the
-    bytes it may take. allow_pipe: whether a `pipe:` may run its command. abandoned: once set, no read is repeated any more.
+    retry_seconds: for how long a read is retried.
+    cache_dir: local folder of the disk cache; None for no cache.
+    cache_bytes: capacity of the disk cache.
+    allow_pipe: if true, a `pipe:` may run its command.
+    cancelled: an event that stops all retries when it is set.
     """
 
     retry_seconds: float = 120.0
     cache_dir: Path | None = None
     cache_bytes: int = 64 * 2**30
     allow_pipe: bool = False
-    abandoned: threading.Event | None = field(default=None, compare=False)
+    cancelled: threading.Event | None = field(default=None, compare=False)
 
 
 DIRECT = Access()
-"""Without cache and pipes."""
+"""Access without a cache or pipes."""
 
 
 class OpenFile(Protocol):
-    """A file of which any part can be read."""
+    """An open file with random access."""
 
     def read(self, start: int, size: int) -> bytes:
-        """`size` bytes from `start`, or fewer if the file ends before.
+        """Read `size` bytes from `start`, or fewer if the file ends before.
 
         Raises:
-            StorageError: it cannot be reached.
-            OSError: it cannot be read.
+            StorageError: the file cannot be reached.
+            OSError: the file cannot be read.
         """
 
-    def forget(self, start: int, size: int) -> bool:
-        """Drop copies of these bytes; True if there may have been any, so that reading again may give others."""
+    def invalidate(self, start: int, size: int) -> bool:
+        """Drop cached copies of these bytes. Returns true if there may have been any, so that reading again is worthwhile."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Close the file and free its resources."""
 
 
-def open_file(place: Place, size: int, access: Access) -> OpenFile:
+def open_file(location: Location, size: int, access: Access) -> OpenFile:
     """Open a file that should have `size` bytes.
 
     Raises:
-        OSError: it is not there.
-        StorageError: it cannot be reached.
+        OSError: there is no such file.
+        StorageError: the file cannot be reached.
     """
-    if isinstance(place, Path):
-        return LocalFile(place)
-    if place.is_pipe:
-        return PipeFile(place, access)
-    return RemoteFile(place, size, access)
+    if isinstance(location, Path):
+        return LocalFile(location)
+    if location.is_pipe:
+        return PipeFile(location, access)
+    return RemoteFile(location, size, access)
 
 
-def read_whole(place: Place, access: Access) -> bytes:
-    """A small file's bytes; raises as `open_file`."""
-    if isinstance(place, Path):
-        return place.read_bytes()
-    if place.is_pipe:
-        pipe = PipeFile(place, access)
+def read_whole(location: Location, access: Access) -> bytes:
+    """Read all bytes of a small file; errors as `open_file`."""
+    if isinstance(location, Path):
+        return location.read_bytes()
+    if location.is_pipe:
+        pipe = PipeFile(location, access)
         try:
             return pipe.read(0, pipe.size)
         finally:
             pipe.close()
-    return fetch(place, 0, None, access)
+    return fetch(location, 0, None, access)
 
 
 class LocalFile:
-    """A file of this machine."""
+    """A file on this machine."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -106,7 +113,7 @@ class LocalFile:
             data += more
         return data
 
-    def forget(self, start: int, size: int) -> bool:
+    def invalidate(self, start: int, size: int) -> bool:
         return False
 
     def close(self) -> None:
@@ -114,7 +121,7 @@ class LocalFile:
 
 
 class RemoteFile:
-    """A file behind a URL: by ranges, or through the cache if there is one."""
+    """A file at a URL, read by range requests, and through the disk cache if there is one."""
 
     def __init__(self, url: Url, size: int, access: Access) -> None:
         self.url = url
@@ -131,11 +138,11 @@ class RemoteFile:
             return fetch(self.url, start, size, self._access) if size else b""
         return self._cache.read(self.url, start, size, self.size, lambda at, length: fetch(self.url, at, length, self._access))
 
-    def forget(self, start: int, size: int) -> bool:
+    def invalidate(self, start: int, size: int) -> bool:
         if self._cache is None:
             return False
-        # True even if nothing is there any more: what was read may be a copy that somebody else has dropped since.
-        self._cache.forget(self.url, start, size)
+        # True even if there is no copy now: the bytes may have been read from a copy that another reader has dropped since.
+        self._cache.invalidate(self.url, start, size)
         return True
 
     def close(self) -> None:
@@ -143,7 +150,7 @@ class RemoteFile:
 
 
 class PipeFile:
-    """All that a command prints, in a temporary file of `cache_dir` or the system's temporary folder."""
+    """The output of a command, in a temporary file in `cache_dir` or the system's temporary folder."""
 
     def __init__(self, pipe: Url, access: Access) -> None:
         if not access.allow_pipe:
@@ -151,21 +158,24 @@ class PipeFile:
         if access.cache_dir is not None:
             access.cache_dir.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=access.cache_dir)  # noqa: SIM115 (closed by `close`)
+
+        # Run the command. An error code may mean that there is no such file, or that a connection broke: a second try tells
+        # most of these apart.
         done = self._run(pipe)
         if 0 < done.returncode < _NOT_RUN:
-            # It may say that there is no such file, or mean a connection that broke: a second time tells most of these apart.
             time.sleep(min(_PIPE_PAUSE, access.retry_seconds))
             done = self._run(pipe)
+
         self.size = os.fstat(self._file.fileno()).st_size
         if done.returncode:
             self.close()
-            said = " ".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
+            last_line = " ".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
             if not 0 < done.returncode < _NOT_RUN:
                 raise StorageError(
-                    f"{pipe}: the command could not be run to its end, code {done.returncode}: {said}; the machine is at fault "
-                    "and not the data: mend that and go on"
+                    f"{pipe}: the command could not be run to its end, code {done.returncode}: {last_line}; the machine is at "
+                    "fault and not the data: mend that and go on"
                 )
-            raise FileNotFoundError(2, f"the command ended with code {done.returncode}: {said}", str(pipe))
+            raise FileNotFoundError(2, f"the command ended with code {done.returncode}: {last_line}", str(pipe))
 
     def _run(self, pipe: Url) -> "subprocess.CompletedProcess[bytes]":
         self._file.seek(0)
@@ -175,7 +185,7 @@ class PipeFile:
     def read(self, start: int, size: int) -> bytes:
         return os.pread(self._file.fileno(), size, start)
 
-    def forget(self, start: int, size: int) -> bool:
+    def invalidate(self, start: int, size: int) -> bool:
         return False
 
     def close(self) -> None:
@@ -183,40 +193,46 @@ class PipeFile:
 
 
 def fetch(url: Url, start: int, size: int | None, access: Access) -> bytes:
-    """A range of a remote file (`size` None: all of it), repeated until it comes or the time is over.
+    """Read `size` bytes from `start` of a remote file, or all of it if `size` is None, with retries.
 
     Raises:
-        StorageError: it did not come in time, or cannot come.
+        StorageError: the bytes did not arrive in time, or the server refuses them.
         FileNotFoundError: there is no such file.
+        OSError: the file ends before these bytes.
     """
     system, path = _file_system(url, access)
-    wanted = {} if size is None else {"start": start, "end": start + size}
-    began, attempts, answers, pause = time.monotonic(), 0, 0, _FIRST_PAUSE
+    byte_range = {} if size is None else {"start": start, "end": start + size}
+    started, attempts, wrong_answers, pause = time.monotonic(), 0, 0, _FIRST_PAUSE
     while True:
+        # One attempt. An answer of the wrong length counts as a failure, and after several as final.
         attempts += 1
         try:
-            data = system.cat_file(path, **wanted)
+            data = system.cat_file(path, **byte_range)
             if size is None or len(data) == size:
                 return data
             problem = f"the answer to a request for {size} bytes had {len(data)}"
-            # A server that does not know ranges, or a page to log in, answers a request for one byte with more too.
+            # A server that ignores ranges, or a login page, answers even a request for one byte with more.
             is_no_range = len(data) > size or len(system.cat_file(path, start=start, end=start + 1)) > 1
-            answers += 1
-            if answers == _WRONG_ANSWERS:
+            wrong_answers += 1
+            if wrong_answers == _MAX_WRONG_ANSWERS:
                 if is_no_range:
-                    raise StorageError(f"{url}: {problem}, {answers} times; its server, or what is before it, ignores ranges")
-                raise OSError(f"{url}: {problem}, {answers} times; the file is cut")
-        except Exception as error:  # every file system has its own kinds
-            if answers == _WRONG_ANSWERS or _is_final(error):
+                    raise StorageError(
+                        f"{url}: {problem}, {wrong_answers} times; its server, or what is before it, ignores ranges"
+                    )
+                raise OSError(f"{url}: {problem}, {wrong_answers} times; the file is cut")
+        except Exception as error:  # every file system of fsspec raises its own kinds
+            if wrong_answers == _MAX_WRONG_ANSWERS or _is_final(error):
                 raise _final(error, url) from None
             problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        if time.monotonic() - began + pause > access.retry_seconds:
+
+        # Wait, unless the time is over or the reader was closed.
+        if time.monotonic() - started + pause > access.retry_seconds:
             raise StorageError(
                 f"{url}: not read in {access.retry_seconds:g} s (data.retry_seconds), {attempts} attempts; {problem}"
             )
-        if access.abandoned is None:
+        if access.cancelled is None:
             time.sleep(pause)
-        elif access.abandoned.wait(pause):
+        elif access.cancelled.wait(pause):
             raise StorageError(f"{url}: not read; its reader was closed meanwhile; {problem}")
         pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -240,10 +256,11 @@ _open_systems: dict[tuple[int, str, float], Any] = {}
 
 
 def _file_system(url: Url, access: Access) -> tuple[Any, str]:
-    """fsspec's file system, one a process (its threads do not survive a fork), and the URL as it wants it."""
+    """Get fsspec's file system for a URL, and the path in it. It is cached by process, because its threads do not survive a
+    fork."""
     import fsspec
 
-    # Long enough for a busy server, short enough to be tried again in time.
+    # Long enough for a busy server, short enough to leave time for retries.
     silent_seconds = min(_SILENT_SECONDS, max(1.0, access.retry_seconds / 4))
     key = (os.getpid(), url.scheme, silent_seconds)
     try:
@@ -265,6 +282,6 @@ def _options(scheme: str, silent_seconds: float) -> dict[str, Any]:
         return {}
     import aiohttp
 
-    # By default a silent connection is given five minutes.
+    # aiohttp's default would wait five minutes for a silent connection.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=silent_seconds)
     return {"client_kwargs": {"timeout": timeout}}

@@ -1,7 +1,7 @@
-"""Where data lies: a folder of this machine, a URL that fsspec knows, or a command that prints a file.
+"""Locations of data: a folder on this machine, a URL that fsspec can read, or a command that prints a file.
 
-A folder is a `Path`; everything else a `Url`, which is joined with a file's name by `/` as a path is. `Path` would make
-`https:/host` of `https://host`. In `pipe:COMMAND` the file's name takes the place of `{}`.
+A folder is a `Path`, everything else a `Url`, because `Path` would turn `https://host` into `https:/host`. Both are joined with
+a file name by `/`. In `pipe:COMMAND` the file name replaces `{}`.
 """
 
 import re
@@ -17,7 +17,7 @@ PIPE = "pipe:"
 
 
 class Url(str):
-    """`https://host/folder`, `s3://bucket/folder`, `pipe:aws s3 cp s3://bucket/folder/{} -`."""
+    """A URL, such as `https://host/folder`, `s3://bucket/folder` or `pipe:aws s3 cp s3://bucket/folder/{} -`."""
 
     __slots__ = ()
 
@@ -36,25 +36,29 @@ class Url(str):
         return self.partition(":")[0]
 
 
-Place = Path | Url
-"""A folder or file, wherever it is."""
+Location = Path | Url
+"""The location of a folder or file, local or remote."""
 
 
-def place_of(value: Any) -> Place:
-    """A path, `file:PATH` or `file://PATH` as a `Path`, any other `SCHEME:…` as a `Url`.
+def parse_location(value: Any) -> Location:
+    """Parse a location: a path, `file:PATH` or `file://PATH` becomes a `Path`, any other `SCHEME:…` a `Url`.
 
     Raises:
-        ValueError: it is neither, names another machine's file, or is a pipe without `{}`.
+        ValueError: it is neither, is a file on another machine, or is a pipe without `{}`.
     """
     if isinstance(value, Path | Url):
         return value
     if not isinstance(value, str) or not value:
         raise ValueError("expected a folder, or a URL such as https://HOST/FOLDER or s3://BUCKET/FOLDER")
+
+    # A path on this machine.
     scheme = _SCHEME.match(value)
     if scheme is None:
         return Path(value)
     if scheme[1].lower() == "file":
         return _file_path(value)
+
+    # A pipe or a URL.
     if value.startswith(PIPE):
         if "{}" not in value:
             raise ValueError("expected {} in a pipe: the place of a file's name, as in pipe:aws s3 cp s3://BUCKET/DIR/{} -")
@@ -64,8 +68,8 @@ def place_of(value: Any) -> Place:
     return Url(value)
 
 
-Location = Annotated[Place, PlainValidator(place_of), PlainSerializer(str, return_type=str, when_used="json")]
-"""A setting that is a `Place`."""
+LocationSetting = Annotated[Location, PlainValidator(parse_location), PlainSerializer(str, return_type=str, when_used="json")]
+"""The type of a setting that is a `Location`: parsed from a string, and written to JSON as one."""
 
 
 def _file_path(value: str) -> Path:

@@ -1,6 +1,7 @@
-"""Locks on files, by the operating system: held until the file is closed, and by no process that was killed.
+"""File locks of the operating system: held until the file is closed, and released if the process is killed.
 
-They reach as far as the file system carries locks. Where it carries none nobody is kept out: whoever asks gets the lock.
+Whether they work between machines depends on the file system. On a file system without locks, every request for a lock
+succeeds.
 """
 
 import fcntl
@@ -8,21 +9,21 @@ from collections.abc import Callable
 from typing import IO
 
 File = int | IO[str] | IO[bytes]
-"""An open file, or its descriptor; open to be written to."""
+"""A file that is open for writing, or its descriptor."""
 
 
 def take_lock(file: File, *, wait: bool = False) -> bool:
-    """Lock an open file; False if another one, of this process or another, holds the lock (never with `wait`).
+    """Lock an open file; returns false if the file is locked through another open file, of any process (never with `wait`).
 
-    A process that is forked meanwhile inherits the open file, and the lock lasts until it has closed it too.
+    A forked process inherits the open file, and the lock then lasts until that process has closed it too.
     """
     return _take(fcntl.flock, file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def take_lock_of_process(file: File) -> bool:
-    """Lock a file for this process alone, not for those that it forks; False if another process holds the lock.
+    """Lock a file for this process alone, not for processes that it forks; returns false if another process holds the lock.
 
-    Whatever else of this process has the file open shares the lock, and gives it up by closing it.
+    All open files of this process share the lock, and closing any of them releases it.
     """
     return _take(fcntl.lockf, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

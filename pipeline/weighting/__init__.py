@@ -1,16 +1,13 @@
-"""The objective in plain torch: per-token losses, scores, exact top-k selection over ranks, weighted cross-entropy.
+"""The weighting of pairs: per-token losses, the exact selection over ranks, and the objective. Plain torch.
 
-A micro-batch walks through: loss_phase (scores all pairs) → selectors (score, pools, exchange, selection) → loss_phase (loss
-and gradient of the selected pairs).
-
-loss_phase     hidden states to losses, the selection among them, and the loss over the selected pairs
-cross_entropy  chunked cross-entropy, with and without gradient; never all logits
-score          the scores by which pairs compete: excess loss, and two controls
-selectors      the selectors of a micro-batch, which the model calls with the policy's losses
-pools          the four pools that the top k_percent are selected in
-selection      the exact top k_percent of a pool
-exchange       finds the exact threshold of a pool over ranks: all-gather or radix histograms
-objective      pair counts, selection sizes and loss scales of a step, known before anything is computed
-prediction     predicts the next thresholds, so that gradients can be computed while scoring
-rho1           the dense API of README's "In your own loop", and the oracle in tests
+score           the scores by which pairs compete: excess loss, and controls
+selection       the exact top k of a pool on one process, and what a selector is
+pools           the four pools: global, step, rank, row
+exchange        the exact top of a pool that ranks share, by gathering or by histograms
+selectors       the selectors of a micro-batch: EveryPair, TopOfPool, DecidedBefore
+prediction      the next thresholds, predicted from those so far
+objective       a step's counts over all ranks, and the scale of every loss
+cross_entropy   cross-entropy and its gradients in chunks of rows
+loss_phase      from hidden states to losses, selection and gradient; the dense oracle
+rho1            the dense API: selective weights from logits
 """

@@ -4,12 +4,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-
-from pipeline.benchmark.variants import in_turn, timed
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,33 +35,3 @@ def test_heads_measures_every_variant_beside_plain_logits(tmp_path: Path) -> Non
     assert set(figures["gradient_error"]) == set(variants) - {"plain", "one_head"}
     assert 0.5 < figures["hit_rate"]["least"] < figures["hit_rate"]["most"] <= 1.0
     assert f"{figures['hit_rate']['mean']:.3f}" in done.stdout
-
-
-def prepare_counting(name: str, start: int) -> Any:
-    if name == "broken":
-        raise ValueError("no such thing here")
-    return lambda number: (name, start + number)
-
-
-def test_variants_run_round_by_round_each_in_its_process() -> None:
-    assert in_turn(prepare_counting, [("a", 10), ("b", 20)], 2) == [[("a", 10), ("a", 11)], [("b", 20), ("b", 21)]]
-
-
-def test_a_variant_that_fails_is_named_with_its_reason() -> None:
-    with pytest.raises(RuntimeError, match=r"variant broken failed in round 0:[\s\S]*no such thing here"):
-        in_turn(prepare_counting, [("a", 10), ("broken", 0)], 2)
-
-
-def test_the_peak_is_what_the_work_needs_above_what_was_there() -> None:
-    kept = torch.ones(2**24)  # 64 MiB
-
-    def work() -> float:
-        return torch.ones(2**23).sum().item()  # 32 MiB, let go again
-
-    assert torch.ones(2**25).all()  # 128 MiB: a higher peak, but an earlier one
-    for _ in range(3):
-        result, seconds, peak = timed(work, torch.device("cpu"))
-        assert result == 2**23
-        assert seconds > 0
-        assert 31 * 2**20 < peak < 40 * 2**20
-    assert kept.sum().item() == 2**24

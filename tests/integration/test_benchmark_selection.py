@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.benchmark.measurement import Collective, in_turn, median_ratio, slowest
+from pipeline.benchmark.collectives import Collective
 from pipeline.benchmark.selection import modelled_seconds, predicted, wire_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -100,20 +99,6 @@ def test_the_models_time_is_messages_and_bytes() -> None:
     assert modelled_seconds(summed, 8, 5.0, 50.0) == pytest.approx(6 * 5e-6 + 2 * 7 * 1000 / 50e9)
     assert modelled_seconds(2 * summed, 8, 5.0, 50.0) == pytest.approx(2 * modelled_seconds(summed, 8, 5.0, 50.0))
     assert modelled_seconds(summed, 1, 5.0, 50.0) == 0
-
-
-def test_ways_take_turns_and_the_first_run_of_each_does_not_count() -> None:
-    called: list[str] = []
-    ways = {name: lambda name=name: called.append(name) for name in ("a", "b")}
-    seconds = in_turn(ways, 2, lambda: called.append("-"))
-    assert called == ["-", "a", "-", "b"] * 3
-    assert {name: len(of_way) for name, of_way in seconds.items()} == {"a": 2, "b": 2}
-
-
-def test_a_runs_time_is_the_slowest_ranks_and_ratios_are_taken_run_by_run() -> None:
-    assert slowest([[1.0, 5.0], [2.0, 4.0]]) == [2.0, 5.0]
-    assert median_ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == 2.0
-    assert math.isclose(median_ratio([3.0], [2.0]), 1.5)
 
 
 @pytest.mark.parametrize("wrong", [["--tokens", "0"], ["--ranks", "two"], ["--token", "4"], []])

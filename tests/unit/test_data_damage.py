@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from pipeline.data.errors import DataError
 from pipeline.data.loading.stream import Stream
+from pipeline.data.shards.losses_writer import LossesWriter
 from pipeline.data.shards.manifest import read_manifest, write_manifest
 from pipeline.data.shards.reader import DamagedSampleError, ShardReader
 from pipeline.data.shards.reference_losses import (
     CachedLosses,
     LossesManifest,
-    LossesWriter,
     ReaderWithLosses,
     read_losses_manifest,
 )

@@ -144,7 +144,7 @@ def test_sources_are_joined_by_name_and_unnamed_ones_are_called_after_their_set(
 
 
 def test_one_set_is_the_order_of_its_folder_alone(sets):
-    alone = Stream(sets[0].place, lanes=6, global_batch=12, micro_batch=2, rank=0, world_size=1, seed=5, shuffle_block=8)
+    alone = Stream(sets[0].location, lanes=6, global_batch=12, micro_batch=2, rank=0, world_size=1, seed=5, shuffle_block=8)
     assert rows_of(stream(sets[:1]).iterate(0, end_sample=60)) == rows_of(alone.iterate(0, end_sample=60))
 
 

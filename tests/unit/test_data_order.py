@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.errors import DataError
 from pipeline.data.loading.order import EpochOrder, default_lanes
-from pipeline.data.permutation import BLOCK, DEALT, GROUPS, SHARDS, permutation
+from pipeline.data.permutation import BLOCK, GROUP_MEMBERS, GROUPS, SHARDS, permutation
 
 
 def naive_permutation(length, *name):
@@ -78,7 +78,7 @@ def test_no_sample_comes_twice_in_an_epoch_and_only_the_remainder_is_left_out(si
 
 def naive_order_of_many_shards(num_shards, seed, epoch, group=1024):
     """Dealt into groups by the seed; groups permuted, and the shards in each."""
-    dealt = naive_permutation(num_shards, DEALT, seed)
+    dealt = naive_permutation(num_shards, GROUP_MEMBERS, seed)
     groups = [dealt[start : start + group] for start in range(0, num_shards, group)]
     order = []
     for number in naive_permutation(len(groups), GROUPS, seed, epoch):

@@ -8,11 +8,11 @@ import os
 import pytest
 
 from pipeline.data.corpus.inputs import Input
-from pipeline.data.corpus.prepare import Settings, prepare
+from pipeline.data.corpus.prepare import PrepareSettings, prepare
 from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.errors import DataError
 from pipeline.data.shards.merging import merge
-from pipeline.data.shards.output_folder import locked, whole_or_absent
+from pipeline.data.shards.output_folder import atomic_folder, locked
 from pipeline.data.shards.verification import verify
 from pipeline.data.tokenizer import byte_tokenizer
 from tests.data_sets import numbered_data
@@ -27,7 +27,7 @@ def parts(tmp_path):
 
 def prepare_at(output, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(20)))
-    return prepare_files([Input("", str(tmp_path / "a.jsonl"))], output, byte_tokenizer(), Settings(T))
+    return prepare_files([Input("", str(tmp_path / "a.jsonl"))], output, byte_tokenizer(), PrepareSettings(T))
 
 
 def contents(folder):
@@ -36,7 +36,7 @@ def contents(folder):
 
 def test_who_comes_while_another_merges_is_refused_and_harms_nothing(tmp_path, parts):
     output = tmp_path / "out"
-    with whole_or_absent(output) as partial:
+    with atomic_folder(output) as partial:
         (partial / "shard-00000.tar").write_bytes(b"half")
         before = contents(partial)
         for second in (
@@ -117,7 +117,7 @@ def test_who_has_looked_just_before_another_was_done_overwrites_nothing(tmp_path
 
 
 def die_while_merging(output):
-    with whole_or_absent(output) as partial:
+    with atomic_folder(output) as partial:
         (partial / "shard-00007.tar").write_bytes(b"half")
         os._exit(9)
 

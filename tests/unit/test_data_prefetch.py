@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipeline.data.loading.prefetch import ahead, prefetched
+from pipeline.data.loading.prefetch import prefetch_in_thread, prefetched
 
 
 def counted(end: int, made: list[int], closed: list[bool]) -> Iterator[int]:
@@ -28,14 +28,14 @@ def prefetching() -> list[threading.Thread]:
 def test_they_are_the_items_in_their_order_and_the_thread_ends_with_them(end: int, depth: int) -> None:
     made: list[int] = []
     closed: list[bool] = []
-    assert list(ahead(counted(end, made, closed), depth)) == list(range(end))
+    assert list(prefetch_in_thread(counted(end, made, closed), depth)) == list(range(end))
     assert closed == [True]
     assert prefetching() == []
 
 
 def test_while_one_item_is_used_the_next_ones_are_made_and_no_more_than_there_is_room_for() -> None:
     made: list[int] = []
-    items = ahead(counted(100, made, []), 2)
+    items = prefetch_in_thread(counted(100, made, []), 2)
     assert [next(items), next(items)] == [0, 1]
     # Two wait, and the thread holds one that finds no room.
     deadline = time.monotonic() + 10
@@ -49,7 +49,7 @@ def test_while_one_item_is_used_the_next_ones_are_made_and_no_more_than_there_is
 
 def test_who_stops_early_leaves_no_thread_and_closes_what_was_read_from() -> None:
     closed: list[bool] = []
-    items = ahead(counted(100, [], closed), 2)
+    items = prefetch_in_thread(counted(100, [], closed), 2)
     next(items), next(items)
     items.close()
     assert closed == [True]
@@ -62,7 +62,7 @@ def test_an_error_comes_in_the_place_of_its_item() -> None:
         yield 1
         raise ValueError("the third is damaged")
 
-    items = ahead(failing(), 4)
+    items = prefetch_in_thread(failing(), 4)
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(ValueError, match="the third is damaged"):
         next(items)
@@ -74,7 +74,7 @@ def test_the_first_item_is_made_by_who_asks_for_it() -> None:
         while True:
             yield threading.current_thread()
 
-    items = ahead(who(), 1)
+    items = prefetch_in_thread(who(), 1)
     assert next(items) is threading.current_thread()
     assert next(items) is not threading.current_thread()
     items.close()

@@ -24,7 +24,7 @@ from rich.console import Console
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import Rules
 from pipeline.data.corpus.inputs import Input
-from pipeline.data.corpus.prepare import Settings, prepare, tokenization_into
+from pipeline.data.corpus.prepare import PrepareSettings, prepare, tokenization_settings
 from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.corpus.tokenization import shared_encoder
 from pipeline.data.errors import DataError
@@ -66,7 +66,7 @@ def inputs(corpus):
 
 
 def settings(**changes):
-    return Settings(**{"sequence_length": T, "samples_per_shard": 25, "rules": Rules(on_undecodable="skip"), **changes})
+    return PrepareSettings(**{"sequence_length": T, "samples_per_shard": 25, "rules": Rules(on_undecodable="skip"), **changes})
 
 
 def contents(directory):
@@ -133,7 +133,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(corpus, tmp_path, pa
 def test_workers_that_come_at_once_share_one_encoder(tmp_path):
     tokenizer = train_bpe([*PROSE, *WEB], 1000)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    tokenization = tokenization_into(tmp_path, tmp_path / "tokenizer.json", tokenizer, settings(), [""])
+    tokenization = tokenization_settings(tmp_path, tmp_path / "tokenizer.json", tokenizer, settings(), [""])
     together = threading.Barrier(8)
 
     def encoder(_):
@@ -254,7 +254,7 @@ def test_parts_merge_to_the_union_in_a_defined_order(corpus, tmp_path):
         shards = [
             (part / split / f"{shard.name}.tar").read_bytes()
             for part in parts
-            for shard in read_manifest(part / split, may_be_empty=True).shards
+            for shard in read_manifest(part / split, allow_empty=True).shards
         ]
         merged = read_manifest(tmp_path / "merged" / split)
         assert [(tmp_path / "merged" / split / f"{shard.name}.tar").read_bytes() for shard in merged.shards] == shards
@@ -340,7 +340,7 @@ def test_an_output_without_a_name_is_refused(corpus, tmp_path, monkeypatch, outp
 
 
 def documents_in_or_none(directory):
-    return documents_in(directory) if read_manifest(directory, may_be_empty=True).shards else []
+    return documents_in(directory) if read_manifest(directory, allow_empty=True).shards else []
 
 
 def keys_in(directory):
@@ -530,7 +530,7 @@ def test_a_complete_output_is_left_alone_and_the_same_request_is_done(corpus, tm
 
 def small(tmp_path):
     write_lines(tmp_path / "a.jsonl", ["one", "two", "three"])
-    return prepare_files([Input("", str(tmp_path / "a.jsonl"))], tmp_path / "out", byte_tokenizer(), Settings(4))
+    return prepare_files([Input("", str(tmp_path / "a.jsonl"))], tmp_path / "out", byte_tokenizer(), PrepareSettings(4))
 
 
 def test_who_comes_while_the_finished_work_of_another_is_removed_finds_it_complete_and_harms_nothing(tmp_path, monkeypatch):
@@ -569,7 +569,9 @@ def test_input_without_a_document_is_an_error_that_says_what_was_left_out_and_le
     (tmp_path / "web.jsonl").write_text('{"text": 5}\n{"text": ""}\nno json\n')
     rules = Rules(on_undecodable="skip")
     with pytest.raises(DataError, match=r"left out: 1 empty, 2 undecodable; .*web.jsonl, line 1: expected text .* got int"):
-        prepare_files([Input("", str(tmp_path / "web.jsonl"))], tmp_path / "out", byte_tokenizer(), Settings(16, rules=rules))
+        prepare_files(
+            [Input("", str(tmp_path / "web.jsonl"))], tmp_path / "out", byte_tokenizer(), PrepareSettings(16, rules=rules)
+        )
     assert {path.name for path in tmp_path.iterdir()} == {"web.jsonl"}
 
 

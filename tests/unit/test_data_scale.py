@@ -218,7 +218,7 @@ def test_of_the_index_a_few_offsets_are_asked_for_and_then_a_thousand_and_none_a
 def test_shards_beyond_some_thousands_are_looked_at_when_they_are_read(tmp_path, monkeypatch):
     folder = numbered_data(tmp_path / "data", 50)
     (folder / "shard-00001.tar").unlink()
-    monkeypatch.setattr("pipeline.data.shards.manifest._MAX_SHARDS_LOOKED_AT", 3)  # 0, 2 and 4 of 5
+    monkeypatch.setattr("pipeline.data.shards.manifest._MAX_SHARDS_CHECKED", 3)  # 0, 2 and 4 of 5
     manifest = read_manifest(folder)
     with pytest.raises(DataError, match=r"shard-00001, sample 0, .* No such file"):
         ShardReader(folder, manifest).read(1, 0)

@@ -1,12 +1,12 @@
-"""Runs and what is assembled from them: an external sort and a cut that equal the naive ones."""
+"""Sorted runs and the shards packed from them: an external sort and a packing that equal the naive ones."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.corpus.shard_assembly import Assembly, assemble_shard, shards_to_assemble
-from pipeline.data.corpus.sorted_runs import NUM_BUCKETS, Runs, RunWriter
+from pipeline.data.corpus.shard_packing import PackingSettings, pack_shard, packing_tasks
+from pipeline.data.corpus.sorted_runs import NUM_BUCKETS, SortedRuns, SortedRunWriter
 from pipeline.data.permutation import DOCUMENTS, permutation, sort_keys
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.reader import ShardReader
@@ -20,7 +20,7 @@ def ignore(documents, tokens, size):
 
 def write_runs(directory, keys, documents, tokens_per_run):
     """The documents by turns in two slices, each of several runs."""
-    writers = [RunWriter(directory, name, DTYPE, tokens_per_run) for name in ("slice-0", "slice-1")]
+    writers = [SortedRunWriter(directory, name, DTYPE, tokens_per_run) for name in ("slice-0", "slice-1")]
     for number, (key, (ids, source)) in enumerate(zip(keys, documents, strict=True)):
         writers[number % 2].add(key, ids, source)
     for writer in writers:
@@ -50,7 +50,7 @@ def test_any_stretch_of_buckets_is_that_of_the_sorted_documents(tmp_path_factory
     first, last = sorted(data.draw(st.tuples(BUCKETS, BUCKETS)))
     documents, directory = some_documents(lengths), tmp_path_factory.mktemp("runs")
     write_runs(directory, keys, documents, tokens_per_run=20)
-    runs = Runs(directory, DTYPE)
+    runs = SortedRuns(directory, DTYPE)
     before = runs.tokens_before_bucket()
     assert before[first] == sum(length for key, length in zip(keys, lengths, strict=True) if key >> 48 < first)
     expected = [
@@ -72,7 +72,7 @@ def test_shards_made_one_by_one_are_the_whole_sequence_packed_at_once(tmp_path, 
     write_runs(tmp_path / "runs", keys, documents, tokens_per_run=100)
     for folder in ("records", "data"):
         (tmp_path / folder).mkdir()
-    assembly = Assembly(
+    packing_settings = PackingSettings(
         runs=tmp_path / "runs",
         records=tmp_path / "records",
         directory=tmp_path / "data",
@@ -84,7 +84,7 @@ def test_shards_made_one_by_one_are_the_whole_sequence_packed_at_once(tmp_path, 
         samples_per_shard=samples_per_shard,
     )
     # In the reverse order: none needs another.
-    records = [assemble_shard(work, ignore) for work in reversed(shards_to_assemble(assembly))][::-1]
+    records = [pack_shard(work, ignore) for work in reversed(packing_tasks(packing_settings))][::-1]
 
     naive_tokens = [token for ids, _ in in_naive_order(keys, documents) for token in ids.tolist()]
     naive_document = [n for n, (ids, _) in enumerate(in_naive_order(keys, documents)) for _ in ids]
@@ -99,19 +99,19 @@ def test_shards_made_one_by_one_are_the_whole_sequence_packed_at_once(tmp_path, 
         sources=tuple({"name": name, "documents": 1, "tokens": 1} for name in "abc"),
         shards=tuple(record.shard for record in records),
     )
-    reader, place, keys_read = ShardReader(tmp_path / "data", manifest), 0, []
+    reader, position, keys_read = ShardReader(tmp_path / "data", manifest), 0, []
     for shard, entry in enumerate(manifest.shards):
         for sample in range(entry.samples):
             row = reader.read(shard, sample)
             keys_read.append(row.key)
             used = int(row.lengths.sum())
-            assert row.tokens[:used].tolist() == naive_tokens[place : place + used]
-            lies_in = naive_document[place : place + used]
+            assert row.tokens[:used].tolist() == naive_tokens[position : position + used]
+            lies_in = naive_document[position : position + used]
             assert row.lengths.tolist() == [lies_in.count(document) for document in dict.fromkeys(lies_in)]
-            assert np.repeat(row.sources, row.lengths).tolist() == naive_source[place : place + used]
-            place += used
-            assert used == sequence_length or place == len(naive_tokens)
-    assert place == len(naive_tokens)
+            assert np.repeat(row.sources, row.lengths).tolist() == naive_source[position : position + used]
+            position += used
+            assert used == sequence_length or position == len(naive_tokens)
+    assert position == len(naive_tokens)
     assert keys_read == [f"shard-{n // samples_per_shard:05d}/{n:09d}" for n in range(len(keys_read))]
     assert sum(record.num_documents for record in records) == len(lengths)
     assert np.sum([record.documents for record in records], axis=0).sum() == len(lengths)

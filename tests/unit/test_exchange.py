@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.weighting.exchange as exchange
-from pipeline.benchmark.measurement import Collective, CollectiveRecorder
+from pipeline.benchmark.collectives import Collective, CollectiveRecorder
 from pipeline.weighting.exchange import exchange_named, select_by_gathering, select_by_radix
 from pipeline.weighting.pools import select_local, select_shared
 from pipeline.weighting.score import random_scores, score

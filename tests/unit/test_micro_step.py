@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.benchmark.measurement import Collective, CollectiveRecorder
+from pipeline.benchmark.collectives import Collective, CollectiveRecorder
 from pipeline.config import Settings, TrainingSettings
 from pipeline.data.loading.batch import targets_and_valid
 from pipeline.micro_step import Models, count_step, load_micro_batches

@@ -28,7 +28,7 @@ from pipeline.data.shards.manifest import read_manifest, write_manifest
 from pipeline.data.shards.reader import ShardReader
 from pipeline.storage.disk_cache import PART, DiskCache
 from pipeline.storage.files import Access, RemoteFile, StorageError, fetch, read_whole
-from pipeline.storage.location import Url, place_of
+from pipeline.storage.location import Url, parse_location
 from tests.data_sets import numbered_data
 
 SIZES = {"lanes": 6, "global_batch": 12, "micro_batch": 2, "rank": 0, "world_size": 1, "seed": 5, "shuffle_block": 16}
@@ -49,7 +49,7 @@ pytest.importorskip("aiohttp")
     ],
 )
 def test_a_place_is_a_path_or_a_url_and_stays_as_it_was_written(text, expected):
-    place = place_of(text)
+    place = parse_location(text)
     assert (place, type(place)) == (expected, type(expected))
     assert DataSettings(path=text).path == expected
     assert yaml.safe_load(yaml.safe_dump(DataSettings(path=text).model_dump(mode="json")))["path"] == str(expected)
@@ -58,7 +58,7 @@ def test_a_place_is_a_path_or_a_url_and_stays_as_it_was_written(text, expected):
 @pytest.mark.parametrize("text", ["", "pipe:cat data.tar", "file://host/data", "https:host/data"])
 def test_what_is_no_place_is_refused(text):
     with pytest.raises(ValueError, match="expected"):
-        place_of(text)
+        parse_location(text)
 
 
 def test_a_name_is_joined_to_a_url_before_its_query_and_quoted_in_a_pipe():
@@ -396,9 +396,9 @@ def test_a_copy_that_another_reader_has_dropped_meanwhile_is_worth_reading_again
     (copy,) = copies_of(tmp_path / "cache", name)
     copy.write_bytes(bytes(len(whole)))
     assert [file.read(0, 9) for file in files] == [bytes(9)] * 2
-    assert [file.forget(0, 9) for file in files] == [True, True]
+    assert [file.invalidate(0, 9) for file in files] == [True, True]
     assert [file.read(0, 9) for file in files] == [whole[:9]] * 2
-    assert not RemoteFile(name, len(whole), Access()).forget(0, 9)
+    assert not RemoteFile(name, len(whole), Access()).invalidate(0, 9)
 
 
 def test_an_index_that_is_damaged_where_it_lies_is_fetched_twice_and_no_more(server, tmp_path):
@@ -460,7 +460,7 @@ def test_a_part_that_goes_while_room_is_made_is_no_obstacle(tmp_path, monkeypatc
 
     def forgotten_meanwhile(directory):
         entries = list(listed(directory))
-        cache.forget("a", 0, 1)
+        cache.invalidate("a", 0, 1)
         return contextlib.nullcontext(entries)
 
     monkeypatch.setattr(os, "scandir", forgotten_meanwhile)

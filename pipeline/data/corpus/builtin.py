@@ -1,14 +1,17 @@
-"""The demo's corpus: text that every Python carries, and noise, prepared without a network.
+"""The built-in corpus of the demo: text that every Python installation contains, and noise. It needs no network.
 
 *library* is the language reference of `pydoc_data.topics` and a sample, by hash, of the standard library's source files: real
-text with much to learn. *noise* is library text with its words shuffled, and random bytes in base64: nothing can be learned
-from it beyond frequencies, so its loss stays high for policy and reference alike and a selection by excess loss should leave
-it out. That is what the demo shows.
+text with much to learn. *noise* is library text with its words shuffled, and random bytes in base64. Nothing but frequencies
+can be learned from noise, so its loss stays high for policy and reference alike, and a selection by excess loss should leave
+it out. The demo shows that it does.
 
-`prepare_builtin` makes three prepared folders with one BPE, trained on the library's training documents alone: `mix`, in
-which exactly a third of the tokens is noise; `library`, the same library documents by themselves, for the reference; and
-`validation`, library documents held out of both. The text is that of the running Python: another version gives another
-corpus, the same version the same bytes.
+`prepare_builtin` makes three prepared folders with one BPE, which is trained on the library's training documents alone:
+
+    mix          library and noise; exactly a third of the tokens is noise
+    library      the same library documents without noise, for the reference
+    validation   library documents that are in neither of them
+
+The text is that of the running Python. The same version gives the same bytes, another version another corpus.
 """
 
 import base64
@@ -27,18 +30,18 @@ from pipeline.data.corpus.tokenization import position_by_hash
 from pipeline.data.errors import DataError
 from pipeline.data.permutation import WORDS, permutation
 from pipeline.data.shards.manifest import read_manifest
-from pipeline.data.shards.output_folder import whole_or_absent
+from pipeline.data.shards.output_folder import atomic_folder
 from pipeline.data.tokenizer import train_bpe
-from pipeline.storage.whole_file import write_file
+from pipeline.storage.atomic_write import write_file
 
 CORPUS_FILE = "corpus.json"
-"""How the three folders were made; last to be written, so that where it is the corpus is complete."""
+"""The settings of the corpus. Written last, so that a corpus that has this file is complete."""
 LIBRARY, NOISE = "library", "noise"
 FOLDERS = ("mix", "library", "validation")
 VOCAB_SIZE = 4096
-"""Ids of the BPE that is trained on it."""
+"""Vocabulary of the BPE, in tokens."""
 
-# Tests and third-party packages are not the library, and encodings/ is tables of characters.
+# Tests and third-party packages do not belong to the library, and encodings/ has only tables of characters.
 _SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -52,7 +55,7 @@ _SKIPPED_FOLDERS = {
 # About 0.8M tokens to train on and 60k held out, at 3.6 characters a token.
 _TRAINING_CHARACTERS = 2_900_000
 _VALIDATION_CHARACTERS = 190_000
-# Held-out documents are short ones, so that many kinds are among them.
+# Only short documents are held out, in characters, so that the validation set has many of them.
 _VALIDATION_LONGEST = 20_000
 _SAMPLES_PER_SHARD = 2048
 _NOISE_WORDS = 300
@@ -60,7 +63,7 @@ _NOISE_BYTES = 750
 
 
 def standard_library_documents() -> Iterator[Document]:
-    """The topics of `pydoc`, then the standard library's source files, each in the order of their names."""
+    """Yield the topics of `pydoc`, then the standard library's source files, each sorted by name."""
     yield from (Document(text, LIBRARY) for text in _topics())
     yield from (Document(text, LIBRARY) for text in _source_files())
 
@@ -72,27 +75,40 @@ def prepare_builtin(
     vocab_size: int = VOCAB_SIZE,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Make `directory/mix`, `directory/library` and `directory/validation`, unless they are there already.
+    """Make `directory/mix`, `directory/library` and `directory/validation`, unless they exist already.
+
+    Args:
+        directory: the output.
+        sequence_length: T, tokens of a row.
+        seed: of the noise and of the shuffle.
+        vocab_size: of the BPE.
+        progress: called with a message at each phase.
 
     Raises:
-        DataError: `directory` holds something else or a corpus made otherwise, or this Python carries too little text.
+        DataError: `directory` contains other files or a corpus of other settings, or this Python has too little text.
     """
     directory = Path(directory)
-    asked = {"sequence_length": sequence_length, "vocab_size": vocab_size, "seed": seed}
+    requested = {"sequence_length": sequence_length, "vocab_size": vocab_size, "seed": seed}
     if directory.exists() and any(directory.iterdir()):
-        _check_existing(directory, asked)
+        _check_existing(directory, requested)
         return
     report = progress or (lambda message: None)
+
+    # The library, split, and a BPE of its training documents.
     training, validation = _split(list(standard_library_documents()))
     report(f"training a BPE of {vocab_size} tokens on {len(training)} documents of the standard library")
     tokenizer = train_bpe((document.text for document in training), vocab_size)
+
+    # All token ids: half as many tokens of noise as of library text make a third of the mix.
     report("tokenising and adding noise")
     library = list(tokenize(training, tokenizer, [LIBRARY]))
     noise = _tokenized_noise(training, seed, tokenizer, num_tokens=sum(len(ids) for ids, _ in library) // 2)
     held_out = list(tokenize(validation, tokenizer, [LIBRARY]))
     contents = {"mix": (library + noise, [LIBRARY, NOISE]), "library": (library, [LIBRARY])}
     contents["validation"] = (held_out, [LIBRARY])
-    with whole_or_absent(directory) as partial:
+
+    # The three folders, published together.
+    with atomic_folder(directory) as partial:
         for name in FOLDERS:
             tokenized, names = contents[name]
             report(f"writing {name}: {sum(len(ids) for ids, _ in tokenized):,} tokens")
@@ -105,19 +121,19 @@ def prepare_builtin(
                 source_names=names,
                 samples_per_shard=_SAMPLES_PER_SHARD,
             )
-        write_file(partial / CORPUS_FILE, (json.dumps(asked) + "\n").encode())
+        write_file(partial / CORPUS_FILE, (json.dumps(requested) + "\n").encode())
 
 
-def _check_existing(directory: Path, asked: dict[str, int]) -> None:
+def _check_existing(directory: Path, requested: dict[str, int]) -> None:
     remedy = f"remove {directory}, or choose another run directory"
     try:
-        made = json.loads((directory / CORPUS_FILE).read_text(encoding="utf-8"))
+        existing = json.loads((directory / CORPUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise DataError(f"expected the built-in corpus in {directory}, but it has no {CORPUS_FILE}; {remedy}") from None
-    differing = [key for key, value in asked.items() if made.get(key) != value]
+    differing = [key for key, value in requested.items() if existing.get(key) != value]
     if differing:
-        said = ", ".join(f"{key} {made.get(key)} (expected {asked[key]})" for key in differing)
-        raise DataError(f"the built-in corpus in {directory} was made with {said}; {remedy}")
+        listed = ", ".join(f"{key} {existing.get(key)} (expected {requested[key]})" for key in differing)
+        raise DataError(f"the built-in corpus in {directory} was made with {listed}; {remedy}")
     for name in FOLDERS:
         read_manifest(directory / name)
 
@@ -127,7 +143,7 @@ def _topics() -> list[str]:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out; the source files alone are enough
         return []
-    # Some topics are the same text under two names.
+    # Without duplicates: some topics have the same text under two names.
     return list(dict.fromkeys(topics[name] for name in sorted(topics) if topics[name].strip()))
 
 
@@ -144,15 +160,19 @@ def _source_files() -> Iterator[str]:
 
 
 def _split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents: a sample by hash, whose two parts share no text."""
+    """Sample training and validation documents by hash of their text; no text is in both."""
+    # Validation: short texts, in the order of their hashes.
     by_hash = sorted({document.text for document in documents}, key=lambda text: (position_by_hash(text), text))
     short = (text for text in by_hash if len(text) <= _VALIDATION_LONGEST)
     validation = _take_characters(short, _VALIDATION_CHARACTERS)
+
+    # Training: all topics, then source files in the order of their hashes.
     held_out = set(validation)
     topics = [text for text in _topics() if text not in held_out]
     used = held_out.union(topics)
     others = (text for text in by_hash if text not in used)
     training = topics + _take_characters(others, _TRAINING_CHARACTERS - sum(map(len, topics)))
+
     if sum(map(len, training)) < _TRAINING_CHARACTERS:
         raise DataError(
             f"the builtin corpus needs {_TRAINING_CHARACTERS:,} characters of the standard library's source and "
@@ -171,13 +191,13 @@ def _take_characters(texts: Iterator[str], num_characters: int) -> list[str]:
 
 
 def _tokenized_noise(library: Sequence[Document], seed: int, tokenizer: Tokenizer, num_tokens: int) -> list[TokenizedDocument]:
-    """Noise documents of exactly `num_tokens` tokens together, the last one cut to fit."""
+    """Tokenise noise documents with exactly `num_tokens` tokens in total; the last one is cut to fit."""
     documents = _noise_documents(library, seed)
     noise, remaining = [], num_tokens
     while remaining > 0:
         for ids, _ in tokenize(itertools.islice(documents, 64), tokenizer, [NOISE]):
             if remaining > 0:
-                # The first ids and the last, so that the cut document still ends with its end-of-document token.
+                # A cut keeps the last id, so that the document still ends with its end-of-document token.
                 ids = ids if len(ids) <= remaining else ids[[*range(remaining - 1), -1]]
                 noise.append(TokenizedDocument(ids, 1))
                 remaining -= len(ids)
@@ -185,12 +205,12 @@ def _tokenized_noise(library: Sequence[Document], seed: int, tokenizer: Tokenize
 
 
 def _noise_documents(library: Sequence[Document], seed: int) -> Iterator[Document]:
-    """Without end: by turns a document of shuffled words and one of random bytes."""
+    """Yield noise documents without end, alternately one of shuffled words and one of random bytes."""
     words = " ".join(document.text for document in library).split()
     order = permutation(len(words), WORDS, seed)
     for number in itertools.count():
         start = number * _NOISE_WORDS % len(words)
         yield Document(" ".join(words[index] for index in order[start : start + _NOISE_WORDS]), NOISE)
-        # shake_256 and not `random`, whose methods may change from one Python to the next.
+        # From shake_256, because the methods of `random` may change from one Python version to the next.
         random_bytes = hashlib.shake_256(f"{seed} {number}".encode()).digest(_NOISE_BYTES)
         yield Document(base64.encodebytes(random_bytes).decode("ascii"), NOISE)

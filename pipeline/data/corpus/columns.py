@@ -1,10 +1,12 @@
 """Text columns: .parquet files (with the optional `pyarrow`) and `hf:` folders (with the optional `datasets`).
 
-A .parquet is read row by row, whatever its footer says of sizes, which may be untrue: rows cannot be had by the bytes that
-they decode to, and more at once would save a fiftieth of the time of tokenising short ones. So what is held is one value and
-one page, which a writer may make as large as 2 GiB but makes 1 MiB. A folder written by `datasets.Dataset.save_to_disk` is read
-by `datasets` itself, which knows about its indices, and a few hundred rows at a time: each costs it much more, and its files
-hold values as they are, not compressed. Nothing is downloaded, and no loading script is run.
+A .parquet file is read row by row, to bound memory. The decoded size of rows cannot be known beforehand, as the sizes in the
+footer may be wrong. Memory then holds one value and one page, usually of 1 MiB (the format allows 2 GiB). Larger batches would
+save only a fiftieth of the time of tokenising short rows.
+
+A folder written by `datasets.Dataset.save_to_disk` is read by `datasets` itself, which resolves its indices, a few hundred
+rows at a time: a call costs much more, and the values are stored uncompressed. Nothing is downloaded, and no loading script
+is run.
 """
 
 import importlib
@@ -24,7 +26,7 @@ def require(module: str, extra: str, what: str) -> ModuleType:
     """Import an optional module.
 
     Raises:
-        DataError: it is not installed; the message names the extra that has it.
+        DataError: it is not installed; the message names the extra to install.
     """
     try:
         return importlib.import_module(module)
@@ -33,20 +35,24 @@ def require(module: str, extra: str, what: str) -> ModuleType:
 
 
 def row_groups(path: str) -> list[int]:
-    """The bytes of each row group of a .parquet file."""
+    """List the compressed size in bytes of each row group of a .parquet file."""
     metadata = _open_parquet(path).metadata
     return [_stored_bytes(metadata.row_group(group)) for group in range(metadata.num_row_groups)]
 
 
 def parquet_values(path: str, field: str, first_group: int, last_group: int, limit: int) -> Iterator[tuple[int, Any]]:
-    """Row number and value of `field` in the row groups from `first_group` on, before `last_group`.
+    """Yield (row number, value) of column `field` in the row groups [first_group, last_group).
 
-    A value is a str, bytes, None, or a DataError in place of a text that is not UTF-8; `...` stands for one of more than
-    `limit` bytes.
+    A value is a str, bytes or None; a DataError if the text is not UTF-8; `...` if it has more than `limit` bytes.
+
+    Raises:
+        DataError: the file is damaged, or has no such text column.
     """
     file = _open_parquet(path)
     pyarrow, compute = require("pyarrow", *_PARQUET), require("pyarrow.compute", *_PARQUET)
     _check_field(file.schema_arrow.names, field, path)
+
+    # One row at a time, numbered over the whole file.
     row = sum(file.metadata.row_group(group).num_rows for group in range(first_group))
     groups = list(range(first_group, last_group))
     batches = file.iter_batches(1, row_groups=groups, columns=[field], use_threads=False)
@@ -61,7 +67,7 @@ def parquet_values(path: str, field: str, first_group: int, last_group: int, lim
 
 
 def dataset_files(folder: str) -> list[str]:
-    """The files of a folder that `datasets` saved.
+    """List the files of a folder that `datasets` saved.
 
     Raises:
         DataError: it is not such a folder.
@@ -78,12 +84,12 @@ def dataset_files(folder: str) -> list[str]:
 
 
 def dataset_rows(folder: str) -> int:
-    """The number of rows of a `hf:` folder."""
+    """Count the rows of a `hf:` folder."""
     return len(_open_dataset(folder))
 
 
 def dataset_values(folder: str, field: str, first: int, last: int, limit: int) -> Iterator[tuple[int, Any]]:
-    """Row number and value of `field`, as `parquet_values` gives them, of the rows from `first` on, before `last`."""
+    """Yield (row number, value) of column `field` in the rows [first, last); values and errors as `parquet_values`."""
     dataset = _open_dataset(folder)
     _check_field(dataset.column_names, field, f"hf:{folder}")
     kind = getattr(dataset.features[field], "dtype", "a list")
@@ -127,7 +133,7 @@ def _check_field(names: Sequence[str], field: str, where: str) -> None:
 
 
 def _decoded(column: Any, field: str, path: str) -> Any:
-    """The column as text or bytes, without a dictionary."""
+    """Decode a dictionary-encoded column, and check that it is text or bytes."""
     pyarrow = require("pyarrow", *_PARQUET)
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()

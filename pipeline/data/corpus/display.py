@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, a line now and then elsewhere (a Slurm log)."""
+"""Progress of long work: a bar in a terminal, a line every 30 s elsewhere (in a Slurm log)."""
 
 import time
 from types import TracebackType
@@ -10,7 +10,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 class Display:
-    """Shows the stages of a preparation, one after the other; use as a context manager."""
+    """Display of the stages of a preparation, one after the other; use as a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
@@ -42,7 +42,7 @@ class Display:
         (self._bar.console if self._bar else self._console).print(text, markup=False, soft_wrap=True)
 
     def begin(self, title: str, total_bytes: int) -> None:
-        """Begin a stage that will work through `total_bytes`, or with 0 one that cannot say how far it is."""
+        """Begin a stage of `total_bytes` bytes; 0 if the progress of the stage cannot be measured."""
         self._title, self._total = title, total_bytes
         self._start = self._last_line = time.monotonic()
         self._documents = self._tokens = self._bytes = 0
@@ -52,7 +52,7 @@ class Display:
             self.say(f"{title} …")
 
     def advance(self, documents: int, tokens: int, size: int) -> None:
-        """Documents, tokens and bytes more."""
+        """Add to the counts of the stage: documents, tokens, and `size` bytes."""
         self._documents += documents
         self._tokens += tokens
         self._bytes += size
@@ -70,7 +70,7 @@ class Display:
             self._bar.update(self._task, total=self._total, completed=self._total)
 
     def _counts(self) -> str:
-        """What has been counted, each with a comma after it."""
+        """Format the counts that are not 0, each followed by a comma."""
         speed = self._bytes / max(time.monotonic() - self._start, 1e-9) / 1e6
         counts = [
             f"{self._documents:,} documents" if self._documents else "",

@@ -1,12 +1,14 @@
-"""Documents from files: what each kind of file holds, and what becomes of text that cannot be used.
+"""Reading documents from files, and counting those that cannot be used.
 
-`.txt` is one document a file; `.jsonl` (also as `.gz` and `.zst`) one a line, in a field; `.parquet` and `hf:` folders one a
-row, in a column; a `.tar` in webdataset's manner one a key: its member KEY.txt, or if it has none the field of KEY.json.
+    .txt                             a document is the whole file
+    .jsonl, .jsonl.gz, .jsonl.zst    a line's text field
+    .parquet, hf: folder             a row's text column
+    .tar (webdataset)                a key's member KEY.txt, or without it the text field of KEY.json
 
-Nothing is dropped in silence. A document that is empty (nothing but white space), undecodable (not UTF-8, no JSON, no text
-in the field) or oversized (more bytes than a limit, which also bounds what a decompression bomb can take) is counted, and the
-first few are named. Undecodable ones may be made an error instead. What concerns a file and not a document is always an error:
-one that is damaged, or whose first line lacks the field, since then the field's name is wrong.
+Nothing is dropped silently. Documents are counted, and the first few are named, if they are empty (only white space),
+undecodable (not UTF-8, not JSON, no text in the field) or oversized (longer than a limit, which also bounds the memory of a
+decompression bomb). Undecodable documents can be made an error instead. Problems of a file are always an error: a damaged
+file, or one whose first line has no such field, because then the name of the field is probably wrong.
 """
 
 import json
@@ -21,7 +23,7 @@ from pipeline.data.corpus.lines import line_name, lines_of
 from pipeline.data.errors import DataError
 from pipeline.data.shards.tars import members, read_member
 
-# The tokenizers library takes some 120 bytes of memory for each byte of a text: 2 GB for the longest.
+# The tokenizers library needs about 120 bytes of memory for each byte of a text: 2 GB for the longest document.
 MAX_DOCUMENT_BYTES = 16 << 20
 ON_UNDECODABLE = ("skip", "error")
 _MAX_NOTES = 5
@@ -30,9 +32,9 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the name of its source, "" where the inputs have no names.
+    """A text and the name of its source ("" where the inputs have no names).
 
-    `file` and `position` tell documents apart: the number of the file, and bytes, lines or rows within it.
+    `file` and `position` identify the document: the number of its file, and its byte, line or row in the file.
     """
 
     text: str
@@ -43,7 +45,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Rules:
-    """How documents are read: the field that holds the text, the most bytes of one, and what to do about undecodable ones."""
+    """Rules of reading documents.
+
+    text_field: the field or column with the text.
+    max_document_bytes: longer documents are left out.
+    on_undecodable: "skip" or "error".
+    """
 
     text_field: str = "text"
     max_document_bytes: int = MAX_DOCUMENT_BYTES
@@ -52,7 +59,8 @@ class Rules:
 
 @dataclass
 class Counts:
-    """What was found in the input; `ignored` counts members of tars that are neither text nor JSON."""
+    """Counts of documents, used and left out. `ignored` counts tar members that are neither text nor JSON; `notes` describe the
+    first few that were left out."""
 
     documents: int = 0
     empty: int = 0
@@ -62,20 +70,23 @@ class Counts:
     notes: list[str] = field(default_factory=list)
 
     def add(self, other: "Counts") -> None:
-        """Add what was found elsewhere."""
+        """Add the counts of another slice of the input."""
         for name in ("documents", "empty", "undecodable", "oversized", "ignored"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.notes = (self.notes + other.notes)[:_MAX_NOTES]
 
     def note(self, text: str) -> None:
-        """Keep an example of what was left out, if there are not enough of them."""
+        """Keep a note about something that was left out, up to `_MAX_NOTES`."""
         if len(self.notes) < _MAX_NOTES:
             self.notes.append(text)
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A document not yet decoded: `text` raises a DataError if it cannot be; None: it is oversized."""
+    """A document that is not decoded yet.
+
+    where: names it for messages. text: decodes it, given the text field, or raises _UndecodableError; None if it is oversized.
+    """
 
     position: int
     where: Callable[[], str]
@@ -83,10 +94,7 @@ class _Record:
 
 
 class DocumentReader:
-    """Reads the documents of spans, and counts.
-
-    `consumed` is the number of bytes of the input that has been read, for progress.
-    """
+    """Reader of the documents of spans. It updates `counts`, and `consumed`, the bytes read so far, for progress."""
 
     def __init__(self, rules: Rules | None = None) -> None:
         self.rules = rules or Rules()
@@ -97,7 +105,7 @@ class DocumentReader:
         """Yield the documents in order.
 
         Raises:
-            DataError: a damaged file, a missing field or, if the rules say so, an undecodable document.
+            DataError: a file is damaged, a field is missing, or (if the rules say so) a document is undecodable.
         """
         for span in spans:
             before = self.consumed
@@ -111,10 +119,13 @@ class DocumentReader:
             self.consumed = before + span.size
 
     def _decode(self, record: _Record) -> str | None:
+        """Decode and count a document; None if it is left out."""
         if record.text is None:
             self.counts.oversized += 1
             self.counts.note(f"{record.where()}: more than {self.rules.max_document_bytes:,} bytes")
             return None
+
+        # A missing field in the first line of a file is an error even if undecodable documents are skipped.
         try:
             text = record.text(self.rules.text_field)
         except _UndecodableError as error:
@@ -125,6 +136,7 @@ class DocumentReader:
             self.counts.undecodable += 1
             self.counts.note(f"{record.where()}: {error}")
             return None
+
         if not text or text.isspace():
             self.counts.empty += 1
             return None
@@ -166,6 +178,7 @@ class DocumentReader:
             yield _Record(row, lambda row=row: f"{span.path}, row {row}", load)  # type: ignore[misc]
 
     def _tar(self, span: Span) -> Iterator[_Record]:
+        # Members of one key follow each other. The record of a key is yielded when the next key begins.
         before = self.consumed
         key: tuple[str, str] | None = None
         pending: _Record | None = None
@@ -179,6 +192,8 @@ class DocumentReader:
                     key, pending = (folder, stem), None
                 if member.is_folder:
                     continue
+
+                # Of the members of a key, .txt has precedence over .json.
                 if not member.is_file or extension not in ("txt", "json"):
                     self.counts.ignored += 1
                     self.counts.note(f"{span.path}, member {member.name}: neither .txt nor .json")
@@ -252,7 +267,7 @@ def _text_of_value(value: Any) -> str:
 
 
 def _without_surrogates(text: str) -> str:
-    # JSON can spell half a surrogate pair (\ud800), which is no character and which no tokenizer takes.
+    # JSON can encode half a surrogate pair (\ud800), which is not a character and which no tokenizer accepts.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

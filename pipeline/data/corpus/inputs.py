@@ -1,13 +1,12 @@
-"""Inputs: which files are read, in which order, and how they are cut into slices of work.
+"""Inputs: the files to read, their order, and their division into slices of work.
 
-The order is that of the inputs, and within a folder or glob that of the sorted paths, so it depends on nothing but the
-input. Folders are read recursively and through links; names that begin with a dot are left out, as a shell's `*` leaves them
-out.
+Files are read in the order of the inputs, and within a folder or glob in the order of their sorted paths, so the order depends
+only on the input. Folders are read recursively, and links are followed. Names that begin with a dot are left out, as by a
+shell's `*`.
 
-A *span* is a stretch of one file that can be read by itself: bytes of a .jsonl, row groups of a .parquet, rows of a `hf:`
-folder, and of the others, which can only be read from their beginning, the whole file. A *slice* is some spans on end: the
-unit of work of one worker, and of what is not done again after a kill. How the input is sliced does not depend on the number
-of workers.
+A *span* is a part of one file that can be read independently: bytes of a .jsonl, row groups of a .parquet, rows of a `hf:`
+folder; for all other kinds, which can only be read from the beginning, the whole file. A *slice* is a list of consecutive
+spans. It is the unit of work of a worker, and of resuming after a kill. The slices do not depend on the number of workers.
 """
 
 import glob
@@ -24,7 +23,7 @@ ACCEPTED_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".
 DATASET_PREFIX = "hf:"
 DATASET = "datasets"
 
-# Small enough to keep many workers busy to the end, large enough to be worth a file.
+# In bytes: small enough to keep many workers busy until the end, large enough to be worth a file of its own.
 _LARGEST_SLICE = 1 << 25
 _SMALLEST_SLICE = 1 << 16
 _WANTED_SLICES = 64
@@ -41,7 +40,7 @@ class Input:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file (or a `hf:` folder): its kind is one of ACCEPTED_SUFFIXES or DATASET; `size` in bytes."""
+    """A file, or a `hf:` folder. `kind` is one of ACCEPTED_SUFFIXES or DATASET; `size` in bytes; `changed` in ns since 1970."""
 
     path: str
     kind: str
@@ -52,7 +51,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of file number `file`: bytes, row groups or rows from `start` to `end`; `size` is its share of bytes."""
+    """A part of file number `file`: the bytes, row groups or rows [start, end). `size` is its share of the file's bytes."""
 
     file: int
     path: str
@@ -64,7 +63,7 @@ class Span:
 
 
 def parse_input(argument: str) -> Input:
-    """Read `NAME=PATH` or `PATH`; a path with an equals sign is written `./a=b.txt`."""
+    """Parse `NAME=PATH` or `PATH`; a path with an equals sign is written `./a=b.txt`."""
     name, equals, path = argument.partition("=")
     if equals and re.fullmatch(r"[A-Za-z0-9_\-]+", name):
         return Input(name, path)
@@ -72,7 +71,7 @@ def parse_input(argument: str) -> Input:
 
 
 def source_names(inputs: Iterable[Input]) -> list[str]:
-    """The distinct names in the order of their first mention; empty if no input has one.
+    """List the distinct names of inputs in the order of their first mention; empty if no input has a name.
 
     Raises:
         DataError: some inputs have names and some have none.
@@ -86,10 +85,10 @@ def source_names(inputs: Iterable[Input]) -> list[str]:
 
 
 def parse_weights(arguments: Iterable[str], names: Sequence[str]) -> dict[str, float]:
-    """Read `NAME=WEIGHT` arguments for the sources `names`.
+    """Parse `NAME=WEIGHT` arguments for the sources `names`.
 
     Raises:
-        DataError: no such source, two weights for one, or not a positive number.
+        DataError: there is no such source, it has two weights, or a weight is not a positive number.
     """
     weights: dict[str, float] = {}
     for argument in arguments:
@@ -99,6 +98,8 @@ def parse_weights(arguments: Iterable[str], names: Sequence[str]) -> dict[str, f
             raise DataError(f"--weight {argument}: there is no input named {name!r}; {known}")
         if name in weights:
             raise DataError(f"--weight {argument}: {name} has a weight already ({weights[name]})")
+
+        # The value; what is no number fails the check of the range.
         try:
             weights[name] = float(value)
         except ValueError:
@@ -109,30 +110,30 @@ def parse_weights(arguments: Iterable[str], names: Sequence[str]) -> dict[str, f
 
 
 def input_files(inputs: Iterable[Input]) -> list[InputFile]:
-    """All files of the inputs, in order.
+    """List all files of the inputs, in order.
 
     Raises:
-        DataError: nothing at a path, or a file of a kind that cannot be read.
+        DataError: there are no files at a path, or a file is of an unknown kind.
     """
     return [file for entry in inputs for file in _files_of(entry)]
 
 
 def slice_size(files: Sequence[InputFile], parts: int = 1) -> int:
-    """Bytes of a slice that keep the workers of each of `parts` machines busy."""
-    wanted = sum(file.size for file in files) // (_WANTED_SLICES * parts)
-    return min(max(wanted, _SMALLEST_SLICE), _LARGEST_SLICE)
+    """Choose the size of slices in bytes, to keep the workers of each of `parts` machines busy."""
+    size = sum(file.size for file in files) // (_WANTED_SLICES * parts)
+    return min(max(size, _SMALLEST_SLICE), _LARGEST_SLICE)
 
 
 def slices(files: Sequence[InputFile], size: int) -> list[list[Span]]:
-    """The whole input, cut into slices of about `size` bytes."""
+    """Divide the whole input into slices of about `size` bytes."""
     result: list[list[Span]] = []
-    held = 0
+    num_bytes = 0
     for span in (span for number, file in enumerate(files) for span in _spans(number, file, size)):
-        if not result or held + span.size > size or len(result[-1]) == _FILES_PER_SLICE:
+        if not result or num_bytes + span.size > size or len(result[-1]) == _FILES_PER_SLICE:
             result.append([])
-            held = 0
+            num_bytes = 0
         result[-1].append(span)
-        held += span.size
+        num_bytes += span.size
     return result
 
 
@@ -145,13 +146,13 @@ def _spans(number: int, file: InputFile, size: int) -> Iterator[Span]:
             end = min(start + size, file.size)
             yield span(start, end, end - start)
     elif file.kind == ".parquet":
-        start = held = 0
+        start = num_bytes = 0
         groups = row_groups(file.path)
         for group, group_size in enumerate(groups):
-            held += group_size
-            if held >= size or group == len(groups) - 1:
-                yield span(start, group + 1, held)
-                start, held = group + 1, 0
+            num_bytes += group_size
+            if num_bytes >= size or group == len(groups) - 1:
+                yield span(start, group + 1, num_bytes)
+                start, num_bytes = group + 1, 0
     elif file.kind == DATASET:
         rows = dataset_rows(file.path)
         step = max(1, rows * size // max(file.size, 1))
@@ -163,12 +164,15 @@ def _spans(number: int, file: InputFile, size: int) -> Iterator[Span]:
 
 
 def _files_of(entry: Input) -> list[InputFile]:
+    # A `hf:` folder counts as one file.
     if entry.path.startswith(DATASET_PREFIX):
         folder = entry.path.removeprefix(DATASET_PREFIX)
         stats = [os.stat(file) for file in dataset_files(folder)]
         return [
             InputFile(folder, DATASET, entry.name, sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats))
         ]
+
+    # A file, folder or glob.
     paths = _paths(entry.path)
     if not paths:
         name, equals, _ = entry.path.partition("=")
@@ -209,7 +213,7 @@ def _files_below(folder: str) -> list[Path]:
 
 
 def _is_new(folder: str, seen: set[str]) -> bool:
-    # A link to a folder already listed would read its files twice, or for ever.
+    # Following a link to a folder that is listed already would read its files twice, or loop for ever.
     real = os.path.realpath(folder)
     if real in seen:
         return False

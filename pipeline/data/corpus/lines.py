@@ -1,7 +1,7 @@
-"""Lines of text files, also compressed ones, without ever holding more of a line than is wanted.
+"""Lines of plain and compressed text files, in bounded memory.
 
-A line longer than a limit is passed over in pieces, so that neither a file without line ends nor a decompression bomb takes
-memory. A compressed file that was cut is an error, and not merely shorter.
+A line longer than a limit is skipped chunk by chunk, so that neither a file without line ends nor a decompression bomb can
+fill the memory. A compressed file that was cut is an error, and not just a shorter file.
 """
 
 import gzip
@@ -18,7 +18,9 @@ _CHUNK = 1 << 20
 
 
 def lines_of(file: BinaryIO, span: Span, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """The lines of a span of the file, decompressed, each with its position; None for one of more than `limit` bytes.
+    """Yield (position, line) of the decompressed lines of a span; None instead of a line of more than `limit` bytes.
+
+    A span of a .jsonl has the lines that begin in it. Positions are bytes, in a compressed file those after decompression.
 
     Raises:
         DataError: the compressed file is damaged.
@@ -41,7 +43,7 @@ def _decompressed_lines(file: BinaryIO, span: Span, limit: int) -> Iterator[tupl
 
 
 def _skip_begun_line(file: BinaryIO, start: int) -> int:
-    """Go to the first line that begins at `start` or after it; returns where that is."""
+    """Seek to the first line that begins at or after `start`; returns its position."""
     if start == 0:
         return 0
     file.seek(start - 1)
@@ -51,12 +53,13 @@ def _skip_begun_line(file: BinaryIO, start: int) -> int:
 
 
 def _lines(stream: BinaryIO, limit: int, position: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | None]]:
-    """The lines that begin before `end`."""
+    """Yield (position, line) of the lines that begin before `end`."""
     while end is None or position < end:
         start, line = position, stream.readline(limit + 1)
         if not line:
             return
         position += len(line)
+        # Skip the rest of a line that is too long.
         is_whole = len(line) <= limit or line.endswith(b"\n")
         while not is_whole and (rest := stream.readline(_CHUNK)):
             position += len(rest)
@@ -66,9 +69,10 @@ def _lines(stream: BinaryIO, limit: int, position: int = 0, end: int | None = No
 
 
 class _ZstdStream(io.RawIOBase):
-    """What .zst frames hold. zstandard's own stream reader takes a cut file for a complete one; this does not."""
+    """A decompressed .zst file, as a raw stream. zstandard's own stream reader accepts a cut file as complete; this one raises
+    EOFError."""
 
-    # A frame can expand by a factor of 30,000, so what is decompressed at once must be little.
+    # In bytes. A frame can expand by a factor of 30,000, so little is decompressed at once.
     _INPUT = 1024
 
     def __init__(self, file: BinaryIO) -> None:
@@ -106,10 +110,10 @@ class _ZstdStream(io.RawIOBase):
 
 
 def line_name(span: Span, number: int) -> Callable[[], str]:
-    """How messages call line `number` (from 1) of a span: by its number in the file."""
+    """Name line `number` (from 1) of a span in messages, by its number in the file."""
 
     def name() -> str:
-        # Found out only for the few lines that are named.
+        # Counting the lines before the span is slow, so it is done only for the few lines that a message names.
         return f"{span.path}, line {number + (_lines_before(span) if span.start else 0)}"
 
     return name

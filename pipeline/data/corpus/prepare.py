@@ -1,11 +1,11 @@
-"""Preparing: documents in, a folder of packed shards out, whole or not at all.
+"""Preparing data: documents in, a folder of packed shards out.
 
-`prepare` takes documents from anywhere, one by one, in this thread; `prepare_files` takes files, with many workers, and goes
-on after a kill. Both tokenise documents into runs of ids on disk (`tokenization`, `sorted_runs`), from which every shard reads
-its stretch of the shuffled documents and packs it (`shard_assembly`). The same documents, seed and tokenizer give the same
-bytes.
+`prepare` takes documents from anywhere, one by one, in this thread. `prepare_files` takes files, with many workers, and
+resumes after a kill. Both tokenise documents into sorted runs of ids on disk (`tokenization`, `sorted_runs`). Every shard then
+reads its range of the shuffled documents from them and packs it (`shard_packing`). The same documents, seed and tokenizer give
+the same bytes.
 
-A folder is written under another name and renamed once (`shards.output_folder`), so that it is complete if it is there.
+A folder is written under a temporary name and renamed at the end (`shards.output_folder`), so a folder that exists is complete.
 """
 
 import tempfile
@@ -19,14 +19,14 @@ from tokenizers import Tokenizer
 
 from pipeline.data.corpus.documents import Document, Rules
 from pipeline.data.corpus.packing import PACKINGS
-from pipeline.data.corpus.shard_assembly import Assembly, ShardRecord, assemble_shard, shards_to_assemble
-from pipeline.data.corpus.sorted_runs import RunWriter
-from pipeline.data.corpus.tokenization import Encoder, Tokenization, add_documents
+from pipeline.data.corpus.shard_packing import PackingSettings, ShardRecord, pack_shard, packing_tasks
+from pipeline.data.corpus.sorted_runs import SortedRunWriter
+from pipeline.data.corpus.tokenization import Encoder, TokenizationSettings, add_documents
 from pipeline.data.corpus.workers import Report, work_on
 from pipeline.data.errors import DataError
 from pipeline.data.permutation import DOCUMENTS, sort_keys
 from pipeline.data.shards.manifest import Manifest, Source, write_manifest
-from pipeline.data.shards.output_folder import whole_or_absent
+from pipeline.data.shards.output_folder import atomic_folder
 from pipeline.data.shards.writer import MAX_SOURCES, token_dtype
 from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
 
@@ -34,12 +34,19 @@ SAMPLES_PER_SHARD = 8192
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is made of the documents.
+class PrepareSettings:
+    """Settings of a preparation.
 
-    `validation_fraction` of them, chosen by the hash of their text, goes to a folder `validation`, the others to `train`; with
-    0 all go to the output itself. `weights` by name of source, 1 where there is none. `part` is (i, N), i from 1.
-    `end_of_document` is the tokenizer's token, None for one of the usual names.
+    sequence_length: T, tokens of a row.
+    seed: of the shuffle of documents.
+    packing: one of `packing.PACKINGS`.
+    samples_per_shard: rows of a shard (with best_fit about).
+    validation_fraction: of the documents, chosen by the hash of their text, goes to a folder `validation`, the others to
+        `train`; with 0 all go to the output itself.
+    weights: how often the documents of a source are taken, by its name; 1 for a source that is not listed.
+    part: (i, N) to prepare the i-th of N parts of the input, i from 1; None for all of it.
+    end_of_document: the tokenizer's token that ends a document; None for one of the usual names.
+    rules: of reading documents.
     """
 
     sequence_length: int
@@ -54,11 +61,11 @@ class Settings:
 
     @property
     def splits(self) -> dict[str, str]:
-        """The folder of each split below the output."""
+        """Folder of each split, relative to the output."""
         return {"train": "train", "validation": "validation"} if self.validation_fraction else {"train": "."}
 
     def check(self, source_names: Sequence[str]) -> None:
-        """Refuse what cannot be made.
+        """Check the ranges of all values.
 
         Raises:
             DataError: a value is out of its range.
@@ -78,7 +85,7 @@ class Settings:
 
 
 class TokenizedDocument(NamedTuple):
-    """Ids with the end-of-document token last, [n], and the index of the source."""
+    """A document as ids [n], the last of which is the end-of-document token, and the index of its source."""
 
     ids: np.ndarray
     source: int
@@ -99,10 +106,15 @@ def prepare(
     """Tokenise, shuffle, pack and write documents.
 
     Args:
-        documents: their `source` is one of `source_names`, or "" where there are none.
+        documents: their `source` is one of `source_names`, or "" if there are none.
         output_dir: must not exist, or be empty.
+        sequence_length: T.
+        seed: of the shuffle.
+        source_names: in the order of their indices.
+        samples_per_shard: rows of a shard.
         validation_fraction: of the documents, chosen by the hash of their text, goes to `output_dir/validation`, the others
             to `output_dir/train`; with 0 all go to `output_dir` itself.
+        packing: one of `packing.PACKINGS`.
 
     Returns:
         The manifest; with a validation split that of `output_dir/train`.
@@ -110,17 +122,20 @@ def prepare(
     Raises:
         DataError: the output exists, there are no documents (or none on one side of the split), or too many sources.
     """
-    settings = Settings(sequence_length, seed, packing, samples_per_shard, validation_fraction)
+    settings = PrepareSettings(sequence_length, seed, packing, samples_per_shard, validation_fraction)
     settings.check(source_names)
     numbered = (replace(document, file=0, position=number) for number, document in enumerate(documents))
-    with whole_or_absent(output_dir) as directory, tempfile.TemporaryDirectory(dir=directory) as work:
-        tokenization = tokenization_into(Path(work), directory / TOKENIZER_FILE, tokenizer, settings, source_names)
+    with atomic_folder(output_dir) as directory, tempfile.TemporaryDirectory(dir=directory) as work:
+        # Tokenise into sorted runs.
+        tokenization = tokenization_settings(Path(work), directory / TOKENIZER_FILE, tokenizer, settings, source_names)
         encoder = Encoder(tokenizer, end_of_document_id(tokenizer))
-        runs = {split: RunWriter(Path(work, split), "all", encoder.dtype) for split in ("train", "validation")}
+        runs = {split: SortedRunWriter(Path(work, split), "all", encoder.dtype) for split in ("train", "validation")}
         for batch, ids in encoder.batches(numbered):
             add_documents(batch, ids, tokenization, **runs)
         for writer in runs.values():
             writer.close()
+
+        # Pack the runs into shards.
         manifests = [
             _write_split(Path(work), split, directory / folder, tokenizer, settings, source_names)
             for split, folder in settings.splits.items()
@@ -131,7 +146,7 @@ def prepare(
 def tokenize(
     documents: Iterable[Document], tokenizer: Tokenizer, source_names: Sequence[str] = ()
 ) -> Iterator[TokenizedDocument]:
-    """Tokenise documents, in their order, and end each with the end-of-document token."""
+    """Tokenise documents, in order, and append the end-of-document token to each."""
     source_index = {name: index for index, name in enumerate(source_names or [""])}
     for batch, ids in Encoder(tokenizer, end_of_document_id(tokenizer)).batches(documents):
         for document, tokens in zip(batch, ids, strict=True):
@@ -148,23 +163,23 @@ def write_dataset(
     source_names: Sequence[str],
     samples_per_shard: int = SAMPLES_PER_SHARD,
 ) -> Manifest:
-    """Shuffle and pack tokenised documents, and write shards, tokenizer and manifest into `directory`."""
+    """Shuffle and pack tokenised documents, and write the shards, the tokenizer and the manifest into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    settings = Settings(sequence_length, seed, samples_per_shard=samples_per_shard)
+    settings = PrepareSettings(sequence_length, seed, samples_per_shard=samples_per_shard)
     keys = sort_keys(np.arange(len(tokenized), dtype=np.uint64), DOCUMENTS, seed).tolist()
     with tempfile.TemporaryDirectory(dir=directory) as work:
-        writer = RunWriter(Path(work, "train"), "all", token_dtype(vocab_size(tokenizer)))
+        writer = SortedRunWriter(Path(work, "train"), "all", token_dtype(vocab_size(tokenizer)))
         for key, (ids, source) in zip(keys, tokenized, strict=True):
             writer.add(key, ids, source)
         writer.close()
         return _write_split(Path(work), "train", directory, tokenizer, settings, source_names)
 
 
-def tokenization_into(
-    work: Path, tokenizer_file: Path, tokenizer: Tokenizer, settings: Settings, source_names: Sequence[str]
-) -> Tokenization:
-    """The settings of tokenising into runs below `work`, for workers that find the tokenizer at `tokenizer_file`."""
-    return Tokenization(
+def tokenization_settings(
+    work: Path, tokenizer_file: Path, tokenizer: Tokenizer, settings: PrepareSettings, source_names: Sequence[str]
+) -> TokenizationSettings:
+    """Collect what workers need to tokenise into sorted runs below `work`; they load the tokenizer from `tokenizer_file`."""
+    return TokenizationSettings(
         directory=work,
         tokenizer_file=tokenizer_file,
         tokenizer_sha256=fingerprint(tokenizer),
@@ -177,23 +192,26 @@ def tokenization_into(
     )
 
 
-def assemble_split(
+def pack_split(
     work: Path,
     split: str,
     directory: Path,
     tokenizer: Tokenizer,
-    settings: Settings,
+    settings: PrepareSettings,
     source_names: Sequence[str],
     *,
     processes: int = 1,
     report: Report = lambda documents, tokens, size: None,
 ) -> tuple[Manifest, list[ShardRecord]]:
-    """Assemble the runs in `work/SPLIT` to shards in `directory`, with the tokenizer; the manifest is yet to be written there.
+    """Pack the sorted runs in `work/SPLIT` into shards in `directory`, and save the tokenizer there.
+
+    Returns:
+        The manifest, which the caller writes, and the record of every shard.
 
     Raises:
-        DataError: there are no documents, and this is not a part of something larger.
+        DataError: there are no documents, and this is not one of several parts.
     """
-    assembly = Assembly(
+    packing = PackingSettings(
         runs=work / split,
         records=work / f"{split}.records",
         directory=directory,
@@ -205,31 +223,35 @@ def assemble_split(
         samples_per_shard=settings.samples_per_shard,
         key_prefix=f"{settings.part[0]:04d}-" if settings.part else "",
     )
-    for folder in (directory, assembly.records):
+
+    # Pack the shards, in parallel.
+    for folder in (directory, packing.records):
         folder.mkdir(parents=True, exist_ok=True)
-    shards = shards_to_assemble(assembly)
+    shards = packing_tasks(packing)
     if not shards and settings.part is None:
         which = f" for the {split} split" if settings.validation_fraction else ""
         raise DataError(f"no documents with text{which}; give more input" + (" or another fraction" if which else ""))
-    records = list(work_on(assemble_shard, shards, max(1, min(processes, len(shards))), report))
+    records = list(work_on(pack_shard, shards, max(1, min(processes, len(shards))), report))
+
+    # The tokenizer and the manifest.
     tokenizer.save(str(directory / TOKENIZER_FILE))
     manifest = Manifest(
         sequence_length=settings.sequence_length,
-        vocab_size=assembly.vocab_size,
-        end_of_document_id=assembly.end_of_document_id,
+        vocab_size=packing.vocab_size,
+        end_of_document_id=packing.end_of_document_id,
         tokenizer_file=TOKENIZER_FILE,
         tokenizer_sha256=fingerprint(tokenizer),
         sources=_sources(records, source_names),
-        # By number: the names of more than 100,000 shards have different lengths.
+        # Sorted by number: with more than 100,000 shards their names have different lengths.
         shards=tuple(sorted((r.shard for r in records if r.shard), key=lambda shard: (len(shard.name), shard.name))),
     )
     return manifest, records
 
 
 def _write_split(
-    work: Path, split: str, directory: Path, tokenizer: Tokenizer, settings: Settings, source_names: Sequence[str]
+    work: Path, split: str, directory: Path, tokenizer: Tokenizer, settings: PrepareSettings, source_names: Sequence[str]
 ) -> Manifest:
-    manifest, _ = assemble_split(work, split, directory, tokenizer, settings, source_names)
+    manifest, _ = pack_split(work, split, directory, tokenizer, settings, source_names)
     write_manifest(directory, manifest)
     return manifest
 

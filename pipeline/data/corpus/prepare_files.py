@@ -1,12 +1,15 @@
-"""Preparing files with many workers, so that a kill at any moment costs only the work in hand.
+"""Preparing files with many workers, resumable: a kill at any moment costs only the work in progress.
 
-`OUTPUT.partial` holds what is done so far: the runs of tokenised slices, the records of slices and shards, the shards in
-`data`. A file gets its name when it is whole, and a record is written after what it stands for; what has no record is made
-again, the same bytes in the same place. At the end `data` is renamed to OUTPUT. `request.json` says what was asked for; going
-on with another request, or with input that has changed meanwhile, is refused.
+`OUTPUT.partial` holds the finished work:
 
-Bounds: a worker holds one run (`sorted_runs.TOKENS_PER_RUN` tokens) or about three times a shard; the index of a run is mapped,
-and the table of the shuffle has 65,536 entries. None grows with the corpus. The disk needs room for the ids twice.
+    request.json     the request; resuming with another request, or with changed input, is refused
+    tokenizer.json   the tokenizer, so that a BPE is trained once
+    work/            sorted runs of tokenised slices, records of finished slices and shards
+    data/            finished shards; renamed to OUTPUT at the end
+
+Files are written atomically, and a record after the files that it describes. Whatever has no record is made again, with the
+same bytes. Memory is bounded whatever the size of the corpus: a worker holds one sorted run (`sorted_runs.TOKENS_PER_RUN`
+tokens) or about three times a shard. The disk must have room for the ids twice.
 """
 
 import itertools
@@ -21,24 +24,24 @@ from tokenizers import Tokenizer
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import Counts, DocumentReader
 from pipeline.data.corpus.inputs import Input, InputFile, Span, input_files, slice_size, slices, source_names
-from pipeline.data.corpus.prepare import Settings, assemble_split, tokenization_into
+from pipeline.data.corpus.prepare import PrepareSettings, pack_split, tokenization_settings
 from pipeline.data.corpus.request import begin_or_continue, describe, request_sha256, whole_sha256
 from pipeline.data.corpus.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
 from pipeline.data.corpus.workers import work_on
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import MANIFEST_FILE, InputCounts, Manifest, Preparation, read_manifest, write_manifest
-from pipeline.data.shards.output_folder import LOCK_FILE, is_taken, locked, make_partial, partial_of, remove
+from pipeline.data.shards.output_folder import LOCK_FILE, is_occupied, locked, make_partial, partial_folder, remove
 from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
-from pipeline.storage.whole_file import publish, write_file
+from pipeline.storage.atomic_write import publish, write_file
 
-# A BPE is trained on slices evenly spread over the input: more text than this changes it little.
+# A BPE is trained on slices evenly spread over the input, about so many bytes. More text would change it little.
 _TRAINING_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The folders and manifests made, what was found in the input, and whether all of it was there already."""
+    """Result of a preparation: manifests by folder, counts of the input, and if the output existed already, complete."""
 
     manifests: dict[Path, Manifest]
     counts: Counts
@@ -49,39 +52,48 @@ def prepare_files(
     inputs: Sequence[Input],
     output_dir: Path,
     tokenizer: Tokenizer | int,
-    settings: Settings,
+    settings: PrepareSettings,
     *,
     processes: int = 1,
     display: Display | None = None,
 ) -> Prepared:
-    """Tokenise, shuffle, pack and write the documents of files, or go on where that was interrupted.
+    """Tokenise, shuffle, pack and write the documents of files, or resume that after an interruption.
 
     Args:
-        tokenizer: or the size of the vocabulary of a BPE to train on the input.
-        processes: how many workers, one to a core; the result does not depend on it.
+        inputs: files, folders or globs, with the names of their sources.
+        output_dir: must not exist, be empty, or be the output of the same request.
+        tokenizer: a tokenizer, or the vocabulary size of a BPE to train on the input.
+        settings: of the preparation.
+        processes: the number of workers, one for each core; the result does not depend on it.
+        display: shows the progress.
 
     Raises:
-        DataError: the input or a setting cannot be used, the output is something else, or was begun with another request.
+        DataError: the input or a setting cannot be used, the output exists, or it was begun with another request.
     """
+    # The request.
     output_dir = Path(output_dir)
     names = source_names(inputs)
     settings.check(names)
     files = input_files(inputs)
     request = describe(files, tokenizer, settings, names)
-    partial = partial_of(output_dir)
-    if is_taken(output_dir):
+    partial = partial_folder(output_dir)
+
+    # The output exists: it must be that of the same request.
+    if is_occupied(output_dir):
         prepared = _complete_already(output_dir, request, settings)
-        # What there is of it was left by who was killed just before the end, or will be removed by who is there.
+        # Clean up after a process that was killed just before its end. One that still runs holds the lock, and does so itself.
         if (partial / LOCK_FILE).exists():
             with suppress(DataError), locked(partial):
                 remove(partial)
-        with suppress(OSError):  # it is not there, or not empty
+        with suppress(OSError):  # missing, or not empty
             partial.rmdir()
         return prepared
+
+    # Begin or resume.
     job = _Job(files, names, partial, settings, processes, display or Display())
     make_partial(partial)
     with locked(partial):
-        if is_taken(output_dir):  # by whoever had the lock until now
+        if is_occupied(output_dir):  # again: the previous holder of the lock may have finished
             prepared = _complete_already(output_dir, request, settings)
             remove(partial)
             return prepared
@@ -92,6 +104,7 @@ def prepare_files(
         try:
             return _make(job, tokenizer, request, output_dir)
         except DataError:
+            # Without any finished work, leave no partial folder behind.
             has_trained = isinstance(tokenizer, int) and (partial / TOKENIZER_FILE).exists()
             if not (was_begun or has_trained or job.num_slices_done):
                 remove(partial)
@@ -100,10 +113,12 @@ def prepare_files(
 
 @dataclass(frozen=True)
 class _Job:
+    """A preparation in progress: its input, settings and folders."""
+
     files: list[InputFile]
     names: list[str]
     partial: Path
-    settings: Settings
+    settings: PrepareSettings
     processes: int
     display: Display
 
@@ -121,9 +136,12 @@ class _Job:
 
 
 def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output_dir: Path) -> Prepared:
+    # Tokenise.
     slices_ = _own_slices(job)
     trained = _tokenizer(job, tokenizer)
     records = _tokenize(job, trained, slices_)
+
+    # Counts of the whole input; every split must have tokens.
     counts = Counts()
     for record in records:
         counts.add(record.counts)
@@ -132,12 +150,14 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
         "validation": sum(record.validation_tokens for record in records),
     }
     if job.settings.part is None and not all(tokens[split] for split in job.settings.splits):
-        # The same request would end here again, and another one has nothing to go on with.
+        # Nothing to resume: the same request would fail again, and another request cannot use this work.
         remove(job.partial)
         raise DataError(_nothing_found(counts, tokens, job.settings))
+
+    # Pack each split, and publish.
     manifests = {}
     for split, folder in job.settings.splits.items():
-        manifests[output_dir / folder] = _assemble(job, trained, split, folder, tokens[split], counts, request)
+        manifests[output_dir / folder] = _pack(job, trained, split, folder, tokens[split], counts, request)
     for leftover in job.data.rglob("*.tmp"):
         leftover.unlink()
     publish(job.data, output_dir)
@@ -145,7 +165,7 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
     return Prepared(manifests, counts, was_complete=False)
 
 
-def _nothing_found(counts: Counts, tokens: dict[str, int], settings: Settings) -> str:
+def _nothing_found(counts: Counts, tokens: dict[str, int], settings: PrepareSettings) -> str:
     if counts.documents:
         empty = next(split for split in settings.splits if not tokens[split])
         fraction = f" with --validation {settings.validation_fraction:g}" if settings.validation_fraction else ""
@@ -159,20 +179,21 @@ def _nothing_found(counts: Counts, tokens: dict[str, int], settings: Settings) -
 
 
 def _own_slices(job: _Job) -> list[list[Span]]:
+    """List the slices of this part of the input: every N-th one."""
     number, count = job.settings.part or (1, 1)
     if not 1 <= number <= count:
         raise DataError(f"expected a part from 1/{count} to {count}/{count}, got {number}/{count}")
-    everything = slices(job.files, slice_size(job.files, count))
-    if len(everything) < count:
+    all_slices = slices(job.files, slice_size(job.files, count))
+    if len(all_slices) < count:
         raise DataError(
-            f"part {number}/{count}: the input can be cut into {len(everything)} slices only, so expected at most that many "
+            f"part {number}/{count}: the input can be cut into {len(all_slices)} slices only, so expected at most that many "
             "parts; compressed files and tars cannot be cut"
         )
-    return everything[number - 1 :: count]
+    return all_slices[number - 1 :: count]
 
 
 def _tokenizer(job: _Job, tokenizer: Tokenizer | int) -> Tokenizer:
-    """The tokenizer as it was saved when the work began, or saved now."""
+    """Load the tokenizer that was saved when the work began; save, or train, it if there is none yet."""
     path = job.partial / TOKENIZER_FILE
     if not path.exists():
         if isinstance(tokenizer, int):
@@ -182,16 +203,17 @@ def _tokenizer(job: _Job, tokenizer: Tokenizer | int) -> Tokenizer:
 
 
 def _train(job: _Job, vocab_size: int) -> Tokenizer:
-    everything = slices(job.files, slice_size(job.files))
+    # Evenly spaced slices with about _TRAINING_BYTES together.
+    all_slices = slices(job.files, slice_size(job.files))
     step = -(-sum(file.size for file in job.files) // _TRAINING_BYTES)
-    chosen = everything[:: max(1, step)]
+    chosen = all_slices[:: max(1, step)]
     reader = DocumentReader(job.settings.rules)
     job.display.begin("reading text for a BPE", sum(span.size for spans in chosen for span in spans))
 
     def texts() -> Iterator[str]:
         consumed = 0
         for document in reader.read(itertools.chain.from_iterable(chosen)):
-            # Not on the held-out documents: a validation loss should know nothing of them.
+            # Held-out documents are left out, so that the tokenizer has not seen the validation set.
             if not is_held_out(document.text, job.settings.validation_fraction):
                 yield document.text
             job.display.advance(1, 0, reader.consumed - consumed)
@@ -206,7 +228,7 @@ def _train(job: _Job, vocab_size: int) -> Tokenizer:
 
 
 def _tokenize(job: _Job, tokenizer: Tokenizer, slices_: Sequence[Sequence[Span]]) -> list[SliceRecord]:
-    settings = tokenization_into(job.work, job.partial / TOKENIZER_FILE, tokenizer, job.settings, job.names)
+    settings = tokenization_settings(job.work, job.partial / TOKENIZER_FILE, tokenizer, job.settings, job.names)
     tasks = [(settings, number, spans) for number, spans in enumerate(slices_)]
     processes = min(job.processes, len(tasks))
     job.display.begin("tokenising", sum(span.size for spans in slices_ for span in spans))
@@ -217,13 +239,14 @@ def _tokenize(job: _Job, tokenizer: Tokenizer, slices_: Sequence[Sequence[Span]]
     return [record for record in records if record is not None]
 
 
-def _assemble(
+def _pack(
     job: _Job, tokenizer: Tokenizer, split: str, folder: str, expected: int, counts: Counts, request: dict[str, Any]
 ) -> Manifest:
+    """Pack one split, check its tokens against the `expected` number, and write the manifest."""
     settings = job.settings
     size = expected * token_dtype(vocab_size(tokenizer)).itemsize
     job.display.begin("packing" if folder == "." else f"packing {folder}", size)
-    manifest, records = assemble_split(
+    manifest, records = pack_split(
         job.work,
         split,
         job.data / folder,
@@ -239,6 +262,8 @@ def _assemble(
             f"{job.partial} is damaged: {expected:,} tokens were written to it and {manifest.num_tokens:,} found; remove it, "
             "and prepare again"
         )
+
+    # Record how the folder was made, and write the manifest.
     found = {name: getattr(counts, name) for name in InputCounts.model_fields}
     preparation = Preparation(
         request_sha256=request_sha256(request),
@@ -258,13 +283,14 @@ def _assemble(
     return manifest
 
 
-def _complete_already(output_dir: Path, request: dict[str, Any], settings: Settings) -> Prepared:
+def _complete_already(output_dir: Path, request: dict[str, Any], settings: PrepareSettings) -> Prepared:
+    """Read an existing output; a DataError if it is not that of this request."""
     taken = DataError(f"the output {output_dir} exists already; remove it, or choose another one")
     manifests = {}
     for folder in settings.splits.values():
         if not (output_dir / folder / MANIFEST_FILE).is_file():
             raise taken
-        manifest = read_manifest(output_dir / folder, may_be_empty=settings.part is not None)
+        manifest = read_manifest(output_dir / folder, allow_empty=settings.part is not None)
         if manifest.preparation is None or manifest.preparation.request_sha256 != request_sha256(request):
             raise taken
         manifests[output_dir / folder] = manifest

@@ -1,11 +1,12 @@
-"""Tokenising: from documents to runs of ids, one slice of the input at a time.
+"""Tokenising: from documents to sorted runs of ids, one slice of the input at a time.
 
-A document's text becomes ids with the end-of-document token last. It goes to the held-out split or to the training one by
-the hash of its text alone, so that copies of it go the same way; it is held out once, and taken for training as often as its
-source's weight says: a weight of 2.3 takes each twice, and three in ten once more, by a hash of seed and place.
+A document's text becomes ids, with the end-of-document token appended. The hash of its text alone decides whether it belongs
+to the validation or the training split, so that copies of a text go to the same split. A validation document is used once. A
+training document is used as often as its source's weight says: with a weight of 2.3 every document twice, and three in ten,
+chosen by a hash of the seed and of the document's position in the input, a third time.
 
-`tokenize_slice` is what workers run. A slice is done when its record is there, which is written last; what a killed worker left
-of a slice is written over.
+Workers run `tokenize_slice`. The record of a slice is written last, so a slice that has a record is finished; the files of an
+unfinished slice are overwritten.
 """
 
 import hashlib
@@ -22,22 +23,31 @@ from tokenizers import Tokenizer
 
 from pipeline.data.corpus.documents import Counts, Document, DocumentReader, Rules
 from pipeline.data.corpus.inputs import Span
-from pipeline.data.corpus.sorted_runs import RunWriter
+from pipeline.data.corpus.sorted_runs import SortedRunWriter
 from pipeline.data.corpus.workers import Report
 from pipeline.data.permutation import COPIES, DOCUMENTS, sort_keys
 from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import for_documents, load_tokenizer, vocab_size
-from pipeline.storage.whole_file import write_file
+from pipeline.storage.atomic_write import write_file
 
-# Given to the tokenizer at once: enough to keep all cores busy where one process has them all, little enough to hold.
+# Characters given to the tokenizer at once: enough for it to use all cores of one process, few enough to hold in memory.
 _BATCH_CHARACTERS = 2_000_000
 
-_making_encoder = Lock()
+_encoder_lock = Lock()
 
 
 @dataclass(frozen=True)
-class Tokenization:
-    """What a worker needs to know to tokenise slices into `directory`."""
+class TokenizationSettings:
+    """Settings of tokenising, as workers need them.
+
+    directory: folder for the sorted runs and records.
+    tokenizer_file, tokenizer_sha256: the tokenizer and its fingerprint.
+    rules: of reading documents.
+    seed: of the shuffle.
+    source_names: empty if sources have no names.
+    weights: of each source, at least one.
+    validation_fraction: of the documents, chosen by the hash of their text.
+    """
 
     directory: Path
     tokenizer_file: Path
@@ -52,7 +62,7 @@ class Tokenization:
 
 @dataclass(frozen=True)
 class SliceRecord:
-    """What a slice was found to hold, and how many tokens it gave each split."""
+    """Record of a finished slice: the counts of its documents, and the tokens that it added to each split."""
 
     counts: Counts
     train_tokens: int
@@ -60,7 +70,7 @@ class SliceRecord:
 
 
 class Encoder:
-    """Turns texts into ids, uint16 or uint32 by the size of the vocabulary, with the end-of-document token last."""
+    """Encoder of texts to ids (uint16 or uint32, by the size of the vocabulary) with the end-of-document token appended."""
 
     def __init__(self, tokenizer: Tokenizer, end_of_document_id: int) -> None:
         self.dtype = token_dtype(vocab_size(tokenizer))
@@ -68,12 +78,12 @@ class Encoder:
         self._tokenizer = for_documents(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        """The ids of each text, in order."""
+        """Encode texts, in order; yields the ids of each."""
         for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             yield np.array(encoding.ids + self._end, self.dtype)
 
     def batches(self, documents: Iterable[Document]) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
-        """Documents a batch at a time, and the ids of each."""
+        """Encode documents batch by batch; yields the documents of a batch, and the ids of each."""
         batch: list[Document] = []
         characters = 0
         for document in documents:
@@ -86,16 +96,24 @@ class Encoder:
             yield batch, list(self.encode([document.text for document in batch]))
 
 
-def tokenize_slice(work: tuple[Tokenization, int, Sequence[Span]], report: Report) -> None:
-    """Tokenise slice number `number` of the input, unless that has been done."""
+def tokenize_slice(work: tuple[TokenizationSettings, int, Sequence[Span]], report: Report) -> None:
+    """Tokenise one slice of the input, unless it has a record already.
+
+    Args:
+        work: settings, number of the slice, and its spans.
+        report: called with the documents, tokens and bytes since its last call.
+    """
+    # Finished already.
     settings, number, spans = work
     name = f"slice-{number:06d}"
     if read_record(settings.directory, number) is not None:
         report(0, 0, sum(span.size for span in spans))
         return
+
+    # Read, encode and sort into runs.
     encoder = shared_encoder(settings)
     reader = DocumentReader(settings.rules)
-    train, validation = (RunWriter(settings.directory / split, name, encoder.dtype) for split in ("train", "validation"))
+    train, validation = (SortedRunWriter(settings.directory / split, name, encoder.dtype) for split in ("train", "validation"))
     consumed = 0
     for documents, ids in encoder.batches(reader.read(spans)):
         add_documents(documents, ids, settings, train, validation)
@@ -104,6 +122,8 @@ def tokenize_slice(work: tuple[Tokenization, int, Sequence[Span]], report: Repor
     train.close()
     validation.close()
     report(0, 0, sum(span.size for span in spans) - consumed)
+
+    # The record, last.
     record = SliceRecord(reader.counts, train.num_tokens, validation.num_tokens)
     write_file(_record_file(settings.directory, number), json.dumps(asdict(record)).encode())
 
@@ -111,54 +131,58 @@ def tokenize_slice(work: tuple[Tokenization, int, Sequence[Span]], report: Repor
 def add_documents(
     documents: Sequence[Document],
     ids: Sequence[np.ndarray],
-    settings: Tokenization,
-    train: RunWriter,
-    validation: RunWriter,
+    settings: TokenizationSettings,
+    train: SortedRunWriter,
+    validation: SortedRunWriter,
 ) -> None:
-    """Put a batch of tokenised documents into the runs of the split they belong to."""
+    """Add a batch of tokenised documents to the sorted runs of their splits, training documents by their weights."""
+    # Neighbouring documents of one file and source together: their keys are hashed as one array.
     source_index = {name: index for index, name in enumerate(settings.source_names or [""])}
     tokenized = zip(documents, ids, strict=True)
     for (file, name), in_file in itertools.groupby(tokenized, key=lambda entry: (entry[0].file, entry[0].source)):
-        stretch = list(in_file)
+        group = list(in_file)
         source = source_index[name]
-        positions = np.array([document.position for document, _ in stretch], np.uint64)
-        held_out = np.array([is_held_out(document.text, settings.validation_fraction) for document, _ in stretch])
+        positions = np.array([document.position for document, _ in group], np.uint64)
+
+        # Training documents, every copy of them, then validation documents.
+        held_out = np.array([is_held_out(document.text, settings.validation_fraction) for document, _ in group])
         for chosen, keys in _copies(positions, file, settings.seed, settings.weights[source]):
             for index, key in zip(chosen[~held_out[chosen]].tolist(), keys[~held_out[chosen]].tolist(), strict=True):
-                train.add(key, stretch[index][1], source)
+                train.add(key, group[index][1], source)
         keys = document_keys(positions, settings.seed, file)
         for index in np.flatnonzero(held_out).tolist():
-            validation.add(int(keys[index]), stretch[index][1], source)
+            validation.add(int(keys[index]), group[index][1], source)
 
 
 def document_keys(positions: np.ndarray, seed: int, file: int, copy: int = 0) -> np.ndarray:
-    """The keys by which documents are shuffled, uint64 [n]; other copies of a document have other keys."""
+    """Compute the keys by which documents are shuffled, uint64 [n]; the copies of a document have different keys."""
     return sort_keys(positions, DOCUMENTS, seed, file, *([copy] if copy else []))
 
 
 def _copies(positions: np.ndarray, file: int, seed: int, weight: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Which of the documents are taken, and their keys: once for each whole number in the weight, then for its fraction."""
+    """Choose the documents of each copy. Yields indices and keys: all documents floor(weight) times, then a random sample, the
+    fraction of the weight."""
     whole = int(weight)
     for copy in range(whole):
         yield np.arange(len(positions)), document_keys(positions, seed, file, copy)
     if weight > whole:
-        chance = sort_keys(positions, COPIES, seed, file) / 2.0**64
-        chosen = np.flatnonzero(chance < weight - whole)
+        uniform = sort_keys(positions, COPIES, seed, file) / 2.0**64
+        chosen = np.flatnonzero(uniform < weight - whole)
         yield chosen, document_keys(positions[chosen], seed, file, whole)
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation split: by its text alone, so that copies of it go the same way."""
+    """Check if a document belongs to the validation split; decided by its text alone, so that copies go to the same split."""
     return fraction > 0 and position_by_hash(text) < fraction
 
 
 def position_by_hash(text: str) -> float:
-    """A number in [0, 1) that belongs to the text."""
+    """Hash a text to a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
 
 
 def read_record(directory: Path, number: int) -> SliceRecord | None:
-    """What became of slice `number`; None if it is not done."""
+    """Read the record of slice `number`; None if it is not finished."""
     try:
         fields = json.loads(_record_file(directory, number).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -170,14 +194,14 @@ def _record_file(directory: Path, number: int) -> Path:
     return directory / f"slice-{number:06d}.json"
 
 
-def shared_encoder(settings: Tokenization) -> Encoder:
-    """This process's encoder, one for all its workers."""
-    # Threads that came at once would each make one.
-    with _making_encoder:
+def shared_encoder(settings: TokenizationSettings) -> Encoder:
+    """Get the encoder of this process, shared by all its worker threads."""
+    # Under a lock, because threads that call this at the same time would each make one.
+    with _encoder_lock:
         return _encoder_of(settings.tokenizer_file, settings.tokenizer_sha256, settings.end_of_document_id)
 
 
 @lru_cache(maxsize=1)
 def _encoder_of(tokenizer_file: Path, tokenizer_sha256: str, end_of_document_id: int) -> Encoder:
-    # The hash is there to know another file of the same name.
+    # The hash is part of the cache's key: the file may be replaced by another tokenizer.
     return Encoder(load_tokenizer(tokenizer_file), end_of_document_id)

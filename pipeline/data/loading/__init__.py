@@ -1,6 +1,14 @@
-"""Rows to batches, online.
+"""Batches from rows, online: which rows a rank reads in which step, and how they reach the device.
 
-`order` (with `shard_order`) says which row comes when, `mixture` from which data set; `stream` reads the rows of one rank
-(`lane_reader`, `sizes`), `batch` holds them as tensors, `prefetch` brings them to the device. `sample_trace` tells which sample
-reaches which rank in which step.
+    order         the order of rows in an epoch, and the lanes it is cut into; a pure function of samples consumed
+    shard_order   the order of shards in an epoch, grouped where there are very many
+    mixture       several data sets as one: the set of each row, the joined manifest
+    sizes         checks that lanes, batches, ranks, workers and data fit together
+    lane_reader   reads a worker's lanes, round by round, as chunks of a few rounds
+    stream        one rank's micro-batches from any position of the run
+    batch         a micro-batch as tensors, and the targets and valid pairs of each head
+    prefetch      a background thread that copies batches to the device ahead of use
+    sample_trace  lists which sample reaches which rank in which step
+
+A batch walks through: order → lane_reader → stream → batch → prefetch.
 """

@@ -1,10 +1,10 @@
-"""A micro-batch as tensors, and what each prediction head has to predict in it.
+"""A micro-batch as tensors, and the targets of each prediction head in it.
 
-B rows, T tokens, H heads.
+B: rows, T: tokens, H: heads, C: columns of cached losses, D: documents, S: spans.
 
-The pair (t, h) is valid when token j = t+1+h lies in the row, in the same document as t, and neither is padding. All losses
-and thresholds of the project stand on `targets_and_valid`. The host counts the same pairs from the documents' lengths
-(`Batch.num_valid`), so that it need not wait for the device to know a step's counts.
+The pair (t, h) is valid when token t+1+h lies in the row, in the same document as token t, and neither is padding. All losses
+and thresholds of the project are computed over the pairs that `targets_and_valid` marks. `Batch.num_valid` counts the same
+pairs on the host, from the documents' lengths, so that the counts of a step are known without waiting for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,10 @@ _NO_DOCUMENT, _NO_SOURCE = np.array([-1], np.int32), np.array([0], np.uint8)
 
 
 class Spans(NamedTuple):
-    """Where the documents of a micro-batch lie in the flat list of its B * T tokens; a row's padding is one more.
+    """The documents of a micro-batch as spans of its B · T flattened tokens; the padding of a row counts as one more document.
 
-    starts_S: int32 [S + 1], where each of the S begins, and where the last ends. longest: tokens of the longest.
+    starts_S: int32 [S + 1], the start of each span and the end of the last one (cumulative sequence lengths).
+    longest: tokens in the longest span.
     """
 
     starts_S: Tensor
@@ -32,8 +33,7 @@ class Spans(NamedTuple):
 
 
 class DocumentTable(NamedTuple):
-    """The D documents of a micro-batch as the host knows them, int64 [D] each: in which row, how many tokens, and the index of
-    the source."""
+    """The D documents of a micro-batch on the host, int64 [D] each: row, length in tokens, and index of the source."""
 
     rows_D: np.ndarray
     lengths_D: np.ndarray
@@ -44,13 +44,15 @@ class DocumentTable(NamedTuple):
 class Batch:
     """One micro-batch of one rank.
 
-    tokens_BT: int64.
+    tokens_BT: int64 token ids.
     document_ids_BT: int32; 0, 1, 2 … within each row, −1 on padding.
     sources_BT: int64 index into the manifest's sources; 0 on padding and where sources have no names.
-    keys: for each row `SHARD/KEY`.
+    keys: `SHARD/KEY` of each row.
+    spans: the documents, for attention.
+    documents: the documents, for counting on the host.
+    damage: one message for each damaged row, which padding replaces.
+    failure: the error because of which no rows could be read and all rows are padding; None otherwise.
     reference_losses_BTC: float32, cached losses of the frozen reference; None where they are computed.
-    damage: what was wrong with rows that are here replaced by padding, one message a row.
-    failure: why no rows came and all of these are padding; None if they did.
     """
 
     tokens_BT: Tensor
@@ -64,21 +66,22 @@ class Batch:
     reference_losses_BTC: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with its tensors on `device`."""
+        """Copy the tensors to `device`."""
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """The same batch where a device can fetch it while the host goes on."""
+        """Copy the tensors to pinned memory, from which copies to a device can be asynchronous."""
         return self._with_each(Tensor.pin_memory)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that lie on the device."""
+        """List all tensors that `to` moves."""
         found = [self.tokens_BT, self.document_ids_BT, self.sources_BT, self.spans.starts_S, self.reference_losses_BTC]
         return [tensor for tensor in found if tensor is not None]
 
     def num_valid(self, num_heads: int) -> Tensor:
-        """int64 [B, H] on the host, how many pairs of each row `targets_and_valid` marks."""
+        """Count the valid pairs of each row and head, int64 [B, H], on the host; as `targets_and_valid` marks them."""
+        # A document of n tokens has max(n - 1 - h, 0) valid pairs of head h.
         valid_DH = np.maximum(self.documents.lengths_D[:, None] - 1 - np.arange(num_heads), 0)
         valid_BH = np.zeros((len(self.keys), num_heads), np.int64)
         np.add.at(valid_BH, self.documents.rows_D, valid_DH)
@@ -96,16 +99,20 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of the same T into a batch."""
+    """Stack samples of the same sequence length into a batch."""
     tokens_BT = np.stack([sample.tokens for sample in samples])
     sequence_length = tokens_BT.shape[1]
-    # Each row's padding, which may have length 0, follows its documents as one more of them.
+
+    # Lengths of all documents. Each row's padding, perhaps of length 0, follows its documents as one more document.
     parts = [(sample, sum(sample.lengths.tolist())) for sample in samples]
     lengths = np.concatenate([part for sample, used in parts for part in (sample.lengths, [sequence_length - used])])
-    counting = np.arange(max(len(sample.lengths) for sample in samples), dtype=np.int32)
-    document_ids = np.concatenate([part for sample in samples for part in (counting[: len(sample.lengths)], _NO_DOCUMENT)])
+
+    # Document ids, one for each length, repeated over the document's tokens.
+    ids = np.arange(max(len(sample.lengths) for sample in samples), dtype=np.int32)
+    document_ids = np.concatenate([part for sample in samples for part in (ids[: len(sample.lengths)], _NO_DOCUMENT)])
     lengths = lengths.astype(np.int64)
     document_ids_BT = np.repeat(document_ids, lengths).reshape(tokens_BT.shape)
+
     return Batch(
         tokens_BT=torch.from_numpy(tokens_BT.astype(np.int64)),
         document_ids_BT=torch.from_numpy(document_ids_BT),
@@ -145,7 +152,7 @@ def _sources(samples: Sequence[Sample], lengths: np.ndarray, shape: tuple[int, .
 
 
 def blank_batch(num_rows: int, sequence_length: int, failure: str) -> Batch:
-    """Rows of padding in the place of rows that do not come."""
+    """Make a batch of padding, to use when no rows can be read; `failure` is the error message."""
     zeros_BT = torch.zeros(num_rows, sequence_length, dtype=torch.int64)
     padding_BT = torch.full((num_rows, sequence_length), -1, dtype=torch.int32)
     return Batch(
@@ -160,7 +167,10 @@ def blank_batch(num_rows: int, sequence_length: int, failure: str) -> Batch:
 
 
 def targets_and_valid(tokens_BT: Tensor, document_ids_BT: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """What each head has to predict at each position, and which of these pairs count.
+    """Compute the target of each head at each position, and which pairs (position, head) are valid.
+
+        targets[b, t, h] = tokens[b, t+1+h]
+        valid[b, t, h]   = t+1+h < T  and  document[b, t+1+h] = document[b, t] >= 0
 
     Args:
         tokens_BT: int64.
@@ -168,7 +178,7 @@ def targets_and_valid(tokens_BT: Tensor, document_ids_BT: Tensor, num_heads: int
         num_heads: H.
 
     Returns:
-        targets_BTH: int64; head h at t has token t+1+h; 0 where the pair is not valid.
+        targets_BTH: int64; 0 where the pair is not valid.
         valid_BTH: bool.
     """
     targets_BTH = _ahead(tokens_BT, num_heads, 0)
@@ -177,6 +187,6 @@ def targets_and_valid(tokens_BT: Tensor, document_ids_BT: Tensor, num_heads: int
     return targets_BTH.masked_fill(~valid_BTH, 0), valid_BTH
 
 
-def _ahead(values_BT: Tensor, num_heads: int, beyond: int) -> Tensor:
-    """[b, t, h] = values_BT[b, t+1+h], `beyond` where the row has ended."""
-    return functional.pad(values_BT[:, 1:], (0, num_heads), value=beyond).unfold(1, num_heads, 1)
+def _ahead(values_BT: Tensor, num_heads: int, fill: int) -> Tensor:
+    """Shift by each head's horizon: [b, t, h] = values_BT[b, t+1+h], or `fill` after the end of the row."""
+    return functional.pad(values_BT[:, 1:], (0, num_heads), value=fill).unfold(1, num_heads, 1)

@@ -1,8 +1,8 @@
-"""What one reader reads of a run: round after round of its lanes.
+"""Reading lanes: a DataLoader worker reads its lanes round by round and yields chunks of a few rounds.
 
-It reads a window of rounds at a time, which finds samples that lie side by side and, of remote data, is a matter of many
-requests at once; it hands on a few rounds at a time, in few arrays, because what goes through a loader's pipe costs by the
-piece.
+Reads and hand-overs have different sizes. A worker reads a window of many rounds at once: neighbouring samples are then read
+together, and remote data is fetched by many requests in parallel. It yields chunks of a few rounds, each as a few large
+arrays, because sending an object through a worker's pipe has a fixed cost per array.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,22 +24,29 @@ from pipeline.storage.location import Url
 
 Reader = ShardReader | ReaderWithLosses
 
-# Of a worker's memory: what is read at a time, and what is handed on at a time.
+# Memory of a worker: bytes read at a time, and bytes or rows yielded at a time.
 _WINDOW_BYTES = 16 * 2**20
-_PIECE_BYTES, _PIECE_ROWS = 2**20, 64
+_CHUNK_BYTES, _CHUNK_ROWS = 2**20, 64
 
 
 def rank_lanes(lanes: int, micro_batch: int, rank: int, world_size: int) -> list[int]:
-    """The lanes of a rank, in the order of their rows within a round: L / R of them."""
+    """List the L / R lanes of a rank, in the order of their rows within a round."""
     micro_step = micro_batch * world_size
     return [lane for start in range(rank * micro_batch, lanes, micro_step) for lane in range(start, start + micro_batch)]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A worker's samples of a few rounds, round after round, in few arrays: `tokens` [N, T], `keys` and `damage` [N],
-    `counts` int64 [N], the documents of each, whose lengths and sources follow one another in `lengths` and `sources`;
-    `reference_losses` [N, T, C]."""
+class RoundsChunk:
+    """A worker's N samples of a few consecutive rounds, ordered by round, as a few large arrays.
+
+    num_rounds: rounds in the chunk; each has N / num_rounds samples.
+    tokens: uint16 or uint32 [N, T].
+    counts: int64 [N], the number of documents in each sample.
+    lengths, sources: uint32 and uint8, the documents' lengths and sources, of all samples concatenated.
+    reference_losses: float32 [N, T, C]; None if none are cached.
+    keys: `SHARD/KEY` of each sample.
+    damage: the message of each damaged sample, by its index.
+    """
 
     num_rounds: int
     tokens: np.ndarray
@@ -51,7 +58,8 @@ class Piece:
     damage: dict[int, str]
 
     @classmethod
-    def of(cls, num_rounds: int, samples: Sequence[Sample]) -> "Piece":
+    def of(cls, num_rounds: int, samples: Sequence[Sample]) -> "RoundsChunk":
+        """Stack samples, ordered by round, into a chunk."""
         return cls(
             num_rounds,
             np.stack([sample.tokens for sample in samples]),
@@ -68,6 +76,8 @@ class Piece:
         )
 
     def samples_by_round(self) -> list[list[Sample]]:
+        """Unstack the chunk: the samples of each round."""
+        # Samples, with their documents' lengths and sources between the cumulative sums of their numbers.
         ends = np.cumsum(self.counts).tolist()
         samples = [
             Sample(
@@ -80,25 +90,32 @@ class Piece:
             )
             for number, (key, start, end) in enumerate(zip(self.keys, [0, *ends], ends, strict=False))
         ]
+
         in_round = len(samples) // self.num_rounds
         return [samples[start : start + in_round] for start in range(0, len(samples), in_round)]
 
 
-def put_together(pieces: Sequence[Piece]) -> list[Sample]:
-    """The samples of the workers' pieces of the same rounds, round by round in the order of the workers."""
-    by_round = zip(*(piece.samples_by_round() for piece in pieces), strict=True)
+def merge_chunks(chunks: Sequence[RoundsChunk]) -> list[Sample]:
+    """Interleave the workers' chunks of the same rounds: round by round, in the order of the workers."""
+    by_round = zip(*(chunk.samples_by_round() for chunk in chunks), strict=True)
     return [sample for parts in by_round for part in parts for sample in part]
 
 
 class LaneRounds(IterableDataset):
-    """A rank's samples of round after round: in a DataLoader worker those of its contiguous share of the lanes.
+    """The rounds of a rank's lanes, as an IterableDataset; a DataLoader worker reads a contiguous share of the lanes.
+
+    It opens files only in `__iter__`, so that it can be sent to worker processes.
 
     Args:
-        sets, manifests: of the run. source_maps: for each set what turns its source indices into those of all sets together;
-            None: nothing to do.
-        order, access: of the run. lanes: the rank's. start_round, end_round: what to read; None: for ever.
-
-    What is passed to the workers holds no open file.
+        sets: the data sets of the run.
+        manifests: one for each set.
+        source_maps: for each set uint8 [sources of the set], the index of each source among those of all sets; None if the
+            indices need no change.
+        order: of the run's rows.
+        access: to data that is not on this machine.
+        lanes: of the rank.
+        start_round: the first round to read.
+        end_round: the round to stop before; None to read without end.
     """
 
     def __init__(
@@ -121,23 +138,27 @@ class LaneRounds(IterableDataset):
         self.lanes = lanes
         self.start_round = start_round
         self.end_round = end_round
+
+        # How many rounds make a chunk and a window, from the average size of a row.
         num_bytes = sum(int(ShardTable.of(manifest.shards).sizes.sum()) for manifest in manifests)
         row_bytes = max(1, num_bytes // sum(manifest.num_samples for manifest in manifests))
-        self.piece_rounds = max(1, min(_PIECE_ROWS, _PIECE_BYTES // row_bytes) // len(lanes))
+        self.chunk_rounds = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes) // len(lanes))
         self.window_rounds = max(1, _WINDOW_BYTES // row_bytes // len(lanes))
 
-    def __iter__(self) -> Iterator[Piece | DataError]:
-        # An error goes out as a value: raised here, the DataLoader would bury its message in a traceback.
+    def __iter__(self) -> Iterator[RoundsChunk | DataError]:
+        # One reader for each set; together they respect the bound on open shards.
         open_shards = max(1, MAX_OPEN_SHARDS // len(self.sets))
         readers = [
             _reader(each, manifest, self.access, open_shards) for each, manifest in zip(self.sets, self.manifests, strict=True)
         ]
         lanes = _worker_share(self.lanes)
+
+        # A DataError is yielded instead of raised: the DataLoader would wrap its message in a worker's traceback.
         try:
             for num_rounds, samples in self._windows(readers, lanes):
-                for first in range(0, num_rounds, self.piece_rounds):
-                    in_piece = min(self.piece_rounds, num_rounds - first)
-                    yield Piece.of(in_piece, samples[first * len(lanes) : (first + in_piece) * len(lanes)])
+                for first in range(0, num_rounds, self.chunk_rounds):
+                    in_chunk = min(self.chunk_rounds, num_rounds - first)
+                    yield RoundsChunk.of(in_chunk, samples[first * len(lanes) : (first + in_chunk) * len(lanes)])
         except DataError as error:
             yield error
         finally:
@@ -145,28 +166,32 @@ class LaneRounds(IterableDataset):
                 reader.close()
 
     def _windows(self, readers: Sequence[Reader], lanes: Sequence[int]) -> Iterator[tuple[int, list[Sample]]]:
-        """Window after window: its number of rounds, and its samples round by round. While one is handed on the next one is
-        fetched, if that means to wait."""
-        if not any(isinstance(each.place, Url) for each in self.sets):
-            yield from ((num_rounds, self._read(readers, lanes, first, num_rounds)) for first, num_rounds in self._spans())
+        """Yield the windows: the number of rounds and the samples, ordered by round. Remote data is read one window ahead."""
+        if not any(isinstance(each.location, Url) for each in self.sets):
+            yield from (
+                (num_rounds, self._read(readers, lanes, first, num_rounds)) for first, num_rounds in self._window_ranges()
+            )
             return
-        ahead = ThreadPoolExecutor(1)
+
+        # Remote: one thread reads the next window while the current one is consumed.
+        executor = ThreadPoolExecutor(1)
         try:
             fetched = None
-            for first, num_rounds in self._spans():
-                following = num_rounds, ahead.submit(self._read, readers, lanes, first, num_rounds)
+            for first, num_rounds in self._window_ranges():
+                following = num_rounds, executor.submit(self._read, readers, lanes, first, num_rounds)
                 if fetched is not None:
                     yield fetched[0], fetched[1].result()
                 fetched = following
             if fetched is not None:
                 yield fetched[0], fetched[1].result()
         finally:
-            # Without waiting, for the reason that `ShardReader.close` has.
-            ahead.shutdown(wait=False, cancel_futures=True)
+            # Do not wait, for the reason given in `ShardReader.close`.
+            executor.shutdown(wait=False, cancel_futures=True)
 
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        """(first round, number of rounds) of window after window: small ones at first, since somebody is waiting."""
-        first, num_rounds = self.start_round, self.piece_rounds
+    def _window_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (first round, number of rounds) of each window. Windows start small, to deliver the first batch soon, and
+        double up to their full size."""
+        first, num_rounds = self.start_round, self.chunk_rounds
         while self.end_round is None or first < self.end_round:
             yield first, num_rounds if self.end_round is None else min(num_rounds, self.end_round - first)
             first += num_rounds
@@ -174,19 +199,21 @@ class LaneRounds(IterableDataset):
                 num_rounds *= 2
 
     def _read(self, readers: Sequence[Reader], lanes: Sequence[int], first: int, num_rounds: int) -> list[Sample]:
+        # Locate the samples: arrays [rounds, lanes], flattened round by round.
         located = [self.order.locate_lane(lane, first, num_rounds) for lane in lanes]
-        # [rounds, lanes], flat: round by round.
         sets, shards, samples = (np.stack(columns, axis=1).ravel() for columns in zip(*located, strict=True))
+
+        # Read each set's samples in one call, and put them back in order.
         found: list[Sample] = [None] * len(sets)  # type: ignore[list-item]
         for number, reader in enumerate(readers):
-            places = np.flatnonzero(sets == number).tolist()
-            read = reader.read_many(shards[places].tolist(), samples[places].tolist())
-            for place, sample in zip(places, read, strict=True):
-                found[place] = sample if len(readers) == 1 else self._joined(sample, number)
+            positions = np.flatnonzero(sets == number).tolist()
+            read = reader.read_many(shards[positions].tolist(), samples[positions].tolist())
+            for position, sample in zip(positions, read, strict=True):
+                found[position] = sample if len(readers) == 1 else self._joined(sample, number)
         return found
 
     def _joined(self, sample: Sample, number: int) -> Sample:
-        """A sample of one set of a mixture, as a sample of the mixture."""
+        """Translate a sample's key and source indices from its own set to the mixture."""
         source_map = self.source_maps[number]
         assert source_map is not None
         own = np.zeros(len(sample.lengths), np.uint8) if sample.sources is None else sample.sources
@@ -194,7 +221,7 @@ class LaneRounds(IterableDataset):
 
 
 def _reader(each: DataSet, manifest: Manifest, access: Access, max_open_shards: int) -> Reader:
-    reader = ShardReader(each.place, manifest, access, max_open_shards)
+    reader = ShardReader(each.location, manifest, access, max_open_shards)
     return reader if each.losses is None else ReaderWithLosses(reader, each.losses, max_open_shards)
 
 

@@ -1,9 +1,8 @@
-"""Batches on the device before they are asked for.
+"""Prefetching: batches are read, collated and copied to the device before the training loop asks for them.
 
-Reading, putting together and copying happen in a thread of their own, on a stream of its own, from memory that the device
-fetches by itself: while the device works on one step, the next ones arrive. What comes, and in which order, is what the
-iterator underneath gives; the position of a job is kept by who consumes (`stream`), so what was fetched ahead and never
-used is lost to nobody.
+A background thread does this work. It copies from pinned memory on a CUDA stream of its own, so reading and copying overlap
+with the computation of the current step. The order of the batches is that of the iterator underneath. The training loop
+counts only the samples that it has consumed, so batches that were prefetched and never used are simply read again on resume.
 """
 
 import threading
@@ -17,30 +16,50 @@ from pipeline.data.loading.batch import Batch
 
 Item = TypeVar("Item")
 
+STEPS_AHEAD = 2
+"""Steps whose micro-batches wait on the device in training. The loop takes all micro-batches of a step at once, so one step in
+the queue is the least that lets the next step begin without waiting; the second covers reads that take longer than a step."""
+EVALUATION_BATCHES_AHEAD = 1
+"""Batches that wait on the device in evaluation, which takes them one at a time: enough to overlap reading and copying."""
+
 _POLL_SECONDS = 0.1
-_LAST_SECONDS = 10.0
-"""How long the end waits for an item that is being made, say of a storage that does not answer; what is left ends with the
-process."""
+# How long closing waits for the item in progress, say from a storage that does not answer. The thread is a daemon.
+_JOIN_SECONDS = 10.0
+
+
+def training_depth(micro_steps: int) -> int:
+    """Compute the prefetch depth of training, in micro-batches: `STEPS_AHEAD` steps of `micro_steps` micro-batches each."""
+    return STEPS_AHEAD * micro_steps
 
 
 def prefetched(batches: Iterator[Batch], device: torch.device, depth: int) -> Iterator[Batch]:
-    """The same batches on `device`, `depth` of them ahead; on a CPU, where nothing is to be copied, as they are."""
+    """Move batches to `device` ahead of use; on a CPU there is nothing to copy, and the batches are returned unchanged.
+
+    Args:
+        batches: on the host.
+        depth: batches that wait on the device, in its memory.
+    """
     return _copied(batches, device, depth) if device.type == "cuda" else batches
 
 
-def ahead(items: Iterator[Item], depth: int, begin: Callable[[], None] = lambda: None) -> Generator[Item, None, None]:
-    """The same items, made ahead in a thread that calls `begin` first: `depth` wait, and one more is in hand. What making one
-    raises is raised in its place.
+def prefetch_in_thread(
+    items: Iterator[Item], depth: int, begin: Callable[[], None] = lambda: None
+) -> Generator[Item, None, None]:
+    """Iterate over `items` in a background thread and yield the same items in the same order.
 
-    The first is made in the calling thread: loaders fork their workers then, and no other thread should be at work.
+    Up to `depth` finished items wait in a queue while the thread works on one more. An exception of the iterator is raised
+    where its item would have come. The thread calls `begin` before anything else.
+
+    The first item is made in the calling thread: a DataLoader forks its workers then, and forking is safe only while no
+    other thread runs.
     """
-    found: Queue[tuple[Any, BaseException | None]] = Queue(depth)
+    queue: Queue[tuple[Any, BaseException | None]] = Queue(depth)
     closing = threading.Event()
 
     def put(item: Any, error: BaseException | None) -> None:
         while not closing.is_set():
             try:
-                return found.put((item, error), timeout=_POLL_SECONDS)
+                return queue.put((item, error), timeout=_POLL_SECONDS)
             except Full:
                 continue
 
@@ -55,15 +74,18 @@ def ahead(items: Iterator[Item], depth: int, begin: Callable[[], None] = lambda:
         except BaseException as error:
             put(None, error)
 
+    # The first item, in this thread.
     try:
         yield next(items)
     except StopIteration:
         return
+
+    # All others, from the queue.
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
-            item, error = _take(found, thread)
+            item, error = _take(queue, thread)
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -71,18 +93,18 @@ def ahead(items: Iterator[Item], depth: int, begin: Callable[[], None] = lambda:
             yield item
     finally:
         closing.set()
-        thread.join(_LAST_SECONDS)
+        thread.join(_JOIN_SECONDS)
         if isinstance(items, Generator) and not thread.is_alive():
             items.close()
 
 
-def _take(found: "Queue[tuple[Any, BaseException | None]]", thread: threading.Thread) -> tuple[Any, BaseException | None]:
-    """The next item. A wait without an end would not hear a signal, nor that the thread has died."""
+def _take(queue: "Queue[tuple[Any, BaseException | None]]", thread: threading.Thread) -> tuple[Any, BaseException | None]:
+    """Take the next item from the queue. Waits by polling, to notice signals and a thread that has died."""
     while True:
         try:
-            return found.get(timeout=_POLL_SECONDS)
+            return queue.get(timeout=_POLL_SECONDS)
         except Empty:
-            if not thread.is_alive() and found.empty():
+            if not thread.is_alive() and queue.empty():
                 raise RuntimeError("the thread that fetches batches has died") from None
 
 
@@ -90,19 +112,20 @@ def _copied(batches: Iterator[Batch], device: torch.device, depth: int) -> Gener
     copies = torch.cuda.Stream(device)
 
     def begin() -> None:
-        # A thread begins on the first device, where it would leave a context of its own, and with all cores to itself.
+        # A new thread would use device 0 and create a CUDA context there, and would run torch's CPU operations on all cores.
         torch.cuda.set_device(device)
         torch.set_num_threads(1)
 
     def on_device() -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
         for batch in batches:
-            # Not round the yield: the stream would stay the current one of whoever asked.
+            # The yield is outside this block: inside it, the copy stream would stay the consumer's current stream.
             with torch.cuda.stream(copies):
                 copied = batch.pin_memory().to(device, non_blocking=True)
                 arrived = copies.record_event()
             yield copied, arrived
 
-    for batch, arrived in ahead(on_device(), depth, begin):
+    for batch, arrived in prefetch_in_thread(on_device(), depth, begin):
+        # The compute stream waits for the copy; the allocator keeps the memory until the compute stream is done with it.
         current = torch.cuda.current_stream(device)
         current.wait_event(arrived)
         for tensor in batch.tensors:

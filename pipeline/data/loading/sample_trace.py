@@ -1,4 +1,4 @@
-"""Which sample reaches which rank in which step, from the very code that feeds training."""
+"""Tracing samples: list which sample reaches which rank in which step, by running the same code that feeds training."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.loading.stream import Stream
-from pipeline.storage.location import Place
+from pipeline.storage.location import Location
 
-# Ranks are read one after the other, some steps at a time: their workers need not all run at once.
+# Ranks are read one after the other, some steps at a time, so that the loader workers of only one rank run at once.
 _ROWS_AT_A_TIME = 2**16
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """step: rows consumed before it, divided by G. shard and key: as `Batch.keys` has them."""
+    """One sample's arrival. `step` is counted from the start of the run; `shard` and `key` are as in `Batch.keys`."""
 
     step: int
     rank: int
@@ -23,18 +23,25 @@ class Arrival:
 
 
 def arrivals(
-    place: Place, *, world_size: int, global_batch: int, start_sample: int, num_steps: int, **sizes: Any
+    location: Location, *, world_size: int, global_batch: int, start_sample: int, num_steps: int, **sizes: Any
 ) -> Iterator[Arrival]:
-    """Every sample of the steps from `start_sample` on, in the order of the global batch's rows; `sizes` are further
-    arguments of `Stream`.
+    """Yield every sample of `num_steps` steps from `start_sample` on, in the order of the global batch's rows.
+
+    Args:
+        location: the prepared folder.
+        start_sample: rows consumed before the first step, a multiple of G.
+        sizes: further arguments of `Stream`.
 
     Raises:
-        DataError: as `Stream`, and where a sample is damaged.
+        DataError: as for `Stream`, or a sample is damaged.
         ValueError: `start_sample` is not a multiple of G.
     """
-    first = Stream(place, world_size=world_size, rank=0, global_batch=global_batch, **sizes)
+    # One stream a rank, all of the same manifest.
+    first = Stream(location, world_size=world_size, rank=0, global_batch=global_batch, **sizes)
     streams = [first.of_rank(rank) for rank in range(world_size)]
     end = start_sample + num_steps * global_batch
+
+    # Read some steps of every rank, then merge them micro-step by micro-step.
     at_a_time = max(1, _ROWS_AT_A_TIME // global_batch) * global_batch
     for start in range(start_sample, end, at_a_time):
         by_rank = [

@@ -1,4 +1,4 @@
-"""Whether lanes, batches, ranks, workers and data go together; what does not, as sentences that say what would."""
+"""Checks that lanes, batches, ranks, workers and data fit together; each problem is a sentence with values that would fit."""
 
 from pipeline.data.loading.order import too_few_samples
 
@@ -14,7 +14,18 @@ def check_sizes(
     num_workers: int = 0,
     num_samples: int | None = None,
 ) -> list[str]:
-    """What does not fit, as sentences that say what would; empty if all fits."""
+    """Check the sizes of a run against each other.
+
+    Args:
+        lanes: L. global_batch: G, rows a step. micro_batch: B, rows a rank and micro-step.
+        world_size: R, the number of ranks.
+        num_workers: DataLoader processes of a rank.
+        num_samples: of the smallest data set; None to leave that unchecked.
+
+    Returns:
+        One sentence for each problem, with the values that would fit; empty if all sizes fit.
+    """
+    # Every size by itself.
     sizes = {
         "data.lanes": lanes,
         "data.global_batch": global_batch,
@@ -26,6 +37,8 @@ def check_sizes(
         problems.append(f"data.num_workers = {num_workers}: expected at least 0")
     if problems:
         return problems
+
+    # The sizes against each other.
     if global_batch % lanes:
         problems.append(
             f"data.global_batch = {global_batch} is not a multiple of data.lanes = {lanes}; "
@@ -49,6 +62,7 @@ def _rank_problems(lanes: int, global_batch: int, micro_batch: int, world_size: 
             f"{_listed(_divisors(lanes // world_size) if lanes % world_size == 0 else [], near=micro_batch)}; "
             f"with both as they are, data.lanes that fit: {_listed(fitting, near=lanes)}"
         ]
+
     own_lanes = lanes // world_size
     if num_workers > own_lanes:
         return [
@@ -63,6 +77,6 @@ def _divisors(number: int) -> list[int]:
 
 
 def _listed(numbers: list[int], near: int) -> str:
-    """The numbers, of many those nearest to `near`."""
+    """Format numbers; of many, only the `_MAX_LISTED` nearest to `near`."""
     nearest = sorted(sorted(numbers, key=lambda number: abs(number - near))[:_MAX_LISTED])
     return ", ".join(map(str, nearest)) or "none"

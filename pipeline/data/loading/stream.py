@@ -1,17 +1,19 @@
-"""The rows of one rank, as micro-batches, from any position of the run.
+"""The stream of one rank: its micro-batches from any position of the run.
 
-The position of the whole job is one integer, samples consumed, and what comes at a position is a pure function of it
-(`order`, `mixture`). This module only says who reads what. A *round* is one sample of each of the L lanes; a step of G rows
-is G / L rounds, and micro-step a of a step holds its rows [a·R·B, (a+1)·R·B), of which rank r has a·R·B + r·B + [0, B). L is
-a multiple of R·B, so each lane is read by one rank for as long as the number of ranks stays.
+The position of the whole job is one integer, samples consumed; the row at each position is a pure function of it (`order`,
+`mixture`). This module divides the reading among ranks and workers.
 
-A rank's lanes are split over its DataLoader workers, which own lanes and not batches: each yields its pieces of the rounds,
-the DataLoader hands the pieces out in turn, and put together they are the rank's part of the rounds in the order of its
-rows. So the number of workers changes nothing but speed. Pieces travel as numpy arrays through a pipe, and not as tensors
-through /dev/shm, which containers keep small.
+Ranks. A *round* is one sample of each of the L lanes, and a step of G rows is G / L rounds. Micro-step a of a step has the
+rows [a·R·B, (a+1)·R·B), of which rank r has a·R·B + r·B + [0, B). L is a multiple of R·B, so each lane is read by one rank as
+long as the number of ranks stays the same.
 
-A sample that is damaged is replaced by a row of padding that says so, and data that cannot be reached by such rows for
-ever: where the ranks have to go on together until they agree, the batches carry the bad news; elsewhere it is raised.
+Workers. A rank's lanes are divided among its DataLoader workers, which own lanes and not batches. Each worker yields chunks of
+its lanes' rounds, the DataLoader returns the workers' chunks in turn, and merged they are the rank's rows in order. The number
+of workers changes nothing but speed. Chunks travel as numpy arrays through a pipe, not as tensors through /dev/shm, which
+containers keep small.
+
+Errors. In training, all ranks must go on together until they have agreed to stop. A damaged sample is therefore replaced by a
+row of padding with a message, and data that cannot be reached by such rows without end. Elsewhere errors are raised.
 """
 
 import copy
@@ -28,40 +30,44 @@ from torch.utils.data import DataLoader
 
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import Batch, blank_batch, collate
-from pipeline.data.loading.lane_reader import LaneRounds, Piece, put_together, rank_lanes
+from pipeline.data.loading.lane_reader import LaneRounds, RoundsChunk, merge_chunks, rank_lanes
 from pipeline.data.loading.mixture import DataSet, join, order_of
 from pipeline.data.loading.order import default_lanes
 from pipeline.data.loading.sizes import check_sizes
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.shards.sample import Sample
 from pipeline.storage.files import DIRECT, Access
-from pipeline.storage.location import Place, Url
+from pipeline.storage.location import Location, Url
 
 __all__ = ["Stream", "check_sizes", "default_lanes", "rank_lanes"]
 
-_ASKED_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stream:
-    """One rank's view of a prepared folder, or of several.
+    """One rank's rows of a data set or a mixture, as an iterator of micro-batches that can start at any step.
 
     Args:
         data: the prepared folder, or the sets of a mixture.
-        lanes: L. global_batch: G, rows a step. micro_batch: B, rows a rank and micro-step.
-        rank, world_size: of this process, R.
-        seed, shuffle_block: of the order; both are part of what a run is.
+        lanes: L.
+        global_batch: G, rows of a step over all ranks.
+        micro_batch: B, rows of a rank in a micro-step.
+        rank: of this process.
+        world_size: R, the number of ranks.
+        seed: of the order; fixed for the life of a run.
+        shuffle_block: samples shuffled together; fixed for the life of a run.
         num_workers: DataLoader processes; 0 reads in this process.
-        access: how data that is not on this machine is reached.
-        raises: whether damage and data out of reach are raised by `iterate`. If not, `Batch.damage` and `Batch.failure` say
-            so, and the rows concerned are padding.
+        access: to data that is not on this machine.
+        raises: if true, `iterate` raises an error for damaged samples and unreachable data. If false, the rows concerned are
+            padding, and `Batch.damage` and `Batch.failure` have the messages.
 
     Raises:
-        DataError: a folder is not a prepared one, or the sizes do not fit (all problems at once).
+        DataError: a folder is not a prepared one, or the sizes do not fit (all problems in one message).
     """
 
     def __init__(
         self,
-        data: Place | Sequence[DataSet],
+        data: Location | Sequence[DataSet],
         *,
         lanes: int,
         global_batch: int,
@@ -75,8 +81,10 @@ class Stream:
         raises: bool = True,
     ) -> None:
         self.sets = [DataSet(data)] if isinstance(data, Path | Url) else list(data)
-        self.manifests = [read_manifest(each.place, access) for each in self.sets]
+        self.manifests = [read_manifest(each.location, access) for each in self.sets]
         self.manifest, self.source_maps = join(self.manifests, self.sets)
+
+        # Refuse sizes that do not fit together.
         problems = check_sizes(
             lanes=lanes,
             global_batch=global_batch,
@@ -89,6 +97,7 @@ class Stream:
             raise DataError("\n".join(problems))
         assert 0 <= rank < world_size
         assert shuffle_block >= 1
+
         self.global_batch = global_batch
         self.micro_batch = micro_batch
         self.rank = rank
@@ -99,7 +108,7 @@ class Stream:
         self.order = order_of(self.manifests, self.sets, lanes=lanes, seed=seed, shuffle_block=shuffle_block)
 
     def of_rank(self, rank: int) -> "Stream":
-        """The view of another rank, without reading any manifest again."""
+        """Make the stream of another rank, without reading any manifest again."""
         assert 0 <= rank < self.world_size
         other = copy.copy(self)
         other.rank = rank
@@ -107,30 +116,34 @@ class Stream:
 
     @property
     def lanes(self) -> int:
-        """L."""
+        """The number of lanes, L."""
         return self.order.lanes
 
     @property
     def samples_per_epoch(self) -> int:
-        """Rows that an epoch of every set uses, over all ranks."""
+        """Rows of one epoch of every set, over all ranks."""
         return sum(order.samples_per_epoch for order in self.order.orders)
 
     @property
     def dropped_per_epoch(self) -> int:
-        """Samples that an epoch leaves out, fewer than L of each set."""
+        """Samples that an epoch drops, fewer than L of each set."""
         return sum(order.dropped_per_epoch for order in self.order.orders)
 
     @property
     def micro_steps(self) -> int:
-        """A: micro-batches of this rank in a step."""
+        """Micro-batches of this rank in a step, A = G / (R·B)."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
     def iterate(self, start_sample: int = 0, *, end_sample: int | None = None) -> Iterator[Batch]:
-        """This rank's micro-batches of the rows [start_sample, end_sample), in order; without an end, for ever.
+        """Iterate over this rank's micro-batches of the rows [start_sample, end_sample), in order.
+
+        Args:
+            start_sample: the position of the job, in samples over all ranks; a multiple of G.
+            end_sample: a multiple of R·B; None to iterate without end.
 
         Raises:
-            DataError: a sample is damaged, the message names it; or data cannot be reached. Only if `raises`.
-            ValueError: `start_sample` is not a multiple of G, or `end_sample` none of R·B.
+            DataError: a sample is damaged (the message names it) or data cannot be reached; only if `raises`.
+            ValueError: `start_sample` is not a multiple of G, or `end_sample` not a multiple of R·B.
         """
         micro_step = self.micro_batch * self.world_size
         if start_sample < 0 or start_sample % self.global_batch:
@@ -161,7 +174,7 @@ class Stream:
                 yield blank_batch(self.micro_batch, self.manifest.sequence_length, str(error))
 
     def _rounds(self, start_round: int, end_round: int | None) -> Iterator[list[Sample]]:
-        """This rank's samples of a few rounds after the other, in the order of the rows."""
+        """Yield this rank's samples, a few rounds at a time, in the order of the rows."""
         dataset = LaneRounds(
             self.sets,
             self.manifests,
@@ -173,46 +186,52 @@ class Stream:
             end_round=end_round,
         )
         if self.num_workers == 0:
-            yield from (put_together([piece]) for piece in map(_raise_if_error, dataset))
+            yield from (merge_chunks([chunk]) for chunk in map(_raise_if_error, dataset))
             return
-        # The loader draws a seed for its workers; from a generator of its own, lest it move the job's random state.
+
+        # Workers. The loader draws a seed for them, from a generator of its own, to leave the job's random state unchanged.
         loader = DataLoader(
             dataset,
             batch_size=None,
             num_workers=self.num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             generator=torch.Generator(),
-            worker_init_fn=_end_only_with_the_rank,
+            worker_init_fn=_ignore_stop_signals,
         )
-        with _deaf_to(_ASKED_TO_STOP):
+        with _signals_blocked(_STOP_SIGNALS):
             started = iter(loader)
-        pieces = map(_raise_if_error, started)
+        chunks = map(_raise_if_error, started)
         del started
+
+        # Merge one chunk of each worker at a time.
         try:
-            while first := next(pieces, None):
-                rest = [next(pieces) for _ in range(self.num_workers - 1)]
-                yield put_together([first, *rest])
+            while first := next(chunks, None):
+                rest = [next(chunks) for _ in range(self.num_workers - 1)]
+                yield merge_chunks([first, *rest])
         finally:
-            # Stops the workers here. Left to the garbage collector, which closes their queues before it asks them to stop,
-            # an error would cost five seconds a worker.
-            del pieces
+            # Stop the workers here. The garbage collector would close their queues before it tells them to stop, and an error
+            # would then take five seconds a worker.
+            del chunks
 
 
-def _end_only_with_the_rank(worker: int) -> None:
-    """Schedulers signal every process of a job, and Ctrl-C every process of a terminal. The rank finishes its step and
-    saves; a loader worker that died of the signal meanwhile would take it along. So a worker heeds its rank alone."""
-    threading.Thread(target=_wait_for_the_rank, daemon=True).start()
+def _ignore_stop_signals(worker: int) -> None:
+    """Make a loader worker ignore stop signals, except from its rank.
+
+    A scheduler signals every process of a job, and Ctrl-C every process of a terminal. The rank then finishes its step and
+    saves a checkpoint. A worker that died of the signal meanwhile would make the rank fail.
+    """
+    threading.Thread(target=_exit_on_signal_of_the_rank, daemon=True).start()
 
 
-def _wait_for_the_rank() -> None:
-    while signal.sigwaitinfo(_ASKED_TO_STOP).si_pid != os.getppid():
+def _exit_on_signal_of_the_rank() -> None:
+    while signal.sigwaitinfo(_STOP_SIGNALS).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 @contextmanager
-def _deaf_to(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Signals wait until the end of the block, in this process; processes started in it stay deaf to them."""
+def _signals_blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Block signals: in this process until the end of the block, in processes that are started within it for good."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -220,11 +239,11 @@ def _deaf_to(signals: Iterable[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _raise_if_error(piece: Piece | DataError) -> Piece:
-    if isinstance(piece, DataError):
-        raise piece
-    return piece
+def _raise_if_error(chunk: RoundsChunk | DataError) -> RoundsChunk:
+    if isinstance(chunk, DataError):
+        raise chunk
+    return chunk
 
 
-def _as_it_is(piece: object) -> object:
-    return piece
+def _identity(chunk: object) -> object:
+    return chunk

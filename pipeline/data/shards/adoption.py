@@ -1,11 +1,10 @@
-"""Foreign shards: token tars that others wrote, with a plain `webdataset.ShardWriter` for one, adopted where they lie.
+"""Adoption: make a prepared folder of token tars that others wrote, for example with `webdataset.ShardWriter`.
 
-The tars must hold what `writer` documents: KEY.tokens.npy, KEY.documents.npy and, if sources are to be told apart,
-KEY.sources.npy. They are not touched. Their offsets and checksums are written beside them, or, where there are some already,
-held against them: new ones would pass damage off as data. A tokenizer.json that is there stays too, and has to be the same
-tokenizer. Then every sample is read by the reader that feeds training, and
-only if all are good the manifest is written. Nothing of a tar is ever extracted, and a member
-that has no business there is an error by its name.
+The tars must have the members that `writer` documents: KEY.tokens.npy, KEY.documents.npy and, for named sources,
+KEY.sources.npy. They are not changed. Offsets and checksums are written beside them. Existing index files are compared with
+the tar and not replaced, because new ones would declare damage to be data; an existing tokenizer.json must be the same
+tokenizer. Then every sample is read by the reader that feeds training, and the manifest is written only if all are good.
+Nothing of a tar is ever extracted to disk, and an unexpected member is an error that names it.
 """
 
 import io
@@ -25,31 +24,36 @@ from pipeline.data.shards.output_folder import locked
 from pipeline.data.shards.reader import ShardReader
 from pipeline.data.shards.table import NAME, crc32_of_pieces
 from pipeline.data.shards.tars import Member, members, read_member
-from pipeline.data.shards.verification import Totals, count_row, file_sha256
+from pipeline.data.shards.verification import SourceCounts, count_row, file_sha256
 from pipeline.data.shards.writer import CRC, MAX_SOURCES, OFFSET
 from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, load_tokenizer, vocab_size
-from pipeline.storage.whole_file import write_file
+from pipeline.storage.atomic_write import write_file
 
 _REQUIRED = {"tokens.npy", "documents.npy"}
 _SOURCES = "sources.npy"
-# A row of four million ids; what is larger is no row, and is not read.
+# A row of four million ids. A larger member cannot be a row, and is not read.
 _MAX_MEMBER_BYTES = 1 << 24
-# Of a name that nobody's own file will have.
+# The folder belongs to somebody else, so the name must not be one of their files.
 _LOCK_FILE = ".index.lock"
 
 
 def index(
     directory: Path, tokenizer: Tokenizer, *, source_names: Sequence[str] = (), end_of_document: str | None = None
 ) -> Manifest:
-    """Write the manifest and index files of a folder of foreign token tars.
+    """Write the manifest and index files of a folder of token tars.
 
     Args:
+        directory: with the tars.
         tokenizer: with which the ids were made.
-        source_names: in the order of the indices in KEY.sources.npy; empty: as many as there are, `source-0` and so on.
+        source_names: in the order of the indices in KEY.sources.npy; empty to name the sources that occur `source-0` and so on.
+        end_of_document: the tokenizer's token that ends a document; None for one of the usual names.
+
+    Returns:
+        The manifest written.
 
     Raises:
-        DataError: a manifest is there already, another tokenizer, or another process that indexes; there are no tars, a
-            sample is damaged or not what it should be, or a tar is not the one of the index files beside it.
+        DataError: the folder has a manifest already, no tars, or another tokenizer; another process is indexing it; a sample
+            is damaged or malformed; or a tar does not fit the index files beside it.
     """
     directory = Path(directory)
     _refuse_if_adopted(directory)
@@ -58,7 +62,7 @@ def index(
         raise DataError(f"expected shards, *.tar, in {directory}, but there are none")
     with locked(directory, _LOCK_FILE):
         try:
-            _refuse_if_adopted(directory)  # by whoever had the lock until now
+            _refuse_if_adopted(directory)  # again: the previous holder of the lock may have finished
             _clear_leftovers(directory)
             return _adopt(directory, paths, tokenizer, list(source_names), end_of_document)
         finally:
@@ -73,7 +77,7 @@ def _refuse_if_adopted(directory: Path) -> None:
 
 
 def _clear_leftovers(directory: Path) -> None:
-    """Remove the files that a killed process had not finished."""
+    """Remove the temporary files of a killed process."""
     for kind in ("tar.idx", "tar.crc32", "json"):
         for leftover in directory.glob(f"*.{kind}.*.tmp"):
             leftover.unlink()
@@ -97,7 +101,7 @@ def _adopt(
 
 
 def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    """Hold a tokenizer that lies with the shards against the one that is said to have made them."""
+    """Compare the tokenizer in the folder, if there is one, with the given tokenizer."""
     if path.exists() and fingerprint(load_tokenizer(path)) != fingerprint(tokenizer):
         raise DataError(
             f"{path}, which was there before, is another tokenizer than the one given; leave --tokenizer out if the ids were "
@@ -108,9 +112,12 @@ def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
 def _index(
     paths: Sequence[Path], tokenizer: Tokenizer, source_names: list[str], end_of_document: str | None, written: list[Path]
 ) -> Manifest:
-    """Index every tar, then read and count every sample; `written` is told of each file made."""
+    """Index every tar, then read and count every sample. Appends each file that it writes to `written`."""
+    # Offsets and checksums.
     indexed = [_index_tar(path, written) for path in paths]
     _refuse_copies([shard for shard, _ in indexed])
+
+    # Sources must be in all samples or in none.
     kinds = {kinds for _, kinds in indexed}
     if len(kinds) > 1:
         raise DataError(f"some samples of {paths[0].parent} have {_SOURCES} and some have none; it must be all or none")
@@ -118,6 +125,8 @@ def _index(
     if source_names and not has_sources:
         raise DataError(f"sources were named, but the samples have no {_SOURCES}")
     names = (source_names or [f"source-{number}" for number in range(MAX_SOURCES)]) if has_sources else []
+
+    # A manifest without counts of tokens and documents, with which the samples can be read; then the counts.
     manifest = Manifest(
         sequence_length=_sequence_length(paths[0]),
         vocab_size=vocab_size(tokenizer),
@@ -143,6 +152,8 @@ def _refuse_copies(shards: Sequence[Shard]) -> None:
 def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
     if not re.fullmatch(NAME, path.stem):
         raise DataError(f"the name of {path} must be letters, digits, and _ - . (not first); rename it")
+
+    # Offsets of all samples, which are consecutive members with the same key.
     offsets, end, kinds = [], 0, set()
     for key, sample in itertools.groupby(_checked_members(path), key=lambda member: member.name.partition(".")[0]):
         found = list(sample)
@@ -157,16 +168,19 @@ def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
         end = found[-1].end
     if len(kinds) != 1:
         raise DataError(f"shard {path.stem}: " + ("it has no samples" if not kinds else f"only some samples have {_SOURCES}"))
+
+    # Index files: compare with those that exist, write the others.
     bounds = np.array([*offsets, end], OFFSET).tobytes()
     checksums = _checksums(path, [*offsets, end]).tobytes()
     new = {path.with_name(f"{path.name}{suffix}"): data for suffix, data in ((".idx", bounds), (".crc32", checksums))}
-    for beside, data in list(new.items()):
-        if beside.exists():
-            _compare(path, beside, data)
-            del new[beside]
-    for beside, data in new.items():
-        written.append(beside)
-        write_file(beside, data)
+    for index_file, data in list(new.items()):
+        if index_file.exists():
+            _compare(path, index_file, data)
+            del new[index_file]
+    for index_file, data in new.items():
+        written.append(index_file)
+        write_file(index_file, data)
+
     shard = Shard(
         name=path.stem,
         samples=len(offsets),
@@ -178,22 +192,23 @@ def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
     return shard, kinds.pop()
 
 
-def _compare(tar: Path, beside: Path, expected: bytes) -> None:
-    """Hold an index file that was there before, one number a sample, against the tar's own."""
-    size = (OFFSET if beside.suffix == ".idx" else CRC).itemsize
-    found = beside.read_bytes()
+def _compare(tar: Path, index_file: Path, expected: bytes) -> None:
+    """Compare an existing index file, one number for each sample, with the contents computed from the tar."""
+    size = (OFFSET if index_file.suffix == ".idx" else CRC).itemsize
+    found = index_file.read_bytes()
     if found == expected:
         return
     starts = range(0, len(expected), size)
     sample = next((n // size for n in starts if found[n : n + size] != expected[n : n + size]), len(starts))
     raise DataError(
-        f"shard {tar.stem}: {beside}, which was there before, does not fit the tar ({len(found)} bytes, expected "
+        f"shard {tar.stem}: {index_file}, which was there before, does not fit the tar ({len(found)} bytes, expected "
         f"{len(expected)}; first difference at sample {sample}): one of them is damaged; copy both again, or remove "
-        f"{beside.name} if the tar is known to be right"
+        f"{index_file.name} if the tar is known to be right"
     )
 
 
 def _checked_members(path: Path) -> Iterator[Member]:
+    """Iterate over the members of a tar, and refuse every member that does not belong to a sample."""
     seen: set[str] = set()
     for member in members(path):
         where = f"shard {path.stem}, member {member.name!r}"
@@ -222,7 +237,7 @@ def _checksums(path: Path, offsets: Sequence[int]) -> np.ndarray:
 
 
 def _sequence_length(path: Path) -> int:
-    """The length of the first row; that all others have it too is the reader's check."""
+    """Read the length of the first row. The reader checks that all others have the same length."""
     with open(path, "rb") as file:
         row = next(member for member in members(path) if member.name.endswith(".tokens.npy"))
         stream = io.BytesIO(read_member(file, row))
@@ -237,18 +252,23 @@ def _sequence_length(path: Path) -> int:
 
 
 def _counted(directory: Path, manifest: Manifest, num_named: int) -> Manifest:
-    """The manifest with the tokens of shards and sources; sources that nobody named only as far as they occur."""
-    totals = Totals()
+    """Complete a manifest with the counts of its shards and sources; unnamed sources are listed only as far as they occur."""
+    # Read and count every row.
+    source_counts = SourceCounts()
     with closing(ShardReader(directory, manifest)) as reader:
         shards = [
             shard.model_copy(
-                update={"tokens": sum(count_row(reader.read(index, row), manifest, totals) for row in range(shard.samples))}
+                update={
+                    "tokens": sum(count_row(reader.read(index, row), manifest, source_counts) for row in range(shard.samples))
+                }
             )
             for index, shard in enumerate(manifest.shards)
         ]
-    used = num_named or int(np.flatnonzero(totals.tokens).max(initial=-1)) + 1
+
+    # The sources, as many as were named or occur.
+    used = num_named or int(np.flatnonzero(source_counts.tokens).max(initial=-1)) + 1
     sources = [
-        Source(name=source.name, documents=int(totals.documents[number]), tokens=int(totals.tokens[number]))
+        Source(name=source.name, documents=int(source_counts.documents[number]), tokens=int(source_counts.tokens[number]))
         for number, source in enumerate(manifest.sources[:used])
     ]
     return manifest.model_copy(update={"shards": tuple(shards), "sources": tuple(sources)})

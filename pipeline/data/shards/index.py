@@ -1,4 +1,4 @@
-"""The three files of a shard, and what is read of its tar and of its index at once."""
+"""The index of a shard: offsets (`.idx`) and checksums (`.crc32`) of its samples, read in chunks of 1,024 samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,29 +8,39 @@ import numpy as np
 from pipeline.data.shards.table import PIECE_SAMPLES, Shard
 from pipeline.data.shards.writer import CRC, OFFSET
 from pipeline.storage.files import Access, OpenFile, open_file
-from pipeline.storage.location import Place
+from pipeline.storage.location import Location
 
 
 @dataclass(frozen=True)
-class Run:
-    """Samples side by side in a shard: their places in the caller's list, numbers, offsets (one more) and checksums."""
+class ReadRange:
+    """Neighbouring samples of a shard, to be read from its tar by one read.
+
+    shard: index of the shard.
+    positions: of the samples in the caller's list.
+    samples: their indices in the shard.
+    offsets: in the tar, in bytes; one entry more than samples, the last is the end.
+    checksums: their CRC-32s.
+    """
 
     shard: int
-    places: list[int]
+    positions: list[int]
     samples: list[int]
     offsets: list[int]
     checksums: list[int]
 
 
-# Of a piece the offsets of so many samples are read one by one, 16 bytes each, before all are read, 8 KB. A reader of a few of
-# its samples reads little for them, as every reader of a block with many readers does; one of many not much more than once.
-_FEW = 160
+# Offsets are read one by one (16 bytes each) for up to so many samples of a chunk, then for the whole chunk (8 KB). So a reader
+# of few samples reads little, as when many readers share a block, and a reader of many reads them about once.
+_MAX_SINGLE_READS = 160
 _UNKNOWN = np.uint64(2**64 - 1)
 
 
-class IndexPiece:
-    """Of a thousand samples side by side the checksums, uint32 [n], and those offsets that were asked for, uint64 [n + 1];
-    `_UNKNOWN` where they were not, or the file ends before."""
+class IndexChunk:
+    """The index of up to 1,024 neighbouring samples of a shard.
+
+    checksums: uint32 [n], all of them, or fewer if the file is cut.
+    offsets: uint64 [n + 1], read on demand; `_UNKNOWN` where they were not read yet, or the file is cut.
+    """
 
     def __init__(self, number: int, num_samples: int, checksums: bytes) -> None:
         self.first = number * PIECE_SAMPLES
@@ -39,22 +49,22 @@ class IndexPiece:
         self._num_asked = 0
         self._is_whole = False
 
-    def lacking(self, samples: Sequence[int]) -> list[int]:
-        """Those of these samples whose offsets were not asked for."""
+    def unread(self, samples: Sequence[int]) -> list[int]:
+        """List those of the given samples whose offsets were not read yet."""
         if self._is_whole:
             return []
         within = np.array(samples) - self.first
-        is_lacking = (self.offsets[within] == _UNKNOWN) | (self.offsets[within + 1] == _UNKNOWN)
-        return np.array(samples)[is_lacking].tolist()
+        is_unread = (self.offsets[within] == _UNKNOWN) | (self.offsets[within + 1] == _UNKNOWN)
+        return np.array(samples)[is_unread].tolist()
 
     def read_offsets(self, idx: OpenFile, samples: Sequence[int], *, one_by_one: bool) -> None:
-        """Read the offsets of these samples: of them alone, or of all, if that is to be rather than many requests."""
-        lacking = self.lacking(samples)
-        self._num_asked += len(lacking)
-        if one_by_one and self._num_asked <= _FEW:
-            for sample in lacking:
+        """Read the offsets of the given samples: if `one_by_one` and they are few only theirs, else the whole chunk."""
+        unread = self.unread(samples)
+        self._num_asked += len(unread)
+        if one_by_one and self._num_asked <= _MAX_SINGLE_READS:
+            for sample in unread:
                 self._read(idx, sample, 2)
-        elif lacking:
+        elif unread:
             self._read(idx, self.first, len(self.offsets))
             self._is_whole = True
 
@@ -63,7 +73,7 @@ class IndexPiece:
         self.offsets[first - self.first : first - self.first + len(offsets)] = offsets
 
     def extent(self, sample: int) -> tuple[int, int, int] | None:
-        """Offset, end and checksum; None where one of the files ends before them."""
+        """Return (start, end, checksum) of a sample whose offsets were read; None if one of the files is cut before it."""
         within = sample - self.first
         start, end = self.offsets[within : within + 2].tolist()
         if within >= len(self.checksums) or _UNKNOWN in (start, end):
@@ -72,22 +82,24 @@ class IndexPiece:
 
 
 class OpenShard:
-    """The three files of a shard."""
+    """The three open files of a shard: tar, offsets and checksums, in this order."""
 
-    def __init__(self, place: Place, shard: Shard, access: Access) -> None:
+    def __init__(self, location: Location, shard: Shard, access: Access) -> None:
         self.files: list[OpenFile] = []
         indices = {"tar.idx": OFFSET.itemsize * (shard.samples + 1), "tar.crc32": CRC.itemsize * shard.samples}
         try:
             for suffix, size in ({"tar": shard.bytes} | indices).items():
-                self.files.append(open_file(place / f"{shard.name}.{suffix}", size, access))
+                self.files.append(open_file(location / f"{shard.name}.{suffix}", size, access))
         except OSError:
             self.close()
             raise
 
     def close(self) -> None:
+        """Close all files."""
         while self.files:
             self.files.pop().close()
 
 
 def _whole_items(data: bytes, dtype: np.dtype) -> np.ndarray:
+    # A file that was cut may end within an item.
     return np.frombuffer(data[: len(data) - len(data) % dtype.itemsize], dtype)

@@ -1,6 +1,7 @@
-"""Inspecting a prepared folder: totals, how long its documents are, and what some rows say.
+"""Inspection: describe a prepared folder by its counts, a histogram of document lengths, and some rows as text.
 
-Lengths are of the pieces in which documents lie in rows, from at most `MAX_ROWS_COUNTED` rows spread evenly over the folder.
+Packing cuts documents at the ends of rows. The lengths are those of the documents within rows, after cutting, in at most
+`MAX_ROWS_COUNTED` rows spread evenly over the folder.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,24 +21,24 @@ _BAR = 40
 
 
 def inspect(directory: Path, num_rows: int = 2) -> Iterator[str]:
-    """Lines that describe a prepared folder and show `num_rows` of its rows, decoded.
+    """Yield lines that describe a prepared folder and show `num_rows` of its rows, decoded.
 
     Raises:
-        DataError: the folder is not whole, or a row that is looked at is damaged.
+        DataError: the folder is incomplete, or a row that is read is damaged.
     """
     manifest = read_manifest(directory)
     reader = ShardReader(directory, manifest)
-    yield from _totals(directory, manifest)
+    yield from _summary(directory, manifest)
     yield ""
     yield from _histogram(reader, manifest)
     tokenizer = load_tokenizer(directory / manifest.tokenizer_file)
-    for sample in _read(reader, manifest, _spread(manifest.num_samples, num_rows)):
+    for sample in _read(reader, manifest, _evenly_spaced(manifest.num_samples, num_rows)):
         yield ""
         yield from _row(sample, manifest, tokenizer)
     reader.close()
 
 
-def _totals(directory: Path, manifest: Manifest) -> Iterator[str]:
+def _summary(directory: Path, manifest: Manifest) -> Iterator[str]:
     positions = manifest.num_samples * manifest.sequence_length
     padding = positions - manifest.num_tokens
     yield (
@@ -45,14 +46,19 @@ def _totals(directory: Path, manifest: Manifest) -> Iterator[str]:
         f"{len(manifest.shards):,} shard(s), {ShardTable.of(manifest.shards).sizes.sum():,} bytes"
     )
     yield f"padding {padding:,} positions ({padding / positions:.3%}); vocabulary {manifest.vocab_size:,}"
+
     for source in manifest.sources:
         share = source.tokens / max(manifest.num_tokens, 1)
         yield f"source {source.name}: {source.documents:,} documents, {source.tokens:,} tokens ({share:.1%})"
-    if made := manifest.preparation:
-        cut = made.documents_cut / max(made.documents, 1)
-        weights = "".join(f", weight of {name} {weight:g}" for name, weight in made.weights.items())
-        yield f"packing {made.packing}: {made.documents:,} documents, {cut:.2%} of them cut; seed {made.seed}{weights}"
-        found = made.input
+
+    if preparation := manifest.preparation:
+        cut = preparation.documents_cut / max(preparation.documents, 1)
+        weights = "".join(f", weight of {name} {weight:g}" for name, weight in preparation.weights.items())
+        yield (
+            f"packing {preparation.packing}: {preparation.documents:,} documents, {cut:.2%} of them cut; "
+            f"seed {preparation.seed}{weights}"
+        )
+        found = preparation.input
         yield (
             f"input: {found.documents:,} documents; left out: {found.empty:,} empty, {found.undecodable:,} undecodable, "
             f"{found.oversized:,} oversized, {found.ignored:,} other members of tars"
@@ -60,7 +66,7 @@ def _totals(directory: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _histogram(reader: ShardReader, manifest: Manifest) -> Iterator[str]:
-    rows = _spread(manifest.num_samples, MAX_ROWS_COUNTED)
+    rows = _evenly_spaced(manifest.num_samples, MAX_ROWS_COUNTED)
     lengths = np.concatenate([sample.lengths for sample in _read(reader, manifest, rows)])
     counts = np.bincount(np.floor(np.log2(lengths)).astype(int))
     yield f"lengths of documents within rows, {len(lengths):,} in {len(rows):,} rows:"
@@ -78,19 +84,19 @@ def _row(sample: Sample, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[s
         start += length
         source = f" of {manifest.source_names[sample.sources[number]]}" if sample.sources is not None else ""
         end = "ends" if ids[-1] == manifest.end_of_document_id else "goes on elsewhere"
-        # As Python writes it: a text may hold what a terminal would obey.
+        # Escaped by repr, because the text may contain control sequences of a terminal.
         yield f"  document {number + 1}{source}, {length} tokens, {end}:"
         yield f"    {tokenizer.decode(ids, skip_special_tokens=False)!r}"
 
 
 def _read(reader: ShardReader, manifest: Manifest, rows: Sequence[int]) -> Iterator[Sample]:
-    """The rows with these numbers, counted over the folder."""
+    """Read rows by their numbers, counted over all shards of the folder."""
     ends = np.cumsum(ShardTable.of(manifest.shards).samples)
     for row, shard in zip(rows, np.searchsorted(ends, rows, side="right").tolist(), strict=True):
         yield reader.read(shard, row - (int(ends[shard - 1]) if shard else 0))
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of range(count), spread evenly."""
-    wanted = min(count, wanted)
-    return [number * count // wanted for number in range(wanted)]
+def _evenly_spaced(count: int, num_wanted: int) -> list[int]:
+    """Choose at most `wanted` numbers of range(count), evenly spaced."""
+    num_wanted = min(count, num_wanted)
+    return [number * count // num_wanted for number in range(num_wanted)]

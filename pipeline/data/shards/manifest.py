@@ -1,8 +1,8 @@
-"""The manifest: what a folder of prepared shards holds.
+"""The manifest of a prepared folder: `manifest.json`, which lists its shards and how they were made.
 
-A tar reader cannot tell a complete shard from one that was cut between two members, so every count, size and hash is
-written down when the shards are made. `read_manifest` makes the checks that cost only a `stat` a file; the CRC-32 of each
-sample is checked when the sample is read (`reader`), and the sha256 of a whole shard is there for whoever copies data.
+A tar reader cannot tell a complete shard from one that was cut between two members. Every count, size and hash is therefore
+recorded when the shards are made. `read_manifest` makes the checks that cost only one `stat` for each file. The CRC-32 of a
+sample is checked when the sample is read (`reader`), the sha256 of a shard by `verification`.
 """
 
 import json
@@ -21,18 +21,18 @@ from pydantic import (
 
 from pipeline.data.errors import DataError
 from pipeline.data.shards.table import Count, FileName, Positive, Record, Sha256, Shard, ShardTable, parse_with_table
-from pipeline.storage.faults import raise_if_of_the_machine
+from pipeline.storage.atomic_write import write_file
+from pipeline.storage.faults import raise_if_machine_fault
 from pipeline.storage.files import DIRECT, Access, StorageError, read_whole
-from pipeline.storage.location import Place, Url
-from pipeline.storage.whole_file import write_file
+from pipeline.storage.location import Location, Url
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-_MAX_SHARDS_LOOKED_AT = 4096
+_MAX_SHARDS_CHECKED = 4096
 
 
 class Source(Record):
-    """A named input: its whole documents, and their tokens with the end-of-document tokens."""
+    """A named input: the number of its documents, and of their tokens, end-of-document tokens included."""
 
     name: str
     documents: Count
@@ -44,7 +44,7 @@ def _as_table(shards: Any, validate: ValidatorFunctionWrapHandler) -> ShardTable
 
 
 class InputCounts(Record):
-    """What was found in the input, of all splits together: documents used, and those left out with the reason."""
+    """Counts over the whole input, all splits together: documents used, and documents left out, by reason."""
 
     documents: Count = 0
     empty: Count = 0
@@ -54,12 +54,15 @@ class InputCounts(Record):
 
 
 class Preparation(Record):
-    """How `launch/prepare.py` made the data: enough to know it again, and what packing did.
+    """Record of how `launch/prepare.py` made the folder, and of what packing did.
 
-    `request_sha256` is of all settings and of the input files' names and sizes; `weights` are how often the documents of a
-    named source were taken (1 where it is not named); `part` is "2/8" for the second of eight parts, and `whole_sha256` what
-    `request_sha256` would be without it, the same for all of them; parts made before it was thought of have none.
-    `documents` are those in this folder, copies included, `documents_cut` those among them that lie in more than one row.
+    request_sha256: hash of all settings and of the input files' names and sizes.
+    input: counts over the whole input.
+    weights: how often the documents of a named source were taken; 1 for a source that is not listed.
+    part: "2/8" for the second of eight parts of the input; None for all of it.
+    whole_sha256: `request_sha256` without the part, equal for all parts of one request; None in folders of older versions.
+    documents: documents in this folder, copies included.
+    documents_cut: documents that lie in more than one row.
     """
 
     request_sha256: Sha256
@@ -76,10 +79,11 @@ class Preparation(Record):
 
 
 class Manifest(Record):
-    """What `manifest.json` says; the JSON's keys are the names of the fields.
+    """The contents of `manifest.json`; the keys of the JSON are the names of the fields.
 
-    `sources` is empty where the inputs had no names; otherwise a document's source index points into it. `preparation` is
-    there if `launch/prepare.py` made the folder.
+    sources: indexed by a document's source index; empty where the inputs had no names.
+    shards: in order; held as a `ShardTable`.
+    preparation: None if the folder was not made by `launch/prepare.py`.
     """
 
     format_version: int = FORMAT_VERSION
@@ -94,12 +98,12 @@ class Manifest(Record):
 
     @property
     def num_samples(self) -> int:
-        """Rows in all shards."""
+        """The number of rows in all shards."""
         return int(ShardTable.of(self.shards).samples.sum())
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all shards, without padding."""
+        """The number of tokens in all shards, without padding."""
         return int(ShardTable.of(self.shards).tokens.sum())
 
     @property
@@ -118,51 +122,56 @@ class Manifest(Record):
 
 
 def read_manifest(
-    directory: Place, access: Access = DIRECT, *, may_be_empty: bool = False, looks_at_files: bool = True
+    directory: Location, access: Access = DIRECT, *, allow_empty: bool = False, check_files: bool = True
 ) -> Manifest:
-    """Read a folder's manifest and check that its files are there and have their sizes.
+    """Read the manifest of a folder, and check that its files exist and have their sizes.
 
-    The files are looked at where that is quick: in a folder of this machine's file systems with up to a few thousand
-    shards, of a larger one those of some shards, spread evenly. Whatever is missing or cut beyond that is found when it is
-    read, because nothing is used that does not have its checksum.
+    Files are checked only where that is quick: in a folder of this machine, and there at most the files of a few thousand
+    evenly spaced shards. Other files that are missing or cut are found when they are read, because every sample is used only
+    with the right checksum.
 
-    `may_be_empty` is for the parts of a data set, one of which may have no held-out document. `looks_at_files` False leaves
-    the files to the caller.
+    Args:
+        directory: the prepared folder.
+        access: to a folder that is not on this machine.
+        allow_empty: accept a manifest without samples. One part of a data set may have no held-out document.
+        check_files: false to leave the files unchecked.
 
     Raises:
         DataError: the folder or manifest is missing, empty, malformed, of an unknown version or without samples, or the
             tokenizer, a shard or one of its index files is missing or has the wrong size.
     """
     manifest = _parse(_manifest_text(directory, access), str(directory / MANIFEST_FILE))
-    if manifest.num_samples == 0 and not may_be_empty:
+    if manifest.num_samples == 0 and not allow_empty:
         raise DataError(f"{directory / MANIFEST_FILE} lists no samples; prepare the data again with more documents")
-    if looks_at_files and isinstance(directory, Path):
+    if check_files and isinstance(directory, Path):
         if not (directory / manifest.tokenizer_file).is_file():
             raise DataError(
                 f"{directory / manifest.tokenizer_file} cannot be found, but {MANIFEST_FILE} names it as the data's tokenizer; "
                 "copy it again from where the data was prepared"
             )
-        for number in range(0, len(manifest.shards), 1 + len(manifest.shards) // _MAX_SHARDS_LOOKED_AT):
+        for number in range(0, len(manifest.shards), 1 + len(manifest.shards) // _MAX_SHARDS_CHECKED):
             for problem in size_problems(directory, manifest.shards[number]):
                 raise DataError(problem)
     return manifest
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `directory/manifest.json`; a reader sees the old file or the new one, never half of one."""
+    """Write `directory/manifest.json` atomically."""
     write_file(Path(directory) / MANIFEST_FILE, (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
 
 
-def _manifest_text(directory: Place, access: Access) -> str:
-    # As text, so that its bytes are gone when it is parsed: of a million shards it has 300 MB.
+def _manifest_text(directory: Location, access: Access) -> str:
+    # Returns text, so that the bytes are freed before parsing: with a million shards they are 300 MB.
     try:
         return _manifest_bytes(directory, access).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{directory / MANIFEST_FILE} is not a valid manifest: {error}; copy it again") from None
 
 
-def _manifest_bytes(directory: Place, access: Access) -> bytes:
+def _manifest_bytes(directory: Location, access: Access) -> bytes:
     remedy = "make it with `python launch/prepare.py --input PATH --output DIR …`"
+
+    # Remote.
     if isinstance(directory, Url):
         try:
             return read_whole(directory / MANIFEST_FILE, access)
@@ -170,6 +179,8 @@ def _manifest_bytes(directory: Place, access: Access) -> bytes:
             raise DataError(str(error)) from None
         except OSError as error:
             raise DataError(f"{directory / MANIFEST_FILE} cannot be read: {error.strerror or error}; {remedy}") from None
+
+    # Local; the error tells a missing folder, an empty folder and a folder of prepared folders apart.
     if not directory.is_dir():
         raise DataError(f"expected a folder of prepared shards at {directory}, but there is no such folder; {remedy}")
     try:
@@ -177,7 +188,7 @@ def _manifest_bytes(directory: Place, access: Access) -> bytes:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise_if_no_damage(error, directory)
+        raise_machine_fault_as_data_error(error, directory)
     if not any(directory.iterdir()):
         raise DataError(f"expected prepared shards in {directory}, but the folder is empty; {remedy}")
     hint = _prepared_subfolders(directory)
@@ -191,11 +202,14 @@ def _prepared_subfolders(directory: Path) -> str:
 
 def _parse(text: str, path: str) -> Manifest:
     try:
+        # The fast path: shards become columns while they are parsed. None if anything about them is irregular.
         parsed = parse_with_table(text)
         if parsed is not None and parsed[0].get("format_version") == FORMAT_VERSION:
             content, shards = parsed
             checked = Manifest.model_validate_json(json.dumps(content | {"shards": []}))
             return Manifest.model_validate(dict(checked) | {"shards": shards})
+
+        # The slow path, whose error messages name the field.
         version = _Version.model_validate_json(text).format_version
         if version != FORMAT_VERSION:
             raise DataError(
@@ -213,38 +227,39 @@ def _parse(text: str, path: str) -> Manifest:
 
 
 class _Version(BaseModel):
-    # Read alone and first: a later version may have any other fields.
+    # Validated first and alone, because another version may have other fields.
     format_version: int
 
 
-def raise_if_no_damage(error: OSError, folder: Path) -> None:
-    """Return if a file of `folder` is missing or cut.
+def raise_machine_fault_as_data_error(error: OSError, folder: Path) -> None:
+    """Return if `error` means that a file of `folder` is missing or cut; otherwise the machine is at fault, and it is raised.
 
     Raises:
-        DataError: it is the machine that cannot read it.
+        DataError: the machine cannot read the file.
     """
     try:
-        raise_if_of_the_machine(error, folder, MANIFEST_FILE)
+        raise_if_machine_fault(error, folder, MANIFEST_FILE)
     except StorageError as fault:
         raise DataError(str(fault)) from None
 
 
 def size_problems(directory: Path, shard: Shard) -> Iterator[str]:
-    """Which of a shard's files are missing or have another size than the manifest says.
+    """Check a shard's files: yields a message for each that is missing or has another size than the manifest says.
 
     Raises:
-        DataError: the machine cannot tell.
+        DataError: the machine cannot read the folder.
     """
     expected = {
         f"{shard.name}.tar": shard.bytes,
         f"{shard.name}.tar.idx": 8 * (shard.samples + 1),
         f"{shard.name}.tar.crc32": 4 * shard.samples,
     }
+
     for name, size in expected.items():
         try:
             found = (directory / name).stat().st_size
         except OSError as error:
-            raise_if_no_damage(error, directory)
+            raise_machine_fault_as_data_error(error, directory)
             yield (
                 f"shard {shard.name}: {directory / name} cannot be found, but the manifest lists it; "
                 "copy it again from where the data was prepared, or prepare again"

@@ -1,9 +1,9 @@
-"""Merging: parts of a data set, prepared by themselves, become one folder.
+"""Merging: join the parts of a data set, prepared separately, into one folder.
 
-The shards of the first part come first, then those of the second, and so on, numbered anew; their bytes stay as they are (and
-are linked where the file system can, not copied). The parts must be of one kind: sequence length, tokenizer, sources, splits.
-If `launch/prepare.py --part` made them, they must be all the parts of one request, each once. In no
-case may two of them have a shard in common: its rows would come twice in every epoch.
+The shards of the parts are renumbered in the order of the parts. Their bytes stay the same: they are hard-linked where the
+file system allows it, otherwise copied. The parts must agree in sequence length, tokenizer, sources and splits. If
+`launch/prepare.py --part` made them, they must be all parts of one request, each once. No two parts may share a shard, because
+its rows would come twice in every epoch.
 """
 
 import hashlib
@@ -23,24 +23,27 @@ from pipeline.data.shards.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.data.shards.output_folder import whole_or_absent
+from pipeline.data.shards.output_folder import atomic_folder
 from pipeline.data.shards.writer import shard_name
 
-_OF_ONE_KIND = ("sequence_length", "vocab_size", "end_of_document_id", "tokenizer_sha256", "source_names")
-_OF_ONE_REQUEST = ("seed", "packing", "samples_per_shard", "validation", "weights", "whole_sha256")
+_SAME_IN_ALL_PARTS = ("sequence_length", "vocab_size", "end_of_document_id", "tokenizer_sha256", "source_names")
+_SAME_IN_ONE_REQUEST = ("seed", "packing", "samples_per_shard", "validation", "weights", "whole_sha256")
 
 
 def merge(parts: Sequence[Path], output_dir: Path) -> dict[Path, Manifest]:
-    """Merge prepared folders, or folders of prepared splits, into `output_dir`; returns its folders' manifests.
+    """Merge prepared folders, or folders of prepared splits, into `output_dir`.
+
+    Returns:
+        The manifest of each prepared folder of the output, by its path.
 
     Raises:
-        DataError: the parts do not fit together, one is missing or there twice, or the output exists.
+        DataError: the parts do not fit together, one is missing or named twice, or the output exists.
     """
     folders = prepared_folders(parts[0])
     merged = {}
-    with whole_or_absent(output_dir) as directory:
+    with atomic_folder(output_dir) as directory:
         for folder in folders:
-            manifests = [read_manifest(part / folder, may_be_empty=True) for part in parts]
+            manifests = [read_manifest(part / folder, allow_empty=True) for part in parts]
             _check(parts, folders, manifests)
             (directory / folder).mkdir(exist_ok=True)
             shards = _link_shards(parts, folder, manifests, directory / folder)
@@ -51,16 +54,16 @@ def merge(parts: Sequence[Path], output_dir: Path) -> dict[Path, Manifest]:
 
 
 def prepared_folders(directory: Path) -> list[str]:
-    """The prepared folders at a path: "." if it is one itself, else those of its subfolders that are.
+    """List the prepared folders at a path, relative to it: "." if it is one itself, else its prepared subfolders.
 
     Raises:
-        DataError: there is none.
+        DataError: there are none.
     """
     if (directory / MANIFEST_FILE).is_file():
         return ["."]
     folders = sorted(path.parent.name for path in directory.glob(f"*/{MANIFEST_FILE}"))
     if not folders:
-        read_manifest(directory)  # says what is missing
+        read_manifest(directory)  # raises an error that says what is missing
     return folders
 
 
@@ -68,12 +71,14 @@ def _check(parts: Sequence[Path], folders: Sequence[str], manifests: Sequence[Ma
     for part, manifest in zip(parts, manifests, strict=True):
         if prepared_folders(part) != list(folders):
             raise DataError(f"{parts[0]} has the folders {', '.join(folders)}, {part} has {', '.join(prepared_folders(part))}")
-        for name in _OF_ONE_KIND:
+        for name in _SAME_IN_ALL_PARTS:
             first, other = getattr(manifests[0], name), getattr(manifest, name)
             if first != other:
                 raise DataError(
                     f"{parts[0]} and {part} do not belong together: {name} is {first} in one and {other} in the other"
                 )
+
+    # Parts that prepare.py made must be complete and of one request.
     numbers = [manifest.preparation.part if manifest.preparation else None for manifest in manifests]
     if any(numbers):
         _check_numbers([number or "" for number in numbers])
@@ -81,10 +86,10 @@ def _check(parts: Sequence[Path], folders: Sequence[str], manifests: Sequence[Ma
     _check_shards(parts, manifests)
 
 
-def _check_requests(parts: Sequence[Path], made: Sequence[Preparation]) -> None:
-    for part, preparation in zip(parts, made, strict=True):
-        for name in _OF_ONE_REQUEST:
-            first, other = getattr(made[0], name), getattr(preparation, name)
+def _check_requests(parts: Sequence[Path], preparations: Sequence[Preparation]) -> None:
+    for part, preparation in zip(parts, preparations, strict=True):
+        for name in _SAME_IN_ONE_REQUEST:
+            first, other = getattr(preparations[0], name), getattr(preparation, name)
             if first == other or (name == "whole_sha256" and None in (first, other)):
                 continue
             what = "the input or another setting" if name == "whole_sha256" else name
@@ -111,19 +116,19 @@ def _check_numbers(numbers: Sequence[str]) -> None:
     expected = [f"{number}/{count}" for number in range(1, int(count) + 1)]
     if sorted(numbers) != sorted(expected):
         missing = sorted(set(expected) - set(numbers)) or ["none"]
-        surplus = sorted(number or "no part" for number in numbers if number not in expected or numbers.count(number) > 1)
+        unexpected = sorted(number or "no part" for number in numbers if number not in expected or numbers.count(number) > 1)
         raise DataError(
             f"expected all {count} parts of one preparation, each once; missing: {', '.join(missing)}; there twice or not of "
-            f"it: {', '.join(surplus) or 'none'}"
+            f"it: {', '.join(unexpected) or 'none'}"
         )
 
 
 def _in_order(parts: Sequence[Path], manifests: Sequence[Manifest]) -> list[tuple[Path, Manifest]]:
-    """By the number of the part, whatever the order on the command line; without numbers as they were named."""
+    """Sort parts by their numbers; without numbers they stay in the order of the command line."""
 
     def number(entry: tuple[Path, Manifest]) -> int:
-        made = entry[1].preparation
-        return int(made.part.partition("/")[0]) if made and made.part else 0
+        preparation = entry[1].preparation
+        return int(preparation.part.partition("/")[0]) if preparation and preparation.part else 0
 
     return sorted(zip(parts, manifests, strict=True), key=number)
 
@@ -144,7 +149,7 @@ def _link_shards(parts: Sequence[Path], folder: str, manifests: Sequence[Manifes
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
 
 
@@ -157,22 +162,22 @@ def _merged(manifests: Sequence[Manifest], shards: Sequence[Shard]) -> Manifest:
         )
         for index, name in enumerate(manifests[0].source_names)
     )
-    made = [manifest.preparation for manifest in manifests if manifest.preparation]
+    preparations = [manifest.preparation for manifest in manifests if manifest.preparation]
     changes = {"shards": tuple(shards), "sources": sources}
-    preparation = _merged_preparation(made) if len(made) == len(manifests) else None
+    preparation = _merged_preparation(preparations) if len(preparations) == len(manifests) else None
     return manifests[0].model_copy(update={**changes, "preparation": preparation})
 
 
-def _merged_preparation(made: Sequence[Preparation]) -> Preparation:
-    counts = {name: sum(getattr(each.input, name) for each in made) for name in InputCounts.model_fields}
-    return made[0].model_copy(
+def _merged_preparation(preparations: Sequence[Preparation]) -> Preparation:
+    counts = {name: sum(getattr(each.input, name) for each in preparations) for name in InputCounts.model_fields}
+    return preparations[0].model_copy(
         update={
             "input": InputCounts(**counts),
-            # Not that of the first part, whose command would take the whole for its own output.
-            "request_sha256": hashlib.sha256("\n".join(each.request_sha256 for each in made).encode()).hexdigest(),
+            # A hash of its own: with that of the first part, this part's command would take the merged folder for its output.
+            "request_sha256": hashlib.sha256("\n".join(each.request_sha256 for each in preparations).encode()).hexdigest(),
             "part": None,
             "whole_sha256": None,
-            "documents": sum(each.documents for each in made),
-            "documents_cut": sum(each.documents_cut for each in made),
+            "documents": sum(each.documents for each in preparations),
+            "documents_cut": sum(each.documents_cut for each in preparations),
         }
     )

@@ -1,15 +1,16 @@
-"""Reads samples of a prepared folder, from any place in any shard, and believes nothing.
+"""Random access to the samples of a prepared folder, with every sample checked.
 
-Tar readers pass over a cut between members and a flipped bit without a word. Here a sample's bytes are those between two
-offsets of the shard's `.idx`, all of them, with the CRC-32 written when the shard was made; only then are they decoded
-and held against the manifest. The `.crc32` itself must be the one that the manifest means: else a shard that was exchanged
-for another, with both its index files, would pass for the right one. The manifest has a CRC-32 of every piece of it, a thousand
-samples long, so a piece is held against that when it is read, before any of its samples is, and a reader of few samples of a
-shard reads little else of it. Of the `.idx` it reads the offsets of its samples, or of the whole piece if these are many.
+Tar readers silently ignore a cut between members and a flipped bit. Here the bytes of a sample are exactly those between two
+offsets of the shard's `.idx`, and must have the CRC-32 that was written when the shard was made. Only then are they decoded
+and checked against the manifest.
 
-Samples are asked for many at a time. Those that lie side by side in a shard come by one read, those of remote shards by
-requests side by side. Of the indices only some pieces are kept at a time, and shards are closed again, so memory and open
-files grow neither with a shard nor with their number.
+The `.crc32` file itself is checked too, or else a shard that was replaced by another one, together with both its index files,
+would pass. The manifest has a CRC-32 for each chunk of 1,024 samples of that file. A chunk is checked when it is first read,
+so that a reader of few samples reads little more than these.
+
+Samples are requested many at a time: neighbours in a shard are read by one read, remote shards by parallel requests. Only a
+bounded number of index chunks and open shards is kept, so memory and open files grow neither with the size of a shard nor
+with the number of shards.
 """
 
 import errno
@@ -21,19 +22,19 @@ from dataclasses import replace
 from typing import TypeVar
 
 from pipeline.data.errors import DataError
-from pipeline.data.lru_cache import LeastRecentlyUsed
-from pipeline.data.shards.index import IndexPiece, OpenShard, Run
+from pipeline.data.lru_cache import LRUCache
+from pipeline.data.shards.index import IndexChunk, OpenShard, ReadRange
 from pipeline.data.shards.manifest import MANIFEST_FILE, Manifest
 from pipeline.data.shards.sample import DamageError, Sample, SampleDecoder
 from pipeline.data.shards.table import PIECE_SAMPLES, ShardTable
 from pipeline.data.shards.writer import CRC, OFFSET
-from pipeline.storage.faults import raise_if_gone, raise_if_of_the_machine
+from pipeline.storage.faults import raise_if_folder_unreachable, raise_if_machine_fault
 from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError
-from pipeline.storage.location import Place, Url
+from pipeline.storage.location import Location, Url
 
 MAX_OPEN_SHARDS = 64
-_MAX_INDEX_PIECES = 1024
-_MAX_RUN_BYTES = 8 * 2**20
+_MAX_INDEX_CHUNKS = 1024
+_MAX_RANGE_BYTES = 8 * 2**20
 _REQUESTS_AT_ONCE = 32
 
 Item = TypeVar("Item")
@@ -41,24 +42,24 @@ Result = TypeVar("Result")
 
 
 class DamagedSampleError(DataError):
-    """A sample that is damaged, missing or does not fit the manifest; the message names shard and sample."""
+    """A sample is damaged, missing or does not fit the manifest; the message names shard and sample."""
 
 
 class ShardReader:
-    """Reads samples by shard and sample index, from at most `max_open_shards` shards (3 files each)."""
+    """Reader of a prepared folder's samples by shard and sample index; keeps `max_open_shards` shards open, 3 files each."""
 
     def __init__(
-        self, directory: Place, manifest: Manifest, access: Access = DIRECT, max_open_shards: int = MAX_OPEN_SHARDS
+        self, directory: Location, manifest: Manifest, access: Access = DIRECT, max_open_shards: int = MAX_OPEN_SHARDS
     ) -> None:
         self.directory = directory
         self.manifest = manifest
         self._table = ShardTable.of(manifest.shards)
         self._closed = threading.Event()
-        self._access = replace(access, abandoned=self._closed)
+        self._access = replace(access, cancelled=self._closed)
         self._decoder = SampleDecoder(manifest)
-        self._open: LeastRecentlyUsed[int, OpenShard] = LeastRecentlyUsed(max_open_shards, OpenShard.close)
-        self._indices: LeastRecentlyUsed[tuple[int, int], IndexPiece] = LeastRecentlyUsed(_MAX_INDEX_PIECES)
-        self._opening = threading.Lock()
+        self._open: LRUCache[int, OpenShard] = LRUCache(max_open_shards, OpenShard.close)
+        self._indices: LRUCache[tuple[int, int], IndexChunk] = LRUCache(_MAX_INDEX_CHUNKS)
+        self._open_lock = threading.Lock()
         self._is_remote = isinstance(directory, Url) and not directory.is_pipe
         self._pool: ThreadPoolExecutor | None = None
 
@@ -67,7 +68,7 @@ class ShardReader:
 
         Raises:
             DamagedSampleError: the sample is damaged or does not fit the manifest.
-            DataError: it cannot be reached.
+            DataError: the data cannot be reached.
             IndexError: the manifest has no such sample.
         """
         shard = self.manifest.shards[shard_index]
@@ -79,165 +80,176 @@ class ShardReader:
         return sample
 
     def read_many(self, shards: Sequence[int], samples: Sequence[int]) -> list[Sample]:
-        """Read and check many samples, each named by shard and sample index. In the place of one that is damaged comes a
-        row without valid pairs, whose `damage` is the message.
+        """Read and check many samples, sample i at index `samples[i]` of shard `shards[i]`.
+
+        A damaged sample is replaced by a row of padding whose `damage` is the error message.
 
         Raises:
-            DataError: data cannot be reached.
+            DataError: the data cannot be reached.
         """
         found: list[Sample | None] = [None] * len(shards)
         try:
-            for places_of_shards in self._together(shards):
-                self._read_places(places_of_shards, samples, found)
-                # What seems to be damaged may be where a damaged copy of the index, in the cache, says it is.
-                doubtful = self._with_forgotten_index(places_of_shards, samples, found)
-                if doubtful:
-                    self._read_places(doubtful, samples, found)
+            for positions_by_shard in self._grouped_by_shard(shards):
+                self._read_positions(positions_by_shard, samples, found)
+                # A sample may seem damaged because the disk cache has a damaged copy of the index: drop it and read again.
+                retried = self._invalidate_damaged(positions_by_shard, samples, found)
+                if retried:
+                    self._read_positions(retried, samples, found)
         except StorageError as error:
             raise DataError(str(error)) from None
         return found  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Close all files and let all threads end; what they read is repeated no more, and nobody reads again."""
+        """Close all files and stop all threads and retries. The reader cannot be used afterwards."""
         self._closed.set()
         self._open.clear()
         if self._pool is not None:
-            # Without waiting: an abandoned reader may be collected in the very thread that its requests wait for.
+            # Do not wait: the garbage collector may close a reader in the very thread for which its requests wait.
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
-    def _read_places(self, places_of_shards: dict[int, list[int]], samples: Sequence[int], found: list[Sample | None]) -> None:
-        """Read what is wanted at these places of the caller's list into `found`."""
-        wanted = {shard: [samples[place] for place in places] for shard, places in places_of_shards.items()}
-        runs = list(self._runs(places_of_shards, wanted, self._index_pieces(wanted), found))
-        for run, read in zip(runs, self._map(self._read_run, runs), strict=True):
-            for place, sample in zip(run.places, read, strict=True):
-                found[place] = sample
+    def _read_positions(
+        self, positions_by_shard: dict[int, list[int]], samples: Sequence[int], found: list[Sample | None]
+    ) -> None:
+        """Read the samples at the given positions of the caller's list into `found`."""
+        samples_by_shard = {
+            shard: [samples[position] for position in positions] for shard, positions in positions_by_shard.items()
+        }
+        ranges = list(self._ranges(positions_by_shard, samples_by_shard, self._index_chunks(samples_by_shard), found))
+        for range_, read in zip(ranges, self._map(self._read_range, ranges), strict=True):
+            for position, sample in zip(range_.positions, read, strict=True):
+                found[position] = sample
 
-    def _with_forgotten_index(
-        self, places_of_shards: dict[int, list[int]], samples: Sequence[int], found: Sequence[Sample | None]
+    def _invalidate_damaged(
+        self, positions_by_shard: dict[int, list[int]], samples: Sequence[int], found: Sequence[Sample | None]
     ) -> dict[int, list[int]]:
-        """The places of damaged samples, as `places_of_shards` has them, of whose index there were copies; these are gone."""
-        doubtful: dict[int, list[int]] = {}
-        for shard, places in places_of_shards.items():
-            damaged = [place for place in places if (sample := found[place]) is not None and sample.damage is not None]
-            pieces = {samples[place] // PIECE_SAMPLES for place in damaged}
-            forgotten = {piece for piece in pieces if self._forget_index(shard, piece)}
-            if again := [place for place in damaged if samples[place] // PIECE_SAMPLES in forgotten]:
-                doubtful[shard] = again
-        return doubtful
+        """Invalidate cached copies of the index of damaged samples; returns the positions worth reading again, by shard."""
+        retried: dict[int, list[int]] = {}
+        for shard, positions in positions_by_shard.items():
+            damaged = [at for at in positions if (sample := found[at]) is not None and sample.damage is not None]
+            chunks = {samples[at] // PIECE_SAMPLES for at in damaged}
+            invalidated = {chunk for chunk in chunks if self._invalidate_index(shard, chunk)}
+            if again := [at for at in damaged if samples[at] // PIECE_SAMPLES in invalidated]:
+                retried[shard] = again
+        return retried
 
-    def _forget_index(self, shard: int, piece: int) -> bool:
-        self._indices.drop((shard, piece))
-        if not self._is_remote:  # no copies; and to look for them a pipe would be run
+    def _invalidate_index(self, shard: int, chunk: int) -> bool:
+        self._indices.drop((shard, chunk))
+        if not self._is_remote:  # local files and pipes have no cached copies, and opening a pipe would run its command
             return False
         _, idx, crc32 = self._files(shard)
-        offsets, checksums = self._piece(shard, piece)
-        had_offsets = idx.forget(*offsets)
-        return crc32.forget(*checksums) or had_offsets
+        offsets, checksums = self._chunk_extents(shard, chunk)
+        had_offsets = idx.invalidate(*offsets)
+        return crc32.invalidate(*checksums) or had_offsets
 
-    def _together(self, shards: Sequence[int]) -> Iterator[dict[int, list[int]]]:
-        """Places in the caller's list by shard: remote shards all at once; others one by one, lest one be closed, to keep
-        open files bounded, while it is read."""
-        places: dict[int, list[int]] = {}
-        for place, shard in enumerate(shards):
-            places.setdefault(int(shard), []).append(place)
+    def _grouped_by_shard(self, shards: Sequence[int]) -> Iterator[dict[int, list[int]]]:
+        """Group positions in the caller's list by shard. Yields remote shards in one group, to read them in parallel, and
+        local shards one by one: a shard must not be evicted from the open files while it is being read."""
+        positions: dict[int, list[int]] = {}
+        for position, shard in enumerate(shards):
+            positions.setdefault(int(shard), []).append(position)
         if self._is_remote:
-            yield places
+            yield positions
         else:
-            yield from ({shard: of_shard} for shard, of_shard in places.items())
+            yield from ({shard: of_shard} for shard, of_shard in positions.items())
 
     def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterable[Result]:
         if not self._is_remote or len(items) < 2:
             return map(function, items)
-        if self._closed.is_set():  # by another thread than the one that reads: nobody would end a new pool's threads
+        if self._closed.is_set():  # by another thread; nobody would shut down a new pool
             raise StorageError(f"{self.directory}: not read; its reader was closed meanwhile")
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         return self._pool.map(function, items)
 
-    def _index_pieces(self, wanted: dict[int, list[int]]) -> dict[tuple[int, int], IndexPiece | Exception]:
-        """The pieces of the index that hold the wanted samples, by (shard, number), with the offsets of these at least."""
-        of_pieces: dict[tuple[int, int], list[int]] = {}
-        for shard, samples in wanted.items():
+    def _index_chunks(self, samples_by_shard: dict[int, list[int]]) -> dict[tuple[int, int], IndexChunk | Exception]:
+        """Get the index chunks of the wanted samples, by (shard, number of the chunk), from the cache or from their files."""
+        # The wanted samples of each chunk.
+        by_chunk: dict[tuple[int, int], list[int]] = {}
+        for shard, samples in samples_by_shard.items():
             for sample in samples:
-                of_pieces.setdefault((shard, sample // PIECE_SAMPLES), []).append(sample)
-        known = {name: self._indices.find(name) for name in sorted(of_pieces)}
-        pieces: dict[tuple[int, int], IndexPiece | Exception]
-        pieces = {name: piece for name, piece in known.items() if piece is not None and not piece.lacking(of_pieces[name])}
-        unread = [name for name in known if name not in pieces]
-        read = self._map(lambda name: self._read_index(name, known[name], of_pieces[name]), unread)
-        for name, piece in zip(unread, read, strict=True):
-            if not isinstance(piece, Exception):
-                self._indices.put(name, piece)
-            pieces[name] = piece
-        return pieces
+                by_chunk.setdefault((shard, sample // PIECE_SAMPLES), []).append(sample)
+
+        # Chunks in the cache that have all wanted offsets.
+        known = {name: self._indices.find(name) for name in sorted(by_chunk)}
+        chunks: dict[tuple[int, int], IndexChunk | Exception]
+        chunks = {name: chunk for name, chunk in known.items() if chunk is not None and not chunk.unread(by_chunk[name])}
+
+        # All others are read.
+        unread = [name for name in known if name not in chunks]
+        read = self._map(lambda name: self._read_index(name, known[name], by_chunk[name]), unread)
+        for name, chunk in zip(unread, read, strict=True):
+            if not isinstance(chunk, Exception):
+                self._indices.put(name, chunk)
+            chunks[name] = chunk
+        return chunks
 
     def _read_index(
-        self, name: tuple[int, int], piece: IndexPiece | None, samples: Sequence[int]
-    ) -> IndexPiece | DamageError | OSError:
+        self, name: tuple[int, int], chunk: IndexChunk | None, samples: Sequence[int]
+    ) -> IndexChunk | DamageError | OSError:
         try:
             _, idx, crc32 = self._files(name[0])
-            if piece is None:
-                checksums = crc32.read(*self._piece(*name)[1])
+            if chunk is None:
+                checksums = crc32.read(*self._chunk_extents(*name)[1])
                 expected, found = self._table.piece_crc32(*name), zlib.crc32(checksums)
                 if expected is not None and found != expected:
                     return DamageError(
                         f"the CRC-32 of its piece of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the "
                         "file is damaged, or the shard was exchanged for another"
                     )
-                piece = IndexPiece(name[1], int(self._table.samples[name[0]]), checksums)
-            piece.read_offsets(idx, samples, one_by_one=not self._is_remote)
+                chunk = IndexChunk(name[1], int(self._table.samples[name[0]]), checksums)
+            chunk.read_offsets(idx, samples, one_by_one=not self._is_remote)
         except OSError as error:
-            self._raise_if_no_damage(error)
+            self._raise_if_machine_fault(error)
             return error
-        return piece
+        return chunk
 
-    def _piece(self, shard: int, piece: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Where the offsets and the checksums of a piece lie in their files, and their sizes."""
-        first = piece * PIECE_SAMPLES
+    def _chunk_extents(self, shard: int, chunk: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Locate a chunk in its shard's `.idx` and `.crc32`: (start, size) in bytes of each."""
+        first = chunk * PIECE_SAMPLES
         count = min(PIECE_SAMPLES, int(self._table.samples[shard]) - first)
         return (OFFSET.itemsize * first, OFFSET.itemsize * (count + 1)), (CRC.itemsize * first, CRC.itemsize * count)
 
     def _files(self, shard: int) -> list[OpenFile]:
-        with self._opening:  # requests side by side ask for files side by side
+        with self._open_lock:  # parallel requests open files concurrently
             opened = self._open.get(shard, lambda: OpenShard(self.directory, self.manifest.shards[shard], self._access))
-            # A list of their own, for the next request may close the shard. A remote file, which holds nothing open, is read
-            # all the same; of others there is one request at a time.
+            # Return a copy of the list, because the next request may evict and close the shard. A closed remote file can still
+            # be read, as it holds nothing open; local files have one request at a time.
             return list(opened.files)
 
-    def _runs(
+    def _ranges(
         self,
-        places_of_shards: dict[int, list[int]],
-        wanted: dict[int, list[int]],
-        pieces: dict[tuple[int, int], IndexPiece | Exception],
+        positions_by_shard: dict[int, list[int]],
+        samples_by_shard: dict[int, list[int]],
+        chunks: dict[tuple[int, int], IndexChunk | Exception],
         found: list[Sample | None],
-    ) -> Iterator[Run]:
-        """The wanted samples as runs; those that the index does not place go to `found` as damaged."""
-        for shard, samples in wanted.items():
-            run: Run | None = None
-            for sample, place in sorted(zip(samples, places_of_shards[shard], strict=True)):
+    ) -> Iterator[ReadRange]:
+        """Merge neighbouring wanted samples into ranges. Samples that the index cannot locate go to `found` as damaged."""
+        for shard, samples in samples_by_shard.items():
+            range_: ReadRange | None = None
+            for sample, position in sorted(zip(samples, positions_by_shard[shard], strict=True)):
                 try:
-                    start, end, checksum = self._extent(shard, sample, pieces[shard, sample // PIECE_SAMPLES])
+                    start, end, checksum = self._extent(shard, sample, chunks[shard, sample // PIECE_SAMPLES])
                 except (DamageError, OSError) as damage:
-                    found[place] = self._blank(shard, sample, damage)
+                    found[position] = self._blank(shard, sample, damage)
                     continue
-                if run is not None and run.offsets[-1] == start and end - run.offsets[0] <= _MAX_RUN_BYTES:
-                    run.places.append(place)
-                    run.samples.append(sample)
-                    run.offsets.append(end)
-                    run.checksums.append(checksum)
+                # Extend the range if the sample follows it directly, else begin another.
+                if range_ is not None and range_.offsets[-1] == start and end - range_.offsets[0] <= _MAX_RANGE_BYTES:
+                    range_.positions.append(position)
+                    range_.samples.append(sample)
+                    range_.offsets.append(end)
+                    range_.checksums.append(checksum)
                     continue
-                if run is not None:
-                    yield run
-                run = Run(shard, [place], [sample], [start, end], [checksum])
-            if run is not None:
-                yield run
+                if range_ is not None:
+                    yield range_
+                range_ = ReadRange(shard, [position], [sample], [start, end], [checksum])
+            if range_ is not None:
+                yield range_
 
-    def _extent(self, shard: int, sample: int, piece: IndexPiece | Exception) -> tuple[int, int, int]:
-        if isinstance(piece, Exception):
-            raise piece
-        extent, num_bytes = piece.extent(sample), self._table.sizes[shard]
+    def _extent(self, shard: int, sample: int, chunk: IndexChunk | Exception) -> tuple[int, int, int]:
+        if isinstance(chunk, Exception):
+            raise chunk
+        extent, num_bytes = chunk.extent(sample), self._table.sizes[shard]
         if extent is None:
             raise DamageError("its .idx or .crc32 ends before it")
         start, end, _ = extent
@@ -247,38 +259,38 @@ class ShardReader:
             raise DamageError(f"its .idx gives it {end - start} bytes, a row has at most {self._decoder.max_bytes}")
         return extent
 
-    def _read_run(self, run: Run) -> list[Sample]:
-        start, size = run.offsets[0], run.offsets[-1] - run.offsets[0]
+    def _read_range(self, range_: ReadRange) -> list[Sample]:
+        start, size = range_.offsets[0], range_.offsets[-1] - range_.offsets[0]
         try:
-            tar = self._files(run.shard)[0]
-            read = self._decode_all(tar.read(start, size), run)
-            # A copy in the cache may be the damaged one.
-            if any(sample.damage is not None for sample in read) and tar.forget(start, size):
-                read = self._decode_all(tar.read(start, size), run)
+            tar = self._files(range_.shard)[0]
+            read = self._decode_all(tar.read(start, size), range_)
+            # The damage may be in a copy in the disk cache: drop it and read again.
+            if any(sample.damage is not None for sample in read) and tar.invalidate(start, size):
+                read = self._decode_all(tar.read(start, size), range_)
             return read
         except OSError as error:
-            self._raise_if_no_damage(error)
-            return [self._blank(run.shard, sample, error) for sample in run.samples]
+            self._raise_if_machine_fault(error)
+            return [self._blank(range_.shard, sample, error) for sample in range_.samples]
 
-    def _raise_if_no_damage(self, error: OSError) -> None:
-        raise_if_of_the_machine(error, self.directory, MANIFEST_FILE)
+    def _raise_if_machine_fault(self, error: OSError) -> None:
+        raise_if_machine_fault(error, self.directory, MANIFEST_FILE)
         if isinstance(self.directory, Url) and error.errno == errno.ENOENT:
-            raise_if_gone(self.directory / MANIFEST_FILE, self._access)
+            raise_if_folder_unreachable(self.directory / MANIFEST_FILE, self._access)
 
-    def _decode_all(self, data: bytes, run: Run) -> list[Sample]:
-        return [self._decode(data, run, index) for index in range(len(run.samples))]
+    def _decode_all(self, data: bytes, range_: ReadRange) -> list[Sample]:
+        return [self._decode(data, range_, index) for index in range(len(range_.samples))]
 
-    def _decode(self, data: bytes, run: Run, index: int) -> Sample:
-        start, end = (offset - run.offsets[0] for offset in run.offsets[index : index + 2])
+    def _decode(self, data: bytes, range_: ReadRange, index: int) -> Sample:
+        start, end = (offset - range_.offsets[0] for offset in range_.offsets[index : index + 2])
         own = data[start:end]
         try:
             if len(own) != end - start:
-                raise DamageError(f"expected {end - start} bytes at {run.offsets[index]} of the tar, got {len(own)}")
-            if zlib.crc32(own) != run.checksums[index]:
-                raise DamageError(f"its CRC-32 is {zlib.crc32(own):08x}, expected {run.checksums[index]:08x}")
-            return self._decoder.decode(own, self._table.names[run.shard])
+                raise DamageError(f"expected {end - start} bytes at {range_.offsets[index]} of the tar, got {len(own)}")
+            if zlib.crc32(own) != range_.checksums[index]:
+                raise DamageError(f"its CRC-32 is {zlib.crc32(own):08x}, expected {range_.checksums[index]:08x}")
+            return self._decoder.decode(own, self._table.names[range_.shard])
         except DamageError as damage:
-            return self._blank(run.shard, run.samples[index], damage)
+            return self._blank(range_.shard, range_.samples[index], damage)
 
     def _blank(self, shard: int, sample: int, damage: Exception) -> Sample:
         name = self._table.names[shard]

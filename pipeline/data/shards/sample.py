@@ -1,9 +1,9 @@
-"""One row as it lies in a shard: from the bytes between two offsets to arrays that are known to be right.
+"""Decoding one sample: from the bytes between two offsets of a tar to checked arrays.
 
-The members are found by walking the few tar headers of the sample, which takes a twentieth of the time of a tar library.
-Whatever is not a plain ustar file member (long names, pax records) is left to webdataset's own expander; what no honest
-writer puts there (links, devices, names that point outside, members that claim more than there is) is damage. Arrays are
-decoded here and never unpickled: webdataset's `.decode()` would run what a pickle says.
+The tar headers of a sample are parsed here, in a twentieth of the time of a tar library. Members other than plain ustar files
+(long names, pax records) are left to webdataset's own expander. Links, devices, names that point outside and sizes that exceed
+the data are treated as damage, because no honest writer makes them. Arrays are decoded here and never unpickled: webdataset's
+`.decode()` would execute the contents of a pickle.
 """
 
 import ast
@@ -26,16 +26,19 @@ _PLAIN, _EXTENSIONS = (b"0", b"\0"), (b"x", b"g", b"L")
 
 
 class DamageError(Exception):
-    """What is wrong with a sample's bytes."""
+    """The bytes of a sample are damaged; the message says what is wrong with them."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row as stored: `key` is `SHARD/KEY`; `tokens` uint16 or uint32 [T]; `lengths` uint32 and `sources` uint8 [D].
+    """One row as stored, with D documents. The arrays are read-only.
 
-    `sources` is None where the data has no named sources. The arrays are read-only. `damage` is None, or says what was
-    wrong with the row in whose place this one stands, which is all padding. `reference_losses`, float32 [T, C], are those of
-    `pipeline.data.shards.reference_losses`, where they are read along.
+    key: `SHARD/KEY`.
+    tokens: uint16 or uint32 [T].
+    lengths: uint32 [D], tokens of each document.
+    sources: uint8 [D], the source of each document; None where the data has no named sources.
+    damage: None, or the error message of a damaged row, which this row of padding replaces.
+    reference_losses: float32 [T, C], the cached losses (`shards.reference_losses`); None where none are read.
     """
 
     key: str
@@ -47,7 +50,7 @@ class Sample:
 
 
 class SampleDecoder:
-    """Decodes and checks the samples of one data set."""
+    """Decoder of the samples of one data set; it checks them against the manifest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._tokens = token_dtype(manifest.vocab_size)
@@ -57,14 +60,15 @@ class SampleDecoder:
         self._names = {"tokens.npy", "documents.npy"} | ({"sources.npy"} if manifest.sources else set())
         largest_id = np.iinfo(self._tokens).max
         self._any_id_fits = largest_id < manifest.vocab_size
-        # Tokens, and as many documents as tokens; each member with headers, pax records and their padding.
+        # At most T tokens (dtype), T document lengths (4 bytes) and T sources (1 byte), and for each of the three members eight
+        # blocks of headers, pax records and padding.
         self.max_bytes = manifest.sequence_length * (self._tokens.itemsize + 4 + 1) + 3 * 8 * _BLOCK
 
     def decode(self, data: bytes, shard: str) -> Sample:
-        """The sample whose members `data` holds, all of it.
+        """Decode the tar blocks of one sample.
 
         Raises:
-            DamageError: it is not one sample, or does not fit the manifest.
+            DamageError: `data` is not exactly one sample, or does not fit the manifest.
         """
         key, members = members_of(data)
         if members.keys() != self._names:
@@ -76,7 +80,7 @@ class SampleDecoder:
         return Sample(f"{shard}/{key}", tokens, lengths, sources)
 
     def blank(self, key: str, damage: str) -> Sample:
-        """A row without valid pairs, in the place of one that is damaged."""
+        """Make a row of padding, which has no valid pairs, to replace a damaged sample."""
         sources = np.zeros(0, SOURCE) if self._num_sources else None
         return Sample(key, np.zeros(self._sequence_length, self._tokens), np.zeros(0, LENGTH), sources, damage)
 
@@ -85,7 +89,7 @@ class SampleDecoder:
             raise DamageError(f"expected {self._sequence_length} tokens (the sequence length), got {len(tokens)}")
         if not self._any_id_fits and tokens.max() >= self._vocab_size:
             raise DamageError(f"token id {tokens.max()} is not below the manifest's vocab_size {self._vocab_size}")
-        # A few documents: Python's own sum is faster than numpy's, and cannot overflow.
+        # For a few documents Python's sum is faster than numpy's, and it cannot overflow.
         each = lengths.tolist()
         total = sum(each)
         if 0 in each:
@@ -99,26 +103,29 @@ class SampleDecoder:
 
 
 def members_of(data: bytes) -> tuple[str, dict[str, bytes]]:
-    """The key of the one sample in `data`, and its members by name.
+    """Split the tar blocks of one sample into its key and its members by name.
 
     Raises:
-        DamageError: these are not the tar blocks of one sample.
+        DamageError: `data` is not the tar blocks of exactly one sample.
     """
     key, members, position = None, {}, 0
     is_plain = True
     while position < len(data):
+        # The header, and the extent of the member.
         header = data[position : position + _BLOCK]
         kind, size = _kind_and_size(header)
         start = position + _BLOCK
         if size > len(data) - start:
             raise DamageError(f"a member claims {size} bytes, {len(data) - start} are there")
         if kind in _EXTENSIONS and b"GNU.sparse" in data[start : start + size]:
-            # Whatever reads it would fill its holes, gigabytes perhaps, before anything can be checked.
+            # A tar library would fill the holes, perhaps with gigabytes of zeros, before anything can be checked.
             raise DamageError("a member that is a sparse file")
         position = start + -(-size // _BLOCK) * _BLOCK
         is_plain = is_plain and kind in _PLAIN
         if not is_plain:
-            continue  # its name may be a stand-in for a longer one
+            continue  # an extension header may give the member another name
+
+        # Its key and name.
         own_key, member = _split(_name_of(header))
         if key is not None and own_key != key:
             raise DamageError(f"expected one sample between its offsets, got the keys {key} and {own_key}")
@@ -126,6 +133,7 @@ def members_of(data: bytes) -> tuple[str, dict[str, bytes]]:
         if member in members:
             raise DamageError(f"the member {member} is there twice")
         members[member] = data[start : start + size]
+
     if position != len(data):
         raise DamageError(f"its last member ends {position - len(data)} bytes beyond it")
     if not is_plain:
@@ -138,6 +146,8 @@ def members_of(data: bytes) -> tuple[str, dict[str, bytes]]:
 def _kind_and_size(header: bytes) -> tuple[bytes, int]:
     if len(header) < _BLOCK:
         raise DamageError(f"its last tar header is cut to {len(header)} bytes")
+
+    # The checksum of a header is the sum of its bytes, with eight spaces (256 in sum) in the place of the checksum.
     kind, checksum = header[156:157], header[148:156]
     try:
         if _octal(checksum) != sum(header) - sum(checksum) + 256:
@@ -145,6 +155,7 @@ def _kind_and_size(header: bytes) -> tuple[bytes, int]:
         size = _octal(header[124:136])
     except ValueError:
         raise DamageError("its bytes are not a tar: a header has no number where one belongs") from None
+
     if size < 0:
         raise DamageError(f"a member claims {size} bytes")
     if kind not in _PLAIN and kind not in _EXTENSIONS:
@@ -163,7 +174,7 @@ def _name_of(header: bytes) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A member's key and its name in the sample, by webdataset's rule: the first dot of the file's name divides them."""
+    """Split a member's path into key and name by webdataset's rule: at the first dot of the file name."""
     folder, slash, file = name.rpartition("/")
     base, dot, member = file.partition(".")
     if not base or not dot:
@@ -189,7 +200,7 @@ def _expand(data: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _from_npy(data: bytes, dtype: np.dtype, what: str) -> np.ndarray:
-    # Not np.load: it sizes the array by what the header claims, before it looks at how many bytes there are.
+    # Not np.load, which allocates the array that the header claims before it checks how many bytes there are.
     header_end = len(_MAGIC) + 2 + int.from_bytes(data[len(_MAGIC) : len(_MAGIC) + 2], "little")
     shape = _shape_from_header(data[:header_end], dtype.str, what)
     if len(data) - header_end != math.prod(shape) * dtype.itemsize:
@@ -206,8 +217,8 @@ def _shape_from_header(header: bytes, dtype: str, what: str) -> tuple[int]:
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
         raise DamageError(f"{what}.npy has no npy header of version 1.0") from None
     if not header.startswith(_MAGIC) or found != dtype or not is_vector or shape[0] >= 2**63:
-        # A number of some thousand digits cannot be printed: whatever is strange is shown as the header has it.
-        is_usual = isinstance(found, str) and is_vector and shape[0] < 2**63
-        text = f"{found!r} with shape {shape}" if is_usual else header[len(_MAGIC) + 2 :].decode("ascii")
+        # An integer of some thousand digits cannot be printed, so unusual values are shown as the header's text.
+        is_printable = isinstance(found, str) and is_vector and shape[0] < 2**63
+        text = f"{found!r} with shape {shape}" if is_printable else header[len(_MAGIC) + 2 :].decode("ascii")
         raise DamageError(f"{what}.npy is an array of {text[:120].strip()}, expected {dtype!r} with one dimension")
     return shape

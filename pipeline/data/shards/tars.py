@@ -1,8 +1,8 @@
-"""Reading tars that others wrote, as far as they can be believed.
+"""Reading tars that others wrote, without trusting them.
 
-tarfile ends without a word where a header is damaged or the file was cut between two members. `members` does not: after the
-last member there must be the end mark of a tar, and nothing else up to the end of the file. Nothing is ever extracted: a
-member is a name and a stretch of bytes, read when asked for and if not too large.
+tarfile stops silently at a damaged header, or where the file was cut between two members. `members` raises an error instead:
+the last member must be followed by the end mark of a tar, and by nothing else. Nothing is ever extracted to disk: a member is
+a name and a byte range, read only on request.
 """
 
 import os
@@ -21,7 +21,7 @@ _FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 @dataclass(frozen=True)
 class Member:
-    """A member: its name, whether it is a plain file, the offset of its (first) header, and where its `size` bytes lie."""
+    """A member of a tar. `header` is the offset of its (first) header, `data` the offset of its `size` bytes."""
 
     name: str
     is_file: bool
@@ -32,21 +32,21 @@ class Member:
 
     @property
     def end(self) -> int:
-        """The offset after the member and its padding."""
+        """The offset after the member's data and padding."""
         return self.data + self.size + -self.size % _BLOCK
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The members of a tar that is not compressed, in their order.
+    """Iterate over the members of an uncompressed tar, in order.
 
     Raises:
-        DataError: the file is no tar, is cut, has a damaged header or a sparse member; the message names the file.
+        DataError: the file is not a tar, is cut, has a damaged header or a sparse member; the message names the file.
     """
     end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             while (entry := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all members in memory
                 if entry.issparse():
                     raise DataError(f"{path}: the member {entry.name!r} is a sparse file; pack it as a plain one")
                 size = entry.size if entry.isreg() else 0
@@ -59,7 +59,7 @@ def members(path: Path) -> Iterator[Member]:
 
 
 def read_member(file: BinaryIO, member: Member) -> bytes:
-    """The bytes of a member of the tar that is open as `file`.
+    """Read a member of the tar that is open as `file`.
 
     Raises:
         DataError: the file ends before the member does.

@@ -1,7 +1,8 @@
-"""Verifying a prepared folder: everything that the manifest says, held against every byte.
+"""Verification: check every byte of a prepared folder against its manifest.
 
-Each shard's sha256 and checksums, each sample's checksum and contents (by the reader that feeds training), and the sums:
-samples and tokens of each shard, documents and tokens of each source. All problems are found, not only the first.
+Checks the sha256 and checksums of every shard, the checksum and contents of every sample (with the reader that feeds
+training), and the counts: samples and tokens of each shard, documents and tokens of each source. Reports all problems, not
+only the first.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.errors import DataError
-from pipeline.data.shards.manifest import Manifest, Shard, raise_if_no_damage, read_manifest, size_problems
+from pipeline.data.shards.manifest import Manifest, Shard, raise_machine_fault_as_data_error, read_manifest, size_problems
 from pipeline.data.shards.reader import DamagedSampleError, ShardReader
 from pipeline.data.shards.sample import Sample
 from pipeline.data.shards.table import PIECE_SAMPLES, crc32_of_pieces
@@ -19,11 +20,11 @@ from pipeline.data.shards.writer import MAX_SOURCES
 from pipeline.data.tokenizer import fingerprint, load_tokenizer, vocab_size
 
 _CHUNK = 1 << 20
-_MAX_SAMPLES_NAMED = 5
+_MAX_SAMPLES_LISTED = 5
 
 
-class Totals:
-    """By source, int64 [MAX_SOURCES]: tokens, and documents that end. Stay 0 where sources have no names."""
+class SourceCounts:
+    """Counts by source, int64 [MAX_SOURCES] each: tokens, and ends of documents. They stay 0 where sources have no names."""
 
     def __init__(self) -> None:
         self.tokens = np.zeros(MAX_SOURCES, np.int64)
@@ -31,87 +32,107 @@ class Totals:
 
 
 def verify(directory: Path, report: Callable[[Shard], None] = lambda shard: None) -> list[str]:
-    """What is wrong with a prepared folder, one sentence each; empty if nothing is.
+    """Verify a prepared folder.
+
+    Args:
+        directory: the prepared folder.
+        report: called after each shard, for progress.
+
+    Returns:
+        One sentence for each problem; empty if there is none.
 
     Raises:
-        DataError: the manifest cannot be read, or the machine cannot read a file.
+        DataError: the manifest cannot be read, or the machine cannot read a file. The message lists the problems found before.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory, looks_at_files=False)
-    problems = [*_tokenizer_problems(directory, manifest), *_surplus(directory, manifest)]
-    totals = Totals()
+    manifest = read_manifest(directory, check_files=False)
+    problems = [*_tokenizer_problems(directory, manifest), *_unlisted_tars(directory, manifest)]
+
+    # Every shard with all its samples. An error of the machine ends the verification.
+    source_counts = SourceCounts()
     reader = ShardReader(directory, manifest)
     try:
         for index, shard in enumerate(manifest.shards):
-            problems += _shard_problems(directory, manifest, index, reader, totals)
+            problems += _shard_problems(directory, manifest, index, reader, source_counts)
             report(shard)
     except (DataError, OSError) as error:
         found = [f"found before that: {problem}" for problem in problems]
         raise DataError("\n".join([_fault(error, directory), *found])) from None
     reader.close()
-    return problems if problems else list(_source_problems(manifest, totals))
+
+    # Counts by source say nothing if samples are damaged.
+    return problems if problems else list(_source_problems(manifest, source_counts))
 
 
 def _fault(error: DataError | OSError, directory: Path) -> str:
     if isinstance(error, OSError):
         try:
-            raise_if_no_damage(error, directory)
+            raise_machine_fault_as_data_error(error, directory)
         except DataError as fault:
             return str(fault)
     return str(error)
 
 
-def _shard_problems(directory: Path, manifest: Manifest, index: int, reader: ShardReader, totals: Totals) -> Iterator[str]:
+def _shard_problems(
+    directory: Path, manifest: Manifest, index: int, reader: ShardReader, source_counts: SourceCounts
+) -> Iterator[str]:
     shard = manifest.shards[index]
+
+    # The files as a whole.
     yield from size_problems(directory, shard)
     if not all((directory / f"{shard.name}.{suffix}").is_file() for suffix in ("tar", "tar.idx", "tar.crc32")):
         return
     found = file_sha256(directory / f"{shard.name}.tar")
     if found != shard.sha256:
         yield f"shard {shard.name}: the sha256 of its tar is {found[:12]}…, expected {shard.sha256[:12]}…"
-    foreign = _foreign_pieces(shard, (directory / f"{shard.name}.tar.crc32").read_bytes())
-    if foreign:
+
+    # The checksums, by chunks: those of another shard would declare all samples to be damaged.
+    mismatched = _mismatched_chunks(shard, (directory / f"{shard.name}.tar.crc32").read_bytes())
+    if mismatched:
         yield (
             f"shard {shard.name}: its .crc32 is not the one that the manifest means, at samples "
-            f"{', '.join(f'{piece[0]:,} to {piece[-1]:,}' for piece in foreign)}: the file is damaged, or the shard was "
+            f"{', '.join(f'{chunk[0]:,} to {chunk[-1]:,}' for chunk in mismatched)}: the file is damaged, or the shard was "
             "exchanged for another"
         )
+
+    # The samples.
     tokens, damaged = 0, []
     for sample in range(shard.samples):
-        if any(sample in piece for piece in foreign):
+        if any(sample in chunk for chunk in mismatched):
             continue
         try:
-            tokens += count_row(reader.read(index, sample), manifest, totals)
+            tokens += count_row(reader.read(index, sample), manifest, source_counts)
         except DamagedSampleError as error:
             damaged.append(str(error))
-    yield from damaged[:_MAX_SAMPLES_NAMED]
-    if len(damaged) > _MAX_SAMPLES_NAMED:
-        yield f"shard {shard.name}: {len(damaged) - _MAX_SAMPLES_NAMED:,} samples more are damaged"
-    if not damaged and not foreign and tokens != shard.tokens:
+    yield from damaged[:_MAX_SAMPLES_LISTED]
+    if len(damaged) > _MAX_SAMPLES_LISTED:
+        yield f"shard {shard.name}: {len(damaged) - _MAX_SAMPLES_LISTED:,} samples more are damaged"
+    if not damaged and not mismatched and tokens != shard.tokens:
         yield f"shard {shard.name}: it has {tokens:,} tokens, expected {shard.tokens:,}"
 
 
-def _foreign_pieces(shard: Shard, checksums: bytes) -> list[range]:
-    """The samples of every piece of a shard's `.crc32` that is not the manifest's."""
+def _mismatched_chunks(shard: Shard, checksums: bytes) -> list[range]:
+    """Compare a shard's `.crc32` with the manifest; returns the samples of each chunk that differs."""
     found, expected = crc32_of_pieces(checksums), shard.crc32 or ""
     starts = range(0, len(expected), 8)
     wrong = (number for number, at in enumerate(starts) if found[at : at + 8] != expected[at : at + 8])
     return [range(n * PIECE_SAMPLES, min((n + 1) * PIECE_SAMPLES, shard.samples)) for n in wrong]
 
 
-def count_row(row: Sample, manifest: Manifest, totals: Totals) -> int:
-    """Add a row to the totals of its sources; returns its tokens."""
+def count_row(row: Sample, manifest: Manifest, source_counts: SourceCounts) -> int:
+    """Add a row's documents and tokens to the counts of their sources; returns the number of its tokens."""
     lengths = row.lengths.astype(np.int64)
     if row.sources is not None:
+        # A document ends in this row if its last token is the end-of-document token.
         last = row.tokens[np.cumsum(lengths) - 1]
-        totals.tokens += np.bincount(row.sources, lengths, MAX_SOURCES).astype(np.int64)
-        totals.documents += np.bincount(row.sources[last == manifest.end_of_document_id], minlength=MAX_SOURCES)
+        source_counts.tokens += np.bincount(row.sources, lengths, MAX_SOURCES).astype(np.int64)
+        source_counts.documents += np.bincount(row.sources[last == manifest.end_of_document_id], minlength=MAX_SOURCES)
     return int(lengths.sum())
 
 
-def _source_problems(manifest: Manifest, totals: Totals) -> Iterator[str]:
+def _source_problems(manifest: Manifest, source_counts: SourceCounts) -> Iterator[str]:
     for index, source in enumerate(manifest.sources):
-        for kind, found in (("tokens", totals.tokens), ("documents", totals.documents)):
+        for kind, found in (("tokens", source_counts.tokens), ("documents", source_counts.documents)):
             expected = getattr(source, kind)
             if found[index] != expected:
                 yield f"source {source.name}: the shards have {found[index]:,} of its {kind}, expected {expected:,}"
@@ -127,7 +148,7 @@ def _tokenizer_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{directory / manifest.tokenizer_file} is not the tokenizer that the manifest names; copy it again"
 
 
-def _surplus(directory: Path, manifest: Manifest) -> Iterator[str]:
+def _unlisted_tars(directory: Path, manifest: Manifest) -> Iterator[str]:
     listed = {f"{shard.name}.tar" for shard in manifest.shards}
     for path in sorted(directory.glob("*.tar")):
         if path.name not in listed:
@@ -135,7 +156,7 @@ def _surplus(directory: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Compute the sha256 of a file, in hexadecimal."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         for chunk in iter(lambda: file.read(_CHUNK), b""):

@@ -1,14 +1,16 @@
-"""Writing shards: webdataset tars of packed rows, and beside each its offsets and checksums.
+"""Writing shards: webdataset tars of packed rows, each with an index of offsets and one of checksums.
 
-Beside `NAME.tar` lie `NAME.tar.idx` (uint64 offsets of every sample's first header, and of the end of the last) and
-`NAME.tar.crc32` (uint32 of every sample's bytes), both little-endian.
+A shard is three files, all little-endian:
 
-The tars are byte for byte those of webdataset's `TarWriter` with fixed metadata (a test holds them against each other), but
-their headers are made here from one template: at T = 2048 tarfile's own would take an eighth of the time of tokenising. The
-same rows give the same bytes.
+    NAME.tar          samples, each of the members KEY.documents.npy, KEY.sources.npy (if sources are named), KEY.tokens.npy
+    NAME.tar.idx      uint64 [samples + 1], the offset of each sample's first header, and the end of the last sample
+    NAME.tar.crc32    uint32 [samples], the CRC-32 of each sample's bytes
 
-A file gets its name when it is complete and on the disk (`storage.whole_file`), so that a writer killed at any moment leaves no
-half shard.
+The tars are byte for byte those of webdataset's `TarWriter` with fixed metadata (a test compares them). Their headers are made
+here from one template, because at T = 2048 tarfile's headers would take an eighth of the time of tokenising. The same rows
+give the same bytes.
+
+Files are written atomically (`storage.atomic_write`), so that a writer killed at any moment leaves no half shard.
 """
 
 import hashlib
@@ -23,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.shards.table import Shard, crc32_of_pieces
-from pipeline.storage.whole_file import whole_file, write_file
+from pipeline.storage.atomic_write import atomic_write, write_file
 
 OFFSET = np.dtype("<u8")
 CRC = np.dtype("<u4")
@@ -32,15 +34,17 @@ SOURCE = np.dtype("|u1")
 MAX_SOURCES = 256
 
 _BLOCK = 512
-# tarfile fills its tars up to a multiple of this, and at least two empty blocks.
+# As tarfile does, a tar ends with at least two empty blocks and is padded to a multiple of this.
 _RECORD = 20 * _BLOCK
 
 
 @dataclass(frozen=True)
 class Row:
-    """One packed row: `tokens` [T]; `lengths` uint32 and `sources` uint8, one entry for each document in it.
+    """One packed row of D documents. Positions from sum(lengths) on are padding.
 
-    Positions from sum(lengths) on are padding.
+    tokens: [T], of any integer type.
+    lengths: uint32 [D], tokens of each document.
+    sources: uint8 [D], the source of each document.
     """
 
     tokens: np.ndarray
@@ -49,19 +53,19 @@ class Row:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id fits, else uint32; little-endian."""
+    """Choose the dtype of token ids: uint16 if every id fits, else uint32; little-endian."""
     return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<u4")
 
 
 def shard_name(index: int) -> str:
-    """Name of a data set's shard, without `.tar`."""
+    """Name shard `index` of a data set, without `.tar`."""
     return f"shard-{index:05d}"
 
 
 def write_shards(
     rows: Iterable[Row], directory: Path, *, vocab_size: int, samples_per_shard: int, named_sources: bool
 ) -> list[Shard]:
-    """Write rows to `shard-00000.tar` and so on in `directory`, with their indices; the manifest is the caller's."""
+    """Write rows to `shard-00000.tar` and so on in `directory`, with their index files; the caller writes the manifest."""
     remaining, shards = iter(rows), list[Shard]()
     while first := next(remaining, None):
         in_shard = itertools.chain([first], itertools.islice(remaining, samples_per_shard - 1))
@@ -81,11 +85,24 @@ def write_shards(
 def write_shard(
     samples: Iterable[tuple[str, Row]], directory: Path, name: str, *, vocab_size: int, named_sources: bool
 ) -> Shard:
-    """Write `NAME.tar` with its two index files from keys and their rows, of which there must be at least one."""
+    """Write `NAME.tar` and its two index files.
+
+    Args:
+        samples: at least one (key, row).
+        directory: an existing folder.
+        name: of the shard, without `.tar`.
+        vocab_size: which decides the dtype of the tokens.
+        named_sources: if true, samples have a member for the documents' sources.
+
+    Returns:
+        The shard's entry in the manifest.
+    """
     dtype = token_dtype(vocab_size)
     offsets, crcs, tokens, sha256 = [0], [], 0, hashlib.sha256()
     path = directory / f"{name}.tar"
-    with whole_file(path) as file:
+
+    # The tar, hashed while it is written.
+    with atomic_write(path) as file:
         for key, row in samples:
             data = b"".join(_member(f"{key}.{member}", content) for member, content in _members(row, dtype, named_sources))
             file.write(data)
@@ -96,6 +113,8 @@ def write_shard(
         end = bytes(-(offsets[-1] + 2 * _BLOCK) % _RECORD + 2 * _BLOCK)
         file.write(end)
         sha256.update(end)
+
+    # The index files.
     write_file(directory / f"{name}.tar.idx", np.array(offsets, OFFSET).tobytes())
     checksums = np.array(crcs, CRC).tobytes()
     write_file(directory / f"{name}.tar.crc32", checksums)
@@ -110,7 +129,7 @@ def write_shard(
 
 
 def _members(row: Row, tokens: np.dtype, named_sources: bool) -> Iterator[tuple[str, bytes]]:
-    # In the order of their names, as TarWriter has them.
+    # Sorted by name, as TarWriter does it.
     yield "documents.npy", _to_npy(row.lengths.astype(LENGTH, copy=False))
     if named_sources:
         yield "sources.npy", _to_npy(row.sources.astype(SOURCE, copy=False))
@@ -123,13 +142,13 @@ def _member(name: str, content: bytes) -> bytes:
 
 @lru_cache(maxsize=1)
 def _header_template() -> tuple[bytearray, int]:
-    """A ustar header of a file without name, size and checksum, and the sum of its bytes, those of the checksum as spaces."""
+    """Make a ustar header without name, size and checksum, and the sum of its bytes, with spaces for the checksum."""
     header = bytearray(_BLOCK)
-    header[100:124] = b"0000644\x000000000\x000000000\x00"
-    header[136:148] = b"00000000000\x00"
-    header[148:156] = b" " * 8
-    header[156:157] = b"0"
-    header[257:265] = b"ustar\x0000"
+    header[100:124] = b"0000644\x000000000\x000000000\x00"  # mode, user, group
+    header[136:148] = b"00000000000\x00"  # time of change
+    header[148:156] = b" " * 8  # checksum
+    header[156:157] = b"0"  # a plain file
+    header[257:265] = b"ustar\x0000"  # magic and version
     return header, sum(header)
 
 

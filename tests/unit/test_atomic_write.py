@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.whole_file import publish, whole_file, write_file
+from pipeline.storage.atomic_write import atomic_write, publish, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -82,7 +82,7 @@ def test_a_writer_that_raises_leaves_what_was_there_and_nothing_else(tmp_path):
         assert (tmp_path / "a").read_bytes() == b"old"
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a") as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "a") as file:
         file.writelines(half_a_file())
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"

@@ -1,4 +1,4 @@
-"""Assembling: what the shards of a folder must not have in common."""
+"""Packing shards: no key is in two shards of a folder."""
 
 from random import Random
 

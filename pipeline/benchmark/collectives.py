@@ -1,0 +1,68 @@
+"""What collectives move: a record of those that are called, and the kernel's count of the bytes on the sockets."""
+
+import os
+import socket
+import stat
+import struct
+import time
+from typing import Any, NamedTuple
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Collective(NamedTuple):
+    """kind: `all_gather` or `all_reduce`; payload: bytes that a rank hands in."""
+
+    kind: str
+    payload: int
+
+    def wire_bytes(self, ranks: int) -> float:
+        """Bytes that each rank sends (and receives): (R-1) n of a gather, 2 (R-1)/R n of a sum, whether round a ring or by
+        recursive doubling and halving; no algorithm does with less (Chan et al. 2007, doi 10.1002/cpe.1206)."""
+        whole = (ranks - 1) * self.payload
+        return whole if self.kind == "all_gather" else 2 * whole / ranks
+
+
+KINDS = {"_allgather_base_": "all_gather", "allgather_": "all_gather", "allreduce_": "all_reduce"}
+
+
+class CollectiveRecorder(TorchDispatchMode):
+    """While it is entered, notes every collective that this thread calls, whoever calls it and by whatever name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[Collective] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            name = function._opname
+            given = args[1] if name.startswith("_allgather") else args[0]
+            tensors = given if isinstance(given, list) else [given]
+            payload = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.collectives.append(Collective(KINDS.get(name, name), payload))
+        return function(*args, **(kwargs or {}))
+
+
+def bytes_sent() -> int | None:
+    """What this process's open TCP sockets have sent and seen acknowledged, by the kernel's count, gloo's control messages
+    included; None elsewhere than on Linux. Waits until no more is acknowledged."""
+    if not os.path.isdir("/proc/self/fd"):
+        return None
+    before, now = -1, 0
+    while now != before:
+        time.sleep(0.05)
+        before, now = now, sum(_acknowledged(int(descriptor)) for descriptor in os.listdir("/proc/self/fd"))
+    return now
+
+
+def _acknowledged(descriptor: int) -> int:
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return 0
+    except OSError:
+        return 0  # The listing's own descriptor, closed by now.
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
+            return 0
+        # tcpi_bytes_acked of the kernel's struct tcp_info.
+        return struct.unpack_from("Q", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128), 120)[0]
