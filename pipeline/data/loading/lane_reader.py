@@ -98,7 +98,7 @@ class RoundsChunk:
 def merge_chunks(chunks: Sequence[RoundsChunk]) -> list[Sample]:
     """Interleave the workers' chunks of the same rounds: round by round, in the order of the workers."""
     by_round = zip(*(chunk.samples_by_round() for chunk in chunks), strict=True)
-    return [sample for parts in by_round for part in parts for sample in part]
+    return [sample for of_workers in by_round for of_worker in of_workers for sample in of_worker]
 
 
 class LaneRounds(IterableDataset):

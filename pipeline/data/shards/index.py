@@ -46,12 +46,12 @@ class IndexChunk:
         self.first = number * PIECE_SAMPLES
         self.offsets = np.full(min(PIECE_SAMPLES, num_samples - self.first) + 1, _UNKNOWN)
         self.checksums = _whole_items(checksums, CRC)
-        self._num_asked = 0
-        self._is_whole = False
+        self._num_requested = 0
+        self._is_complete = False
 
     def unread(self, samples: Sequence[int]) -> list[int]:
         """List those of the given samples whose offsets were not read yet."""
-        if self._is_whole:
+        if self._is_complete:
             return []
         within = np.array(samples) - self.first
         is_unread = (self.offsets[within] == _UNKNOWN) | (self.offsets[within + 1] == _UNKNOWN)
@@ -60,13 +60,13 @@ class IndexChunk:
     def read_offsets(self, idx: OpenFile, samples: Sequence[int], *, one_by_one: bool) -> None:
         """Read the offsets of the given samples: if `one_by_one` and they are few only theirs, else the whole chunk."""
         unread = self.unread(samples)
-        self._num_asked += len(unread)
-        if one_by_one and self._num_asked <= _MAX_SINGLE_READS:
+        self._num_requested += len(unread)
+        if one_by_one and self._num_requested <= _MAX_SINGLE_READS:
             for sample in unread:
                 self._read(idx, sample, 2)
         elif unread:
             self._read(idx, self.first, len(self.offsets))
-            self._is_whole = True
+            self._is_complete = True
 
     def _read(self, idx: OpenFile, first: int, count: int) -> None:
         offsets = _whole_items(idx.read(OFFSET.itemsize * first, OFFSET.itemsize * count), OFFSET)
