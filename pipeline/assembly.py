@@ -126,6 +126,6 @@ def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, A
         shuffle_block=settings.data.shuffle_block,
         num_workers=num_workers,
         access=settings.data.access,
-        # A rank that raised alone would leave the others waiting in a collective; `settle_damage` raises on all.
+        # A rank that raised alone would leave the others waiting in a collective; `handle_damage` raises on all.
         raises=False,
     )

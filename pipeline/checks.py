@@ -81,14 +81,14 @@ def _cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]
     """Problems of the cached losses; the built-in corpus has none, because the job is yet to prepare it."""
     if settings.data.builtin or not has_selecting_heads(settings):
         return
-    for place in data_places(settings):
+    for location in data_locations(settings):
         try:
-            cached_losses(settings, place, config)
+            cached_losses(settings, location, config)
         except DataError as error:
             yield f"reference.cached: {error}"
 
 
-def data_places(settings: Settings) -> list[Location]:
+def data_locations(settings: Settings) -> list[Location]:
     """Locations of all training data sets, then of the validation set if there is one."""
     validation = settings.data.validation_path
     return [*(each.location for each in sets_of(settings.data)), *([] if validation is None else [validation])]

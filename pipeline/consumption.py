@@ -59,7 +59,7 @@ def count(batches: Sequence[Batch], num_sources: int) -> Tensor:
     return torch.from_numpy(np.concatenate([[tokens_S.sum(), positions, damaged, failed], tokens_S, samples_S]))
 
 
-def settle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSettings, before: int) -> list[str]:
+def handle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSettings, before: int) -> list[str]:
     """React to damaged samples of a step as `data.on_corrupt` says. Collective if there are any.
 
     Args:

@@ -42,8 +42,8 @@ def reference_shape(settings: Settings, include_untrained: bool = False) -> Mode
     return next_token_model(settings.model) if include_untrained and settings.reference.training_steps is not None else None
 
 
-def cached_losses(settings: Settings, place: Location, config: dict[str, Any]) -> CachedLosses | None:
-    """Find the cached reference losses of the data set at `place`; None if `reference.cached` is not set.
+def cached_losses(settings: Settings, location: Location, config: dict[str, Any]) -> CachedLosses | None:
+    """Find the cached reference losses of the data set at `location`; None if `reference.cached` is not set.
 
     config: the resolved DeepSpeed configuration, for the precision.
 
@@ -55,8 +55,8 @@ def cached_losses(settings: Settings, place: Location, config: dict[str, Any]) -
         return None
     return find_losses(
         reference.cached,
-        data_fingerprint(read_whole(place / MANIFEST_FILE, settings.data.access)),
-        str(place),
+        data_fingerprint(read_whole(location / MANIFEST_FILE, settings.data.access)),
+        str(location),
         horizon=reference.horizon,
         columns=settings.model.num_prediction_heads if reference.horizon == "matched" else 1,
         precision=precision_of(config),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from pipeline.config import Settings
-from pipeline.consumption import settle_damage
+from pipeline.consumption import handle_damage
 from pipeline.data.loading.batch import Batch
 from pipeline.micro_step import Models, comparisons, count_step, load_micro_batches, policy_losses, selectors_of
 from pipeline.runtime.distributed import World
@@ -43,7 +43,7 @@ def evaluate(
             micro_batches = load_micro_batches([batch], first_sample, num_heads, world.size, world.rank, device)
             first_sample += len(batch.tokens_BT) * world.size
             counts, consumed, _ = count_step(micro_batches, objective, len(source_names), models.group).read()
-            num_corrupt += len(settle_damage(consumed, [batch], settings.data, num_corrupt))
+            num_corrupt += len(handle_damage(consumed, [batch], settings.data, num_corrupt))
 
             # Losses, as in training; without gradients nothing is gained by predicting.
             compared = comparisons(models, micro_batches, training)

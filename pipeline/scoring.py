@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.assembly import Job, build_frozen_reference, resolve_settings
-from pipeline.checks import data_places
+from pipeline.checks import data_locations
 from pipeline.config import ConfigError, Settings
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import collate, targets_and_valid
@@ -67,8 +67,8 @@ def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopReque
         raise ConfigError(["model.num_prediction_heads: 1, so nothing selects and there is nothing to score for"])
 
     reference = build_frozen_reference(job, settings, config, shape)
-    for place in data_places(settings):
-        if not _score_data_set(job, settings, place, reference, cache, precision_of(config), dtype, stop):
+    for location in data_locations(settings):
+        if not _score_data_set(job, settings, location, reference, cache, precision_of(config), dtype, stop):
             return EXIT_TRY_AGAIN
     return 0
 
@@ -76,7 +76,7 @@ def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopReque
 def _score_data_set(
     job: Job,
     settings: Settings,
-    place: Location,
+    location: Location,
     reference: Reference,
     cache: Path,
     precision: str,
@@ -85,12 +85,12 @@ def _score_data_set(
 ) -> bool:
     """Score one data set; returns False if a request to stop came first."""
     # The manifest of the losses says which data and reference they belong to.
-    manifest, model = read_manifest(place, settings.data.access), settings.reference.path
+    manifest, model = read_manifest(location, settings.data.access), settings.reference.path
     assert model is not None
     horizon, num_heads = settings.reference.horizon, settings.model.num_prediction_heads
     losses = LossesManifest.model_validate(
         {
-            "data_sha256": data_fingerprint(read_whole(place / MANIFEST_FILE, settings.data.access)),
+            "data_sha256": data_fingerprint(read_whole(location / MANIFEST_FILE, settings.data.access)),
             "reference_sha256": model_fingerprint(model),
             "reference": str(model.absolute()),
             "precision": precision,
@@ -107,11 +107,11 @@ def _score_data_set(
     if failure is not None:
         raise DataError(failure)
     if missing is None:
-        _say(job, f"{place}: scored already, in {writer.folder}")
+        _say(job, f"{location}: scored already, in {writer.folder}")
         return True
 
     # One piece per rank and round.
-    reader = ShardReader(place, manifest, settings.data.access)
+    reader = ShardReader(location, manifest, settings.data.access)
     started = last_line = time.monotonic()
     for first in range(0, len(missing), world.size):
         # In the last round some ranks may have none left: they score the last piece with its owner and write nothing.
@@ -124,13 +124,13 @@ def _score_data_set(
         losses_NTC = np.concatenate(list(batches))[: len(samples)]
         if first + world.rank < len(missing):
             writer.write(mine, losses_NTC)
-        if any_rank(stop.is_made, job.device):
-            _say(job, f"{place}: stopped on request; the same command continues from what was saved")
+        if any_rank(stop.is_requested, job.device):
+            _say(job, f"{location}: stopped on request; the same command continues from what was saved")
             return False
         if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
             last_line, done = time.monotonic(), min(first + world.size, len(missing))
             left = (last_line - started) / done * (len(missing) - done)
-            _say(job, f"{place}: {done:,} of {len(missing):,} pieces scored, about {left:,.0f} s left")
+            _say(job, f"{location}: {done:,} of {len(missing):,} pieces scored, about {left:,.0f} s left")
 
     # All pieces are written: join them into one file per shard, then write the manifest, which marks the set as finished.
     dist.barrier()
@@ -140,7 +140,7 @@ def _score_data_set(
     if world.is_first:
         writer.finish()
     dist.barrier()
-    _say(job, f"{place}: reference losses of {manifest.num_samples:,} rows in {writer.folder}")
+    _say(job, f"{location}: reference losses of {manifest.num_samples:,} rows in {writer.folder}")
     return True
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config import Settings
-from pipeline.consumption import Consumed, settle_damage
+from pipeline.consumption import Consumed, handle_damage
 from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.prefetch import prefetched
 from pipeline.micro_step import comparisons, count_step, load_micro_batches, policy_losses, selectors_of
@@ -83,7 +83,7 @@ def fetched_ahead(run: Run, progress: Progress, stop: StopRequest) -> Iterator[t
     positions = zip(
         range(progress.step, run.settings.training.steps), itertools.count(progress.samples, num_rows), strict=False
     )
-    steps = (fetch_step(run, batches, step, first_sample, stop.is_made) for step, first_sample in positions)
+    steps = (fetch_step(run, batches, step, first_sample, stop.is_requested) for step, first_sample in positions)
     fetched = next(steps, None)
     while fetched is not None:
         following = next(steps, None)
@@ -118,7 +118,7 @@ def train_step(run: Run, fetched: FetchedStep, progress: Progress) -> StepResult
 
     # Damaged samples: all ranks go on, or all stop.
     batches = [micro.batch for micro in micro_batches]
-    replaced = settle_damage(consumed, batches, settings.data, progress.corrupt_samples)
+    replaced = handle_damage(consumed, batches, settings.data, progress.corrupt_samples)
 
     rate = learning_rate(training, progress.applied_steps)
     set_learning_rate(run.engine, rate)

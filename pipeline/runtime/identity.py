@@ -67,8 +67,8 @@ def identity_of(settings: Settings, deepspeed: dict[str, Any], cached: Sequence[
 def _data_fingerprint(data: DataSettings) -> str | list[Any]:
     """SHA-256 of the data's manifest; for a mixture [name, weight, SHA-256] of each set."""
 
-    def of(place: Location) -> str:
-        return hashlib.sha256(read_whole(place / "manifest.json", data.access)).hexdigest()
+    def of(location: Location) -> str:
+        return hashlib.sha256(read_whole(location / "manifest.json", data.access)).hexdigest()
 
     if data.mixture is not None:
         return [[each.name, each.weight, of(each.path)] for each in data.mixture]

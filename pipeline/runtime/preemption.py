@@ -32,7 +32,7 @@ class StopRequest:
         self._file = run_dir / "STOP"
 
     @property
-    def is_made(self) -> bool:
+    def is_requested(self) -> bool:
         """True if this process was asked to stop. It says nothing of other ranks: they have to agree before they act."""
         return self._signalled or (self._file is not None and self._file.exists())
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataSettings
-from pipeline.consumption import Consumed, count, data_metrics, settle_damage
+from pipeline.consumption import Consumed, count, data_metrics, handle_damage
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import blank_batch, collate
 from pipeline.data.loading.mixture import DataSet
@@ -47,7 +47,7 @@ def test_counts_are_those_of_counting_by_hand(batches):
 
 
 def settled(batches, before=0, **changes):
-    return settle_damage(Consumed.of(count(batches, 1).tolist()), batches, DataSettings(**changes), before)
+    return handle_damage(Consumed.of(count(batches, 1).tolist()), batches, DataSettings(**changes), before)
 
 
 def test_damage_is_an_error_or_passed_over_up_to_a_cap():
@@ -85,7 +85,7 @@ def settle_on_this_rank():
         counts = count(batches, 1)
         dist.all_reduce(counts)
         try:
-            answers.append(settle_damage(Consumed.of(counts.tolist()), batches, DataSettings(on_corrupt=on_corrupt), 0))
+            answers.append(handle_damage(Consumed.of(counts.tolist()), batches, DataSettings(on_corrupt=on_corrupt), 0))
         except DataError as error:
             answers.append((str(error), error.agreed))
     return answers
