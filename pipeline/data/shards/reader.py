@@ -8,9 +8,8 @@ The `.crc32` file itself is checked too, or else a shard that was replaced by an
 would pass. The manifest has a CRC-32 for each chunk of 1,024 samples of that file. A chunk is checked when it is first read,
 so that a reader of few samples reads little more than these.
 
-Samples are requested many at a time: neighbours in a shard are read by one read, remote shards by parallel requests. Only a
-bounded number of index chunks and open shards is kept, so memory and open files grow neither with the size of a shard nor
-with the number of shards.
+Samples are requested many at a time: neighbours in a shard are read by one read, remote shards by parallel requests. Only so
+many index chunks and open shards are kept, so memory and open files do not grow with the size or number of shards.
 """
 
 import errno
@@ -211,10 +210,9 @@ class ShardReader:
         return (OFFSET.itemsize * first, OFFSET.itemsize * (count + 1)), (CRC.itemsize * first, CRC.itemsize * count)
 
     def _files(self, shard: int) -> list[OpenFile]:
-        with self._open_lock:  # parallel requests open files concurrently
+        with self._open_lock:  # of parallel requests
             opened = self._open.get(shard, lambda: OpenShard(self.directory, self.manifest.shards[shard], self._access))
-            # Return a copy of the list, because the next request may evict and close the shard. A closed remote file can still
-            # be read, as it holds nothing open; local files have one request at a time.
+            # A copy, because the next request may evict and close the shard; a closed remote file can still be read.
             return list(opened.files)
 
     def _ranges(
