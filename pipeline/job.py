@@ -32,8 +32,8 @@ from pipeline.runtime.logbook import read_records, summary_table
 from pipeline.runtime.memory import peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
-from pipeline.storage.atomic_write import publish, write_file
 from pipeline.storage.files import read_whole
+from pipeline.storage.whole_file import publish, write_file
 from pipeline.train import advance, fetch_step, train, train_step
 
 # The reference has one head and selects nothing. With these settings at their defaults, a change of the policy's selection does

@@ -6,7 +6,7 @@ from collections import deque
 
 from pipeline.config import Settings
 from pipeline.consumption import data_metrics
-from pipeline.data.loading.prefetch import prefetched
+from pipeline.data.loading.prefetch import EVALUATION_BATCHES_AHEAD, prefetched
 from pipeline.data.loading.stream import Stream
 from pipeline.evaluate import evaluate
 from pipeline.progress import Progress
@@ -86,7 +86,7 @@ class Reporter:
 
         run.engine.eval()
         rows = run.validation.iterate(0, end_sample=validation_rows(run.validation, run.settings))
-        batches = prefetched(rows, run.device, depth=1)
+        batches = prefetched(rows, run.device, depth=EVALUATION_BATCHES_AHEAD)
         names = run.validation.manifest.source_names or ("",)
         objective = objective_at(run.settings, progress.step)
         record = evaluate(run.models, batches, run.settings, objective, names, run.world, run.device)

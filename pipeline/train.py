@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.config import Settings
 from pipeline.consumption import Consumed, handle_damage
 from pipeline.data.loading.batch import Batch
-from pipeline.data.loading.prefetch import prefetched
+from pipeline.data.loading.prefetch import prefetched, training_depth
 from pipeline.micro_step import comparisons, count_step, load_micro_batches, policy_losses, selectors_of
 from pipeline.progress import Progress
 from pipeline.reporter import Reporter
@@ -78,7 +78,7 @@ def fetched_ahead(run: Run, progress: Progress, stop: StopRequest) -> Iterator[t
     The following step is fetched first: its counts are summed over ranks behind the current step's work, and have arrived
     long before they are needed.
     """
-    batches = prefetched(run.stream.iterate(progress.samples), run.device, depth=2 * run.stream.micro_steps)
+    batches = prefetched(run.stream.iterate(progress.samples), run.device, depth=training_depth(run.stream.micro_steps))
     num_rows = run.settings.data.global_batch
     positions = zip(
         range(progress.step, run.settings.training.steps), itertools.count(progress.samples, num_rows), strict=False

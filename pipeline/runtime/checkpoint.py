@@ -19,7 +19,7 @@ from pipeline.progress import Progress
 from pipeline.runtime.distributed import World, broadcast_from_first
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.identity import FIXED_SETTINGS, changed_settings
-from pipeline.storage.atomic_write import publish, write_file
+from pipeline.storage.whole_file import publish, write_file
 
 REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"
 

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config import Settings
 from pipeline.runtime.distributed import World
-from pipeline.storage.atomic_write import write_file
+from pipeline.storage.whole_file import write_file
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "tokenizers", "safetensors", "numpy")
 

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, EXCESS_LOWEST, Record, Totals, ratio
 from pipeline.runtime.table import aligned
-from pipeline.storage.atomic_write import write_file
+from pipeline.storage.whole_file import write_file
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from pipeline.storage.atomic_write import write_file
 from pipeline.storage.locks import take_lock
+from pipeline.storage.whole_file import write_file
 
 PART = 2**20
 _NUM_LOCKS = 64

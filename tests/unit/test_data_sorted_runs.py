@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.corpus.shard_packing import PackingSettings, pack_shard, packing_tasks
+from pipeline.data.corpus.shard_assembly import PackingSettings, pack_shard, packing_tasks
 from pipeline.data.corpus.sorted_runs import NUM_BUCKETS, SortedRuns, SortedRunWriter
 from pipeline.data.permutation import DOCUMENTS, permutation, sort_keys
 from pipeline.data.shards.manifest import Manifest

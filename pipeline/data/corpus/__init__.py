@@ -6,7 +6,7 @@ lines          reads lines of plain and compressed text files in bounded memory
 columns        reads text columns of .parquet files and `hf:` folders
 tokenization   tokenises slices into sorted runs of ids, split into training and validation
 sorted_runs    tokenised documents on disk, sorted by the shuffle's key (external sort)
-shard_packing  packs the shuffled documents of the sorted runs into shards, each by itself
+shard_assembly  packs the shuffled documents of the sorted runs into shards, each by itself
 packing        the two packing rules, `concat` and `best_fit`
 
 prepare        prepares documents from anywhere, one by one; the settings of a preparation

@@ -32,7 +32,7 @@ from pipeline.data.permutation import WORDS, permutation
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.shards.output_folder import atomic_folder
 from pipeline.data.tokenizer import train_bpe
-from pipeline.storage.atomic_write import write_file
+from pipeline.storage.whole_file import write_file
 
 CORPUS_FILE = "corpus.json"
 """The settings of the corpus. Written last, so that a corpus that has this file is complete."""

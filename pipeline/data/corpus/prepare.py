@@ -2,7 +2,7 @@
 
 `prepare` takes documents from anywhere, one by one, in this thread. `prepare_files` takes files, with many workers, and
 resumes after a kill. Both tokenise documents into sorted runs of ids on disk (`tokenization`, `sorted_runs`). Every shard then
-reads its range of the shuffled documents from them and packs it (`shard_packing`). The same documents, seed and tokenizer give
+reads its range of the shuffled documents from them and packs it (`shard_assembly`). The same documents, seed and tokenizer give
 the same bytes.
 
 A folder is written under a temporary name and renamed at the end (`shards.output_folder`), so a folder that exists is complete.
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from pipeline.data.corpus.documents import Document, Rules
 from pipeline.data.corpus.packing import PACKINGS
-from pipeline.data.corpus.shard_packing import PackingSettings, ShardRecord, pack_shard, packing_tasks
+from pipeline.data.corpus.shard_assembly import PackingSettings, ShardRecord, pack_shard, packing_tasks
 from pipeline.data.corpus.sorted_runs import SortedRunWriter
 from pipeline.data.corpus.tokenization import Encoder, TokenizationSettings, add_documents
 from pipeline.data.corpus.workers import Report, work_on

@@ -33,7 +33,7 @@ from pipeline.data.shards.manifest import MANIFEST_FILE, InputCounts, Manifest, 
 from pipeline.data.shards.output_folder import LOCK_FILE, is_occupied, locked, make_partial, partial_folder, remove
 from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
-from pipeline.storage.atomic_write import publish, write_file
+from pipeline.storage.whole_file import publish, write_file
 
 # A BPE is trained on slices evenly spread over the input, about so many bytes. More text would change it little.
 _TRAINING_BYTES = 1 << 30

@@ -14,7 +14,7 @@ from pipeline.data.corpus.inputs import InputFile
 from pipeline.data.corpus.prepare import PrepareSettings
 from pipeline.data.errors import DataError
 from pipeline.data.shards.output_folder import REQUEST_FILE, clear
-from pipeline.storage.atomic_write import write_file
+from pipeline.storage.whole_file import write_file
 
 
 def describe(

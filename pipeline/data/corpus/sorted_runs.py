@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.corpus.packing import TokenizedDocuments
-from pipeline.storage.atomic_write import write_file
+from pipeline.storage.whole_file import write_file
 
 NUM_BUCKETS = 1 << 16
 # A worker holds so many tokens, 64 or 128 MB, before it writes a run.

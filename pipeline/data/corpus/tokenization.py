@@ -28,7 +28,7 @@ from pipeline.data.corpus.workers import Report
 from pipeline.data.permutation import COPIES, DOCUMENTS, sort_keys
 from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import for_documents, load_tokenizer, vocab_size
-from pipeline.storage.atomic_write import write_file
+from pipeline.storage.whole_file import write_file
 
 # Characters given to the tokenizer at once: enough for it to use all cores of one process, few enough to hold in memory.
 _BATCH_CHARACTERS = 2_000_000

@@ -27,7 +27,7 @@ from pipeline.data.shards.tars import Member, members, read_member
 from pipeline.data.shards.verification import SourceCounts, count_row, file_sha256
 from pipeline.data.shards.writer import CRC, MAX_SOURCES, OFFSET
 from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, load_tokenizer, vocab_size
-from pipeline.storage.atomic_write import write_file
+from pipeline.storage.whole_file import write_file
 
 _REQUIRED = {"tokens.npy", "documents.npy"}
 _SOURCES = "sources.npy"

@@ -15,7 +15,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import MANIFEST_FILE, Manifest
 from pipeline.data.shards.reference_losses import STORED_DTYPES, LossesManifest, losses_folder
 from pipeline.data.shards.writer import CRC
-from pipeline.storage.atomic_write import atomic_write, publish, write_file
+from pipeline.storage.whole_file import atomic_write, publish, write_file
 
 _PIECE_SAMPLES = 1024
 

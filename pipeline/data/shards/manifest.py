@@ -21,10 +21,10 @@ from pydantic import (
 
 from pipeline.data.errors import DataError
 from pipeline.data.shards.table import Count, FileName, Positive, Record, Sha256, Shard, ShardTable, parse_with_table
-from pipeline.storage.atomic_write import write_file
 from pipeline.storage.faults import raise_if_machine_fault
 from pipeline.storage.files import DIRECT, Access, StorageError, read_whole
 from pipeline.storage.location import Location, Url
+from pipeline.storage.whole_file import write_file
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.data.errors import DataError
-from pipeline.storage.atomic_write import publish
 from pipeline.storage.locks import take_lock
+from pipeline.storage.whole_file import publish
 
 LOCK_FILE = "lock"
 _PARTIAL = ".partial"

@@ -10,7 +10,7 @@ The tars are byte for byte those of webdataset's `TarWriter` with fixed metadata
 here from one template, because at T = 2048 tarfile's headers would take an eighth of the time of tokenising. The same rows
 give the same bytes.
 
-Files are written atomically (`storage.atomic_write`), so that a writer killed at any moment leaves no half shard.
+Files are written atomically (`storage.whole_file`), so that a writer killed at any moment leaves no half shard.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.shards.table import Shard, crc32_of_pieces
-from pipeline.storage.atomic_write import atomic_write, write_file
+from pipeline.storage.whole_file import atomic_write, write_file
 
 OFFSET = np.dtype("<u8")
 CRC = np.dtype("<u4")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.atomic_write import atomic_write, publish, write_file
+from pipeline.storage.whole_file import atomic_write, publish, write_file
 
 
 def names(folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ from pipeline.data.corpus.sorted_runs import SortedRuns
 from pipeline.data.corpus.workers import Report
 from pipeline.data.shards.manifest import Shard
 from pipeline.data.shards.writer import shard_name, token_dtype, write_shard
-from pipeline.storage.atomic_write import write_file
+from pipeline.storage.whole_file import write_file
 
 
 @dataclass(frozen=True)
