@@ -115,9 +115,10 @@ class Manifest(Record):
     def _is_consistent(self) -> "Manifest":
         if self.end_of_document_id >= self.vocab_size:
             raise ValueError(f"end_of_document_id {self.end_of_document_id} is not below vocab_size {self.vocab_size}")
-        for kind, names in (("source", self.source_names), ("shard", ShardTable.of(self.shards).names)):
-            if len(set(names)) != len(names):
-                raise ValueError(f"two {kind}s have the same name")
+        if len(set(self.source_names)) != len(self.source_names):
+            raise ValueError("two sources have the same name")
+        if not ShardTable.of(self.shards).has_unique_names():
+            raise ValueError("two shards have the same name")
         return self
 
 

@@ -286,12 +286,12 @@ class ShardReader:
                 raise DamageError(f"expected {end - start} bytes at {range_.offsets[index]} of the tar, got {len(own)}")
             if zlib.crc32(own) != range_.checksums[index]:
                 raise DamageError(f"its CRC-32 is {zlib.crc32(own):08x}, expected {range_.checksums[index]:08x}")
-            return self._decoder.decode(own, self._table.names[range_.shard])
+            return self._decoder.decode(own, self._table.name(range_.shard))
         except DamageError as damage:
             return self._blank(range_.shard, range_.samples[index], damage)
 
     def _blank(self, shard: int, sample: int, damage: Exception) -> Sample:
-        name = self._table.names[shard]
+        name = self._table.name(shard)
         message = (
             f"shard {name}, sample {sample}, in {self.directory} is damaged: {damage}; "
             "copy the shard and its .idx and .crc32 again from where the data was prepared, or prepare again"

@@ -5,7 +5,6 @@ they are parsed, and the rules are applied to a whole column at a time. What is 
 record by record, so that the rules and their messages have one owner.
 """
 
-import itertools
 import json
 import re
 import zlib
@@ -71,72 +70,33 @@ _FIELDS = tuple(Shard.model_fields)
 _SHARDS_AT_ONCE = 1 << 14
 
 
-class _Names(Sequence[str]):
-    """Strings in one string: a million of their own would be three times as much memory, and work for every garbage
-    collection."""
-
-    def __init__(self, text: str, ends: np.ndarray) -> None:
-        self._text = text
-        self._ends = ends
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> "_Names":
-        return cls("".join(names), _ends(map(len, names)))
-
-    @classmethod
-    def joined(cls, parts: Sequence["_Names"]) -> "_Names":
-        return cls("".join(part._text for part in parts), _joined_ends([part._ends for part in parts]))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        return self._text[self._ends[index] : self._ends[index + 1]]
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._text[start:end] for start, end in itertools.pairwise(self._ends.tolist()))
-
-
 @dataclass(frozen=True, eq=False)
 class ShardTable(Sequence[Shard]):
-    """Shards in the manifest's order: names, then int64 samples, tokens and sizes in bytes, then the sha256 of all, 32 bytes
-    each, and the CRC-32s of the pieces of their checksums, 4 bytes each, with the number of pieces (0 where there are none)
-    before every shard and at the end."""
+    """Shards in the manifest's order, as rows of a numpy structured array.
 
-    names: _Names
-    samples: np.ndarray
-    tokens: np.ndarray
-    sizes: np.ndarray
-    digests: bytes
+    The CRC-32s of the pieces of their checksums, 4 bytes each, lie apart, because shards have different numbers of them:
+    `pieces_before` is that number before every shard and at the end, none being there for a shard without.
+    """
+
+    rows: np.ndarray
     crc32s: bytes
     pieces_before: np.ndarray
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> "ShardTable":
-        """The table of these shards."""
+        """Return the table of these shards."""
         if isinstance(shards, ShardTable):
             return shards
         return cls._from_columns(*zip(*map(_values, shards), strict=True)) if shards else cls.joined([])
 
     @classmethod
     def joined(cls, tables: Sequence["ShardTable"]) -> "ShardTable":
-        """The shards of all these tables, one after the other."""
-        none = np.zeros(0, np.int64)
+        """Return the shards of all these tables, one after the other."""
+        num_pieces = [np.diff(table.pieces_before) for table in tables]
         return cls(
-            _Names.joined([table.names for table in tables]),
-            np.concatenate([none, *(table.samples for table in tables)]),
-            np.concatenate([none, *(table.tokens for table in tables)]),
-            np.concatenate([none, *(table.sizes for table in tables)]),
-            b"".join(table.digests for table in tables),
+            np.concatenate([table.rows for table in tables]) if tables else np.zeros(0, _row_type("S1")),
             b"".join(table.crc32s for table in tables),
-            _joined_ends([table.pieces_before for table in tables]),
+            np.concatenate([[0], *num_pieces]).cumsum(dtype=np.int64),
         )
 
     @classmethod
@@ -149,16 +109,38 @@ class ShardTable(Sequence[Shard]):
         sha256: Sequence[str],
         crc32s: Sequence[str | None],
     ) -> "ShardTable":
+        encoded = np.array(names, np.bytes_)
+        rows = np.empty(len(names), _row_type(encoded.dtype))
+        digests = np.frombuffer(bytes.fromhex("".join(sha256)), "V32")
+        for field, column in zip(rows.dtype.names, (encoded, samples, tokens, sizes, digests), strict=True):
+            rows[field] = column
+
         pieces = [crc32 or "" for crc32 in crc32s]
-        return cls(
-            _Names.of(names),
-            np.array(samples, np.int64),
-            np.array(tokens, np.int64),
-            np.array(sizes, np.int64),
-            bytes.fromhex("".join(sha256)),
-            bytes.fromhex("".join(pieces)),
-            _ends(len(digits) // 8 for digits in pieces),
-        )
+        pieces_before = np.cumsum([0, *(len(digits) // 8 for digits in pieces)], dtype=np.int64)
+        return cls(rows, bytes.fromhex("".join(pieces)), pieces_before)
+
+    @property
+    def samples(self) -> np.ndarray:
+        """The number of samples of each shard, int64."""
+        return self.rows["samples"]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The number of tokens of each shard, int64."""
+        return self.rows["tokens"]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The size of each shard's tar in bytes, int64."""
+        return self.rows["bytes"]
+
+    def name(self, index: int) -> str:
+        """Return the name of one shard."""
+        return self.rows["name"][index].decode()
+
+    def has_unique_names(self) -> bool:
+        """Return whether no two shards have the same name."""
+        return len(set(self.rows["name"].tolist())) == len(self)
 
     def piece_crc32(self, shard: int, piece: int) -> int | None:
         """The CRC-32 that a piece of a shard's checksums must have; None if the manifest does not say."""
@@ -167,7 +149,7 @@ class ShardTable(Sequence[Shard]):
         return None if first == end else int.from_bytes(self.crc32s[at : at + 4], "big")
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> Shard: ...
@@ -177,14 +159,15 @@ class ShardTable(Sequence[Shard]):
         if isinstance(index, slice):
             return tuple(self[each] for each in range(*index.indices(len(self))))
         index = range(len(self))[index]
+        name, samples, tokens, size, sha256 = self.rows[index].item()
         first, end = self.pieces_before[index : index + 2].tolist()
         # Every value has been checked before.
         return Shard.model_construct(
-            name=self.names[index],
-            samples=int(self.samples[index]),
-            tokens=int(self.tokens[index]),
-            bytes=int(self.sizes[index]),
-            sha256=self.digests[32 * index : 32 * index + 32].hex(),
+            name=name.decode(),
+            samples=samples,
+            tokens=tokens,
+            bytes=size,
+            sha256=sha256.hex(),
             crc32=self.crc32s[4 * first : 4 * end].hex() or None,
         )
 
@@ -261,14 +244,9 @@ def _are_hexadecimal(strings: Iterable[str]) -> bool:
     return not "".join(strings).encode().translate(None, b"0123456789abcdef")
 
 
+def _row_type(name_type: Any) -> np.dtype:
+    return np.dtype([("name", name_type), ("samples", "i8"), ("tokens", "i8"), ("bytes", "i8"), ("sha256", "V32")])
+
+
 def _values(shard: Shard) -> tuple[Any, ...]:
     return tuple(getattr(shard, field) for field in _FIELDS)
-
-
-def _ends(lengths: Iterable[int]) -> np.ndarray:
-    """Where each of some things of these lengths begins, and the end of the last: int64, one more than there are."""
-    return np.cumsum([0, *lengths], dtype=np.int64)
-
-
-def _joined_ends(ends: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([[0], *(np.diff(each) for each in ends)]).cumsum(dtype=np.int64)
