@@ -10,6 +10,7 @@ Treat both as read-only: they are shared. A test that damages data copies them f
 
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ from hypothesis import settings
 # A shared machine's pauses are no defect of the code under test.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
+
+# Started by `pytest &`, a session has to ignore Ctrl-C, and so would every process that a test starts. What a handler ignores is
+# ignored here alone: a process that is started has its signals' handlers from the beginning.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: None)
 
 TINY_SEQUENCE_LENGTH = 16
 
