@@ -10,6 +10,7 @@ Treat both as read-only: they are shared. A test that damages data copies them f
 
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ from hypothesis import settings
 # A shared machine's pauses are no defect of the code under test.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
+
+# A session started by `pytest &` ignores SIGINT, and every process that a test starts would inherit that. A handler that does
+# nothing ignores it here alone: processes start with default handlers.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: None)
 
 TINY_SEQUENCE_LENGTH = 16
 

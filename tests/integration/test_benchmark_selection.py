@@ -2,18 +2,15 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.benchmark.collectives import Collective
 from pipeline.benchmark.selection import modelled_seconds, predicted, wire_bytes
+from tests.forked import ROOT, run_script
 
-ROOT = Path(__file__).parents[2]
 TOKENS, RANKS = (60, 300), (2, 4, 8)
 
 
@@ -21,10 +18,8 @@ TOKENS, RANKS = (60, 300), (2, 4, 8)
 def benchmark(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[str]]:
     """The figures of one run, and the lines it printed."""
     file = tmp_path_factory.mktemp("benchmark") / "figures.json"
-    command = [sys.executable, str(ROOT / "launch" / "benchmark.py"), "selection", "--runs", "2", "--json", str(file)]
-    command += ["--tokens", *map(str, TOKENS), "--ranks", *map(str, RANKS)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    command = ["selection", "--runs", "2", "--json", file, "--tokens", *TOKENS, "--ranks", *RANKS]
+    done = run_script("benchmark.py", *command, timeout=500, with_its_processes=True)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text(encoding="utf-8")), done.stdout.splitlines()
 

@@ -1,9 +1,6 @@
 """`launch/benchmark.py step` at sizes that take seconds, and its FLOPs against torch's own counter."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,9 @@ from pipeline.benchmark.step import HEADS, K_PERCENT, VARIANTS, flops_a_token
 from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import targets_and_valid
 from pipeline.model.mtp import MTPModel, initialize_weights
+from tests.forked import run_script
 from tests.selecting import Given
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS, TOKENS = 2, 256
 SHAPE = ModelSettings(dim=64, num_layers=3, num_attention_heads=4, num_key_value_heads=2, ffn_dim=160, vocab_size=512)
 
@@ -25,14 +22,8 @@ SHAPE = ModelSettings(dim=64, num_layers=3, num_attention_heads=4, num_key_value
 @pytest.mark.slow
 def test_the_command_measures_every_way_beside_plain_training(tmp_path: Path) -> None:
     sizes = ["--layers", "2", "--dim", "32", "--attention-heads", "2", "--vocabulary", "128", "--sequence-length", "32"]
-    command = [sys.executable, str(ROOT / "launch" / "benchmark.py"), "step", *sizes, "--rows", "2", "--rounds", "1"]
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "step.json")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = ["step", *sizes, "--rows", "2", "--rounds", "1", "--json", tmp_path / "step.json"]
+    done = run_script("benchmark.py", *command, with_its_processes=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "step.json").read_text())["variants"]
     assert list(figures) == list(VARIANTS)

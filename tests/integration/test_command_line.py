@@ -1,7 +1,8 @@
 """launch/train.py as its users meet it: exit codes, what it prints, what it leaves behind.
 
 Every kind of bad input is tried by calling `main` in this process, where only the start of Python and the imports differ
-from the real thing; some of each, and all that trains, are real processes.
+from the real thing; some of each, and all that trains, are processes of their own, of which a few, and those that are
+signalled, start as a user's do.
 """
 
 import importlib.util
@@ -26,6 +27,7 @@ from pipeline.data.tokenizer import TOKENIZER_FILE, train_bpe
 from pipeline.recipe import load_settings
 from pipeline.runtime.logbook import read_records
 from pipeline.runtime.run_lock import RunLock
+from tests.forked import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT, ZERO3 = ROOT / "launch" / "train.py", ROOT / "ds_configs" / "zero3.json"
@@ -52,10 +54,8 @@ def arguments(tiny_data, tmp_path):
     return ["--deepspeed", str(ZERO3), "--config", str(recipe), "--run-dir", str(tmp_path / "run")]
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+def run(*arguments, start_afresh=False):
+    return run_script("train.py", *arguments, environment=ENVIRONMENT, start_afresh=start_afresh)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_problems_in_different_places_are_in_one_message_and_nothing_is_requeste
     recipe = Path(arguments[3])
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("model: {", "model: {num_layer: 3, "), encoding="utf-8")
     wrong = ["--deepspeed", deepspeed, "--dry-rum", "training.k_percent=1.5", f"data.validation_path={tmp_path / 'none'}"]
-    problems = assert_one_clear_message(run(*arguments, *wrong))
+    problems = assert_one_clear_message(run(*arguments, *wrong, start_afresh=True))
     beginnings = [
         "--dry-rum: unknown option; did you mean '--dry-run'?",
         "model.num_layer: unknown setting; did you mean 'num_layers'?",
@@ -153,11 +153,12 @@ def arguments_data(arguments):
 
 
 def test_print_config_prints_yaml_that_loads_back_and_nothing_else(arguments, tmp_path):
-    finished = run(*arguments, "--print-config", "training.learning_rate=2e-3", "data.lanes=4")
+    changed = ["training.learning_rate=2e-3", "data.lanes=4"]
+    finished = run(*arguments, "--print-config", *changed, start_afresh=True)
     assert (finished.returncode, finished.stderr) == (0, "")
     printed = tmp_path / "printed.yaml"
     printed.write_text(finished.stdout, encoding="utf-8")
-    expected = load_settings(Path(arguments[3]), ["training.learning_rate=2e-3", "data.lanes=4"])
+    expected = load_settings(Path(arguments[3]), changed)
     assert load_settings(printed) == expected
     assert expected.training.learning_rate == 0.002
     assert not (tmp_path / "run").exists()
@@ -375,7 +376,7 @@ def test_a_second_job_in_the_same_run_directory_is_refused_and_says_who_is_there
 
 def test_one_head_is_trained_without_a_reference_though_one_could_be_trained(arguments, tiny_data, tmp_path):
     more = ["model.num_prediction_heads=1", "reference.training_steps=2", f"reference.training_data={tiny_data / 'train'}"]
-    finished = run(*arguments, *more, "training.steps=1")
+    finished = run(*arguments, *more, "training.steps=1", start_afresh=True)
     assert finished.returncode == 0, finished.stderr
     assert "training a next-token reference" not in finished.stdout
     assert not (tmp_path / "run" / "reference").exists()

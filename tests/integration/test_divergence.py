@@ -4,8 +4,7 @@ import hashlib
 import re
 import shutil
 import socket
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.runtime.logbook import read_records
-from tests.integration.test_command_line import ENVIRONMENT, SCRIPT, ZERO3, checkpoints
+from tests.forked import run_script
+from tests.integration.test_command_line import ENVIRONMENT, ZERO3, checkpoints
 
 
 def run_two_ranks(*arguments: Any) -> list[tuple[int, str, str]]:
@@ -23,23 +23,14 @@ def run_two_ranks(*arguments: Any) -> list[tuple[int, str, str]]:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     job = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(SCRIPT), "--deepspeed", str(ZERO3), *map(str, arguments)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=500) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(rank.returncode, *streams) for rank, streams in zip(ranks, said, strict=True)]
+
+    def run_one(rank: str) -> tuple[int, str, str]:
+        environment = job | {"RANK": rank, "LOCAL_RANK": rank}
+        done = run_script("train.py", "--deepspeed", ZERO3, *arguments, environment=environment, timeout=500)
+        return done.returncode, done.stdout, done.stderr
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run_one, ("0", "1")))
 
 
 def poisoned_copy(reference: Path, directory: Path) -> Path:

@@ -52,8 +52,9 @@ def measured() -> dict[str, list[Measured]]:
         # Freed memory goes back at once, so that what is resident is what is in use.
         for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
             patch.setenv(threshold, "65536")
-        on_one, *on_two = run_ranks(plan_and_measure_each, 1, ONE_RANK, "cpu", timeout=600) + run_ranks(
-            plan_and_measure_each, 2, TWO_RANKS, "cpu", timeout=600
+        (on_one,), on_two = (
+            run_ranks(plan_and_measure_each, len(jobs), jobs[0], "cpu", timeout=600, start_afresh=True)
+            for jobs in ([ONE_RANK], [TWO_RANKS] * 2)
         )
     return {name: [found] for name, found in on_one.items()} | {name: [rank[name] for rank in on_two] for name in TWO_RANKS}
 

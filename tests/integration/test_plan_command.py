@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.forked import ROOT, run_script
+
 # Seven billion parameters, of which nothing is on this machine.
 LARGE = [
     "data.builtin=false", "data.path=not/here", "data.sequence_length=4096", "data.global_batch=4096", "data.micro_batch=1",
@@ -18,9 +18,9 @@ LARGE = [
 ]  # fmt: skip
 
 
-def plan(*arguments: Any, stage: str = "zero3") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "launch" / "plan.py", "--deepspeed", ROOT / "ds_configs" / f"{stage}.json", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+def plan(*arguments: Any, stage: str = "zero3", start_afresh: bool = False) -> subprocess.CompletedProcess[str]:
+    deepspeed = ROOT / "ds_configs" / f"{stage}.json"
+    return run_script("plan.py", "--deepspeed", deepspeed, *arguments, start_afresh=start_afresh)
 
 
 def test_a_plan_says_what_a_large_job_takes_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path) -> None:
@@ -51,7 +51,8 @@ def test_a_plan_says_what_a_large_job_takes_whether_it_fits_and_what_would_make_
 
 
 def test_the_demo_is_planned_without_its_data_on_a_cpu(tmp_path: Path) -> None:
-    done = plan("--gpus", 2, "--device", "cpu", "--device-memory", 4, "--json", tmp_path / "plan.json", stage="zero3_offload")
+    sizes = ["--gpus", 2, "--device", "cpu", "--device-memory", 4]
+    done = plan(*sizes, "--json", tmp_path / "plan.json", stage="zero3_offload", start_afresh=True)
     assert done.returncode == 0, done.stderr
     assert "float32 on 2 CPU ranks" in done.stdout
     assert "It fits 4.00 GiB" in done.stdout
