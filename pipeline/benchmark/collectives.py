@@ -1,4 +1,4 @@
-"""What collectives move: a record of those that are called, and the kernel's count of the bytes on the sockets."""
+"""A record of the collectives that are called, and the kernel's count of the bytes that they send over sockets."""
 
 import os
 import socket
@@ -11,14 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Collective(NamedTuple):
-    """kind: `all_gather` or `all_reduce`; payload: bytes that a rank hands in."""
+    """One collective: its kind, `all_gather` or `all_reduce`, and the payload, the bytes that a rank hands in."""
 
     kind: str
     payload: int
 
     def wire_bytes(self, ranks: int) -> float:
-        """Bytes that each rank sends (and receives): (R-1) n of a gather, 2 (R-1)/R n of a sum, whether round a ring or by
-        recursive doubling and halving; no algorithm does with less (Chan et al. 2007, doi 10.1002/cpe.1206)."""
+        """Return the bytes that each rank sends (and receives): (R-1) n of a gather, 2 (R-1)/R n of a sum.
+
+        Both a ring and recursive doubling and halving send as much; no algorithm does with less (Chan et al. 2007, doi
+        10.1002/cpe.1206).
+        """
         whole = (ranks - 1) * self.payload
         return whole if self.kind == "all_gather" else 2 * whole / ranks
 
@@ -27,7 +30,7 @@ KINDS = {"_allgather_base_": "all_gather", "allgather_": "all_gather", "allreduc
 
 
 class CollectiveRecorder(TorchDispatchMode):
-    """While it is entered, notes every collective that this thread calls, whoever calls it and by whatever name."""
+    """A list of every collective that this thread calls while the recorder is entered, by whatever name it is called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,8 +47,10 @@ class CollectiveRecorder(TorchDispatchMode):
 
 
 def bytes_sent() -> int | None:
-    """What this process's open TCP sockets have sent and seen acknowledged, by the kernel's count, gloo's control messages
-    included; None elsewhere than on Linux. Waits until no more is acknowledged."""
+    """Return the bytes that this process's open TCP sockets have sent and seen acknowledged; None elsewhere than on Linux.
+
+    The kernel counts them, gloo's control messages included. Waits until no more is acknowledged.
+    """
     if not os.path.isdir("/proc/self/fd"):
         return None
     before, now = -1, 0

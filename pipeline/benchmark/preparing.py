@@ -1,4 +1,4 @@
-"""How fast text becomes shards, beside what the tokenizers library does alone on the same cores.
+"""Speed of making shards from text, beside what the tokenizers library does alone on the same cores.
 
 Alone it has the texts in memory, encodes them in batches with its own threads, and drops the ids. Preparing reads the same
 texts from a .jsonl, with as many workers, and writes packed shards with their checksums and a manifest, all of it on the
@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from pipeline.benchmark.timing import in_turn
 from pipeline.data.corpus.builtin import standard_library_documents
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import DocumentReader, Rules
@@ -47,25 +49,23 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of each way, and preparing's as a multiple of the library's two batch encoders'."""
+    """Tokens a second of each variant, and preparing's as a multiple of the library's two batch encoders'."""
     texts = _texts(options.text)
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else train_bpe(texts, _VOCAB_SIZE)
     os.environ["RAYON_NUM_THREADS"] = str(options.processes)
     load = os.getloadavg()[0]
+
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "text.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        turns, batches = itertools.count(), _batches(texts)
-        ways: dict[str, Callable[[], int]] = {
-            "encode_batch": lambda: _encode(tokenizer.encode_batch, batches),
-            "encode_batch_fast": lambda: _encode(tokenizer.encode_batch_fast, batches),
-            "prepare": lambda: _prepare(source, Path(scratch) / str(next(turns)), tokenizer, options.processes),
+        batches = _batches(texts)
+        variants: dict[str, Callable[[int], int]] = {
+            "encode_batch": lambda turn: _encode(tokenizer.encode_batch, batches),
+            "encode_batch_fast": lambda turn: _encode(tokenizer.encode_batch_fast, batches),
+            "prepare": lambda turn: _prepare(source, Path(scratch) / str(turn), tokenizer, options.processes),
         }
-        turns_of = {name: list[tuple[float, float]]() for name in ways}
-        for name in list(ways) * _TURNS:
-            started, busy = time.perf_counter(), _cpu_seconds()
-            tokens = ways[name]()
-            turns_of[name].append((tokens / (time.perf_counter() - started), tokens / (_cpu_seconds() - busy)))
+        turns_of = in_turn({name: partial(_speeds, variant) for name, variant in variants.items()}, _TURNS)
+
     of_clock, of_cpu = (
         {name: statistics.median(turn[kind] for turn in turns) for name, turns in turns_of.items()} for kind in (0, 1)
     )
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as lines."""
+    """Return the figures as lines."""
     lines = [
         f"{name:30} {speed / 1e6:8.2f}M tokens/s {figures['tokens_per_cpu_second'][name] / 1e6:14.2f}M a CPU second"
         for name, speed in figures["tokens_per_second"].items()
@@ -100,8 +100,15 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _speeds(variant: Callable[[int], int], turn: int) -> tuple[float, float]:
+    """Tokens a second by the clock, and tokens a CPU second, of one turn."""
+    started, busy = time.perf_counter(), _cpu_seconds()
+    tokens = variant(turn)
+    return tokens / (time.perf_counter() - started), tokens / (_cpu_seconds() - busy)
+
+
 def _cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """CPU seconds of this process and of those that it has waited for."""
     used = (resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in used)
 

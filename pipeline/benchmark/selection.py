@@ -1,4 +1,4 @@
-"""The selection by itself and over ranks: how long it takes and what it moves, measured, then extrapolated by a model.
+"""Time and traffic of the selection, by itself and over ranks: measured, then extrapolated by a model.
 
 Measured, on gloo processes of this machine: the pool `rank` (no exchange), the two exchanges, and what one would write
 first, `torch.quantile` on the gathered tensor. Every collective that is called is recorded; its payload becomes bytes on
@@ -45,6 +45,7 @@ WAYS = ("local", "all_gather", "radix", "quantile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement."""
     sizes = [2**12, 2**14, 2**16, 2**18, 2**20]
     parser.add_argument("--tokens", type=_positive, nargs="+", default=sizes, help="tokens a rank and micro-step")
     parser.add_argument("--ranks", type=_positive, nargs="+", default=[1, 2, 4, 8], help="gloo processes")
@@ -66,7 +67,7 @@ def _positive(text: str) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures: what was measured, a row for each number of ranks, tokens and way, and what the model says."""
+    """Return what was measured, a row for each number of ranks, tokens and way, and what the model says."""
     if max(options.ranks) * max(options.tokens) > QUANTILE_LIMIT:
         sys.exit(f"benchmark.py: error: --ranks times --tokens is more than {QUANTILE_LIMIT:,}, which torch.quantile refuses")
     measured = [row for ranks in options.ranks for row in _measured_on(ranks, options)]
@@ -83,7 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def predicted(way: str, ranks: int, tokens: int, heads: int) -> list[Collective]:
-    """The collectives of one selection, from its shapes."""
+    """Return the collectives of one selection, from its shapes."""
     if way == "radix":
         count = histogram_dtype(tokens * ranks).itemsize
         return [Collective("all_reduce", count * heads * size) for size in (*(values for _, values in DIGITS), ranks)]
@@ -91,18 +92,18 @@ def predicted(way: str, ranks: int, tokens: int, heads: int) -> list[Collective]
 
 
 def modelled_seconds(collectives: Sequence[Collective], ranks: int, latency_us: float, bandwidth: float) -> float:
-    """One collective after another; `bandwidth` in GB/s."""
+    """Return the seconds of one collective after another; `bandwidth` in GB/s."""
     messages = math.ceil(math.log2(ranks)) * sum(2 if kind == "all_reduce" else 1 for kind, _ in collectives)
     return messages * latency_us * 1e-6 + wire_bytes(collectives, ranks) / (bandwidth * 1e9)
 
 
 def wire_bytes(collectives: Sequence[Collective], ranks: int) -> float:
-    """Bytes that each rank sends."""
+    """Return the bytes that each rank sends."""
     return sum(collective.wire_bytes(ranks) for collective in collectives)
 
 
 def select_by_quantile(excess_NK: Tensor, valid_NK: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """What one would write: gather, `torch.quantile`, compare. It interpolates, and takes all ties."""
+    """Select as one would write it first: gather, `torch.quantile`, compare. It interpolates, and takes all ties."""
     gathered_RNK = all_gather(excess_NK.where(valid_NK, math.nan), group)
     selected = []
     for head, excess_P in enumerate(gathered_RNK.flatten(0, 1).unbind(-1)):
@@ -206,7 +207,7 @@ def _at_scale(gpus: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """What was measured, then what the model says."""
+    """Return the tables of what was measured and of what the model says."""
     options, refusal = figures["options"], figures["quantile_refuses"]
     measured = [["ranks × tokens", "way", "median ms", "× all_gather", "bytes sent by a rank", "sockets", "predicted", "wrong"]]
     for row in figures["measured"]:

@@ -1,4 +1,4 @@
-"""How fast rows come from prepared shards, beside a bare webdataset loop over the same tars.
+"""Speed of reading rows from prepared shards, beside a bare webdataset loop over the same tars.
 
 The bare loop reads and decodes (`np.load`) every sample in the order of the files, and checks, shuffles and remembers
 nothing. The stream reads in a run's order, holds every sample against checksum and manifest, and hands out batches of a
@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from pipeline.benchmark.timing import in_turn
 from pipeline.data.loading.prefetch import prefetch_in_thread
 from pipeline.data.loading.stream import Stream
 from pipeline.data.shards.manifest import Manifest, Source, read_manifest, write_manifest
@@ -37,6 +39,7 @@ _PACED_STEPS, _WARMING_STEPS = 60, 5
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    """Add the options of this measurement."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared shards (default: random rows are written)")
     parser.add_argument("--rows", type=int, default=16_384, help="of the random rows")
     parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="of the random rows")
@@ -60,13 +63,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if importlib.util.find_spec("streaming") is not None:
             _write_mosaic(directory, Path(scratch) / "mosaic")
             loops["MosaicML Streaming, 1 worker"] = lambda: _mosaic(Path(scratch) / "mosaic", options.micro_batch)
+
         load_before = os.getloadavg()[0]
         waiting, by_cpu = _waiting(directory, options), _by_cpu_second(lambda: _stream(directory, options, 0))
-        speeds: dict[str, list[float]] = {name: [] for name in loops}
-        for name in [*loops, *list(loops) * options.repeat]:  # the first turn warms the disk's cache
-            started = time.perf_counter()
-            tokens = loops[name]()
-            speeds[name].append(tokens / (time.perf_counter() - started))
+        # The first turn warms the disk's cache.
+        speeds = in_turn({name: partial(_speed, loop) for name, loop in loops.items()}, 1 + options.repeat)
+
     medians = {name: statistics.median(values[1:]) for name, values in speeds.items()}
     return {
         "tokens_per_second": medians,
@@ -80,8 +82,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
+    """Return the figures as lines."""
     lines = [f"{name:30} {speed / 1e6:8.1f}M tokens/s" for name, speed in figures["tokens_per_second"].items()]
     lines.append(f"{'stream, 1 worker / webdataset':30} {figures['stream_over_webdataset']:8.2f}   (goal: 2)")
+
+    # Figures with no other loop to compare with.
     lines.append(
         f"{'stream, no worker, by CPU time':30} {figures['stream_tokens_per_cpu_second'] / 1e6:8.1f}M tokens/s   (goal: 20)"
     )
@@ -89,6 +94,7 @@ def table(figures: dict[str, Any]) -> str:
         f"{'waiting for data / step':30} {figures['waiting_share']:8.2%}   (goal: below 1%; a rank with 1 worker, "
         f"training at {figures['pace']:,.0f} tokens/s)"
     )
+
     lines.append(f"(load average {figures['load_average']:.1f} on {figures['cores']} cores)")
     if "MosaicML Streaming, 1 worker" not in figures["tokens_per_second"]:
         lines.append("(MosaicML Streaming is not installed)")
@@ -96,6 +102,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def random_rows(directory: Path, num_rows: int, sequence_length: int, vocab_size: int = _VOCAB_SIZE) -> Path:
+    """Write shards of random tokens into `directory`, and return it."""
     draw = np.random.default_rng(0)
     lengths = np.full(NUM_DOCUMENTS, sequence_length // NUM_DOCUMENTS, np.uint32)
     rows = (
@@ -131,6 +138,13 @@ def _stream(directory: Path, options: argparse.Namespace, num_workers: int) -> i
     sizes = {"lanes": options.lanes, "global_batch": options.lanes, "micro_batch": options.micro_batch}
     stream = Stream(directory, **sizes, rank=0, world_size=1, seed=0, shuffle_block=1024, num_workers=num_workers)
     return sum(batch.tokens_BT.numel() for batch in stream.iterate(0, end_sample=stream.samples_per_epoch))
+
+
+def _speed(loop: Callable[[], int], turn: int) -> float:
+    """Tokens a second of one turn of a loop."""
+    started = time.perf_counter()
+    tokens = loop()
+    return tokens / (time.perf_counter() - started)
 
 
 def _by_cpu_second(loop: Callable[[], int]) -> float:
