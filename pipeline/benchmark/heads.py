@@ -217,7 +217,7 @@ def _liger() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 
 
 def _relative_error(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """Of all gradients together, in the L2 norm."""
+    """Return the relative error of all gradients together, in the L2 norm."""
     squares = [
         (np.square(a.astype(np.float64) - b).sum(), np.square(b.astype(np.float64)).sum())
         for a, b in zip(found, expected, strict=True)

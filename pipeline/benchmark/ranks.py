@@ -19,7 +19,7 @@ import torch.distributed as dist
 from pipeline.benchmark.child_process import Child, ChildDiedError, answer, stacks_of
 
 _SECONDS_FOR_THE_CAUSE = 0.5
-"""How long after a failure others are heard: a rank's death may be seen after what it made its peers raise."""
+"""Seconds after a failure in which others are heard: a rank's death may be seen after the errors of its peers."""
 
 
 class RankError(RuntimeError):

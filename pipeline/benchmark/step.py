@@ -119,7 +119,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def flops_a_token(variant: str, shape: ModelSettings, keys_a_query: float) -> float:
-    """Of a whole step, forward and backward: two for each weight of a matrix and token, and attention's two products."""
+    """Count the FLOPs of a whole step, forward and backward: two for each weight of a matrix, and attention's two products."""
     query_dim = shape.num_attention_heads * attention_head_dim(shape)
     key_dim = (shape.num_key_value_heads or shape.num_attention_heads) * attention_head_dim(shape)
     weights = shape.dim * (2 * query_dim + 2 * key_dim + 3 * ffn_dim(shape))

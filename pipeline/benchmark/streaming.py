@@ -34,7 +34,7 @@ from pipeline.data.shards.writer import Row, token_dtype, write_shards
 
 _VOCAB_SIZE = 50_257
 NUM_DOCUMENTS = 4
-"""Of equal length, in each row of `random_rows`."""
+"""Documents in each row of `random_rows`, of equal length."""
 _PACED_STEPS, _WARMING_STEPS = 60, 5
 
 

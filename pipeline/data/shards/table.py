@@ -26,7 +26,7 @@ OfShard = Annotated[int, Field(ge=0, lt=_MOST_BYTES)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 PIECE_SAMPLES = 1024
-"""Of a shard's index files the part that is read, and held against the manifest, at a time: that of as many samples."""
+"""Samples whose part of the index files is read, and compared with the manifest, at a time."""
 
 
 class Record(BaseModel):
