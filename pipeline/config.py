@@ -153,8 +153,8 @@ class ReferenceSettings(Section):
     """Partition the reference by ZeRO-3 (`zero3`) or keep it whole on every rank (`replicate`); `auto` replicates it if it
     takes at most a quarter of the memory that is free once the policy is built."""
     cached: Free[Path | None] = None
-    """Directory of losses computed by launch/score.py, used instead of a live reference model. In float32 the selection is
-    the live reference's, to the bit."""
+    """Directory of losses computed by launch/score.py, used instead of a live reference model. In float32, and on a GPU with
+    the same `training.compile`, the selection is the live reference's, to the bit."""
     training_steps: Free[Positive | None] = None
     """First train a next-token reference of the policy's shape for this many optimizer steps; `path` must be null."""
     training_data: Free[LocationSetting | None] = None
@@ -212,7 +212,8 @@ class TrainingSettings(Section):
     """Weight of each head's loss; null: 1 for all."""
     activation_checkpointing: Free[Literal["none", "selective", "full"]] = "none"
     """Activations that are saved for backward: all (`none`), the outputs of matrix products and attention (`selective`), or
-    each block's input alone (`full`; its forward runs twice). The others are recomputed; the gradient is the same."""
+    each block's input alone (`full`; its forward runs twice). The others are recomputed; the gradient is the same,
+    on CUDA but for rounding (`compile`)."""
     compile: ChangesResult[Literal["auto", "off"]] = "auto"
     """Compile RoPE and SwiGLU's product: `auto` on CUDA, except under `selective` checkpointing. The first step takes some
     seconds longer, later ones up to a fifth less."""

@@ -50,17 +50,23 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 MOST_KINDS_OF_INPUT = 64
+"""Shapes, dtypes and modes for which one function is compiled."""
 
 EAGER = Elementwise(rotate, gated)
 
 
-def elementwise_for(compile_setting: str, activation_checkpointing: str, device_type: str) -> Elementwise:
-    """Choose eager or compiled functions by `training.compile` and the device.
+def compiles(compile_setting: str, activation_checkpointing: str, device_type: str) -> bool:
+    """Return whether the functions of a model on `device_type` are compiled, by `training.compile`.
 
-    Under `selective` checkpointing they stay eager: `recompute` watches each operation with a TorchDispatchMode, under which
-    torch compiles nothing.
+    Under `selective` checkpointing they stay eager: it finds the outputs that it saves by intercepting each operation, and
+    torch compiles nothing that is intercepted.
     """
-    if compile_setting == "off" or device_type != "cuda" or activation_checkpointing == "selective":
+    return compile_setting == "auto" and device_type == "cuda" and activation_checkpointing != "selective"
+
+
+def elementwise_for(compile_setting: str, activation_checkpointing: str, device_type: str) -> Elementwise:
+    """Return the functions that a model on `device_type` runs."""
+    if not compiles(compile_setting, activation_checkpointing, device_type):
         return EAGER
     return Elementwise(CompiledIfPossible(rotate), CompiledIfPossible(gated))
 

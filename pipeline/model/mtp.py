@@ -124,9 +124,16 @@ class MTPModel(nn.Module):
         if hidden_BTD.requires_grad:
             hidden_BTD.register_hook(self._note_bad_rows)
 
+        # Under ZeRO-3 a block whose input needs no gradient would train with gradients of zero (`runtime.engine` says why).
+        assert hidden_BTD.requires_grad or not torch.is_grad_enabled() or not self.trains, "detach().requires_grad_()"
         for block in self.trunk:
             hidden_BTD = self.run_block(block, hidden_BTD, angles, documents)
         return torch.stack([self.run_block(head, hidden_BTD, angles, documents) for head in self.heads], dim=2)
+
+    @property
+    def trains(self) -> bool:
+        """True if any parameter is trained."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def _note_bad_rows(self, gradient_BTD: Tensor) -> None:
         self.bad_gradient_rows.append(~torch.isfinite(gradient_BTD).all(dim=2).all(dim=1))

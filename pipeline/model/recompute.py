@@ -5,7 +5,8 @@
                product): about half the memory of `none`, a few per cent more time
     full       save only each block's input and run its forward again in backward: a third more work
 
-The gradient is the same to the bit. Each block is checkpointed by itself, the heads' blocks too.
+The gradient is the same to the bit, on CUDA but for rounding: there `selective` runs RoPE and SwiGLU's product uncompiled
+(`elementwise`). Each block is checkpointed by itself, the heads' blocks too.
 
 `selective` identifies a saved output by its operation and its turn among that operation's calls. torch's own
 `create_selective_checkpoint_contexts` counts all operations, saved or not, and raises if the second forward differs from the

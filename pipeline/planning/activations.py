@@ -12,7 +12,7 @@ Shapes: N tokens of a micro-batch, D width, F width of the feed-forward layer, V
 """
 
 from pipeline.model import transformer
-from pipeline.model.elementwise import EAGER, elementwise_for
+from pipeline.model.elementwise import compiles
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 from pipeline.planning.planned_job import FLOAT32, PlannedJob
 from pipeline.weighting.cross_entropy import MOVES, rows_per_chunk
@@ -167,7 +167,7 @@ def _compiles(job: PlannedJob) -> bool:
     """True if RoPE and SwiGLU's product are compiled (assuming that the machine can compile)."""
     training = job.settings.training
     device_type = "cuda" if job.on_gpu else "cpu"
-    return elementwise_for(training.compile, training.activation_checkpointing, device_type) is not EAGER
+    return compiles(training.compile, training.activation_checkpointing, device_type)
 
 
 def _log_sum_exp(job: PlannedJob) -> int:

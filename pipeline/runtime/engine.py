@@ -3,10 +3,13 @@
 Guarantees: under ZeRO-3 no rank ever holds the whole model; the gradient that reaches the optimizer is that of the objective
 summed over ranks and micro-steps (see `backward`); the reference has its own engine, without an optimizer.
 
-The comments name the traps of DeepSpeed 0.19.8, which this module exists to keep in one place. Two of them bind its callers:
+The comments name the traps of DeepSpeed 0.19.8, which this module exists to keep in one place. Three of them bind its callers:
 
 - Every parameter must be reached by every step's backward, on every rank. ZeRO-3 applies the *previous* gradient of a parameter
   that was not reached again. So a loss is multiplied by zero, never left out.
+- The input of a block that trains must need a gradient. Blocks are ZeRO-3 leaf modules, whose gradients are reduced in a hook
+  on the gradient of the inputs; where no input needs one, torch runs the hook before the parameters have theirs, and
+  DeepSpeed takes zeros. So what is cut off is `detach().requires_grad_()`; `MTPModel.hidden_states` asserts it.
 - No `torch.inference_mode` around the trained engine: the next training step raises. Evaluate the policy under `torch.no_grad`.
 """
 

@@ -28,13 +28,22 @@ FIXED_SETTINGS = tuple(key for key, change in RESUME_RULES.items() if change is 
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """List the entries of two identities that differ and change a run's result, one sentence each."""
+    """List the entries of two identities that differ and change a run's result, one sentence each.
+
+    An older program's identity lacks settings that it did not know: it ran with what is now their default.
+    """
     keys = dict.fromkeys([*before, *after])
+    previous = {key: before.get(key, _DEFAULTS.get(key)) for key in keys}
     return [
-        f"{key}: was {before.get(key)!r}, is now {after.get(key)!r}"
+        f"{key}: was {previous[key]!r}, is now {after.get(key)!r}"
         for key in keys
-        if before.get(key) != after.get(key) and RESUME_RULES.get(key) is not ResumeRule.FREE
+        if previous[key] != after.get(key) and not _may_change(key)
     ]
+
+
+def _may_change(key: str) -> bool:
+    """Return whether a setting is free to change; one that no longer exists is if it was a setting of a free section."""
+    return RESUME_RULES.get(key) is ResumeRule.FREE or (key not in RESUME_RULES and key.startswith(_FREE_SECTIONS))
 
 
 def flatten(settings: Settings) -> dict[str, Any]:
@@ -90,3 +99,7 @@ def model_fingerprint(directory: Path) -> str:
             opened.seek(max(0, size - 2**20))
             digest.update(opened.read())
     return digest.hexdigest()
+
+
+_DEFAULTS = flatten(Settings())
+_FREE_SECTIONS = ("run.", "logging.", "checkpoint.")

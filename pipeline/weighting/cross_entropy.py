@@ -175,18 +175,17 @@ def _chunk_buffer(weight_VD: Tensor, chunk_rows: int) -> Tensor:
 
 def _probabilities(log_probability_CV: Tensor, taken_C: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Exponentiate the rows at the indices `taken_C`, which ascend, or all; float32 ones into the first rows in place."""
-    in_place = log_probability_CV.dtype == dtype
-    if taken_C is None:
-        probability_CV = log_probability_CV if in_place else torch.empty_like(log_probability_CV, dtype=dtype)
-        return torch.exp(log_probability_CV, out=probability_CV)
+    num_rows = len(log_probability_CV) if taken_C is None else len(taken_C)
+    first_CV = log_probability_CV[:num_rows]
+    probability_CV = first_CV if first_CV.dtype == dtype else torch.empty_like(first_CV, dtype=dtype)
 
-    first_CV = log_probability_CV[: len(taken_C)]
-    probability_CV = first_CV if in_place else torch.empty_like(first_CV, dtype=dtype)
+    # A few rows at a time: no row is overwritten that a later step still reads, and where the dtypes differ a CPU exponentiates
+    # by way of a float32 copy.
     step = -(-len(log_probability_CV) // MOVES)
-    for start in range(0, len(taken_C), step):
-        # A few rows at a time: no row is overwritten that a later step still reads.
-        moved_CV = log_probability_CV.index_select(0, taken_C[start : start + step])
-        torch.exp(moved_CV, out=probability_CV[start : start + step])
+    for start in range(0, num_rows, step):
+        part = slice(start, min(start + step, num_rows))
+        rows_CV = log_probability_CV[part] if taken_C is None else log_probability_CV.index_select(0, taken_C[part])
+        torch.exp(rows_CV, out=probability_CV[part])
     return probability_CV
 
 

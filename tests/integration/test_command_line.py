@@ -108,7 +108,7 @@ def another_tokenizer():
 # Bad input, as a process of its own.
 
 
-def test_problems_in_different_places_are_in_one_message_and_nothing_is_requested(arguments, tmp_path):
+def test_problems_in_different_places_are_in_one_message_and_nothing_is_made(arguments, tmp_path):
     deepspeed = tmp_path / "deepspeed.json"
     deepspeed.write_text('{"zero_optimization": {"stage": 3, "overlap_com": true}, "train_batch_size": 64}', encoding="utf-8")
     recipe = Path(arguments[3])

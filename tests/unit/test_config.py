@@ -393,3 +393,16 @@ def test_something_known_to_only_one_of_two_runs_is_a_difference():
         "data: was 'abc', is now 'abd'",
         "deepspeed stage: was None, is now 3",
     ]
+
+
+def test_a_run_of_an_older_program_ran_with_the_defaults_of_settings_that_it_did_not_know() -> None:
+    now = flatten(Settings())
+    before = {key: value for key, value in now.items() if key != "training.compile"}
+    assert changed_settings(before, now) == []
+    assert changed_settings(before, now | {"training.compile": "off"}) == ["training.compile: was 'auto', is now 'off'"]
+
+
+def test_a_setting_that_is_gone_is_a_difference_where_it_changed_results() -> None:
+    now = flatten(Settings())
+    assert changed_settings(now | {"logging.old": 3}, now) == []
+    assert changed_settings(now | {"training.temperature": 2.0}, now) == ["training.temperature: was 2.0, is now None"]

@@ -69,7 +69,7 @@ def test_an_error_comes_in_the_place_of_its_item() -> None:
     assert prefetching() == []
 
 
-def test_the_first_item_is_requested_by_who_asks_for_it() -> None:
+def test_the_first_item_is_made_by_who_asks_for_it() -> None:
     def who() -> Iterator[threading.Thread]:
         while True:
             yield threading.current_thread()

@@ -119,7 +119,7 @@ def test_a_tokenizer_that_truncates_or_pads_does_neither_here(tmp_path, tokenize
     assert read_documents(tmp_path / "out", tokenizer) == [TEXTS[0]]
 
 
-def test_a_leftover_of_a_killed_run_is_requested_again_and_a_failed_one_leaves_no_output(tmp_path, tokenizer):
+def test_a_leftover_of_a_killed_run_is_made_again_and_a_failed_one_leaves_no_output(tmp_path, tokenizer):
     (tmp_path / "out.partial" / "shards").mkdir(parents=True)
     (tmp_path / "out.partial" / "lock").touch()
 

@@ -189,7 +189,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
         assert watch.largest == chunk
 
 
-def test_where_autograd_records_nothing_no_gradient_is_requested() -> None:
+def test_where_autograd_records_nothing_no_gradient_is_made() -> None:
     case = Case(11)
     expected = case.losses(chunked_losses)[0]
     with torch.no_grad(), Watch() as watch:

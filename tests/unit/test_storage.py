@@ -451,7 +451,7 @@ def test_threads_that_want_one_part_fetch_it_once_even_without_locks(tmp_path, m
     assert asked == [0]
 
 
-def test_a_part_that_goes_while_room_is_requested_is_no_obstacle(tmp_path, monkeypatch):
+def test_a_part_that_goes_while_room_is_made_is_no_obstacle(tmp_path, monkeypatch):
     cache = DiskCache(tmp_path, 2 * PART)
     read = functools.partial(cache.read, start=0, size=1, file_size=PART, fetch=lambda start, size: bytes(size))
     for url in "ab":
