@@ -20,8 +20,8 @@ from hypothesis import settings
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
 
-# A session started by `pytest &` ignores SIGINT, and every process that a test starts would inherit that. A handler that does
-# nothing ignores it here alone: processes start with default handlers.
+# A session in a script's background has to ignore SIGINT, and so would every process that a test starts. What a handler ignores
+# is ignored here alone: exec sets handlers back.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: None)
 

@@ -67,20 +67,27 @@ for number in range(400):
     order.locate(number // 2, number * 7_777_777_777 % order.num_samples)  # the first in an epoch, and another one
     slowest = max(slowest, time.process_time() - before)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps([len(manifest.shards), manifest.num_tokens, opened, slowest, peak]))
+# What this machine takes just now to read the same as JSON and no more, by a tenth of it, five times.
+text = Path(sys.argv[1], "manifest.json").read_text()
+text = text[: text.index("    }", len(text) // 10)] + "    }]}"
+before = time.process_time()
+for _ in range(5):
+    assert len(json.loads(text)["shards"]) == NUM_SHARDS // 10
+plain = 2 * (time.process_time() - before)
+print(json.dumps([len(manifest.shards), manifest.num_tokens, opened / plain, slowest, peak]))
 """
 
 
 @pytest.mark.slow
-def test_a_million_shards_open_within_five_seconds_and_a_gibibyte_and_any_position_is_found_in_ten_milliseconds(tmp_path):
+def test_a_million_shards_open_in_four_readings_of_json_and_a_gibibyte_and_any_position_is_found_in_ten_milliseconds(tmp_path):
     write_large_manifest(tmp_path)
     (tmp_path / "tokenizer.json").touch()
     command = [sys.executable, "-c", OPEN_AND_FIND, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    # Of the process's own time: other processes' work is no property of this one.
+    # Of the process's own time, beside another of its own: other processes' work, which slows both, is no property of it.
     num_shards, num_tokens, opened, slowest, peak = json.loads(done.stdout)
     assert (num_shards, num_tokens) == (NUM_SHARDS, 20 * 10**12)
-    assert opened < 5
+    assert opened < 4
     assert peak < 2**30
     assert slowest < 0.01
 
