@@ -3,8 +3,8 @@
     python launch/plan.py --deepspeed ds_configs/zero3.json --config launch/recipes/NAME.yaml --gpus 64 [--device-memory 80]
         [--json FILE] [section.key=value ...]
 
-Needs neither GPUs nor data (but for model.vocab_size, which a recipe may leave to the data). Says where a step's memory is
-highest, what of it is what, whether it fits, and what each setting that saves memory would bring.
+Needs neither GPUs nor data (except for model.vocab_size, which a recipe may leave to the data). Prints the moment of a step at
+which memory is highest, what it consists of, whether it fits, and how much each setting that saves memory would save.
 """
 
 import argparse

@@ -179,6 +179,8 @@ def _print_summary(directory: Path, manifest: Manifest) -> None:
         f"{directory}: {manifest.num_tokens:,} tokens in {manifest.num_samples:,} rows of {manifest.sequence_length}, "
         f"{len(manifest.shards)} shard(s), {padding:,} positions of padding"
     )
+
+    # What packing cost.
     if (preparation := manifest.preparation) and preparation.documents:
         positions = max(1, manifest.num_samples * manifest.sequence_length)
         cut = preparation.documents_cut / preparation.documents
@@ -186,6 +188,8 @@ def _print_summary(directory: Path, manifest: Manifest) -> None:
             f"  packing {preparation.packing}: {cut:.2%} of {preparation.documents:,} documents cut, "
             f"{padding / positions:.3%} padding"
         )
+
+    # Each source.
     for source in manifest.sources:
         weight = preparation.weights.get(source.name, 1.0) if preparation else 1.0
         taken = f", weight {weight:g}" if weight != 1 else ""

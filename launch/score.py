@@ -3,8 +3,8 @@
     deepspeed launch/score.py --deepspeed ds_configs/zero3.json --config launch/recipes/NAME.yaml --output DIR
     deepspeed launch/train.py --deepspeed ds_configs/zero3.json --config launch/recipes/NAME.yaml reference.cached=DIR
 
-Takes data, reference, precision and micro-batch from the same recipe as training, runs on any number of ranks, and goes on
-where it was when it is run again. SIGTERM and SIGUSR1 end it after the piece in hand, with exit code 75.
+Takes data, reference, precision and micro-batch from the same recipe as training, runs on any number of ranks, and resumes when
+it is run again. After SIGTERM or SIGUSR1 it finishes the current piece and ends with exit code 75.
 """
 
 import argparse

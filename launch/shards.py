@@ -36,6 +36,8 @@ from pipeline.storage.location import Url, parse_location
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
+
+    # Faults that a user can cause are one line.
     try:
         return options.command(options)
     except DataError as error:

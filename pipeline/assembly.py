@@ -115,6 +115,7 @@ def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, A
     """Open this rank's stream of rows, with their cached reference losses if `reference.cached` is set."""
     if has_selecting_heads(settings):
         sets = [replace(each, losses=cached_losses(settings, each.location, config)) for each in sets]
+
     return Stream(
         sets,
         lanes=lanes_of(settings),

@@ -114,7 +114,7 @@ def _data_problems(settings: Settings) -> list[str]:
 
 
 def size_problems(settings: Settings, num_ranks: int) -> list[str]:
-    """Why a step's rows cannot be shared out among so many ranks."""
+    """List the reasons why a step's rows cannot be divided among so many ranks."""
     return check_sizes(
         lanes=lanes_of(settings),
         global_batch=settings.data.global_batch,

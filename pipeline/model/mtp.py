@@ -158,6 +158,7 @@ def initialize_weights(model: MTPModel, gather: Gather = no_gather) -> None:
         with gather(parameter) as is_writer, torch.no_grad():
             if not is_writer:
                 continue
+
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             elif name.endswith("bias"):

@@ -132,6 +132,7 @@ def _section_problems(section: str, model: type[BaseModel], value: Any) -> Itera
     if not isinstance(value, dict):
         yield f"deepspeed {section}: got {value!r}; expected an object"
         return
+
     try:
         model.model_validate({key: given for key, given in value.items() if given != "auto"})
     except ValidationError as error:

@@ -97,6 +97,7 @@ def tensorboard_tag(key: str, split: str | None = None) -> str | None:
     if key.startswith("data_") or key == "corrupt_samples":
         tag = f"data/{key.removeprefix('data_').replace('_source_', '/source_', 1).replace('_set_', '/set_', 1)}"
         return f"{split}/{tag}" if split else tag
+
     key, source, name = key.partition("_source_")
     quantity, head, number = key.partition("_head_")
     if source:

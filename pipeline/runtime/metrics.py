@@ -178,6 +178,8 @@ class Counted:
     def statistics(self) -> Record:
         """Return the metrics of each head, of each two selecting heads, and overall."""
         record: Record = {}
+
+        # Each head.
         *percentiles, overall = excess_percentiles(torch.cat([self.histogram_KV, self.histogram_KV.sum(0, keepdim=True)]))
         for head, (valid, selected) in enumerate(zip(self.valid, self.selected, strict=True)):
             record[f"loss_head_{head}"] = None if self.bad_loss[head] else ratio(self.loss[head], valid)
@@ -187,9 +189,13 @@ class Counted:
             if head > 0:
                 of_head = self._of_heads(slice(head - 1, head), percentiles[head - 1])
                 record |= {f"{name}_head_{head}": value for name, value in of_head.items()}
+
+        # Each two heads: pairs that both select, over pairs that either does.
         two_heads = itertools.combinations(range(1, len(self.valid)), 2)
         for (one, other), both in zip(two_heads, self.both, strict=True):
             record[f"agreement_head_{one}_head_{other}"] = ratio(both, self.selected[one] + self.selected[other] - both)
+
+        # Overall.
         record |= self._of_heads(slice(None), overall)
         # Each head is in as many unions as there are others, and what two share is in theirs once.
         either = sum(self.selected[1:]) * (len(self.valid) - 2) - sum(self.both)

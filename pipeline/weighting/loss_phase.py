@@ -1,4 +1,4 @@
-"""From hidden states to losses, the selection among them, and the objective over the selected pairs.
+"""The loss phase: from hidden states to losses, the selection among them, and the objective over the selected pairs.
 
 Two ways to the same gradient. `dense_losses` is the oracle: full logits a head, `F.cross_entropy`, autograd. `chunked_losses`
 never holds more than one chunk of logits, and the backward of heads 1... touches the unembedding only for selected rows:

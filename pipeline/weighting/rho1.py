@@ -168,6 +168,8 @@ def _problem_with_inputs(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             return f"{name}: expected a tensor, got {type(tensor).__name__}"
+
+    # Shapes and devices.
     if policy_logits.ndim != 4 or 0 in policy_logits.shape:
         return f"policy_logits: expected [batch, seq, n_future, vocab], none of them 0, got {list(policy_logits.shape)}"
     batch, seq, _, vocab = policy_logits.shape
@@ -180,6 +182,8 @@ def _problem_with_inputs(
             return f"{name}: expected shape {shape} to fit policy_logits, got {list(tensor.shape)}"
         if tensor.device != policy_logits.device:
             return f"{name}: expected it on {policy_logits.device}, where policy_logits are, got {tensor.device}"
+
+    # Dtypes and ranges.
     for name, tensor in (("policy_logits", policy_logits), ("ref_logits", ref_logits)):
         if not tensor.is_floating_point():
             return f"{name}: expected a floating-point tensor, got {tensor.dtype}"
@@ -191,6 +195,8 @@ def _problem_with_inputs(
         return f"k_percent: expected a fraction in (0, 1], got {k_percent!r}"
     if attention_mask.dtype in _NOT_COMPARABLE:
         return f"attention_mask: torch cannot compare {attention_mask.dtype}; pass attention_mask.long()"
+
+    # Values.
     neither = (attention_mask != 0) & (attention_mask != 1)
     if neither.any():
         return f"attention_mask: expected 1 on tokens and 0 on padding, got {attention_mask[neither][0].item()}"

@@ -73,7 +73,7 @@ def test_shards_made_one_by_one_are_the_whole_sequence_packed_at_once(tmp_path, 
     for folder in ("records", "data"):
         (tmp_path / folder).mkdir()
     packing_settings = PackingSettings(
-        runs=tmp_path / "runs",
+        sorted_runs=tmp_path / "runs",
         records=tmp_path / "records",
         directory=tmp_path / "data",
         sequence_length=sequence_length,

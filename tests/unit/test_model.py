@@ -221,3 +221,16 @@ def test_one_head_is_an_ordinary_next_token_model() -> None:
         initialize_weights(model)
     tokens, documents = rows()
     assert torch.equal(one.hidden_states(tokens, documents)[:, :, 0], four.hidden_states(tokens, documents)[:, :, 0])
+
+
+def test_a_block_that_trains_on_an_input_without_gradient_is_refused() -> None:
+    """Under ZeRO-3 it would train with gradients of zero, in silence."""
+    model = initialized(small())
+    model.embed.weight.requires_grad_(False)
+    tokens, documents = rows()
+    with pytest.raises(AssertionError, match="requires_grad_"):
+        model.hidden_states(tokens, documents)
+    with torch.no_grad():
+        model.hidden_states(tokens, documents)
+    model.requires_grad_(False)
+    model.hidden_states(tokens, documents)

@@ -129,13 +129,13 @@ def prepare(
         # Tokenise into sorted runs.
         tokenization = tokenization_settings(Path(work), directory / TOKENIZER_FILE, tokenizer, settings, source_names)
         encoder = Encoder(tokenizer, end_of_document_id(tokenizer))
-        runs = {split: SortedRunWriter(Path(work, split), "all", encoder.dtype) for split in ("train", "validation")}
+        writers = {split: SortedRunWriter(Path(work, split), "all", encoder.dtype) for split in ("train", "validation")}
         for batch, ids in encoder.batches(numbered):
-            add_documents(batch, ids, tokenization, **runs)
-        for writer in runs.values():
+            add_documents(batch, ids, tokenization, **writers)
+        for writer in writers.values():
             writer.close()
 
-        # Pack the runs into shards.
+        # Pack the sorted runs into shards.
         manifests = [
             _write_split(Path(work), split, directory / folder, tokenizer, settings, source_names)
             for split, folder in settings.splits.items()
@@ -212,7 +212,7 @@ def pack_split(
         DataError: there are no documents, and this is not one of several parts.
     """
     packing = PackingSettings(
-        runs=work / split,
+        sorted_runs=work / split,
         records=work / f"{split}.records",
         directory=directory,
         sequence_length=settings.sequence_length,

@@ -29,12 +29,12 @@ from pipeline.storage.whole_file import write_file
 class PackingSettings:
     """Settings of packing, as workers need them.
 
-    runs: folder of the sorted runs. records: folder for the records of shards. directory: folder for the shards.
+    sorted_runs: folder of the sorted runs. records: folder for the records of shards. directory: folder for the shards.
     num_sources: 0 if sources have no names.
     key_prefix: of the samples' keys, different for each part of an input.
     """
 
-    runs: Path
+    sorted_runs: Path
     records: Path
     directory: Path
     sequence_length: int
@@ -74,7 +74,7 @@ PackingTask = tuple[PackingSettings, np.ndarray, int]
 
 def packing_tasks(settings: PackingSettings) -> list[PackingTask]:
     """List the tasks, one for each shard; none if there are no documents."""
-    before = SortedRuns(settings.runs, token_dtype(settings.vocab_size)).tokens_before_bucket()
+    before = SortedRuns(settings.sorted_runs, token_dtype(settings.vocab_size)).tokens_before_bucket()
     return [(settings, before, index) for index in range(-(-int(before[-1]) // settings.tokens_per_shard))]
 
 
@@ -138,8 +138,8 @@ def _documents_from(settings: PackingSettings, before: np.ndarray, index: int) -
     start = index * settings.tokens_per_shard
     first = int(np.searchsorted(before, start, side="right")) - 1
     last = int(np.searchsorted(before, start + settings.tokens_per_shard))
-    runs = SortedRuns(settings.runs, token_dtype(settings.vocab_size))
-    documents = runs.documents_in_buckets(first, min(last, len(before) - 1))
+    sorted_runs = SortedRuns(settings.sorted_runs, token_dtype(settings.vocab_size))
+    documents = sorted_runs.documents_in_buckets(first, min(last, len(before) - 1))
     return documents, before[first] + np.cumsum(documents.lengths) - documents.lengths
 
 

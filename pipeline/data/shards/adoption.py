@@ -22,7 +22,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, Shard, Source, write_manifest
 from pipeline.data.shards.output_folder import locked
 from pipeline.data.shards.reader import ShardReader
-from pipeline.data.shards.table import NAME, crc32_of_pieces
+from pipeline.data.shards.table import NAME, crc32_of_chunks
 from pipeline.data.shards.tars import Member, members, read_member
 from pipeline.data.shards.verification import SourceCounts, count_row, file_sha256
 from pipeline.data.shards.writer import CRC, MAX_SOURCES, OFFSET
@@ -187,7 +187,7 @@ def _index_tar(path: Path, written: list[Path]) -> tuple[Shard, frozenset[str]]:
         tokens=0,
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
-        crc32=crc32_of_pieces(checksums),
+        crc32=crc32_of_chunks(checksums),
     )
     return shard, kinds.pop()
 
@@ -213,6 +213,8 @@ def _checked_members(path: Path) -> Iterator[Member]:
     for member in members(path):
         where = f"shard {path.stem}, member {member.name!r}"
         key, _, kind = member.name.partition(".")
+
+        # A plain file, of a sample's name and size, once.
         if not member.is_file:
             raise DataError(f"{where}: expected plain files, got a folder, link or device; nothing of it was read")
         if "/" in key or "\\" in key or not key or kind not in _REQUIRED | {_SOURCES}:
@@ -226,6 +228,7 @@ def _checked_members(path: Path) -> Iterator[Member]:
             )
         if member.name in seen:
             raise DataError(f"{where}: it is there twice")
+
         seen.add(member.name)
         yield member
 

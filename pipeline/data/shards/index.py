@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.shards.table import PIECE_SAMPLES, Shard
+from pipeline.data.shards.table import INDEX_CHUNK_SAMPLES, Shard
 from pipeline.data.shards.writer import CRC, OFFSET
 from pipeline.storage.files import Access, OpenFile, open_file
 from pipeline.storage.location import Location
@@ -43,8 +43,8 @@ class IndexChunk:
     """
 
     def __init__(self, number: int, num_samples: int, checksums: bytes) -> None:
-        self.first = number * PIECE_SAMPLES
-        self.offsets = np.full(min(PIECE_SAMPLES, num_samples - self.first) + 1, _UNKNOWN)
+        self.first = number * INDEX_CHUNK_SAMPLES
+        self.offsets = np.full(min(INDEX_CHUNK_SAMPLES, num_samples - self.first) + 1, _UNKNOWN)
         self.checksums = _whole_items(checksums, CRC)
         self._num_requested = 0
         self._is_complete = False

@@ -25,7 +25,7 @@ from pipeline.data.lru_cache import LRUCache
 from pipeline.data.shards.index import IndexChunk, OpenShard, ReadRange
 from pipeline.data.shards.manifest import MANIFEST_FILE, Manifest
 from pipeline.data.shards.sample import DamageError, Sample, SampleDecoder
-from pipeline.data.shards.table import PIECE_SAMPLES, ShardTable
+from pipeline.data.shards.table import INDEX_CHUNK_SAMPLES, ShardTable
 from pipeline.data.shards.writer import CRC, OFFSET
 from pipeline.storage.faults import raise_if_folder_unreachable, raise_if_machine_fault
 from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError
@@ -126,9 +126,9 @@ class ShardReader:
         retried: dict[int, list[int]] = {}
         for shard, positions in positions_by_shard.items():
             damaged = [at for at in positions if (sample := found[at]) is not None and sample.damage is not None]
-            chunks = {samples[at] // PIECE_SAMPLES for at in damaged}
+            chunks = {samples[at] // INDEX_CHUNK_SAMPLES for at in damaged}
             invalidated = {chunk for chunk in chunks if self._invalidate_index(shard, chunk)}
-            if again := [at for at in damaged if samples[at] // PIECE_SAMPLES in invalidated]:
+            if again := [at for at in damaged if samples[at] // INDEX_CHUNK_SAMPLES in invalidated]:
                 retried[shard] = again
         return retried
 
@@ -167,7 +167,7 @@ class ShardReader:
         by_chunk: dict[tuple[int, int], list[int]] = {}
         for shard, samples in samples_by_shard.items():
             for sample in samples:
-                by_chunk.setdefault((shard, sample // PIECE_SAMPLES), []).append(sample)
+                by_chunk.setdefault((shard, sample // INDEX_CHUNK_SAMPLES), []).append(sample)
 
         # Chunks in the cache that have all wanted offsets.
         known = {name: self._indices.find(name) for name in sorted(by_chunk)}
@@ -188,15 +188,18 @@ class ShardReader:
     ) -> IndexChunk | DamageError | OSError:
         try:
             _, idx, crc32 = self._files(name[0])
+
+            # The checksums of a new chunk, held against the manifest.
             if chunk is None:
                 checksums = crc32.read(*self._chunk_extents(*name)[1])
-                expected, found = self._table.piece_crc32(*name), zlib.crc32(checksums)
+                expected, found = self._table.chunk_crc32(*name), zlib.crc32(checksums)
                 if expected is not None and found != expected:
                     return DamageError(
                         f"the CRC-32 of its piece of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the "
                         "file is damaged, or the shard was exchanged for another"
                     )
                 chunk = IndexChunk(name[1], int(self._table.samples[name[0]]), checksums)
+
             chunk.read_offsets(idx, samples, one_by_one=not self._is_remote)
         except OSError as error:
             self._raise_if_machine_fault(error)
@@ -205,8 +208,8 @@ class ShardReader:
 
     def _chunk_extents(self, shard: int, chunk: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Locate a chunk in its shard's `.idx` and `.crc32`: (start, size) in bytes of each."""
-        first = chunk * PIECE_SAMPLES
-        count = min(PIECE_SAMPLES, int(self._table.samples[shard]) - first)
+        first = chunk * INDEX_CHUNK_SAMPLES
+        count = min(INDEX_CHUNK_SAMPLES, int(self._table.samples[shard]) - first)
         return (OFFSET.itemsize * first, OFFSET.itemsize * (count + 1)), (CRC.itemsize * first, CRC.itemsize * count)
 
     def _files(self, shard: int) -> list[OpenFile]:
@@ -225,12 +228,14 @@ class ShardReader:
         """Merge neighbouring wanted samples into ranges. Samples that the index cannot locate go to `found` as damaged."""
         for shard, samples in samples_by_shard.items():
             range_: ReadRange | None = None
+
             for sample, position in sorted(zip(samples, positions_by_shard[shard], strict=True)):
                 try:
-                    start, end, checksum = self._extent(shard, sample, chunks[shard, sample // PIECE_SAMPLES])
+                    start, end, checksum = self._extent(shard, sample, chunks[shard, sample // INDEX_CHUNK_SAMPLES])
                 except (DamageError, OSError) as damage:
                     found[position] = self._blank(shard, sample, damage)
                     continue
+
                 # Extend the range if the sample follows it directly, else begin another.
                 if range_ is not None and range_.offsets[-1] == start and end - range_.offsets[0] <= _MAX_RANGE_BYTES:
                     range_.positions.append(position)

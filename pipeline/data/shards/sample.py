@@ -89,6 +89,7 @@ class SampleDecoder:
             raise DamageError(f"expected {self._sequence_length} tokens (the sequence length), got {len(tokens)}")
         if not self._any_id_fits and tokens.max() >= self._vocab_size:
             raise DamageError(f"token id {tokens.max()} is not below the manifest's vocab_size {self._vocab_size}")
+
         # For a few documents Python's sum is faster than numpy's, and it cannot overflow.
         each = lengths.tolist()
         total = sum(each)
@@ -96,6 +97,7 @@ class SampleDecoder:
             raise DamageError("a document of length 0")
         if total > self._sequence_length:
             raise DamageError(f"documents of {total} tokens in a row of {self._sequence_length}")
+
         if sources is not None and len(sources) != len(lengths):
             raise DamageError(f"{len(lengths)} documents but {len(sources)} sources")
         if sources is not None and len(sources) and sources.max() >= self._num_sources:

@@ -25,7 +25,7 @@ Positive = Annotated[int, Field(ge=1, lt=_MOST_SAMPLES)]
 OfShard = Annotated[int, Field(ge=0, lt=_MOST_BYTES)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
-PIECE_SAMPLES = 1024
+INDEX_CHUNK_SAMPLES = 1024
 """Samples whose part of the index files is read, and compared with the manifest, at a time."""
 
 
@@ -51,19 +51,20 @@ class Shard(Record):
     def _has_all_pieces(cls, crc32: str | None, info: ValidationInfo) -> str | None:
         if crc32 is not None and "samples" in info.data and len(crc32) != _num_digits(info.data["samples"]):
             raise ValueError(
-                f"expected {_num_digits(info.data['samples'])} digits, 8 for each {PIECE_SAMPLES:,} samples, got {len(crc32)}"
+                f"expected {_num_digits(info.data['samples'])} digits, 8 for each {INDEX_CHUNK_SAMPLES:,} samples, "
+                f"got {len(crc32)}"
             )
         return crc32
 
 
-def crc32_of_pieces(checksums: bytes) -> str:
+def crc32_of_chunks(checksums: bytes) -> str:
     """`Shard.crc32` of a shard whose `.crc32` has these bytes."""
-    size = 4 * PIECE_SAMPLES
+    size = 4 * INDEX_CHUNK_SAMPLES
     return "".join(f"{zlib.crc32(checksums[start : start + size]):08x}" for start in range(0, len(checksums), size))
 
 
 def _num_digits(samples: int) -> int:
-    return 8 * -(-samples // PIECE_SAMPLES)
+    return 8 * -(-samples // INDEX_CHUNK_SAMPLES)
 
 
 _FIELDS = tuple(Shard.model_fields)
@@ -75,12 +76,12 @@ class ShardTable(Sequence[Shard]):
     """Shards in the manifest's order, as rows of a numpy structured array.
 
     The CRC-32s of the pieces of their checksums, 4 bytes each, lie apart, because shards have different numbers of them:
-    `pieces_before` is that number before every shard and at the end, none being there for a shard without.
+    `chunks_before` is that number before every shard and at the end, none being there for a shard without.
     """
 
     rows: np.ndarray
     crc32s: bytes
-    pieces_before: np.ndarray
+    chunks_before: np.ndarray
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> "ShardTable":
@@ -92,7 +93,7 @@ class ShardTable(Sequence[Shard]):
     @classmethod
     def joined(cls, tables: Sequence["ShardTable"]) -> "ShardTable":
         """Return the shards of all these tables, one after the other."""
-        num_pieces = [np.diff(table.pieces_before) for table in tables]
+        num_pieces = [np.diff(table.chunks_before) for table in tables]
         return cls(
             np.concatenate([table.rows for table in tables]) if tables else np.zeros(0, _row_type("S1")),
             b"".join(table.crc32s for table in tables),
@@ -116,8 +117,8 @@ class ShardTable(Sequence[Shard]):
             rows[field] = column
 
         pieces = [crc32 or "" for crc32 in crc32s]
-        pieces_before = np.cumsum([0, *(len(digits) // 8 for digits in pieces)], dtype=np.int64)
-        return cls(rows, bytes.fromhex("".join(pieces)), pieces_before)
+        chunks_before = np.cumsum([0, *(len(digits) // 8 for digits in pieces)], dtype=np.int64)
+        return cls(rows, bytes.fromhex("".join(pieces)), chunks_before)
 
     @property
     def samples(self) -> np.ndarray:
@@ -142,10 +143,10 @@ class ShardTable(Sequence[Shard]):
         """Return whether no two shards have the same name."""
         return len(set(self.rows["name"].tolist())) == len(self)
 
-    def piece_crc32(self, shard: int, piece: int) -> int | None:
-        """The CRC-32 that a piece of a shard's checksums must have; None if the manifest does not say."""
-        first, end = self.pieces_before[shard : shard + 2].tolist()
-        at = 4 * (first + piece)
+    def chunk_crc32(self, shard: int, chunk: int) -> int | None:
+        """Return the CRC-32 that a chunk of a shard's checksums must have; None if the manifest does not say."""
+        first, end = self.chunks_before[shard : shard + 2].tolist()
+        at = 4 * (first + chunk)
         return None if first == end else int.from_bytes(self.crc32s[at : at + 4], "big")
 
     def __len__(self) -> int:
@@ -160,7 +161,7 @@ class ShardTable(Sequence[Shard]):
             return tuple(self[each] for each in range(*index.indices(len(self))))
         index = range(len(self))[index]
         name, samples, tokens, size, sha256 = self.rows[index].item()
-        first, end = self.pieces_before[index : index + 2].tolist()
+        first, end = self.chunks_before[index : index + 2].tolist()
         # Every value has been checked before.
         return Shard.model_construct(
             name=name.decode(),

@@ -15,7 +15,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import Manifest, Shard, raise_machine_fault_as_data_error, read_manifest, size_problems
 from pipeline.data.shards.reader import DamagedSampleError, ShardReader
 from pipeline.data.shards.sample import Sample
-from pipeline.data.shards.table import PIECE_SAMPLES, crc32_of_pieces
+from pipeline.data.shards.table import INDEX_CHUNK_SAMPLES, crc32_of_chunks
 from pipeline.data.shards.writer import MAX_SOURCES
 from pipeline.data.tokenizer import fingerprint, load_tokenizer, vocab_size
 
@@ -113,10 +113,10 @@ def _shard_problems(
 
 def _mismatched_chunks(shard: Shard, checksums: bytes) -> list[range]:
     """Compare a shard's `.crc32` with the manifest; returns the samples of each chunk that differs."""
-    found, expected = crc32_of_pieces(checksums), shard.crc32 or ""
+    found, expected = crc32_of_chunks(checksums), shard.crc32 or ""
     starts = range(0, len(expected), 8)
     wrong = (number for number, at in enumerate(starts) if found[at : at + 8] != expected[at : at + 8])
-    return [range(n * PIECE_SAMPLES, min((n + 1) * PIECE_SAMPLES, shard.samples)) for n in wrong]
+    return [range(n * INDEX_CHUNK_SAMPLES, min((n + 1) * INDEX_CHUNK_SAMPLES, shard.samples)) for n in wrong]
 
 
 def count_row(row: Sample, manifest: Manifest, source_counts: SourceCounts) -> int:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.shards.table import Shard, crc32_of_pieces
+from pipeline.data.shards.table import Shard, crc32_of_chunks
 from pipeline.storage.whole_file import atomic_write, write_file
 
 OFFSET = np.dtype("<u8")
@@ -124,7 +124,7 @@ def write_shard(
         tokens=tokens,
         bytes=offsets[-1] + len(end),
         sha256=sha256.hexdigest(),
-        crc32=crc32_of_pieces(checksums),
+        crc32=crc32_of_chunks(checksums),
     )
 
 
