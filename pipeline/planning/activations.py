@@ -102,8 +102,9 @@ def loss_phase(job: PlannedJob) -> int:
         logits = job.num_tokens * job.vocab_size
         return (model.num_prediction_heads + 1) * logits * FLOAT32 + _dense_loss_casts(job)
 
-    # One chunk of logits at a time.
-    rows = rows_per_chunk(job.num_tokens, job.vocab_size, "cuda" if job.on_gpu else "cpu")
+    # One chunk of logits at a time, and the part of it that is moved at once.
+    device_type = "cuda" if job.on_gpu else "cpu"
+    rows = rows_per_chunk(job.num_tokens, job.vocab_size, device_type)
     chunk = rows * job.vocab_size
 
     # In bf16 a chunk's logit gradients are cast, and its part of the weight's gradient is a bf16 tensor before it is added.
@@ -111,7 +112,7 @@ def loss_phase(job: PlannedJob) -> int:
     if casting and not job.on_gpu:
         casting += job.embedding_size * FLOAT32  # On a CPU torch casts a copy to add tensors of two dtypes.
     rows_at_work = 2 * rows * model.dim * job.dtype_bytes
-    return loss_gradients(job) + chunk * FLOAT32 + chunk * FLOAT32 // MOVES + casting + rows_at_work
+    return loss_gradients(job) + chunk * FLOAT32 + chunk * FLOAT32 // MOVES[device_type] + casting + rows_at_work
 
 
 def loss_gradients(job: PlannedJob) -> int:

@@ -26,8 +26,9 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 run at full speed; and each chunk adds to a whole [V, D] in float32, for which a GPU takes as long as for the products of
 about a thousand rows. On an H200, V 128k, 16k tokens, chunks of 2^27, 2^28 and 2^29 logits took 287, 243 and 224 ms."""
 
-MOVES = 16
-"""Steps in which the rows of a chunk are moved: a move needs a sixteenth of a chunk beside it."""
+MOVES = {"cpu": 64, "cuda": 16}
+"""Steps in which the rows of a chunk are moved, by kind of device: a move needs this part of a chunk beside it, and on CUDA each
+is a few launches."""
 
 
 class MarginPredictor(Protocol):
@@ -181,7 +182,7 @@ def _probabilities(log_probability_CV: Tensor, taken_C: Tensor | None, dtype: to
 
     # A few rows at a time: no row is overwritten that a later step still reads, and where the dtypes differ a CPU exponentiates
     # by way of a float32 copy.
-    step = -(-len(log_probability_CV) // MOVES)
+    step = -(-len(log_probability_CV) // MOVES[log_probability_CV.device.type])
     for start in range(0, num_rows, step):
         part = slice(start, min(start + step, num_rows))
         rows_CV = log_probability_CV[part] if taken_C is None else log_probability_CV.index_select(0, taken_C[part])

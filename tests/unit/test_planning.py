@@ -223,10 +223,10 @@ def test_the_loss_phase_holds_a_chunk_and_dense_every_heads_logits() -> None:
     predicted, two_pass, dense = (case(training={"loss_phase": phase}) for phase in ("predicted", "two_pass", "dense"))
     tokens, vocab, dim = 4 * 64, 512, 96
     assert activations.loss_phase(predicted) == activations.loss_phase(two_pass)
-    # Hidden gradient, weight gradient, a quarter of a head's logits and a sixteenth of those, and twice their rows.
+    # Hidden gradient, weight gradient, a quarter of a head's logits and a part of those, and twice their rows.
     chunk = tokens // 4 * vocab
     assert activations.loss_phase(predicted) == 4 * (
-        tokens * 4 * dim + vocab * dim + chunk + chunk // 16 + tokens // 4 * 2 * dim
+        tokens * 4 * dim + vocab * dim + chunk + chunk // 64 + tokens // 4 * 2 * dim
     )
     # The log-probabilities of four heads, and the logits of the last one.
     assert activations.loss_phase(dense) == 4 * tokens * vocab * (4 + 1)
@@ -446,7 +446,7 @@ def test_what_backward_adds_is_counted_by_its_steps() -> None:
 
 def test_adding_in_two_precisions_takes_a_copy_on_a_cpu_alone() -> None:
     rows = TOKENS // 4
-    chunk = rows * (4 * VOCAB + 4 * VOCAB // 16 + 2 * VOCAB + 2 * 2 * DIM)
+    chunk = rows * (4 * VOCAB + 4 * VOCAB // 64 + 2 * VOCAB + 2 * 2 * DIM)
     needed = 2 * HEADS * TOKENS * DIM + 4 * EMBEDDING + chunk + 2 * EMBEDDING
     assert activations.loss_phase(case(bf16=True)) == needed + 4 * EMBEDDING
 
