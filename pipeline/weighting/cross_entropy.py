@@ -27,7 +27,7 @@ run at full speed; and each chunk adds to a whole [V, D] in float32, for which a
 about a thousand rows. On an H200, V 128k, 16k tokens, chunks of 2^27, 2^28 and 2^29 logits took 287, 243 and 224 ms."""
 
 MOVES = {"cpu": 64, "cuda": 16}
-"""Steps in which the rows of a chunk are moved, by kind of device: a move needs this part of a chunk beside it, and on CUDA each
+"""Steps in which the rows of a chunk are moved, by kind of device. A step needs its part of a chunk beside it; on CUDA each
 is a few launches."""
 
 
