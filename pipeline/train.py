@@ -133,6 +133,7 @@ def train_step(run: Run, fetched: FetchedStep, progress: Progress) -> StepResult
     for micro, losses in zip(micro_batches, losses_of_each, strict=True):
         sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
         is_last = micro is micro_batches[-1]
+        # A loss that was not finite on any rank makes the step's last gradient NaN, and the engine discards the step.
         backward(run.engine, losses.loss * all_finite_or_nan(sums.finite) if is_last else losses.loss)
         applied = end_micro_step(run.engine)
 
