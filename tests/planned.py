@@ -4,7 +4,9 @@ A first job of a few values has a process load what libraries load at first use;
 in use by then.
 """
 
+import ctypes
 import gc
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +61,7 @@ def plan_and_measure(job: Job, device: torch.device) -> Measured:
     from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak
 
     gc.collect()
-    before = current_bytes(device)
+    in_use_before, before = in_use(device), current_bytes(device)
     reset_peak(device)
     _run(job, device)
     peak = peak_bytes(device)
@@ -69,7 +71,18 @@ def plan_and_measure(job: Job, device: torch.device) -> Measured:
     assert notes == []
     plan = plan_memory(resolved)
     planned = plan.total + (plan.host_total if device.type == "cpu" else 0)
-    return Measured(planned, peak - before, current_bytes(device) - before)
+    return Measured(planned, peak - before, in_use(device) - in_use_before)
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes in use now; on a CPU anonymous memory alone, because pages of libraries become resident when first run, and without
+    the freed blocks that glibc keeps."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def tiny(job: Job) -> Job:
