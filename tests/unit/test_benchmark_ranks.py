@@ -76,7 +76,7 @@ def test_ranks_hear_ctrl_c_though_nohup_had_this_process_ignore_it(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     assert (done.stdout, done.returncode) == ("[True]\n", 0), done.stderr
