@@ -56,8 +56,8 @@ def forked_where_spawned() -> Iterator[None]:
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a forked process is to call its function by: DeepSpeed collects garbage with every engine; in what was loaded there
-    is none, and looking takes a second."""
+    """Call a function in a forked process. DeepSpeed collects garbage with every engine; the objects that were loaded before
+    hold none, and are left out, because searching them takes a second."""
     gc.freeze()
     return function(*arguments)
 

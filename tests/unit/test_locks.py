@@ -20,7 +20,7 @@ print(getattr(locks, sys.argv[1])(open(sys.argv[2], "ab")))
 
 
 def taken_by_another(name: str, path: os.PathLike) -> bool:
-    """Whether a process of its own gets the lock."""
+    """Return whether a process of its own gets the lock."""
     done = subprocess.run([sys.executable, "-c", TAKE, name, str(path)], capture_output=True, text=True, check=True)
     return done.stdout == "True\n"
 

@@ -16,7 +16,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What is synced and what is renamed, in turn: ("sync", name) and ("rename", name afterwards)."""
+    """Record syncs and renames in their order: ("sync", name) and ("rename", name afterwards)."""
     found = []
 
     def fsync(descriptor, fsync=os.fsync):
