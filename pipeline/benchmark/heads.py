@@ -63,6 +63,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     variants = [(name, *shape) for name in names]
     with in_processes(_prepare, variants) as rounds_of:
         measured = in_turn(rounds_of, WARM_UP_ROUNDS + options.rounds)
+
+    # A variant that computes something else is no variant.
     errors = {
         name: _relative_error(rounds[CHECKED_ROUND]["gradients"], measured["plain"][CHECKED_ROUND]["gradients"])
         for name, rounds in measured.items()
@@ -71,10 +73,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name, error in errors.items():
         if not error < MOST_GRADIENT_ERROR:
             raise RuntimeError(f"{name}: its gradient differs from that of plain by {error:.1e} of its norm")
+
     figures = {name: medians(rounds[WARM_UP_ROUNDS:], ("seconds", "peak_bytes")) for name, rounds in measured.items()}
     plain = figures["plain"]
     for own in figures.values():
         own |= {"time_ratio": own["seconds"] / plain["seconds"], "peak_ratio": own["peak_bytes"] / plain["peak_bytes"]}
+
     hit_rates = [rate for answer in measured["predicted"][WARM_UP_ROUNDS:] for rate in answer["hit_rates"]]
     return {
         "variants": figures,
@@ -94,6 +98,7 @@ def table(figures: dict[str, Any]) -> str:
         f"{figures['device']}, torch {figures['torch']}",
         f"{'':22}{'seconds':>10}{'peak MiB':>10}{'time':>8}{'peak':>8}{'gradient error':>16}",
     ]
+
     for name, own in figures["variants"].items():
         error = figures["gradient_error"].get(name)
         lines.append(
@@ -132,6 +137,7 @@ def _prepare(name: str, tokens: int, dim: int, vocabulary: int, heads: int, thre
         predicts = name in ("predicted", "one_head")
         selector = _selector(inputs, prediction if predicts else Prediction())
         (selection, predicted_BTK), seconds, peak = timed(partial(_step, name, inputs, selector), device)
+
         answer: dict[str, Any] = {"seconds": seconds, "peak_bytes": peak, "hit_rates": []}
         if number == CHECKED_ROUND:
             gradients = (inputs.hidden_BTHD.grad, weight_VD.grad)
@@ -139,6 +145,7 @@ def _prepare(name: str, tokens: int, dim: int, vocabulary: int, heads: int, thre
         if predicted_BTK is not None:
             both_K = (predicted_BTK & selection.selected_BTK).sum((0, 1))
             answer["hit_rates"] = (both_K / (predicted_BTK | selection.selected_BTK).sum((0, 1))).tolist()
+
         prediction = prediction.after([selection.threshold_K])
         weight_VD.grad = None
         return answer
@@ -181,17 +188,20 @@ def _step(name: str, inputs: Inputs, selector: TopOfPool | EveryPair) -> tuple[S
     hidden_BTHD, weight_VD, targets_BTH, _ = inputs
     valid_BTH = torch.ones_like(targets_BTH, dtype=torch.bool)
     scale_H = torch.full(targets_BTH.shape[-1:], 1 / targets_BTH.numel(), device=weight_VD.device)
+
     if name in ("two_pass", "predicted", "one_head"):
         num_valid_H = [targets_BTH[..., 0].numel()] * targets_BTH.shape[-1]
         losses = chunked_losses(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, selector, scale_H, num_valid_H)
         losses.loss.backward()
         return losses.selection, losses.predicted_BTK
+
     token_loss = {"plain": _plain, "linear_cross_entropy": _linear_cross_entropy, "liger": _liger()}[name]
     assert token_loss is not None
     by_head = zip(hidden_BTHD.unbind(2), targets_BTH.unbind(2), strict=True)
     loss_BTH = torch.stack([token_loss(hidden_BTD[0], weight_VD, targets_BT[0]) for hidden_BTD, targets_BT in by_head], -1)[
         None
     ]
+
     selection = selector.select(loss_BTH.detach()[..., 1:])
     selected_BTH = torch.cat([valid_BTH[..., :1], selection.selected_BTK], dim=-1)
     (loss_BTH * selected_BTH * scale_H).sum().backward()

@@ -122,6 +122,7 @@ def _quantile_refuses() -> str:
 
 def _measured_on(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     of_ranks = run_ranks(_measure_on_this_rank, ranks, options.tokens, options.heads, options.runs, timeout=3600)
+
     rows = []
     for tokens, *same_size in zip(options.tokens, *of_ranks, strict=True):
         seconds = {way: slowest([of_rank[way]["seconds"] for of_rank in same_size]) for way in WAYS}
@@ -129,6 +130,7 @@ def _measured_on(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]
             collectives = same_size[0][way]["collectives"]
             assert all(of_rank[way]["collectives"] == collectives for of_rank in same_size)
             sent = [of_rank[way]["sent"] for of_rank in same_size]
+
             rows.append(
                 {
                     "ranks": ranks,
@@ -223,6 +225,7 @@ def table(figures: dict[str, Any]) -> str:
                 f"{row['wrong_pairs']:,}" if row["way"] == "quantile" else "",
             ]
         )
+
     model = [["GPUs", "pairs a head", "all_gather", "ms", "of a step", "radix", "ms", "of a step", "auto", "torch.quantile"]]
     for row in figures["model"]:
         cells = [f"{row['gpus']:,}", f"{row['pairs']:,}"]
@@ -230,6 +233,7 @@ def table(figures: dict[str, Any]) -> str:
             cells += [f"{row[way]['wire_bytes'] / 1e6:,.3f} MB", f"{1e3 * row[way]['seconds']:.3f}"]
             cells.append(f"{100 * row[way]['share_of_step']:.3f} %")
         model.append([*cells, row["auto"], "refuses" if row["quantile_refuses"] else "as all_gather"])
+
     return "\n".join(
         [
             f"{options['heads']} selecting heads, median of {options['runs']} runs in turn, slowest rank; {figures['machine']}",

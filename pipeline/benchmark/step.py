@@ -63,9 +63,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         variants = [(name, directory, vars(options)) for name in dict.fromkeys(("next_token", *options.variants))]
         groups = [[variant] for variant in variants] if torch.cuda.is_available() else [variants]
         measured, failed = _measured_by_group(groups, rounds)
+
     figures: dict[str, dict[str, float]] = {
         name: medians(answers[WARM_UP_ROUNDS:], ("seconds", "peak_bytes")) for name, answers in measured.items()
     }
+
     shape = shape_of(vars(options))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
@@ -80,6 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         own["time_over_flops"] = own["time_ratio"] / own["flop_ratio"]
         if peak_flops is not None:
             own["mfu"] = flops / own["seconds"] / peak_flops
+
     return {
         "variants": figures,
         "failed": failed,
@@ -124,8 +127,10 @@ def flops_a_token(variant: str, shape: ModelSettings, keys_a_query: float) -> fl
     key_dim = (shape.num_key_value_heads or shape.num_attention_heads) * attention_head_dim(shape)
     weights = shape.dim * (2 * query_dim + 2 * key_dim + 3 * ffn_dim(shape))
     block = 2 * weights + 4 * keys_a_query * query_dim
+
     assert shape.vocab_size is not None
     logits = 2 * shape.dim * shape.vocab_size
+
     trunk = (shape.num_layers - 1) * block
     reference = trunk + block + logits
     all_heads = trunk + HEADS * (block + logits)
@@ -203,6 +208,8 @@ def step_of_the_origin(run: Run, batch: Batch) -> None:
     ones_H = torch.ones(HEADS, device=run.device)
     spans = micro.batch.spans
     forms = {"scale_H": ones_H, "loss_phase": "dense", "spans": spans}
+
+    # Both models' losses of every pair.
     with torch.no_grad():
         policy_loss_BTH = run.engine(*micro.inputs, selector=EveryPair(valid_BTK), **forms).policy_loss_BTH
         reference: Any = run.models.reference
@@ -211,9 +218,12 @@ def step_of_the_origin(run: Run, batch: Batch) -> None:
         scored = reference(*next_token_inputs, selector=EveryPair(valid_BTK[..., :0]), **forms | {"scale_H": ones_H[:1]})
         columns_BTC = torch.nn.functional.pad(scored.policy_loss_BTH[:, :-1], (0, 0, 1, 0))
         excess_BTH = policy_loss_BTH - losses_by_head(columns_BTC, "shifted", HEADS)
+
+    # What lies above the quantile trains, in a second forward.
     selected_BTK = torch.stack(list(_above_quantile(excess_BTH[..., 1:], valid_BTK)), dim=-1)
     scale_H = ones_H / HEADS / torch.stack([micro.valid_BTH[..., 0].sum(), *selected_BTK.sum((0, 1))])
     losses = run.engine(*micro.inputs, selector=EveryPair(selected_BTK), **forms | {"scale_H": scale_H})
+
     backward(run.engine, losses.loss)
     end_micro_step(run.engine)
 

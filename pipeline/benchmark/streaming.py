@@ -109,6 +109,7 @@ def random_rows(directory: Path, num_rows: int, sequence_length: int, vocab_size
         Row(draw.integers(0, vocab_size, sequence_length, np.uint32), lengths, np.zeros(NUM_DOCUMENTS, np.uint8))
         for _ in range(num_rows)
     )
+
     shards = write_shards(rows, directory, vocab_size=vocab_size, samples_per_shard=4096, named_sources=True)
     (directory / "tokenizer.json").touch()
     manifest = Manifest(
@@ -120,6 +121,7 @@ def random_rows(directory: Path, num_rows: int, sequence_length: int, vocab_size
         sources=(Source(name="random", documents=num_rows * NUM_DOCUMENTS, tokens=num_rows * sequence_length),),
         shards=tuple(shards),
     )
+
     write_manifest(directory, manifest)
     return directory
 

@@ -212,18 +212,21 @@ def _problem_with_selection(excess_loss: Tensor, weights: Tensor, attention_mask
     for name, tensor in {"excess_loss": excess_loss, "weights": weights, "attention_mask": attention_mask}.items():
         if not isinstance(tensor, Tensor):
             return f"{name}: expected a tensor, got {type(tensor).__name__}"
+
     fits = excess_loss.ndim == 3 and excess_loss.shape == weights.shape and attention_mask.shape == weights.shape[:2]
     if not fits or 0 in weights.shape:
         return (
             "expected excess_loss and weights [batch, seq, n_future] and attention_mask [batch, seq], none of them 0, got "
             f"{list(excess_loss.shape)}, {list(weights.shape)} and {list(attention_mask.shape)}"
         )
+
     if not excess_loss.is_floating_point():
         return f"excess_loss: expected a floating-point tensor, got {excess_loss.dtype}"
     for name, tensor in {"weights": weights, "attention_mask": attention_mask}.items():
         neither = (tensor != 0) & (tensor != 1)
         if neither.any():
             return f"{name}: expected 0 or 1, got {tensor[neither][0].item()}"
+
     if excess_loss.isinf().any():
         return "excess_loss: expected finite values, or NaN where there is no target, got an infinite one"
     return None
