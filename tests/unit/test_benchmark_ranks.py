@@ -61,7 +61,7 @@ def test_a_rank_that_is_late_is_named_with_its_stack():
 
 
 DEAF_PARENT = """
-from tests.ranks import run_ranks
+from pipeline.benchmark.ranks import run_ranks
 from tests.unit.test_benchmark_ranks import return_rank_and_handler
 
 if __name__ == "__main__":
