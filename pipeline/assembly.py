@@ -17,7 +17,7 @@ from pipeline.data.loading.stream import Stream
 from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, reference_shape
 from pipeline.micro_step import Models
 from pipeline.run import Run
-from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.deepspeed_json import precision_of, resolve_deepspeed_json
 from pipeline.runtime.distributed import World, min_over_ranks
 from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
@@ -108,7 +108,7 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
         else []
     )
     identity = identity_of(settings, config, [each.manifest for each in cached if each is not None])
-    return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint.keep)
+    return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint)
 
 
 def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:

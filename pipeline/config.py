@@ -249,6 +249,10 @@ class CheckpointSettings(Section):
     """Steps between checkpoints (there is one at the end as well)."""
     keep: Free[Positive | None] = 3
     """Newest checkpoints kept; null: all."""
+    keep_every: Free[Positive | None] = None
+    """Also keep the checkpoints of every step that is a multiple of this; null: none."""
+    max_failed_saves: Free[NonNegative] = 3
+    """Saves in a row that may fail (a full disk, say) while the run goes on; with one more it ends."""
 
 
 class Settings(Section):

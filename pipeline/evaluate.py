@@ -1,9 +1,10 @@
 """Evaluate on held-out data with the code that training uses: per-head losses over all valid pairs, and the objective."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from pipeline.config import Settings
 from pipeline.consumption import handle_damage
@@ -59,3 +60,12 @@ def evaluate(
     # Without gradients nothing is predicted, so a hit rate would mean nothing.
     record = {key: value for key, value in record.items() if not key.startswith("prediction_hit_rate")}
     return record | {"corrupt_samples": num_corrupt}
+
+
+def losses_of_batch(policy: Callable[..., Tensor], batch: Batch, num_heads: int, device: torch.device) -> list[float]:
+    """Compute each head's mean loss over the valid pairs of one batch, which is the same on all ranks; collective."""
+    (micro,) = load_micro_batches([batch], 0, num_heads, 1, 0, device)
+    with torch.no_grad():
+        loss_BTH = policy(*micro.inputs, **micro.known)
+    sums_H = loss_BTH.where(micro.valid_BTH, 0.0).double().sum((0, 1))
+    return (sums_H / micro.valid_BTH.sum((0, 1)).clamp(min=1)).tolist()

@@ -9,7 +9,7 @@ from pipeline.config import Settings
 from pipeline.consumption import Consumed
 from pipeline.data.loading.stream import Stream
 from pipeline.micro_step import MicroBatch, Models, PendingStep
-from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.distributed import World
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.metrics import SelectionSums

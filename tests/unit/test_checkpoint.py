@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from pipeline.config import ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.distributed import World
 from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks

@@ -1,0 +1,9 @@
+"""Checkpoints in a format of our own: safetensors and JSON, which any layout of ranks can write and any other read.
+
+checkpoints    saves, finds and loads the checkpoints of one run directory
+commit         writes a checkpoint in the background, and makes it one
+read           verifies a checkpoint and loads it into an engine
+fragments      this rank's share of every parameter and optimizer state, in any ZeRO stage
+fragment_file  one rank's file, hashed while it is written and read
+state          the file state.json
+"""

@@ -1,0 +1,241 @@
+"""The checkpoints of one run directory: save, find, load, go back.
+
+`checkpoints/step-00000100/` holds a file of fragments for each rank of the job that wrote it, and `state.json`. Any number of
+ranks, any ZeRO stage, offloaded or not, continues from it. `checkpoints/latest` names the newest one for people; the newest
+complete folder wins.
+
+The position in the data is one integer, samples consumed. Training draws no random numbers, so no generator state is saved.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import CheckpointSettings, ConfigError
+from pipeline.progress import Progress
+from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, step_name
+from pipeline.runtime.checkpoint.read import checkpoint_names, load, read_state_of
+from pipeline.runtime.checkpoint.state import State
+from pipeline.runtime.distributed import World, broadcast_from_first
+from pipeline.runtime.identity import FIXED_SETTINGS, changed_settings
+
+REMEDY = "repair or remove what is there, or choose another --run-dir to start anew"
+_ABANDONED, _ABANDONED_KEPT = "abandoned-", 3
+
+
+class Checkpoints:
+    """Saves, finds and loads the checkpoints of one run directory. All methods are collective.
+
+    identity: settings and fingerprints that a resumed run must share with the checkpoint (`identity.identity_of`).
+    say: prints a line, on the first rank.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        world: World,
+        identity: dict[str, Any],
+        settings: CheckpointSettings,
+        say: Callable[[str], None] = lambda text: print(text, flush=True),
+    ):
+        self.run_dir = run_dir
+        self.directory = run_dir / "checkpoints"
+        self.world = world
+        self.identity = identity
+        self.settings = settings
+        self._writer = Writer(self.directory, world)
+        self._say = say if world.is_first else lambda text: None
+        self._failed_in_a_row = 0
+
+    @property
+    def is_written(self) -> bool:
+        """True if this rank's part of the save in hand is on disk. Not collective: ranks have to agree before they `commit`."""
+        return self._writer.is_written
+
+    def save(self, engine: Any, progress: Progress, held_out_losses: list[float], *, in_background: bool) -> None:
+        """Save a checkpoint: begin it, or have it complete on disk when this returns.
+
+        Raises:
+            SaveError: it failed, and it was the last of `checkpoint.max_failed_saves` in a row or not to be in the background.
+        """
+        if self._writer.is_busy:
+            self.commit()
+        content = {
+            "progress": progress.to_json(),
+            "identity": self.identity,
+            "held_out_losses": held_out_losses,
+        }
+        try:
+            self._writer.begin(engine, content, progress.step)
+        except SaveError as error:
+            self._failed(error, final=not in_background)
+            return
+        if not in_background:
+            self.commit(final=True)
+
+    def commit(self, final: bool = False) -> None:
+        """Complete the save in hand, once all ranks' parts are on disk; waits for them if they are not.
+
+        Raises:
+            SaveError: as `save`. final: after the first failure.
+        """
+        try:
+            saved = self._writer.commit()
+        except SaveError as error:
+            self._failed(error, final)
+            return
+        self._failed_in_a_row = 0
+        if self.world.is_first:
+            self._prune(saved.name)
+        self._say(_saved_line(saved))
+
+    def finish(self) -> None:
+        """Complete the save in hand, if there is one."""
+        if self._writer.is_busy:
+            self.commit()
+
+    def resume(
+        self, engine: Any, allow_changed: bool, held_out_losses: Callable[[], list[float]] = list, tolerance: float = 1e-3
+    ) -> Progress:
+        """Load the newest sound checkpoint into `engine` and return its progress; without any checkpoint, a new `Progress`.
+
+        Later checkpoints, which were not sound, are retired: from here on they belong to another past.
+
+        held_out_losses: computes each head's loss of the batch that was fixed for this; they must be those saved, within
+        `tolerance` relative.
+
+        Raises:
+            ConfigError: there are checkpoints but none can be used, or they were written under other settings.
+        """
+        problems: list[str] = []
+        for name in broadcast_from_first(checkpoint_names(self.directory) if self.world.is_first else []):
+            state, found = self._state_of(name)
+            if state is not None:
+                self._check_settings(state, allow_changed)
+                found = load(self.directory / name, state, engine, self.world)
+                found = found or _other_losses(name, state.held_out_losses, held_out_losses(), tolerance)
+                if not found:
+                    self._retire(name)
+                    return Progress.from_json(state.progress)
+            for problem in found:
+                self._say(f"checkpoint not used: {problem}")
+            problems += found
+        if problems:
+            raise ConfigError([*problems, f"{self.directory}: no checkpoint can be used; {REMEDY}"])
+        return Progress()
+
+    def check(self, allow_changed: bool) -> State | None:
+        """Return the newest readable `state.json` if this run may resume from it; None for a run without a checkpoint.
+
+        The first rank reads for all ranks: a shared file system may show the others an older state.
+
+        Raises:
+            ConfigError: the checkpoint has other fixed settings, or (unless `allow_changed`) others that change the result; or
+                something says that a run was here, and no checkpoint can be read.
+        """
+        state, problems = self._newest_state()
+        if state is None:
+            if problems:
+                raise ConfigError([*problems, f"{self.directory}: no checkpoint can be used; {REMEDY}"])
+            return None
+        self._check_settings(state, allow_changed)
+        return state
+
+    def changed(self) -> list[str]:
+        """List the differences between this run's identity and the newest checkpoint's, one sentence each."""
+        state, _ = self._newest_state()
+        return changed_settings(state.identity, self.identity) if state else []
+
+    def _check_settings(self, state: State, allow_changed: bool) -> None:
+        name = step_name(state.step)
+
+        # Never allowed to differ: the settings that the data position is counted in.
+        fixed = [
+            f"{key}: was {state.identity[key]!r}, is now {self.identity[key]!r}; it is fixed for the life of a run"
+            for key in FIXED_SETTINGS
+            if state.identity.get(key) != self.identity.get(key)
+        ]
+
+        # Allowed to differ only on request.
+        changed = [
+            f"{change} ({name} was trained with the former)"
+            for change in changed_settings(state.identity, self.identity)
+            if not change.startswith(FIXED_SETTINGS)
+        ]
+        if fixed or (changed and not allow_changed):
+            remedy = "to start anew choose another --run-dir"
+            remedy = remedy if fixed else f"to continue all the same pass --allow-changed; {remedy}"
+            raise ConfigError([*fixed, *changed, remedy])
+
+    def _newest_state(self) -> tuple[State | None, list[str]]:
+        """(state of the newest checkpoint whose state.json is sound, problems with newer ones), from the first rank."""
+        return broadcast_from_first(self._read_newest_state() if self.world.is_first else None)
+
+    def _read_newest_state(self) -> tuple[State | None, list[str]]:
+        problems = []
+        for name in checkpoint_names(self.directory):
+            state, problem = read_state_of(self.directory / name)
+            if state is not None:
+                return state, problems
+            problems.append(problem)
+        return None, problems
+
+    def _state_of(self, name: str) -> tuple[State | None, list[str]]:
+        state, problem = broadcast_from_first(read_state_of(self.directory / name) if self.world.is_first else None)
+        return state, [problem] if problem else []
+
+    def _failed(self, error: SaveError, final: bool) -> None:
+        """Report a save that failed; raise once there were too many in a row."""
+        self._failed_in_a_row += 1
+        most = self.settings.max_failed_saves
+        if final or self._failed_in_a_row > most:
+            raise error
+        self._say(f"{error}; the run goes on ({self._failed_in_a_row} of at most {most} failed saves in a row)")
+
+    def _retire(self, name: str) -> None:
+        """Rename checkpoints later than `name`, so that the newest folder is again the one that the run continues."""
+        if not self.world.is_first:
+            return
+        for later in checkpoint_names(self.directory):
+            if later > name:
+                shutil.rmtree(self.directory / f"{_ABANDONED}{later}", ignore_errors=True)
+                os.replace(self.directory / later, self.directory / f"{_ABANDONED}{later}")
+        for old in sorted(self.directory.glob(f"{_ABANDONED}*"), reverse=True)[_ABANDONED_KEPT:]:
+            shutil.rmtree(old)
+        for unfinished in self.directory.glob(f"step-*{PARTIAL}"):
+            shutil.rmtree(unfinished)
+
+    def _prune(self, current: str) -> None:
+        """Delete all but the newest `keep` checkpoints and every `keep_every`-th step's."""
+        keep, every = self.settings.keep, self.settings.keep_every
+        if keep is None:
+            return
+        for name in checkpoint_names(self.directory)[keep:]:
+            step = int(name.removeprefix("step-"))
+            if name != current and not (every is not None and step % every == 0):
+                shutil.rmtree(self.directory / name)
+
+
+def _other_losses(name: str, saved: list[float], found: list[float], tolerance: float) -> list[str]:
+    """Compare losses of the fixed batch: what a forward sees must be what was saved."""
+    if not saved or not found:
+        return []
+    if all(abs(one - other) <= tolerance * abs(other) for one, other in zip(found, saved, strict=True)):
+        return []
+    return [f"{name}: the held-out batch has losses {json.dumps(found)}, and had {json.dumps(saved)} when it was saved"]
+
+
+def _saved_line(saved: Saved) -> str:
+    step = int(saved.name.removeprefix("step-"))
+    return f"saved step {step}: {_size(saved.num_bytes)} in {saved.seconds:.1f} s, training waited {saved.waited:.2f} s"
+
+
+def _size(num_bytes: float) -> str:
+    units = ["TB", "GB", "MB", "KB", "B"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes /= 1000
+        units.pop()
+    return f"{num_bytes:.3g} {units[-1]}"

@@ -1,0 +1,230 @@
+"""Write a checkpoint in the background, and make it one: complete on disk, or absent.
+
+    begin    the training thread copies this rank's fragments into host buffers that are kept from save to save
+    write    a thread writes them to `step-….partial`, hashes and syncs, and looks for numbers that are not finite
+    commit   at the end of a later step, agreed by all ranks: state.json, one rename, the pointer `latest`
+
+Every file and folder goes through the one synced write (`storage.whole_file`), so that a loss of power leaves the checkpoint
+before or the new one.
+"""
+
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.runtime.checkpoint.fragment_file import write_tensors
+from pipeline.runtime.checkpoint.fragments import FROZEN, MASTER, STATES, Fragment, fragments_of, optimizer_step
+from pipeline.runtime.checkpoint.state import FORMAT, STATE_FILE, SavedFile, SavedParameter, State, encode
+from pipeline.runtime.distributed import World, broadcast_from_first, gather_from_all
+from pipeline.runtime.engine import full_shape
+from pipeline.storage.whole_file import publish, write_file
+
+POINTER_FILE, PARTIAL = "latest", ".partial"
+_SPARE_BYTES = 2**20
+
+
+class SaveError(RuntimeError):
+    """A checkpoint was not saved; the last one is as it was. The same on all ranks."""
+
+
+class Saved(NamedTuple):
+    """A committed checkpoint. seconds: from its beginning on. waited: seconds of them in which training stood still."""
+
+    name: str
+    num_bytes: int
+    seconds: float
+    waited: float
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step's checkpoint: `step-00000100`."""
+    return f"step-{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+@dataclass
+class _Written:
+    """What a rank's thread has done. fragments: [name, first value, number of values] of each fragment in the file."""
+
+    file: SavedFile | None = None
+    fragments: list[tuple[str, int, int]] = field(default_factory=list)
+    problem: str | None = None
+
+
+class Writer:
+    """Writes the checkpoints of one run, one at a time. `begin` and `commit` are collective."""
+
+    def __init__(self, directory: Path, world: World):
+        self.directory = directory
+        self.world = world
+        self._buffers: list[dict[str, Tensor]] = []
+        self._shapes: dict[str, tuple[list[int], list[str]]] = {}
+        self._pending: _Pending | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """True from `begin` until `commit`."""
+        return self._pending is not None
+
+    @property
+    def is_written(self) -> bool:
+        """True if this rank's part is on disk, or has failed; other ranks' may not be."""
+        return self._pending is not None and not self._pending.thread.is_alive()
+
+    def begin(self, engine: Any, content: dict[str, Any], step: int) -> None:
+        """Copy what is to be saved and start to write it.
+
+        content: of `State`, but for what the writer itself knows.
+
+        Raises:
+            SaveError: no space is left, or the folder cannot be made.
+        """
+        assert self._pending is None, "the save before this one was not committed"
+        started = time.perf_counter()
+        name = step_name(step)
+        partial = self.directory / f"{name}{PARTIAL}"
+        self._make_folder(partial, engine)
+
+        fragments = fragments_of(engine)
+        self._copy(fragments, engine)
+        content = content | {"optimizer_step": optimizer_step(engine)}
+
+        written = _Written()
+        thread = threading.Thread(target=self._write, args=(partial, fragments, written), name="checkpoint", daemon=True)
+        thread.start()
+        self._pending = _Pending(name, content, written, thread, started, time.perf_counter() - started)
+
+    def commit(self) -> Saved:
+        """Wait for all ranks' files, then make them a checkpoint.
+
+        Raises:
+            SaveError: a rank could not write its part, or a weight is not finite. Nothing is left of the attempt.
+        """
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        started = time.perf_counter()
+        pending.thread.join()
+        of_ranks: list[_Written] = gather_from_all(pending.written)
+
+        problems = [f"rank {rank}: {written.problem}" for rank, written in enumerate(of_ranks) if written.problem]
+        partial = self.directory / f"{pending.name}{PARTIAL}"
+        if not problems and self.world.is_first:
+            try:
+                self._publish(partial, pending, of_ranks)
+            except OSError as error:
+                problems = [f"rank 0: {_sentence(error)}"]
+        problems = broadcast_from_first(problems)
+        if problems:
+            self._remove(partial)
+            raise SaveError(f"{pending.name} was not saved: {'; '.join(problems)}")
+
+        num_bytes = sum(written.file.bytes for written in of_ranks if written.file is not None)
+        now = time.perf_counter()
+        return Saved(pending.name, num_bytes, now - pending.started, pending.waited + now - started)
+
+    def _make_folder(self, partial: Path, engine: Any) -> None:
+        problem = None
+        if self.world.is_first:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                needed, free = _bytes_needed(engine), shutil.disk_usage(partial).free
+                if free < needed:
+                    problem = f"{needed:,} bytes are needed in {self.directory}, {free:,} are free"
+            except OSError as error:
+                problem = _sentence(error)
+        problem = broadcast_from_first(problem)
+        if problem is not None:
+            self._remove(partial)
+            raise SaveError(f"{partial.stem} was not saved: {problem}")
+
+    def _copy(self, fragments: list[Fragment], engine: Any) -> None:
+        """Copy live memory into the kept buffers, which are made at the first save."""
+        if not self._buffers:
+            self._buffers = [{kind: _host_buffer(tensor) for kind, tensor in each.tensors.items()} for each in fragments]
+            self._shapes = {
+                name: (list(full_shape(parameter)), [MASTER, *STATES] if parameter.requires_grad else [FROZEN])
+                for name, parameter in engine.module.named_parameters()
+            }
+        for fragment, buffers in zip(fragments, self._buffers, strict=True):
+            for kind, tensor in fragment.tensors.items():
+                buffers[kind].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _write(self, partial: Path, fragments: list[Fragment], written: _Written) -> None:
+        """Run in the thread. Whatever goes wrong is kept, to be agreed on."""
+        try:
+            tensors = {
+                f"{fragment.name}|{kind}": buffer
+                for fragment, buffers in zip(fragments, self._buffers, strict=True)
+                for kind, buffer in buffers.items()
+            }
+            bad = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+            if bad is not None:
+                written.problem = f"{bad.replace('|', ', ')}: has a number that is not finite"
+                return
+            name = rank_file(self.world.rank)
+            num_bytes, sha256 = write_tensors(partial / name, tensors)
+            written.file = SavedFile(name=name, bytes=num_bytes, sha256=sha256)
+            written.fragments = [(fragment.name, fragment.start, fragment.numel) for fragment in fragments]
+        except Exception as error:
+            written.problem = _sentence(error)
+
+    def _publish(self, partial: Path, pending: "_Pending", of_ranks: list[_Written]) -> None:
+        """On the first rank: state.json, the name, and the pointer to it, in this order."""
+        places: dict[str, list[list[int]]] = {name: [] for name in self._shapes}
+        for rank, written in enumerate(of_ranks):
+            for name, first, count in written.fragments:
+                places[name].append([rank, first, count])
+        parameters = {
+            name: SavedParameter(shape=shape, kinds=kinds, fragments=sorted(places[name], key=lambda place: place[1]))
+            for name, (shape, kinds) in self._shapes.items()
+        }
+        state = State(
+            format=FORMAT,
+            world_size=self.world.size,
+            files=[written.file for written in of_ranks if written.file is not None],
+            parameters=parameters,
+            **pending.content,
+        )
+        write_file(partial / STATE_FILE, encode(state))
+        final = self.directory / pending.name
+        shutil.rmtree(final, ignore_errors=True)
+        publish(partial, final)
+        write_file(self.directory / POINTER_FILE, f"{pending.name}\n".encode())
+
+    def _remove(self, partial: Path) -> None:
+        if self.world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Pending(NamedTuple):
+    name: str
+    content: dict[str, Any]
+    written: _Written
+    thread: threading.Thread
+    started: float
+    waited: float
+
+
+def _host_buffer(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda")
+
+
+def _bytes_needed(engine: Any) -> int:
+    """Bytes of the whole checkpoint: three float32 numbers a value."""
+    return 12 * sum(full_shape(parameter).numel() for parameter in engine.module.parameters()) + _SPARE_BYTES
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
