@@ -12,14 +12,16 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import ModelSettings, Settings
+from pipeline.data.loading.batch import Batch, collate
 from pipeline.data.loading.mixture import DataSet, read_joined, sets_of
 from pipeline.data.loading.stream import Stream
+from pipeline.data.shards.reader import ShardReader
 from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, reference_shape
 from pipeline.micro_step import Models
 from pipeline.run import Run
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.deepspeed_json import precision_of, resolve_deepspeed_json
-from pipeline.runtime.distributed import World, min_over_ranks
+from pipeline.runtime.distributed import World, broadcast_from_first, min_over_ranks
 from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
 from pipeline.runtime.identity import identity_of
 from pipeline.runtime.memory import free_bytes, sharding_that_fits
@@ -74,7 +76,17 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
         stream=stream,
         validation=validation,
         checkpoints=checkpoints,
+        fixed_batch=first_row(validation or stream, settings),
     )
+
+
+def first_row(stream: Stream, settings: Settings) -> Batch:
+    """Read the first row of a stream's first data set, on the first rank for all; a damaged one is a row of padding."""
+    reader = ShardReader(stream.sets[0].location, stream.manifests[0], settings.data.access)
+    try:
+        return broadcast_from_first(collate(reader.read_many([0], [0])))
+    finally:
+        reader.close()
 
 
 def build_frozen_reference(job: Job, settings: Settings, config: dict[str, Any], shape: ModelSettings) -> Engine:

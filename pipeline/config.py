@@ -76,8 +76,9 @@ class DataSettings(Section):
     """T, tokens per row."""
     global_batch: Fixed[Positive] = 256
     """G, rows per optimizer step, over all ranks."""
-    micro_batch: ChangesResult[Positive] = 8
-    """B, rows per rank and micro-step."""
+    micro_batch: Free[Positive] = 8
+    """B, rows per rank and micro-step. It may change with the number of ranks; the selection's pool does too where it is the
+    micro-step (`training.selection_pool`), which is said when the run is resumed."""
     lanes: Fixed[Positive | None] = None
     """L, independent reading positions of the job; null: the largest divisor of `global_batch` up to 256."""
     seed: ChangesResult[NonNegative] = 0
@@ -247,6 +248,8 @@ class CheckpointSettings(Section):
 
     every: Free[Positive] = 500
     """Steps between checkpoints (there is one at the end as well)."""
+    every_minutes: Free[PositiveFloat | None] = None
+    """Minutes after which a checkpoint is due as well; null: by steps alone."""
     keep: Free[Positive | None] = 3
     """Newest checkpoints kept; null: all."""
     keep_every: Free[Positive | None] = None

@@ -88,12 +88,27 @@ def load_micro_batches(
     return loaded
 
 
+class RankFlags(NamedTuple):
+    """What the ranks agree on along with a step's counts.
+
+    stop_requested, save_due: true if any rank was asked to stop, or finds a checkpoint due. save_written: true if every rank's
+    part of the checkpoint in hand is on disk.
+    """
+
+    stop_requested: bool = False
+    save_due: bool = False
+    save_written: bool = False
+
+
+NO_FLAGS = RankFlags()
+
+
 class CountedStep(NamedTuple):
-    """A step's counts over all ranks: of the pairs, of the data, and whether any rank was asked to stop."""
+    """A step's counts over all ranks: of the pairs, and of the data; and the ranks' agreed flags."""
 
     counts: StepCounts
     consumed: Consumed
-    stop_requested: bool
+    flags: RankFlags
 
 
 class PendingStep:
@@ -105,8 +120,8 @@ class PendingStep:
     def read(self) -> CountedStep:
         """Return the counts. The host waits only where the device has not yet come so far."""
         counts = self._counts.read()
-        num_requests, *data = counts.data
-        return CountedStep(counts, Consumed.of(data), num_requests > 0)
+        num_ranks, num_stop, num_due, num_written, *data = counts.data
+        return CountedStep(counts, Consumed.of(data), RankFlags(num_stop > 0, num_due > 0, num_written == num_ranks))
 
 
 def count_step(
@@ -114,11 +129,11 @@ def count_step(
     objective: ObjectiveSettings,
     num_sources: int,
     group: Group,
-    stop_requested: bool = False,
+    flags: RankFlags = NO_FLAGS,
 ) -> PendingStep:
-    """Count a step's micro-batches over all ranks, with one all-reduce; this rank's request to stop travels along."""
+    """Count a step's micro-batches over all ranks, with one all-reduce; this rank's flags travel along."""
     batches = [micro.batch for micro in micro_batches]
-    data = torch.cat([torch.tensor([int(stop_requested)]), count(batches, num_sources)])
+    data = torch.cat([torch.tensor([1, *map(int, flags)]), count(batches, num_sources)])
     valid_ABH = [micro.num_valid_BH for micro in micro_batches]
     return PendingStep(count_pairs(valid_ABH, data, objective, micro_batches[0].valid_BTH.device, group))
 

@@ -34,6 +34,8 @@ class Reporter:
         self.last_end = time.perf_counter()
         # Number and end time of this process's first step.
         self.first: tuple[int, float] | None = None
+        for note in self.logbook.notes if self.logbook is not None else []:
+            self.say(note)
         if first_step >= run.settings.training.steps:
             self.say(f"already at step {first_step} of {run.settings.training.steps}; to train on raise training.steps")
         elif first_step:
@@ -99,6 +101,11 @@ class Reporter:
             heads = range(run.settings.model.num_prediction_heads)
             losses = " ".join(f"{record[f'loss_head_{head}'] or math.nan:.3f}" for head in heads)
             self.say(f"step {progress.step}: held-out loss per head {losses}")
+
+    def sync(self) -> None:
+        """Have the records on the disk, before a checkpoint says that they are."""
+        if self.logbook is not None:
+            self.logbook.sync()
 
     def restart_clock(self) -> None:
         """Exclude the time since the last step (a validation, a checkpoint) from the next step's."""

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.config import Settings
 from pipeline.consumption import Consumed
+from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.stream import Stream
 from pipeline.micro_step import MicroBatch, Models, PendingStep
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
@@ -18,7 +19,8 @@ from pipeline.weighting.objective import StepCounts
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a training run works with."""
+    """Everything a training run works with. fixed_batch: the same on all ranks and in each start of the run; checkpoints hold
+    its losses, to see that what was loaded is what was saved."""
 
     settings: Settings
     world: World
@@ -29,6 +31,7 @@ class Run:
     stream: Stream
     validation: Stream | None
     checkpoints: Checkpoints
+    fixed_batch: Batch
 
 
 @dataclass(frozen=True)

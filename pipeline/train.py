@@ -17,12 +17,20 @@ from pipeline.config import Settings
 from pipeline.consumption import Consumed, handle_damage
 from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.prefetch import prefetched, training_depth
-from pipeline.micro_step import comparisons, count_step, load_micro_batches, policy_losses, selectors_of
+from pipeline.evaluate import losses_of_batch
+from pipeline.micro_step import NO_FLAGS, RankFlags, comparisons, count_step, load_micro_batches, policy_losses, selectors_of
 from pipeline.progress import Progress
 from pipeline.reporter import Reporter
 from pipeline.run import FetchedStep, Run, StepResult
 from pipeline.runtime.agreement import check_ranks_agree
-from pipeline.runtime.engine import backward, end_micro_step, gradient_norm, sample_parameter, set_learning_rate
+from pipeline.runtime.engine import (
+    backward,
+    end_micro_step,
+    give_up_gathered,
+    gradient_norm,
+    sample_parameter,
+    set_learning_rate,
+)
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.runtime.non_finite import TrainingDivergedError, all_finite_or_nan, describe_bad_numbers
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
@@ -37,11 +45,12 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         TrainingDivergedError: after `training.max_skipped_steps` in a row; the last checkpoint stays as it was.
     """
     training, logging = run.settings.training, run.settings.logging
-    progress = run.checkpoints.resume(run.engine, allow_changed)
+    progress = run.checkpoints.resume(run.engine, allow_changed, lambda: held_out_losses(run))
     reporter = Reporter(run, progress.step)
     if progress.step == 0:
         reporter.validate(progress)
 
+    save_due = False
     for fetched, following in fetched_ahead(run, progress, stop):
         # One optimiser step.
         result = train_step(run, fetched, progress)
@@ -57,12 +66,19 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         if progress.step % logging.validation_every == 0 or is_last:
             reporter.validate(progress)
 
-        # Checkpoint, at its interval, at the end and before a stop.
-        stop_requested = following is not None and following.pending.read().stop_requested
-        if progress.step % run.settings.checkpoint.every == 0 or is_last or stop_requested:
-            run.checkpoints.save(run.engine, progress)
+        # Checkpoint: in the background at its interval, but not after a step that was discarded; at once at the end and
+        # before a stop.
+        flags = NO_FLAGS if following is None else following.pending.read().flags
+        save_due |= progress.step % run.settings.checkpoint.every == 0 or flags.save_due
+        if flags.save_written:
+            run.checkpoints.commit()
+        if is_last or flags.stop_requested or (save_due and result.applied):
+            at_once = is_last or flags.stop_requested
+            reporter.sync()
+            run.checkpoints.save(run.engine, progress, held_out_losses(run), in_background=not at_once)
+            save_due = False
             reporter.restart_clock()
-        if stop_requested:
+        if flags.stop_requested:
             break
 
     reporter.close()
@@ -83,7 +99,7 @@ def fetched_ahead(run: Run, progress: Progress, stop: StopRequest) -> Iterator[t
     positions = zip(
         range(progress.step, run.settings.training.steps), itertools.count(progress.samples, num_rows), strict=False
     )
-    steps = (fetch_step(run, batches, step, first_sample, stop.is_requested) for step, first_sample in positions)
+    steps = (fetch_step(run, batches, step, first_sample, flags_of(run, stop)) for step, first_sample in positions)
     fetched = next(steps, None)
     while fetched is not None:
         following = next(steps, None)
@@ -91,7 +107,21 @@ def fetched_ahead(run: Run, progress: Progress, stop: StopRequest) -> Iterator[t
         fetched = following
 
 
-def fetch_step(run: Run, batches: Iterator[Batch], step: int, first_sample: int, stop_requested: bool = False) -> FetchedStep:
+def flags_of(run: Run, stop: StopRequest) -> RankFlags:
+    """What this rank has to tell the others."""
+    return RankFlags(stop.is_requested, run.checkpoints.is_due_by_time, run.checkpoints.is_written)
+
+
+def held_out_losses(run: Run) -> list[float]:
+    """Compute each head's loss of the fixed batch that checkpoints remember; collective."""
+    run.engine.eval()
+    losses = losses_of_batch(run.engine, run.fixed_batch, run.settings.model.num_prediction_heads, run.device)
+    run.engine.train()
+    give_up_gathered(run.engine)
+    return losses
+
+
+def fetch_step(run: Run, batches: Iterator[Batch], step: int, first_sample: int, flags: RankFlags = NO_FLAGS) -> FetchedStep:
     """Fetch this rank's next A micro-batches and count their pairs over all ranks.
 
     `step` (from 0) and `first_sample` are the numbers of the step, and of its first row, in the whole run.
@@ -107,7 +137,7 @@ def fetch_step(run: Run, batches: Iterator[Batch], step: int, first_sample: int,
     num_heads = settings.model.num_prediction_heads
     micro_batches = load_micro_batches(fetched, first_sample, num_heads, world.size, world.rank, run.device)
     num_sources = len(run.stream.manifest.source_names) or 1
-    pending = count_step(micro_batches, objective_at(settings, step), num_sources, run.models.group, stop_requested)
+    pending = count_step(micro_batches, objective_at(settings, step), num_sources, run.models.group, flags)
     return FetchedStep(micro_batches, pending, waited)
 
 

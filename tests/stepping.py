@@ -61,6 +61,7 @@ def run_of(
         stream=SimpleNamespace(micro_steps=micro_steps, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
         validation=None,
         checkpoints=None,  # type: ignore[arg-type]
+        fixed_batch=None,  # type: ignore[arg-type]
     )
 
 

@@ -204,6 +204,18 @@ def set_learning_rate(engine: Engine, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
+def give_up_gathered(engine: Engine) -> None:
+    """Partition whatever ZeRO-3 has gathered, or is gathering ahead; collective.
+
+    After a forward without a backward it gathers for the backward that does not come, and `gathered` would then fail. A step
+    needs no such call.
+    """
+    if hasattr(engine.optimizer, "persistent_parameters"):
+        optimizer: Any = engine.optimizer
+        optimizer.checkpoint_event_prologue()
+        optimizer.checkpoint_event_epilogue()
+
+
 def gradient_norm(engine: Engine) -> float | None:
     """L2 norm of the last step's whole gradient before clipping, None if not finite; the host waits for the device."""
     norm = engine.get_global_grad_norm()

@@ -1,7 +1,8 @@
 """The identity of a run: what must not change when it is resumed.
 
 It consists of the settings by their flat names (`section.key`), fingerprints of the data and models that they name, and the
-parts of the DeepSpeed configuration that decide layout and precision. Each setting's `ResumeRule` says what a change means.
+parts of the DeepSpeed configuration that decide precision; how a run lies on ranks is none of it. Each setting's `ResumeRule`
+says what a change means.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ def flatten(settings: Settings) -> dict[str, Any]:
 
 
 def identity_of(settings: Settings, deepspeed: dict[str, Any], cached: Sequence[Any] = ()) -> dict[str, Any]:
-    """Collect the identity that a resumed run must share: settings, data, reference and DeepSpeed's layout and precision.
+    """Collect the identity that a resumed run must share: settings, data, reference and precision.
 
     Args:
         deepspeed: the resolved DeepSpeed configuration.
@@ -66,7 +67,6 @@ def identity_of(settings: Settings, deepspeed: dict[str, Any], cached: Sequence[
         "data": _data_fingerprint(settings.data),
         "reference model": cached[0].reference_sha256 if cached else fingerprint,
         "reference losses": cached[0].dtype if cached else "float32",
-        "deepspeed stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
         "deepspeed bf16": deepspeed.get("bf16", {}).get("enabled", False),
         "deepspeed communication_data_type": deepspeed.get("communication_data_type"),
         "deepspeed grad_accum_dtype": deepspeed.get("data_types", {}).get("grad_accum_dtype"),

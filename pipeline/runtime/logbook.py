@@ -6,6 +6,7 @@ because those steps are trained again.
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,18 +15,24 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, EXCESS_LOWEST, Record, Totals, ratio
 from pipeline.runtime.table import aligned
-from pipeline.storage.whole_file import write_file
+from pipeline.storage.whole_file import sync_file, write_file
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class Logbook:
-    """Writer of one run directory's metrics. `first_step`: the step resumed from; 0 is a new run, which keeps no old record."""
+    """Writer of one run directory's metrics.
+
+    first_step: the step resumed from; 0 is a new run, which keeps no old record. notes: what was wrong with the file, or is
+    lost of it, a sentence each.
+    """
 
     def __init__(self, run_dir: Path, first_step: int, num_heads: int):
         # Cut metrics.jsonl to the checkpoint; SummaryWriter's purge_step does the same for TensorBoard.
         path = run_dir / METRICS_FILE
-        kept = [record for record in read_records(run_dir) if 0 < first_step >= record["step"]]
+        records, num_damaged = _read(path)
+        kept = [record for record in records if 0 < first_step >= record["step"]]
+        self.notes = _notes(records, num_damaged, first_step)
         write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.file: TextIO = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
@@ -40,6 +47,13 @@ class Logbook:
             tag = tensorboard_tag(key, record.get("split"))
             if tag is not None and value is not None:
                 self.board.add_scalar(tag, value, record["step"])
+
+    def sync(self) -> None:
+        """Have on the disk what was written so far."""
+        self.board.flush()
+        os.fsync(self.file.fileno())
+        for path in Path(self.board.log_dir).glob("events.*"):
+            sync_file(path)
 
     def write_histograms(self, step: int, totals: Totals) -> None:
         """Add a histogram of each selecting head's excess loss to TensorBoard."""
@@ -56,10 +70,39 @@ class Logbook:
 
 
 def read_records(run_dir: Path) -> list[Record]:
-    """Read metrics.jsonl; an incomplete last line, as a kill may leave it, is skipped."""
-    path = run_dir / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Read metrics.jsonl; lines that a kill or a loss of power left damaged are skipped."""
+    return _read(run_dir / METRICS_FILE)[0]
+
+
+def _read(path: Path) -> tuple[list[Record], int]:
+    """(the records of a metrics.jsonl, the number of lines that are none)."""
+    *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    records = [_record(line) for line in lines]
+    whole = [record for record in records if record is not None]
+    return whole, len(records) - len(whole) + bool(last)
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _notes(records: Sequence[Record], num_damaged: int, first_step: int) -> list[str]:
+    """Say what a start from `first_step` drops or misses of the records that are there."""
+    last = max((record["step"] for record in records), default=0)
+    notes = []
+    if num_damaged:
+        notes.append(f"{METRICS_FILE}: {num_damaged} damaged line(s) left out")
+    if last > first_step:
+        notes.append(f"{METRICS_FILE}: cut to step {first_step}, where the run continues; it went on to step {last}")
+    if 0 < last < first_step:
+        notes.append(
+            f"{METRICS_FILE}: ends at step {last}, before the checkpoint of step {first_step}: what lay between is lost"
+        )
+    return notes
 
 
 _TAGS = {

@@ -58,20 +58,21 @@ def publish(source: Path, path: Path) -> None:
     if source.is_dir():
         _sync_folder(source)
     else:
-        _sync(source)
+        sync_file(source)
     os.replace(source, path)
     _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
     try:
-        _sync(folder)
+        sync_file(folder)
     except OSError as error:
         if error.errno not in _CANNOT_BE_SYNCED:
             raise
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Have a file or folder on the disk as it is now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -247,7 +247,7 @@ def waits_of_a_step() -> list[str]:
                 torch.cuda.set_sync_debug_mode("warn")
             current, following = following, fetched()
             advance(progress, train_step(run, current, progress), settings)
-            assert not following.pending.read().stop_requested
+            assert not following.pending.read().flags.stop_requested
             torch.cuda.set_sync_debug_mode("default")
     return [place for place in found if place]
 

@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from pipeline.config import CheckpointSettings, Settings
-from pipeline.progress import Progress
 from tests.ranks import run_ranks
 from tests.rows import batch_of, part_of, random_lengths
 from tests.stepping import CPU, run_of
@@ -29,8 +27,8 @@ class Layout(NamedTuple):
     @property
     def deepspeed(self) -> dict[str, Any]:
         """As the shipped files have it: gradients are summed in float32, which makes stage 1 in bf16 another optimizer."""
-        precision = {"bf16": {"enabled": self.bf16}, "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
-        return {"zero_optimization": {"stage": self.stage, **self.zero}, **precision}
+        float32 = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+        return {"zero_optimization": {"stage": self.stage, **self.zero}, "bf16": {"enabled": self.bf16}, **float32}
 
 
 class Figures(NamedTuple):

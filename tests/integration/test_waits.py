@@ -70,7 +70,7 @@ def waits_of_a_step() -> list[tuple[int, dict[str, Any], list[str], int]]:
                     advance(progress, result, settings)
                     reporter.step(progress, result, following.waited)
                     assert result.applied
-                    assert not following.pending.read().stop_requested
+                    assert not following.pending.read().flags.stop_requested
                 fetched = following
             found.append((micro_steps, way, waits.places, waits.device_synchronized))
     return found

@@ -1,15 +1,28 @@
-"""The layout of checkpoints: complete or absent, the newest is found, changed settings are refused."""
+"""Checkpoints on disk: complete or absent, the newest sound one is found, damage is named, changed settings are refused.
 
+The engine is a stand-in with the attributes of DeepSpeed's stage 1; real ones are in tests/integration/test_checkpoint_layouts.
+"""
+
+import errno
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
-from pipeline.config import ConfigError
+from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
+from pipeline.runtime.checkpoint import commit
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
+from pipeline.runtime.checkpoint.commit import SaveError
+from pipeline.runtime.checkpoint.fragments import fragments_of, optimizer_step
+from pipeline.runtime.checkpoint.state import StateError, encode, read_state
 from pipeline.runtime.distributed import World
 from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks
@@ -18,7 +31,9 @@ EXPECTED = Prediction.of([1 / 3, None])
 IDENTITY = {
     "data.global_batch": 8,
     "data.lanes": 8,
+    "data.micro_batch": 4,
     "training.k_percent": 0.6,
+    "training.selection_pool": "global",
     "logging.metrics_every": 1,
     "training.check_ranks_every": 9,
     "reference.horizon": "shifted",
@@ -26,102 +41,390 @@ IDENTITY = {
 }
 
 
-class FileEngine:
-    """Stands in for DeepSpeed's part: one file a rank."""
+class StandIn:
+    """A model of two matrices and a bias whose values are counted from `first`, cut over the ranks as stage 1 cuts it."""
 
-    def __init__(self, content: str = ""):
-        self.content = content
+    def __init__(self, first: float = 0.0, step: int = 0):
+        self.module = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 5), "b": torch.nn.Linear(5, 2, bias=False)})
+        parameters = list(self.module.parameters())
+        rank, size = dist.get_rank(), dist.get_world_size()
+        num_values = sum(parameter.numel() for parameter in parameters)
+        share = -(-num_values // size)
+        whole = torch.zeros(share * size)
+        whole[:num_values] = first + torch.arange(num_values)
+        offset = 0
+        for parameter in parameters:
+            parameter.data = whole[offset : offset + parameter.numel()].view(parameter.shape)
+            offset += parameter.numel()
+        flat = whole[rank * share : (rank + 1) * share].clone().requires_grad_()
+        state = {"step": torch.tensor(float(step)), "exp_avg": flat.detach() + 0.25, "exp_avg_sq": flat.detach() + 0.5}
+        self.optimizer = SimpleNamespace(
+            bit16_groups=[parameters],
+            bit16_groups_flat=[whole],
+            single_partition_of_fp32_groups=[flat],
+            real_dp_process_group=[dist.group.WORLD],
+            optimizer=SimpleNamespace(state={flat: state}),
+            update_lp_params=lambda: None,
+        )
 
-    def save_checkpoint(self, directory: str, tag: str, save_latest: bool) -> None:
-        assert not save_latest
-        (Path(directory) / tag / f"rank-{dist.get_rank()}").write_text(self.content)
-
-    def load_checkpoint(self, directory: str, tag: str) -> tuple[str, dict]:
-        self.content = (Path(directory) / tag / f"rank-{dist.get_rank()}").read_text()
-        return tag, {}
-
-
-def checkpoints(run_dir: Path, size: int, identity: dict[str, Any] = IDENTITY, keep: int | None = None) -> Checkpoints:
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return Checkpoints(run_dir, World(rank, size, rank, size), identity, keep)
-
-
-def save_three(run_dir: Path, keep: int | None) -> None:
-    store = checkpoints(run_dir, dist.get_world_size(), keep=keep)
-    for step in (2, 10, 4):
-        store.save(FileEngine(f"{dist.get_rank()} at {step}"), Progress(step, 8 * step, 100 * step, 1, 0, EXPECTED))  # type: ignore[arg-type]
-    (run_dir / "checkpoints" / "step-00000012.partial").mkdir(exist_ok=True)
-
-
-def resume_content(run_dir: Path) -> tuple[str, Progress]:
-    engine = FileEngine()
-    progress = checkpoints(run_dir, dist.get_world_size()).resume(engine, allow_changed=False)  # type: ignore[arg-type]
-    return engine.content, progress
-
-
-def test_a_run_continues_from_the_checkpoint_that_latest_names(tmp_path: Path) -> None:
-    run_ranks(save_three, 2, tmp_path, None)
-    for rank, (content, progress) in enumerate(run_ranks(resume_content, 2, tmp_path)):
-        assert content == f"{rank} at 4"
-        assert progress.to_json() == Progress(4, 32, 400, 1, 0, EXPECTED).to_json()
-        assert progress.applied_steps == 3
-    (tmp_path / "checkpoints" / "latest").unlink()
-    assert checkpoints(tmp_path, 2).newest() == "step-00000010"
+    @property
+    def values(self) -> dict[str, list[float]]:
+        """All that this rank's fragments hold."""
+        found = {
+            f"{each.name} {each.start} {kind}": each.tensors[kind].tolist()
+            for each in fragments_of(self)
+            for kind in each.tensors
+        }
+        return found | {"step": [optimizer_step(self)]}
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    run_ranks(save_three, 1, tmp_path, 2)
-    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*") if path.suffix != ".partial")
-    assert names == ["step-00000004", "step-00000010"]
+def checkpoints(
+    run_dir: Path, identity: dict[str, Any] = IDENTITY, said: list[str] | None = None, **settings: Any
+) -> Checkpoints:
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    said = [] if said is None else said
+    return Checkpoints(run_dir, World(rank, size, rank, size), identity, CheckpointSettings(**settings), say=said.append)
 
 
-def save_after_a_return(run_dir: Path, keep: int) -> list[str]:
-    store = checkpoints(run_dir, 1, keep=keep)
-    found = []
-    for step in (10, 20, 30, 4, 6):
-        store.save(FileEngine(), Progress(step))  # type: ignore[arg-type]
-        assert store.newest() == f"step-{step:08d}"
-        found.append(" ".join(str(int(path.name[5:])) for path in sorted(store.directory.glob("step-*"))))
+def save(run_dir: Path, *steps: int, **settings: Any) -> None:
+    store = checkpoints(run_dir, **settings)
+    for step in steps:
+        progress = Progress(step, 8 * step, 100 * step, 1, 0, EXPECTED)
+        store.save(StandIn(step, step), progress, [float(step)], in_background=False)
+
+
+def resumed(run_dir: Path, said: list[str] | None = None) -> tuple[int, StandIn]:
+    engine = StandIn(-1000.0)
+    return checkpoints(run_dir, said=said).resume(engine, allow_changed=False).step, engine
+
+
+def on_first(do: Callable[[], Any]) -> None:
+    """On the first rank, while the others wait."""
+    if dist.get_rank() == 0:
+        do()
+    dist.barrier()
+
+
+def test_what_was_saved_is_what_is_loaded_on_any_number_of_ranks(tmp_path: Path) -> None:
+    for ranks in (1, 2, 3):
+        run_ranks(save, ranks, tmp_path / f"{ranks}", 3, 7)
+        for others in (1, 2, 4):
+            run_ranks(loads_step_7, others, tmp_path / f"{ranks}")
+
+
+def loads_step_7(run_dir: Path) -> None:
+    engine = StandIn(-1000.0)
+    progress = checkpoints(run_dir).resume(engine, allow_changed=False, held_out_losses=lambda: [7.0])
+    assert progress.to_json() == Progress(7, 56, 700, 1, 0, EXPECTED).to_json()
+    assert progress.applied_steps == 6
+    assert engine.values == StandIn(7, 7).values
+
+
+def test_a_save_in_the_background_is_that_of_its_moment(tmp_path: Path) -> None:
+    run_ranks(changes_while_it_is_written, 2, tmp_path)
+
+
+def changes_while_it_is_written(run_dir: Path) -> None:
+    store, engine = checkpoints(run_dir), StandIn(7, 7)
+    expected = engine.values
+    store.save(engine, Progress(7), [], in_background=True)
+    with torch.no_grad():
+        for fragment in fragments_of(engine):
+            for tensor in fragment.tensors.values():
+                tensor.zero_()
+    # Not a checkpoint before all ranks have agreed.
+    assert not (store.directory / "step-00000007").exists()
+    dist.barrier()
+    store.commit()
+    step, engine = resumed(run_dir)
+    assert (step, engine.values) == (7, expected)
+
+
+def test_the_files_are_safetensors_and_json(tmp_path: Path) -> None:
+    run_ranks(save, 2, tmp_path, 7)
+    folder = tmp_path / "checkpoints/step-00000007"
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-00000.safetensors", "rank-00001.safetensors", "state.json"]
+    # 30 values of one dtype over two ranks: [5, 3], [5], [2, 5].
+    first, second = (load_file(folder / f"rank-0000{rank}.safetensors") for rank in range(2))
+    assert first["a.weight|master"].tolist() == list(range(7, 22))
+    assert second["a.bias|exp_avg"].tolist() == [value + 0.25 for value in range(22, 27)]
+    assert second["b.weight|exp_avg_sq"].dtype == torch.float32
+    state = json.loads((folder / "state.json").read_text())
+    assert state["parameters"]["a.weight"]["shape"] == [5, 3]
+    assert list(state)[-1] == "sha256"
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def damages(folder: Path) -> dict[str, Callable[[], Any]]:
+    """Ways to damage a checkpoint, each file of it."""
+    found: dict[str, Callable[[], Any]] = {}
+    for path in sorted(folder.iterdir()):
+        size = path.stat().st_size
+        found |= {
+            f"{path.name} truncated": lambda path=path, size=size: path.write_bytes(path.read_bytes()[: size // 2]),
+            f"{path.name} without its last byte": lambda path=path: path.write_bytes(path.read_bytes()[:-1]),
+            f"{path.name} with one more byte": lambda path=path: path.write_bytes(path.read_bytes() + b"\n"),
+            f"{path.name} emptied": lambda path=path: path.write_bytes(b""),
+            f"{path.name} missing": lambda path=path: path.unlink(),
+            f"{path.name} a folder": lambda path=path: (path.unlink(), path.mkdir()),
+            f"{path.name} of another step": lambda path=path: shutil.copy(folder.parent / "step-00000003" / path.name, path),
+        }
+        bits = range(0, 8 * size, 8 * size // 97)
+        found |= {f"{path.name} bit {bit}": lambda path=path, bit=bit: flip(path, bit) for bit in bits}
+    state = folder / "state.json"
+    for content in ("{}", "[]", "null", "7", '"a"', "[" * 100_000, "\ufeff{}"):
+        found[f"state.json is {content[:9]}"] = lambda content=content: state.write_text(content)
+    found["state.json not UTF-8"] = lambda: state.write_bytes(b"\xff\xfe\x00")
     return found
 
 
-def test_the_one_just_written_is_kept_though_others_have_higher_numbers(tmp_path: Path) -> None:
-    assert run_ranks(save_after_a_return, 1, tmp_path / "a", 2) == [["10", "10 20", "20 30", "4 30", "6 30"]]
-    assert run_ranks(save_after_a_return, 1, tmp_path / "b", 4) == [["10", "10 20", "10 20 30", "4 10 20 30", "6 10 20 30"]]
+def falls_back(run_dir: Path) -> int:
+    folder, kept = run_dir / "checkpoints/step-00000007", run_dir / "kept"
+    on_first(lambda: shutil.copytree(run_dir / "checkpoints", kept))
+    for name in damages(kept / "step-00000007"):
+        _restore(run_dir, kept)
+        on_first(lambda name=name: damages(folder)[name]())
+        said: list[str] = []
+        step, engine = resumed(run_dir, said)
+        assert (step, engine.values) == (3, StandIn(3, 3).values), name
+        if dist.get_rank() == 0:
+            # Then it may be said that this number of ranks has another pool.
+            assert len([line for line in said if "not used" in line]) == 1, (name, said)
+            assert said[0].startswith("checkpoint not used: step-00000007: "), said
+            assert name.split()[0] in said[0], (name, said)
+    return len(damages(kept / "step-00000007"))
 
 
-def with_state(run_dir: Path, size: int = 2) -> Path:
-    directory = run_dir / "checkpoints" / "step-00000007"
-    directory.mkdir(parents=True)
-    state = {"progress": {"step": 7}, "world_size": size, "identity": IDENTITY}
-    (directory / "state.json").write_text(json.dumps(state))
-    return directory
+def _restore(run_dir: Path, kept: Path) -> None:
+    def do() -> None:
+        shutil.rmtree(run_dir / "checkpoints")
+        shutil.copytree(kept, run_dir / "checkpoints")
+
+    dist.barrier()
+    on_first(do)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_damage_is_named_and_the_older_checkpoint_is_taken_on_all_ranks(tmp_path: Path, ranks: int) -> None:
+    run_ranks(save, 2, tmp_path, 3, 7)
+    assert min(run_ranks(falls_back, ranks, tmp_path)) > 300
+
+
+def is_refused(run_dir: Path) -> str:
+    on_first(lambda: flip(run_dir / "checkpoints/step-00000007/rank-00001.safetensors", 3600))
+    with pytest.raises(ConfigError) as caught:
+        resumed(run_dir)
+    return str(caught.value)
+
+
+def test_without_a_sound_checkpoint_no_rank_starts_anew(tmp_path: Path) -> None:
+    run_ranks(save, 2, tmp_path, 7)
+    first, second = run_ranks(is_refused, 2, tmp_path)
+    assert first == second
+    assert "step-00000007: rank-00001.safetensors: its bytes are not those that were written" in first
+    assert "no checkpoint can be used; repair or remove" in first
+    assert (tmp_path / "checkpoints/step-00000007/state.json").exists()
+
+
+POINTERS: dict[str, Callable[[Path], Any]] = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "not UTF-8": lambda path: path.write_bytes(b"\xff\x00"),
+    "of an older one": lambda path: path.write_text("step-00000003\n"),
+    "of none": lambda path: path.write_text("step-00000099\n"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("kind", POINTERS)
+def test_the_newest_complete_folder_wins_whatever_latest_says(tmp_path: Path, kind: str) -> None:
+    run_ranks(save, 1, tmp_path, 3, 7)
+    POINTERS[kind](tmp_path / "checkpoints/latest")
+    run_ranks(loads_step_7, 1, tmp_path)
+
+
+def test_what_a_killed_job_had_begun_is_removed_and_never_loaded(tmp_path: Path) -> None:
+    run_ranks(save, 2, tmp_path, 7)
+    shutil.copytree(tmp_path / "checkpoints/step-00000007", tmp_path / "checkpoints/step-00000009.partial")
+    run_ranks(loads_step_7, 2, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*.partial"))
+
+
+def goes_back_and_on(run_dir: Path) -> None:
+    for _ in range(5):
+        on_first(lambda: flip(run_dir / "checkpoints/step-00000007/state.json", 800))
+        assert resumed(run_dir)[0] == 3
+        save(run_dir, 5, 7)
+        assert resumed(run_dir)[0] == 7
+        on_first(lambda: shutil.rmtree(run_dir / "checkpoints/step-00000005"))
+
+
+def test_checkpoints_of_an_abandoned_past_never_come_back(tmp_path: Path) -> None:
+    run_ranks(save, 1, tmp_path, 3, 7)
+    run_ranks(goes_back_and_on, 1, tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoints/abandoned-*")] == ["abandoned-step-00000007"]
+
+
+def test_the_newest_are_kept_and_every_mth(tmp_path: Path) -> None:
+    run_ranks(save_eight, 1, tmp_path)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert [int(name[5:]) for name in names] == [3, 6, 7, 8]
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000008\n"
+
+
+def save_eight(run_dir: Path) -> None:
+    save(run_dir, *range(1, 9), keep=2, keep_every=3)
+
+
+def fails_to_save(run_dir: Path) -> list[str]:
+    """Rank 1's disk is full from the second save on, until the fifth."""
+    said: list[str] = []
+    store = checkpoints(run_dir, said=said, max_failed_saves=2)
+    for step in range(1, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            if step in (2, 3) and dist.get_rank() == 1:
+                patch.setattr(commit, "write_tensors", no_space)
+            store.save(StandIn(step, step), Progress(step), [], in_background=True)
+            store.commit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "write_tensors", no_space)
+        for step in (6, 7, 8):
+            store.save(StandIn(step, step), Progress(step), [], in_background=True)
+            if step < 8:
+                store.commit()
+        with pytest.raises(SaveError, match=r"step-00000008 was not saved: rank 0: .*No space left on device; rank 1: "):
+            store.commit()
+    return said
+
+
+def no_space(*arguments: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_save_that_fails_is_said_and_bounded_and_the_run_goes_on(tmp_path: Path) -> None:
+    said, _ = run_ranks(fails_to_save, 2, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*.partial"))
+    assert [line.split(":")[0] for line in said if line.startswith("saved")] == ["saved step 1", "saved step 4", "saved step 5"]
+    failed = [line for line in said if not line.startswith("saved")]
+    assert (
+        "step-00000002 was not saved: rank 1: OSError: [Errno 28] No space left on device; the run goes on (1 of at"
+        in failed[0]
+    )
+    assert ["(1 of" in failed[0], "(2 of" in failed[1], "(1 of" in failed[2], "(2 of" in failed[3]] == [True] * 4
+    assert run_ranks(step_resumed, 2, tmp_path) == [5, 5]
+
+
+def step_resumed(run_dir: Path) -> int:
+    return resumed(run_dir)[0]
+
+
+def saves_a_bad_weight(run_dir: Path) -> None:
+    engine = StandIn(7, 7)
+    if dist.get_rank() == 1:
+        fragments_of(engine)[0].tensors["exp_avg"][0] = torch.nan
+    with pytest.raises(SaveError, match=r"rank 1: [ab].*, exp_avg: has a number that is not finite"):
+        checkpoints(run_dir).save(engine, Progress(7), [], in_background=False)
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    run_ranks(saves_a_bad_weight, 2, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/step-*"))
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path) -> None:
+    run_ranks(saves_without_space, 2, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/step-*"))
+
+
+def saves_without_space(run_dir: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(
+            SaveError, match=r"step-00000007 was not saved: 1,0\d\d,\d\d\d bytes are needed in .*, 1,000 are free"
+        ):
+            checkpoints(run_dir).save(StandIn(7, 7), Progress(7), [], in_background=False)
+
+
+def sees_other_losses(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"step-00000007: the held-out batch has losses \[7.1\], and had \[7.0\]"):
+        checkpoints(run_dir).resume(StandIn(), False, held_out_losses=lambda: [7.1])
+
+
+def test_what_a_forward_sees_is_compared_with_what_it_saw(tmp_path: Path) -> None:
+    run_ranks(save, 1, tmp_path, 7)
+    run_ranks(sees_other_losses, 1, tmp_path)
+
+
+def other_model(run_dir: Path) -> None:
+    engine = StandIn()
+    engine.module["a"].weight.data = engine.module["a"].weight.data.T
+    with pytest.raises(ConfigError, match=r"step-00000007: a.weight: saved is \[5, 3\], this model's is \[3, 5\]"):
+        checkpoints(run_dir).resume(engine, False)
+
+
+def test_another_shape_is_refused_with_both(tmp_path: Path) -> None:
+    run_ranks(save, 1, tmp_path, 7)
+    run_ranks(other_model, 1, tmp_path)
 
 
 def test_an_empty_run_directory_starts_from_nothing(tmp_path: Path) -> None:
-    assert checkpoints(tmp_path, 2).newest() is None
-    assert checkpoints(tmp_path, 2).check(allow_changed=False) == {}
+    assert checkpoints(tmp_path).check(allow_changed=False) is None
+    assert run_ranks(step_resumed, 2, tmp_path) == [0, 0]
+
+
+def test_a_former_format_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints/step-00000007"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"progress": {"step": 7}, "world_size": 2, "identity": IDENTITY}))
+    with pytest.raises(ConfigError, match=r"step-00000007: state\.json: written by a former version of this program"):
+        checkpoints(tmp_path).check(allow_changed=True)
+
+
+def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
+    run_ranks(save, 1, tmp_path, 7)
+    path = tmp_path / "checkpoints/step-00000007/state.json"
+    path.write_text(path.read_text().replace('"format":1', '"format":2'))
+    with pytest.raises(StateError, match="format 2 is newer than this program, which reads 1; update"):
+        read_state(path)
+
+
+def test_no_state_leads_out_of_its_folder_or_leaves_a_value_out(tmp_path: Path) -> None:
+    run_ranks(save, 1, tmp_path, 7)
+    path = tmp_path / "checkpoints/step-00000007/state.json"
+    state = read_state(path)
+    outside = state.files[0].model_copy(update={"name": "../rank-00000.safetensors"})
+    short = state.parameters["a.weight"].model_copy(update={"fragments": [[0, 0, 14]]})
+    for changes in ({"files": [outside]}, {"parameters": state.parameters | {"a.weight": short}}):
+        path.write_bytes(encode(state.model_copy(update=changes)))
+        with pytest.raises(StateError, match="unexpected content: "):
+            read_state(path)
 
 
 def test_settings_that_change_the_result_are_refused_with_a_list(tmp_path: Path) -> None:
-    with_state(tmp_path)
+    run_ranks(save, 1, tmp_path, 7)
     changed = IDENTITY | {"training.k_percent": 0.5, "logging.metrics_every": 7, "training.check_ranks_every": None}
-    changed |= {"data": "xyz", "reference.horizon": "matched"}
+    changed |= {"data": "xyz", "reference.horizon": "matched", "data.micro_batch": 2}
     with pytest.raises(ConfigError) as caught:
-        checkpoints(tmp_path, 2, changed).check(allow_changed=False)
+        checkpoints(tmp_path, changed).check(allow_changed=False)
     text = str(caught.value)
     assert "training.k_percent: was 0.6, is now 0.5" in text
     assert "data: was 'abc', is now 'xyz'" in text
     assert "reference.horizon: was 'shifted', is now 'matched'" in text
-    assert "metrics_every" not in text
-    assert "check_ranks_every" not in text
+    assert not any(free in text for free in ("metrics_every", "check_ranks_every", "micro_batch"))
     assert "--allow-changed" in text
-    assert checkpoints(tmp_path, 2, changed).check(allow_changed=True)["progress"] == {"step": 7}
+    state = checkpoints(tmp_path, changed).check(allow_changed=True)
+    assert state is not None
+    assert state.step == 7
 
 
 def test_what_the_position_is_counted_in_is_never_free_to_change(tmp_path: Path) -> None:
-    with_state(tmp_path)
-    store = checkpoints(tmp_path, 2, IDENTITY | {"data.global_batch": 16, "data.lanes": 8, "training.k_percent": 0.5})
+    run_ranks(save, 1, tmp_path, 7)
+    store = checkpoints(tmp_path, IDENTITY | {"data.global_batch": 16, "data.lanes": 8, "training.k_percent": 0.5})
     with pytest.raises(ConfigError) as caught:
         store.check(allow_changed=True)
     assert caught.value.problems == [
@@ -131,17 +434,24 @@ def test_what_the_position_is_counted_in_is_never_free_to_change(tmp_path: Path)
     ]
 
 
-def test_another_number_of_ranks_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    with_state(tmp_path, size=4)
-    with pytest.raises(ConfigError, match="written by 4, this job has 2"):
-        checkpoints(tmp_path, 2).check(allow_changed=True)
+def notes_of_a_change(run_dir: Path, identity: dict[str, Any]) -> list[str]:
+    said: list[str] = []
+    checkpoints(run_dir, IDENTITY | identity, said).resume(StandIn(), allow_changed=True)
+    return said
 
 
-def test_broken_checkpoints_are_never_taken_for_none(tmp_path: Path) -> None:
-    directory = with_state(tmp_path)
-    (directory / "state.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"state.json cannot be read .*; remove that checkpoint"):
-        checkpoints(tmp_path, 2).check(allow_changed=True)
-    (directory / "state.json").unlink()
-    with pytest.raises(ConfigError, match="has checkpoints, but none with a state"):
-        checkpoints(tmp_path, 2).check(allow_changed=True)
+def test_another_pool_of_the_selection_is_said(tmp_path: Path) -> None:
+    run_ranks(save, 1, tmp_path, 7)
+    said, _ = run_ranks(notes_of_a_change, 2, tmp_path, {})
+    assert said == ["the selection's pool (global) was a micro-step of 4 rows and is now one of 8"]
+    assert run_ranks(notes_of_a_change, 2, tmp_path, {"data.micro_batch": 2}) == [[], []]
+    assert run_ranks(notes_of_a_change, 1, tmp_path, {"data.micro_batch": 2, "training.selection_pool": "row"}) == [[]]
+    assert run_ranks(notes_of_a_change, 2, tmp_path, {"training.selection_pool": "rank"}) == [[], []]
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40}\n{"step": 50}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl goes to step 50, with a checkpoint every 50 steps"):
+        checkpoints(tmp_path, every=50).check(allow_changed=True)
+    # One that was killed before its first checkpoint does.
+    assert checkpoints(tmp_path, every=51).check(allow_changed=True) is None

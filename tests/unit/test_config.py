@@ -137,7 +137,7 @@ def test_a_setting_in_the_wrong_section_is_refused_with_where_it_belongs():
 
 def test_a_setting_like_no_other_is_refused_with_what_is_known_there():
     (problem,) = problems_of(*SOURCES, "checkpoint.zzz=4")
-    assert problem == "checkpoint.zzz: unknown setting; known are: every, keep"
+    assert problem == "checkpoint.zzz: unknown setting; known are: every, every_minutes, keep, keep_every, max_failed_saves"
 
 
 def test_a_key_that_comes_twice_is_refused_with_its_line(tmp_path):
@@ -375,13 +375,12 @@ def test_only_differences_that_change_the_result_matter():
         run={"name": "other"},
         logging={"metrics_every": 3},
         checkpoint={"every": 7, "keep": None},
-        data={"num_workers": 0, "path": "elsewhere", "validation_path": "held-out"},
+        data={"num_workers": 0, "path": "elsewhere", "validation_path": "held-out", "micro_batch": 4},
         reference={"path": "moved", "sharding": "replicate"},
     )
     assert changed_settings(flatten(before), flatten(harmless)) == []
-    other = harmless.with_values(training={"k_percent": 0.5, "steps": 2000}, data={"micro_batch": 4}, model={"seed": 1})
+    other = harmless.with_values(training={"k_percent": 0.5, "steps": 2000}, model={"seed": 1})
     assert changed_settings(flatten(before), flatten(other)) == [
-        "data.micro_batch: was 8, is now 4",
         "model.seed: was 0, is now 1",
         "training.steps: was 1000, is now 2000",
         "training.k_percent: was 0.6, is now 0.5",

@@ -333,3 +333,31 @@ def test_what_is_not_a_number_becomes_null(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     assert '"loss": null' in text
     assert "NaN" not in text
+
+
+DAMAGED = {
+    "a torn last line": (b'{"step": 3, "lo', "1 damaged line(s) left out"),
+    "a block of NULs": (b"\0" * 4096, "1 damaged line(s) left out"),
+    "NULs between lines": (b"\0\0\n" + b'{"step": 4}\n', "1 damaged line(s) left out"),
+    "other JSON": (b'[]\n7\n{"loss": 1}\n' + b"[" * 50_000 + b"\n", "4 damaged line(s) left out"),
+    "not UTF-8": (b"\xff\xfe\n", "1 damaged line(s) left out"),
+    "beyond the checkpoint": (b'{"step": 9}\n', "cut to step 5, where the run continues; it went on to step 9"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_what_a_crash_leaves_in_the_records_is_cut_and_said(tmp_path, kind):
+    more, note = DAMAGED[kind]
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 5}\n' + more)
+    logbook = Logbook(tmp_path, 5, num_heads=4)
+    logbook.close()
+    assert logbook.notes == [f"metrics.jsonl: {note}"]
+    assert [record["step"] for record in read_records(tmp_path)] in ([1, 5], [1, 5, 4])
+
+
+def test_records_short_of_the_checkpoint_are_said(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 5}\n')
+    logbook = Logbook(tmp_path, 9, num_heads=4)
+    logbook.sync()
+    logbook.close()
+    assert logbook.notes == ["metrics.jsonl: ends at step 5, before the checkpoint of step 9: what lay between is lost"]

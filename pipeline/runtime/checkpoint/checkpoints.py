@@ -10,6 +10,7 @@ The position in the data is one integer, samples consumed. Training draws no ran
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.runtime.checkpoint.read import checkpoint_names, load, read_state_
 from pipeline.runtime.checkpoint.state import State
 from pipeline.runtime.distributed import World, broadcast_from_first
 from pipeline.runtime.identity import FIXED_SETTINGS, changed_settings
+from pipeline.runtime.logbook import read_records
 
 REMEDY = "repair or remove what is there, or choose another --run-dir to start anew"
 _ABANDONED, _ABANDONED_KEPT = "abandoned-", 3
@@ -49,6 +51,13 @@ class Checkpoints:
         self._writer = Writer(self.directory, world)
         self._say = say if world.is_first else lambda text: None
         self._failed_in_a_row = 0
+        self._last_begun = time.monotonic()
+
+    @property
+    def is_due_by_time(self) -> bool:
+        """True on the first rank when `checkpoint.every_minutes` are over. Not collective."""
+        minutes = self.settings.every_minutes
+        return self.world.is_first and minutes is not None and time.monotonic() - self._last_begun >= 60 * minutes
 
     @property
     def is_written(self) -> bool:
@@ -61,6 +70,7 @@ class Checkpoints:
         Raises:
             SaveError: it failed, and it was the last of `checkpoint.max_failed_saves` in a row or not to be in the background.
         """
+        self._last_begun = time.monotonic()
         if self._writer.is_busy:
             self.commit()
         content = {
@@ -92,11 +102,6 @@ class Checkpoints:
             self._prune(saved.name)
         self._say(_saved_line(saved))
 
-    def finish(self) -> None:
-        """Complete the save in hand, if there is one."""
-        if self._writer.is_busy:
-            self.commit()
-
     def resume(
         self, engine: Any, allow_changed: bool, held_out_losses: Callable[[], list[float]] = list, tolerance: float = 1e-3
     ) -> Progress:
@@ -111,6 +116,7 @@ class Checkpoints:
             ConfigError: there are checkpoints but none can be used, or they were written under other settings.
         """
         problems: list[str] = []
+        self._remove_unfinished()
         for name in broadcast_from_first(checkpoint_names(self.directory) if self.world.is_first else []):
             state, found = self._state_of(name)
             if state is not None:
@@ -119,6 +125,8 @@ class Checkpoints:
                 found = found or _other_losses(name, state.held_out_losses, held_out_losses(), tolerance)
                 if not found:
                     self._retire(name)
+                    for note in _changed_pools(state, self.identity, self.world.size):
+                        self._say(note)
                     return Progress.from_json(state.progress)
             for problem in found:
                 self._say(f"checkpoint not used: {problem}")
@@ -181,7 +189,14 @@ class Checkpoints:
             if state is not None:
                 return state, problems
             problems.append(problem)
-        return None, problems
+        return None, problems or self._trace_of_a_run()
+
+    def _trace_of_a_run(self) -> list[str]:
+        """Say what tells that there were checkpoints, where there are none: a run never starts anew in silence."""
+        last = max((record["step"] for record in read_records(self.run_dir)), default=0)
+        if last < self.settings.every:
+            return []
+        return [f"{self.run_dir}: metrics.jsonl goes to step {last}, with a checkpoint every {self.settings.every} steps"]
 
     def _state_of(self, name: str) -> tuple[State | None, list[str]]:
         state, problem = broadcast_from_first(read_state_of(self.directory / name) if self.world.is_first else None)
@@ -205,8 +220,12 @@ class Checkpoints:
                 os.replace(self.directory / later, self.directory / f"{_ABANDONED}{later}")
         for old in sorted(self.directory.glob(f"{_ABANDONED}*"), reverse=True)[_ABANDONED_KEPT:]:
             shutil.rmtree(old)
-        for unfinished in self.directory.glob(f"step-*{PARTIAL}"):
-            shutil.rmtree(unfinished)
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a killed job has begun to write."""
+        if self.world.is_first:
+            for unfinished in self.directory.glob(f"step-*{PARTIAL}"):
+                shutil.rmtree(unfinished)
 
     def _prune(self, current: str) -> None:
         """Delete all but the newest `keep` checkpoints and every `keep_every`-th step's."""
@@ -217,6 +236,16 @@ class Checkpoints:
             step = int(name.removeprefix("step-"))
             if name != current and not (every is not None and step % every == 0):
                 shutil.rmtree(self.directory / name)
+
+
+def _changed_pools(state: State, identity: dict[str, Any], world_size: int) -> list[str]:
+    """Say where the pool of the selection is another on this number of ranks, or with this micro-batch."""
+    pool = identity.get("training.selection_pool")
+    if pool not in ("global", "rank"):
+        return []
+    both = ((state.identity, state.world_size), (identity, world_size))
+    was, now = (of["data.micro_batch"] * (ranks if pool == "global" else 1) for of, ranks in both)
+    return [] if was == now else [f"the selection's pool ({pool}) was a micro-step of {was} rows and is now one of {now}"]
 
 
 def _other_losses(name: str, saved: list[float], found: list[float], tolerance: float) -> list[str]:

@@ -75,17 +75,12 @@ def refresh_weights(engine: Any) -> None:
         optimizer.update_lp_params()
         return
 
-    # Small parameters are kept gathered: give them up, and gather them again once the partitions are set.
-    persistent = optimizer.persistent_parameters
-    if persistent:
-        persistent[0].partition(persistent)
+    # Small parameters are kept gathered, and with zero_hpz_partition_size a second partition, of the node alone, is what a
+    # forward gathers: give both up before the partitions are set, and gather again after.
+    optimizer.checkpoint_event_prologue()
     for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-    if persistent:
-        persistent[0].all_gather(persistent)
-
-    # With zero_hpz_partition_size a second partition, of the node alone, is what forward gathers.
-    optimizer.invalidate_secondary_tensor()
+    optimizer.checkpoint_event_epilogue()
 
 
 class _Share(NamedTuple):
