@@ -21,6 +21,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = job_parser("train.py", __doc__, DEMO)
     parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, report, stop")
     parser.add_argument("--allow-changed", action="store_true", help="continue a run with settings that change its result")
+    parser.add_argument(
+        "--from-step", type=int, metavar="N", help="go back to the checkpoint of step N; later ones are retired"
+    )
     return run_command(parser, arguments, train)
 
 

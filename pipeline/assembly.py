@@ -37,6 +37,7 @@ class Job:
     world: World
     device: torch.device
     allow_changed: bool = False
+    from_step: int | None = None
 
 
 def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) -> Run:
@@ -120,7 +121,9 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
         else []
     )
     identity = identity_of(settings, config, [each.manifest for each in cached if each is not None])
-    return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint)
+    # To go back is of the job's own run alone, not of a reference that it trains.
+    from_step = job.from_step if run_dir == job.run_dir else None
+    return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint, from_step)
 
 
 def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:

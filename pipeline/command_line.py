@@ -141,6 +141,7 @@ def _run_on_all_ranks(
     from pipeline.data.errors import DataError
     from pipeline.model.huggingface import ModelFilesError
     from pipeline.runtime.agreement import RanksDisagreeError
+    from pipeline.runtime.checkpoint.commit import SaveError
     from pipeline.runtime.distributed import device_of, find_world, share_cores
     from pipeline.runtime.engine import initialize_distributed
     from pipeline.runtime.non_finite import TrainingDivergedError
@@ -151,12 +152,16 @@ def _run_on_all_ranks(
     device = device_of(world)
     share_cores(world)
     initialize_distributed(device, settings.logging.deepspeed_level)
-    job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False))
+    # A job that Slurm requeued went back in its first life, and continues from there.
+    from_step = None if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else getattr(options, "from_step", None)
+    job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False), from_step)
     try:
         exit_code = command(job, options, stop)
     except (DataError, ModelFilesError) as error:
         # An error that all ranks raise alike is printed by the first only.
         return fail(prog, error, EXIT_USAGE, world.is_first or not getattr(error, "agreed", False))
+    except SaveError as error:
+        return fail(prog, error, EXIT_USAGE, world.is_first)
     except (TrainingDivergedError, RanksDisagreeError) as error:
         return fail(prog, error, EXIT_DIVERGED, world.is_first)
     dist.barrier()

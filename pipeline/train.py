@@ -54,7 +54,10 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     for fetched, following in fetched_ahead(run, progress, stop):
         # One optimiser step.
         result = train_step(run, fetched, progress)
-        advance(progress, result, run.settings)
+        try:
+            advance(progress, result, run.settings)
+        except TrainingDivergedError as error:
+            raise TrainingDivergedError(f"{error}. {ways_back(run.checkpoints.steps())}") from None
 
         # Metrics, and the check that ranks still agree.
         reporter.step(progress, result, 0.0 if following is None else following.waited)
@@ -188,8 +191,16 @@ def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
     if progress.skipped_in_a_row >= settings.training.max_skipped_steps:
         raise TrainingDivergedError(
             f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, met numbers that were not finite; in the "
-            f"last of them {result.bad}. The last checkpoint is untouched. Lower training.learning_rate, or look at the samples"
+            f"last of them {result.bad}. Lower training.learning_rate, or look at the samples"
         )
+
+
+def ways_back(steps: list[int]) -> str:
+    """Say which checkpoints are sound after a divergence, and how to go on from one."""
+    if not steps:
+        return "There is no checkpoint yet"
+    there = ", ".join(map(str, steps))
+    return f"Checkpoints hold finite numbers alone: there are steps {there}; continue with --from-step N to go back to one"
 
 
 def count_consumed(progress: Progress, consumed: Consumed) -> None:

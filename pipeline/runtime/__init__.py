@@ -3,7 +3,7 @@
 distributed     rank, world size and device; the small collectives by which ranks agree
 engine          DeepSpeed engines of policy and reference; the only importer of deepspeed
 deepspeed_json  validates and resolves the DeepSpeed JSON
-checkpoint      saves checkpoints and resumes from the newest complete one
+checkpoint      checkpoints in a format of our own: saved in the background, verified, loaded in any layout
 identity        settings and fingerprints that a resumed run must share with its checkpoint
 preemption      requests to stop: SIGTERM, SIGUSR1, a file STOP
 run_lock        one job per run directory

@@ -455,3 +455,27 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path: Path) ->
         checkpoints(tmp_path, every=50).check(allow_changed=True)
     # One that was killed before its first checkpoint does.
     assert checkpoints(tmp_path, every=51).check(allow_changed=True) is None
+
+
+def goes_back_to_3(run_dir: Path) -> None:
+    said: list[str] = []
+    store = checkpoints(run_dir, said=said)
+    store.from_step = 3
+    engine = StandIn()
+    assert store.resume(engine, allow_changed=False).step == 3
+    assert engine.values == StandIn(3, 3).values
+    assert said == []
+
+
+def test_a_run_goes_back_to_the_step_asked_for_and_later_ones_are_kept_aside(tmp_path: Path) -> None:
+    run_ranks(save, 1, tmp_path, 3, 5, 7)
+    run_ranks(goes_back_to_3, 1, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()) == [
+        "abandoned-step-00000005",
+        "abandoned-step-00000007",
+        "step-00000003",
+    ]
+    store = checkpoints(tmp_path)
+    store.from_step = 4
+    with pytest.raises(ConfigError, match=r"--from-step 4: no checkpoint of that step; there are: 3"):
+        store.check(allow_changed=False)

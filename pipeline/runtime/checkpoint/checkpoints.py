@@ -32,6 +32,7 @@ class Checkpoints:
     """Saves, finds and loads the checkpoints of one run directory. All methods are collective.
 
     identity: settings and fingerprints that a resumed run must share with the checkpoint (`identity.identity_of`).
+    from_step: the step to go back to; None continues from the newest sound checkpoint.
     say: prints a line, on the first rank.
     """
 
@@ -41,6 +42,7 @@ class Checkpoints:
         world: World,
         identity: dict[str, Any],
         settings: CheckpointSettings,
+        from_step: int | None = None,
         say: Callable[[str], None] = lambda text: print(text, flush=True),
     ):
         self.run_dir = run_dir
@@ -48,6 +50,7 @@ class Checkpoints:
         self.world = world
         self.identity = identity
         self.settings = settings
+        self.from_step = from_step
         self._writer = Writer(self.directory, world)
         self._say = say if world.is_first else lambda text: None
         self._failed_in_a_row = 0
@@ -117,7 +120,7 @@ class Checkpoints:
         """
         problems: list[str] = []
         self._remove_unfinished()
-        for name in broadcast_from_first(checkpoint_names(self.directory) if self.world.is_first else []):
+        for name in broadcast_from_first(self._candidates() if self.world.is_first else []):
             state, found = self._state_of(name)
             if state is not None:
                 self._check_settings(state, allow_changed)
@@ -184,15 +187,27 @@ class Checkpoints:
 
     def _read_newest_state(self) -> tuple[State | None, list[str]]:
         problems = []
-        for name in checkpoint_names(self.directory):
+        for name in self._candidates():
             state, problem = read_state_of(self.directory / name)
             if state is not None:
                 return state, problems
             problems.append(problem)
         return None, problems or self._trace_of_a_run()
 
+    def _candidates(self) -> list[str]:
+        """The checkpoints that the run may continue from, best first."""
+        names = checkpoint_names(self.directory)
+        return names if self.from_step is None else [name for name in names if name == step_name(self.from_step)]
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, in order. Not collective."""
+        return sorted(int(name.removeprefix("step-")) for name in checkpoint_names(self.directory))
+
     def _trace_of_a_run(self) -> list[str]:
         """Say what tells that there were checkpoints, where there are none: a run never starts anew in silence."""
+        if self.from_step is not None:
+            there = ", ".join(map(str, self.steps())) or "none"
+            return [f"--from-step {self.from_step}: no checkpoint of that step; there are: {there}"]
         last = max((record["step"] for record in read_records(self.run_dir)), default=0)
         if last < self.settings.every:
             return []
