@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.benchmark import data, heads, selection, step
+from pipeline.benchmark import checkpoint, data, heads, selection, step
 
-COMMANDS = {"selection": selection, "heads": heads, "step": step, "data": data}
+COMMANDS = {"selection": selection, "heads": heads, "step": step, "data": data, "checkpoint": checkpoint}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -74,7 +74,7 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         flags = NO_FLAGS if following is None else following.pending.read().flags
         save_due |= progress.step % run.settings.checkpoint.every == 0 or flags.save_due
         if flags.save_written:
-            run.checkpoints.commit()
+            run.checkpoints.go_on()
         if is_last or flags.stop_requested or (save_due and result.applied):
             at_once = is_last or flags.stop_requested
             reporter.sync()

@@ -7,6 +7,7 @@ drifts; the ratios are what is worth reading.
 step         a training step, beside plain next-token training of the same trunk
 heads        the loss phase of all heads, beside full logits and `F.cross_entropy`
 selection    the selection over ranks: time, and bytes moved
+checkpoint   saving and loading, beside DeepSpeed's and torch's own
 data         the data path: both of
 preparing      documents to shards, beside the tokenizers library
 streaming      shards to batches, beside a bare webdataset loop

@@ -13,7 +13,7 @@ attention goes through a mask, every query meets every key; on CUDA those of its
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,19 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sizes(parser)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="beside next_token (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps, after two that warm up (default: 5)")
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The options for the sizes of a model and of its step."""
     parser.add_argument("--layers", type=int, default=8, help="depth of the next-token path (default: 8)")
     parser.add_argument("--dim", type=int, default=512, metavar="D", help="default: 512")
     parser.add_argument("--attention-heads", type=int, default=8, help="default: 8")
     parser.add_argument("--vocabulary", type=int, default=8192, metavar="V", help="default: 8192")
     parser.add_argument("--sequence-length", type=int, default=512, metavar="T", help="default: 512")
     parser.add_argument("--rows", type=int, default=4, metavar="B", help="rows of a step (default: 4)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="beside next_token (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps, after two that warm up (default: 5)")
     parser.add_argument("--threads", type=int, default=0, help="of each variant on a CPU (default: all cores)")
 
 
@@ -173,6 +178,18 @@ def settings_of(variant: str, directory: Path, options: dict[str, Any]) -> Setti
 
 
 def _prepare(variant: str, directory: Path, options: dict[str, Any]) -> Round:
+    run = build(variant, directory, options)
+    take_step = training_steps(run) if variant != "origin" else _origin_steps(run)
+
+    def measured(number: int) -> dict[str, float]:
+        _, seconds, peak_bytes = timed(take_step, run.device)
+        return {"seconds": seconds, "peak_bytes": peak_bytes}
+
+    return measured
+
+
+def build(variant: str, directory: Path, options: dict[str, Any]) -> Run:
+    """Build a variant's run in this process, with its process group."""
     world = find_world()
     device = device_of(world)
     if options["threads"]:
@@ -180,25 +197,26 @@ def _prepare(variant: str, directory: Path, options: dict[str, Any]) -> Round:
     initialize_distributed(device, "error")
     settings = settings_of(variant, directory, options)
     content = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
-    run = build_run(Job(settings, content, directory / "run", world, device), settings, directory / "run", dry=True)
-    batches, progress = prefetched(run.stream.iterate(0), device, depth=2), Progress()
-    following = None
+    return build_run(Job(settings, content, directory / "run", world, device), settings, directory / "run", dry=True)
 
-    def one_step() -> None:
+
+def training_steps(run: Run) -> Callable[[], None]:
+    """A function that takes the run's next step, as the training loop does: the following step is fetched before."""
+    batches, progress = prefetched(run.stream.iterate(0), run.device, depth=2), Progress()
+    following = fetch_step(run, batches, 0, 0)
+
+    def take_step() -> None:
         nonlocal following
-        if variant == "origin":
-            step_of_the_origin(run, next(batches))
-            return
-        # As the loop does: the next step is fetched before this one is run.
-        fetched = following or fetch_step(run, batches, progress.step, progress.samples)
-        following = fetch_step(run, batches, progress.step + 1, progress.samples + settings.data.global_batch)
-        advance(progress, train_step(run, fetched, progress), settings)
+        fetched = following
+        following = fetch_step(run, batches, progress.step + 1, progress.samples + run.settings.data.global_batch)
+        advance(progress, train_step(run, fetched, progress), run.settings)
 
-    def measured(number: int) -> dict[str, float]:
-        _, seconds, peak_bytes = timed(one_step, device)
-        return {"seconds": seconds, "peak_bytes": peak_bytes}
+    return take_step
 
-    return measured
+
+def _origin_steps(run: Run) -> Callable[[], None]:
+    batches = prefetched(run.stream.iterate(0), run.device, depth=2)
+    return lambda: step_of_the_origin(run, next(batches))
 
 
 def step_of_the_origin(run: Run, batch: Batch) -> None:

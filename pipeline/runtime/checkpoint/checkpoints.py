@@ -64,8 +64,8 @@ class Checkpoints:
 
     @property
     def is_written(self) -> bool:
-        """True if this rank's part of the save in hand is on disk. Not collective: ranks have to agree before they `commit`."""
-        return self._writer.is_written
+        """True if this rank has nothing left to write of the save in hand. Not collective: ranks agree before they `go_on`."""
+        return self._writer.is_done
 
     def save(self, engine: Any, progress: Progress, held_out_losses: list[float], *, in_background: bool) -> None:
         """Save a checkpoint: begin it, or have it complete on disk when this returns.
@@ -74,8 +74,7 @@ class Checkpoints:
             SaveError: it failed, and it was the last of `checkpoint.max_failed_saves` in a row or not to be in the background.
         """
         self._last_begun = time.monotonic()
-        if self._writer.is_busy:
-            self.commit()
+        self._finish(final=False)
         content = {
             "progress": progress.to_json(),
             "identity": self.identity,
@@ -87,18 +86,20 @@ class Checkpoints:
             self._failed(error, final=not in_background)
             return
         if not in_background:
-            self.commit(final=True)
+            self._finish(final=True)
 
-    def commit(self, final: bool = False) -> None:
-        """Complete the save in hand, once all ranks' parts are on disk; waits for them if they are not.
+    def go_on(self, final: bool = False) -> None:
+        """Take the next step of the save in hand, once all ranks have agreed that they are done with the one before.
 
         Raises:
             SaveError: as `save`. final: after the first failure.
         """
         try:
-            saved = self._writer.commit()
+            saved = self._writer.go_on()
         except SaveError as error:
             self._failed(error, final)
+            return
+        if saved is None:
             return
         self._failed_in_a_row = 0
         if self.world.is_first:
@@ -212,6 +213,11 @@ class Checkpoints:
         if last < self.settings.every:
             return []
         return [f"{self.run_dir}: metrics.jsonl goes to step {last}, with a checkpoint every {self.settings.every} steps"]
+
+    def _finish(self, final: bool) -> None:
+        """Complete the save in hand, if there is one."""
+        while self._writer.is_busy:
+            self.go_on(final)
 
     def _state_of(self, name: str) -> tuple[State | None, list[str]]:
         state, problem = broadcast_from_first(read_state_of(self.directory / name) if self.world.is_first else None)

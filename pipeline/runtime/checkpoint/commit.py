@@ -2,7 +2,9 @@
 
     begin    the training thread copies this rank's fragments into host buffers that are kept from save to save
     write    a thread writes them to `step-….partial`, hashes and syncs, and looks for numbers that are not finite
-    commit   at the end of a later step, agreed by all ranks: state.json, one rename, the pointer `latest`
+    commit   once all ranks have written: the first rank's thread writes state.json, renames the folder, and then `latest`
+
+`go_on` leads from each to the next, at the end of a later step, when all ranks have agreed that the one before is done.
 
 Every file and folder goes through the one synced write (`storage.whole_file`), so that a loss of power leaves the checkpoint
 before or the new one.
@@ -11,6 +13,7 @@ before or the new one.
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +64,7 @@ class _Written:
 
 
 class Writer:
-    """Writes the checkpoints of one run, one at a time. `begin` and `commit` are collective."""
+    """Writes the checkpoints of one run, one at a time. `begin` and `go_on` are collective."""
 
     def __init__(self, directory: Path, world: World):
         self.directory = directory
@@ -72,12 +75,12 @@ class Writer:
 
     @property
     def is_busy(self) -> bool:
-        """True from `begin` until `commit`."""
+        """True from `begin` until `go_on` returns what was saved, or raises."""
         return self._pending is not None
 
     @property
-    def is_written(self) -> bool:
-        """True if this rank's part is on disk, or has failed; other ranks' may not be."""
+    def is_done(self) -> bool:
+        """True if this rank's thread has nothing left to do; other ranks' may have."""
         return self._pending is not None and not self._pending.thread.is_alive()
 
     def begin(self, engine: Any, content: dict[str, Any], step: int) -> None:
@@ -88,7 +91,7 @@ class Writer:
         Raises:
             SaveError: no space is left, or the folder cannot be made.
         """
-        assert self._pending is None, "the save before this one was not committed"
+        assert self._pending is None, "the save before this one is not complete"
         started = time.perf_counter()
         name = step_name(step)
         partial = self.directory / f"{name}{PARTIAL}"
@@ -99,37 +102,43 @@ class Writer:
         content = content | {"optimizer_step": optimizer_step(engine)}
 
         written = _Written()
-        thread = threading.Thread(target=self._write, args=(partial, fragments, written), name="checkpoint", daemon=True)
-        thread.start()
+        thread = _started(self._write, partial, fragments, written)
         self._pending = _Pending(name, content, written, thread, started, time.perf_counter() - started)
 
-    def commit(self) -> Saved:
-        """Wait for all ranks' files, then make them a checkpoint.
+    def go_on(self) -> Saved | None:
+        """Wait for all ranks' threads and take the next step: None once the commit has begun, what was saved once it is done.
 
         Raises:
             SaveError: a rank could not write its part, or a weight is not finite. Nothing is left of the attempt.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         assert pending is not None
         started = time.perf_counter()
         pending.thread.join()
+        saved = self._begin_commit(pending) if pending.of_ranks is None else self._end_commit(pending, pending.of_ranks)
+        pending.waited += time.perf_counter() - started
+        return saved and saved._replace(waited=pending.waited)
+
+    def _begin_commit(self, pending: "_Pending") -> None:
         of_ranks: list[_Written] = gather_from_all(pending.written)
-
         problems = [f"rank {rank}: {written.problem}" for rank, written in enumerate(of_ranks) if written.problem]
-        partial = self.directory / f"{pending.name}{PARTIAL}"
-        if not problems and self.world.is_first:
-            try:
-                self._publish(partial, pending, of_ranks)
-            except OSError as error:
-                problems = [f"rank 0: {_sentence(error)}"]
-        problems = broadcast_from_first(problems)
-        if problems:
-            self._remove(partial)
-            raise SaveError(f"{pending.name} was not saved: {'; '.join(problems)}")
+        self._raise_if(problems, pending)
+        pending.of_ranks = of_ranks
+        if self.world.is_first:
+            pending.thread = _started(self._publish, pending, of_ranks)
 
+    def _end_commit(self, pending: "_Pending", of_ranks: list[_Written]) -> Saved:
+        problem = broadcast_from_first(pending.written.problem)
+        self._raise_if([f"rank 0: {problem}"] if problem else [], pending)
+        self._pending = None
         num_bytes = sum(written.file.bytes for written in of_ranks if written.file is not None)
-        now = time.perf_counter()
-        return Saved(pending.name, num_bytes, now - pending.started, pending.waited + now - started)
+        return Saved(pending.name, num_bytes, time.perf_counter() - pending.started, pending.waited)
+
+    def _raise_if(self, problems: list[str], pending: "_Pending") -> None:
+        if problems:
+            self._pending = None
+            self._remove(self.directory / f"{pending.name}{PARTIAL}")
+            raise SaveError(f"{pending.name} was not saved: {'; '.join(problems)}")
 
     def _make_folder(self, partial: Path, engine: Any) -> None:
         problem = None
@@ -180,8 +189,8 @@ class Writer:
         except Exception as error:
             written.problem = _sentence(error)
 
-    def _publish(self, partial: Path, pending: "_Pending", of_ranks: list[_Written]) -> None:
-        """On the first rank: state.json, the name, and the pointer to it, in this order."""
+    def _publish(self, pending: "_Pending", of_ranks: list[_Written]) -> None:
+        """Run in the first rank's thread: state.json, the name, and the pointer to it, in this order."""
         places: dict[str, list[list[int]]] = {name: [] for name in self._shapes}
         for rank, written in enumerate(of_ranks):
             for name, first, count in written.fragments:
@@ -197,24 +206,37 @@ class Writer:
             parameters=parameters,
             **pending.content,
         )
-        write_file(partial / STATE_FILE, encode(state))
-        final = self.directory / pending.name
-        shutil.rmtree(final, ignore_errors=True)
-        publish(partial, final)
-        write_file(self.directory / POINTER_FILE, f"{pending.name}\n".encode())
+        partial, final = self.directory / f"{pending.name}{PARTIAL}", self.directory / pending.name
+        try:
+            write_file(partial / STATE_FILE, encode(state))
+            shutil.rmtree(final, ignore_errors=True)
+            publish(partial, final)
+            write_file(self.directory / POINTER_FILE, f"{pending.name}\n".encode())
+        except OSError as error:
+            pending.written.problem = _sentence(error)
 
     def _remove(self, partial: Path) -> None:
         if self.world.is_first:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-class _Pending(NamedTuple):
+@dataclass
+class _Pending:
+    """The save in hand. of_ranks: once all have written. waited: seconds in which training stood still."""
+
     name: str
     content: dict[str, Any]
     written: _Written
     thread: threading.Thread
     started: float
     waited: float
+    of_ranks: list[_Written] | None = None
+
+
+def _started(work: Callable[..., None], *arguments: Any) -> threading.Thread:
+    thread = threading.Thread(target=work, args=arguments, name="checkpoint", daemon=True)
+    thread.start()
+    return thread
 
 
 def _host_buffer(tensor: Tensor) -> Tensor:
