@@ -82,6 +82,8 @@ class _Ways:
         self.said: list[str] = []
         self.checkpoints = Checkpoints(directory, run.world, {}, CheckpointSettings(keep=1), say=self.said.append)
         self.number = 0
+        # torch's async_save wants a group of the host's, also beside one of the devices'.
+        self.group = dist.new_group(backend="gloo")
 
     def round(self) -> dict[str, float]:
         """Every way once."""
@@ -117,7 +119,7 @@ class _Ways:
 
         tensors = {f"{each.name}|{kind}": value for each in fragments_of(engine) for kind, value in each.tensors.items()}
         started = time.perf_counter()
-        future: Any = dcp.async_save(tensors, checkpoint_id=folder / "torch", no_dist=True)
+        future: Any = dcp.async_save(tensors, checkpoint_id=folder / "torch", process_group=self.group)
         waited = time.perf_counter() - started
         future.result()
         total = time.perf_counter() - started
