@@ -89,16 +89,15 @@ class _Measure:
     def __init__(self, parts: dict[str, Any]) -> None:
         self.is_byte_level = _is_byte_level(parts)
         self.has_byte_tokens = bool(parts["model"].get("byte_fallback"))
-        self.spaces = [part["content"] for part in _parts(parts, "normalizer") if part["type"] == "Replace"]
-        self.spaces += [part["replacement"] for part in _parts(parts, "pre_tokenizer") if part["type"] == "Metaspace"]
+        self.marks = _space_marks(parts)
 
     def length(self, token: str) -> int:
         if self.is_byte_level:
             return len(token) if _ALPHABET.issuperset(token) else UNKNOWN
         if self.has_byte_tokens and _BYTE_TOKEN.fullmatch(token):
             return 1
-        for space in self.spaces:
-            token = token.replace(space, " ")
+        for mark in self.marks:
+            token = token.replace(mark, " ")
         return len(token.encode())
 
 
@@ -120,6 +119,11 @@ def _changes_text(parts: dict[str, Any], vocabulary: dict[str, int]) -> str | No
         if number and _adds_space(part):
             return f"puts a space before every part of a text (pre-tokenizer {part['type']})"
 
+    # The mark for the space, if no token has it, is spelled in the bytes of its own.
+    missing = [mark for mark in _space_marks(parts) if mark not in vocabulary]
+    if model.get("byte_fallback") and missing:
+        return f"spells {missing[0]}, its mark for the space, in bytes"
+
     # A character that no token has must not vanish.
     if model["type"] == "BPE" and model.get("unk_token") is None:
         needed = _BYTE_LETTERS if _is_byte_level(parts) else _BYTE_TOKENS if model.get("byte_fallback") else None
@@ -139,6 +143,11 @@ def _parts(parts: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 
 def _is_byte_level(parts: dict[str, Any]) -> bool:
     return any(part["type"] == "ByteLevel" for kind in ("normalizer", "pre_tokenizer") for part in _parts(parts, kind))
+
+
+def _space_marks(parts: dict[str, Any]) -> list[str]:
+    marks = [part["content"] for part in _parts(parts, "normalizer") if part["type"] == "Replace"]
+    return marks + [part["replacement"] for part in _parts(parts, "pre_tokenizer") if part["type"] == "Metaspace"]
 
 
 def _is_mark_for_space(part: dict[str, Any]) -> bool:

@@ -55,6 +55,12 @@ def test_every_row_is_read_once_and_every_rank_has_as_many_micro_batches(
     assert {len(batch.keys) for batches in ranks for batch in batches} == {micro_batch}
 
 
+def test_a_second_validation_reads_the_same_rows_again(folder: Path) -> None:
+    rows = HeldOutRows(DataSet(folder), num_rows=50, micro_batch=4, rank=1, world_size=2)
+    first, second = ([batch.tokens_BT.tolist() for batch in rows.batches()] for _ in range(2))
+    assert first == second
+
+
 def test_padding_is_no_damage_and_has_no_valid_pairs(folder: Path) -> None:
     ((*_, last),) = batches_of(folder, 50, 1)
     assert last.damage == ()

@@ -85,6 +85,15 @@ def bert() -> Tokenizer:
     return tokenizer
 
 
+def without(token: str, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with neither this token nor those merged from it."""
+    parts = json.loads(tokenizer.to_str())
+    model = parts["model"]
+    model["vocab"] = {each: number for each, number in model["vocab"].items() if token not in each}
+    model["merges"] = [pair for pair in model["merges"] if token not in "".join(pair)]
+    return Tokenizer.from_str(json.dumps(parts))
+
+
 def measured(tokenizer: Tokenizer) -> TokenBytes:
     return bytes_of_tokens(tokenizer, tokenizer.token_to_id("<|endoftext|>"), vocab_size(tokenizer))
 
@@ -146,6 +155,8 @@ def test_unknown_text_ids_without_a_token_and_tokens_that_take_spaces_along_are_
             "marks the parts of words",
         ),
         (lambda: trained_bpe(fallback=False), "drops characters"),
+        # openai/parameter-golf issue 897: three tokens of a byte each for every space.
+        (lambda: without("▁", llama()), "spells ▁, its mark for the space, in bytes"),
         (
             lambda: trained_bpe(
                 None, pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=True)])

@@ -11,6 +11,7 @@ from one part of the input.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -135,9 +136,17 @@ def _token_bytes(data: DataSet, manifest: Manifest, access: Access) -> TokenByte
     """Measure the tokens of the folder's own tokenizer. Losses need no tokenizer, so that one that is of no use is no error."""
     file = data.location / manifest.tokenizer_file
     try:
-        tokenizer = Tokenizer.from_buffer(read_whole(file, access))
-    except Exception as error:  # the library raises bare Exception
+        identity, measured = _measured(read_whole(file, access), manifest.end_of_document_id, manifest.vocab_size)
+    except Exception as error:  # the tokenizers library raises bare Exception
         return unknown_bytes(manifest.vocab_size, f"{file} cannot be read: {error}")
-    if fingerprint(tokenizer) != manifest.tokenizer_sha256:
+    if identity != manifest.tokenizer_sha256:
         return unknown_bytes(manifest.vocab_size, f"{file} is not the tokenizer that the data was prepared with")
-    return bytes_of_tokens(tokenizer, manifest.end_of_document_id, manifest.vocab_size)
+    return measured
+
+
+# A large vocabulary takes a second or two, and held-out folders have the same one.
+@lru_cache(maxsize=1)
+def _measured(content: bytes, end_of_document_id: int, vocab_size: int) -> tuple[str, TokenBytes]:
+    """(fingerprint, bytes of every token) of a tokenizer.json."""
+    tokenizer = Tokenizer.from_buffer(content)
+    return fingerprint(tokenizer), bytes_of_tokens(tokenizer, end_of_document_id, vocab_size)
