@@ -139,7 +139,7 @@ def test_there_are_no_bits_per_byte_where_one_predicted_tokens_text_is_not_known
     assert "bits_per_byte" not in validated(settings, policy, reference, TokenBytes(np.zeros(VOCAB, np.int32)))
 
 
-TEXTS = [f"{number}: größer, 日本 {'na ' * (number % 5)}" for number in range(40)]
+TEXTS = [f"{number}: größer, 日本 {'na ' * (number % 5)}" for number in range(13)]
 BYTES_MODEL = {"dim": 16, "num_layers": 2, "num_attention_heads": 2, "ffn_dim": 32, "vocab_size": 257}
 
 
@@ -147,7 +147,7 @@ BYTES_MODEL = {"dim": 16, "num_layers": 2, "num_attention_heads": 2, "ffn_dim": 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts of which every byte is a token, in several shards."""
     directory = tmp_path_factory.mktemp("texts") / "data"
-    prepare([Document(text, "") for text in TEXTS], directory, byte_tokenizer(), 14, seed=0, samples_per_shard=20)
+    prepare([Document(text, "") for text in TEXTS], directory, byte_tokenizer(), 14, seed=0, samples_per_shard=10)
     return directory
 
 
@@ -184,18 +184,18 @@ def naive(folder: Path) -> dict[str, float]:
     return means | {"bits_per_byte": nats / math.log(2) / num_bytes, "valid_count_head_0": counts[0]}
 
 
-@pytest.mark.parametrize("micro_batch", [1, 4, 7, 64, 500])
+@pytest.mark.parametrize("micro_batch", [1, 7, 64])
 def test_a_folders_losses_are_those_of_every_row_whatever_the_micro_batch(folder: Path, naive: Any, micro_batch: int) -> None:
     record = validate_folder(folder, micro_batch)
     for key, value in naive.items():
         assert record[key] == pytest.approx(value, rel=1e-6), key
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_folders_losses_are_those_of_every_row_whatever_the_number_of_ranks(
-    folder: Path, naive: Any, world_size: int
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(3, 4), (2, 64)])  # at last one rank has padding alone
+def test_a_folders_losses_are_those_of_every_row_whatever_the_ranks(
+    folder: Path, naive: Any, world_size: int, micro_batch: int
 ) -> None:
-    for record in run_ranks(validate_folder, world_size, folder, 4):
+    for record in run_ranks(validate_folder, world_size, folder, micro_batch):
         for key, value in naive.items():
             assert record[key] == pytest.approx(value, rel=1e-6), key
 
