@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import ModelSettings, Settings
-from pipeline.data.loading.mixture import DataSet, read_joined, sets_of
+from pipeline.data.loading.held_out import HeldOutRows
+from pipeline.data.loading.mixture import DataSet, held_out_sets, read_joined, sets_of
 from pipeline.data.loading.stream import Stream
 from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, reference_shape
 from pipeline.micro_step import Models
@@ -46,15 +47,21 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
         ConfigError: the run directory holds a checkpoint that these settings may not continue.
         DataError: the data or its cached losses cannot be used.
     """
-    validation_path = settings.data.validation_path
     settings, config, checkpoints = resolve_settings(job, settings, run_dir)
 
     # Data.
     stream = open_stream(sets_of(settings.data), settings, config, job.world, settings.data.num_workers)
-    validation = None
-    if validation_path is not None:
-        # Read in the training process: a validation is too short to pay for starting workers.
-        validation = open_stream([DataSet(validation_path)], settings, config, job.world, num_workers=0)
+    held_out = [
+        HeldOutRows(
+            each,
+            num_rows=settings.logging.validation_samples,
+            micro_batch=settings.data.micro_batch,
+            rank=job.world.rank,
+            world_size=job.world.size,
+            access=settings.data.access,
+        )
+        for each in with_cached_losses(held_out_sets(settings.data), settings, config)
+    ]
 
     # Refuse before the minutes that building engines takes.
     if not dry:
@@ -72,7 +79,7 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
         engine=engine,
         models=Models(engine, reference, settings.reference.horizon, dist.group.WORLD),
         stream=stream,
-        validation=validation,
+        held_out=held_out,
         checkpoints=checkpoints,
     )
 
@@ -113,11 +120,8 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
 
 def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:
     """Open this rank's stream of rows, with their cached reference losses if `reference.cached` is set."""
-    if has_selecting_heads(settings):
-        sets = [replace(each, losses=cached_losses(settings, each.location, config)) for each in sets]
-
     return Stream(
-        sets,
+        with_cached_losses(sets, settings, config),
         lanes=lanes_of(settings),
         global_batch=settings.data.global_batch,
         micro_batch=settings.data.micro_batch,
@@ -130,3 +134,10 @@ def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, A
         # A rank that raised alone would leave the others waiting in a collective; `handle_damage` raises on all.
         raises=False,
     )
+
+
+def with_cached_losses(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any]) -> list[DataSet]:
+    """Add to each set its cached reference losses, if `reference.cached` is set and a head selects."""
+    if not has_selecting_heads(settings):
+        return list(sets)
+    return [replace(each, losses=cached_losses(settings, each.location, config)) for each in sets]

@@ -5,14 +5,15 @@ together with the problems of the settings and of the DeepSpeed JSON, as one err
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, ModelSettings, Settings
 from pipeline.data.corpus.builtin import VOCAB_SIZE
 from pipeline.data.errors import DataError
-from pipeline.data.loading.mixture import sets_of
+from pipeline.data.loading.held_out import too_many_rows
+from pipeline.data.loading.mixture import held_out_sets, sets_of
 from pipeline.data.loading.order import too_few_samples
 from pipeline.data.loading.sizes import check_sizes
 from pipeline.data.shards.manifest import Manifest, read_manifest
@@ -89,9 +90,9 @@ def _cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]
 
 
 def data_locations(settings: Settings) -> list[Location]:
-    """Locations of all training data sets, then of the validation set if there is one."""
-    validation = settings.data.validation_path
-    return [*(each.location for each in sets_of(settings.data)), *([] if validation is None else [validation])]
+    """Locations of all data sets, those of training first, each once."""
+    sets = [*sets_of(settings.data), *held_out_sets(settings.data)]
+    return list(dict.fromkeys(each.location for each in sets))
 
 
 def check_data(settings: Settings) -> None:
@@ -110,7 +111,7 @@ def _data_problems(settings: Settings) -> list[str]:
     first = next(iter(manifests.values()), None)
     for path, manifest in manifests.items():
         problems += _manifest_problems(manifest, path, settings, first)
-    return problems + _model_problems(settings, first)
+    return [*problems, *_num_rows_problems(manifests, settings), *_model_problems(settings, first)]
 
 
 def size_problems(settings: Settings, num_ranks: int) -> list[str]:
@@ -129,7 +130,7 @@ def _read_manifests(settings: Settings) -> tuple[dict[Location, Manifest], list[
     manifests, problems = {}, []
     named = {f"data.mixture {each.name}": each.path for each in settings.data.mixture or ()} | {
         "data.path": settings.data.path,
-        "data.validation_path": settings.data.validation_path,
+        **{f"data.validation_path {name}".strip(): path for name, path in settings.data.validation_sets.items()},
         "reference.training_data": settings.reference.training_data,
     }
     for key, path in named.items():
@@ -157,8 +158,20 @@ def _manifest_problems(found: Manifest, path: Location, settings: Settings, firs
         )
     if first is not None and found.tokenizer_sha256 != first.tokenizer_sha256:
         yield f"{path}: prepared with another tokenizer than the other data of this run; prepare both with the same"
-    if found.num_samples < lanes_of(settings):
-        yield f"{path}: {too_few_samples(found.num_samples, lanes_of(settings))}"
+
+
+def _num_rows_problems(manifests: Mapping[Location, Manifest], settings: Settings) -> Iterator[str]:
+    """Problems of the folders' numbers of rows, of those that could be read."""
+    data, lanes = settings.data, lanes_of(settings)
+    trained_on = [*(each.path for each in data.mixture or ()), data.path, settings.reference.training_data]
+    for path, manifest in manifests.items():
+        if path in trained_on and manifest.num_samples < lanes:
+            yield f"{path}: {too_few_samples(manifest.num_samples, lanes)}"
+
+    for held_out in held_out_sets(data):
+        if held_out.location in manifests:
+            problem = too_many_rows(settings.logging.validation_samples, manifests[held_out.location], held_out)
+            yield from [] if problem is None else [problem]
 
 
 def _model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field
 
 from pipeline.setting_types import (
+    SET_NAME,
     ChangesResult,
     DirectoryName,
     Fixed,
@@ -24,12 +25,13 @@ from pipeline.setting_types import (
     Free,
     NonNegative,
     NonNegativeFloat,
+    OneOrNamedLocations,
     Positive,
     PositiveFloat,
     Section,
 )
 from pipeline.storage.files import Access
-from pipeline.storage.location import LocationSetting
+from pipeline.storage.location import Location, LocationSetting
 
 
 class ConfigError(ValueError):
@@ -55,7 +57,7 @@ class MixtureSet(Section):
     """Folder or URL of prepared shards."""
     weight: PositiveFloat
     """Share of the rows, relative to the weights of the other sets; the decimals are taken exactly as written."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+    name: Annotated[str, Field(pattern=SET_NAME)]
     """Name in metrics and messages; also the name of its source if its inputs were not named."""
 
 
@@ -67,8 +69,9 @@ class DataSettings(Section):
     `allow_pipe`, pipe:COMMAND in which {} is the name of a file."""
     mixture: Free[Annotated[list[MixtureSet], Field(min_length=1)] | None] = None
     """Several data sets instead of `path`, each with `path`, `weight` and `name`, mixed by weight."""
-    validation_path: Free[LocationSetting | None] = None
-    """Directory of held-out prepared shards; null: no validation."""
+    validation_path: Free[OneOrNamedLocations | None] = None
+    """Folder of held-out prepared shards, or several by name (`{web: FOLDER, books: FOLDER}`), each with metrics of its own;
+    null: no validation."""
     builtin: Free[bool] = False
     """Prepare the embedded corpus (Python's own documentation and source, and noise) under the run directory and train on
     it, as the demo does. `path` must be null."""
@@ -98,6 +101,13 @@ class DataSettings(Section):
     """Largest size of `cache_dir` in bytes; the least recently used files are removed first."""
     allow_pipe: Free[bool] = False
     """Allow `pipe:` paths, which run a shell command."""
+
+    @property
+    def validation_sets(self) -> dict[str, Location]:
+        """The held-out folders by name; an only one has the name ""."""
+        if self.validation_path is None:
+            return {}
+        return self.validation_path if isinstance(self.validation_path, dict) else {"": self.validation_path}
 
     @property
     def access(self) -> Access:
@@ -237,7 +247,7 @@ class LoggingSettings(Section):
     validation_every: Free[Positive] = 500
     """Steps between validations (there is one at the start and one at the end as well)."""
     validation_samples: Free[Positive | None] = None
-    """Held-out rows that a validation reads, rounded down to a multiple of the lanes, at least one round; null: all."""
+    """Rows of each held-out folder that a validation reads: always the same ones, spread evenly over the folder; null: all."""
     deepspeed_level: Free[Literal["debug", "info", "warning", "error"]] = "error"
     """Lowest level of DeepSpeed's own log messages that are shown."""
 

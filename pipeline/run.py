@@ -1,5 +1,6 @@
 """The parts of a training run, and the outcome of a step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 from pipeline.config import Settings
 from pipeline.consumption import Consumed
+from pipeline.data.loading.held_out import HeldOutRows
 from pipeline.data.loading.stream import Stream
 from pipeline.micro_step import MicroBatch, Models, PendingStep
 from pipeline.runtime.checkpoint import Checkpoints
@@ -27,7 +29,7 @@ class Run:
     engine: Engine
     models: Models
     stream: Stream
-    validation: Stream | None
+    held_out: Sequence[HeldOutRows]
     checkpoints: Checkpoints
 
 

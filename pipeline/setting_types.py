@@ -3,16 +3,43 @@
 A setting reads `name: Rule[Type] = default`, for example `steps: ChangesResult[Positive] = 1000`.
 """
 
+import re
 from enum import Enum
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+)
+
+from pipeline.storage.location import Location, parse_location
 
 
 def _directory_name(name: str) -> str:
     if not name or name.startswith(".") or "/" in name:
         raise ValueError("expected the name of a directory: no '/', no leading '.'")
     return name
+
+
+def _one_or_named_locations(value: Any) -> Location | dict[str, Location]:
+    if not isinstance(value, dict):
+        return parse_location(value)
+    wrong = [name for name in value if not (isinstance(name, str) and re.search(SET_NAME, name))]
+    if wrong or not value:
+        raise ValueError(
+            f"expected NAME: FOLDER for each folder, names of letters, digits, '_', '.', '-'; got {wrong or value}"
+        )
+    return {name: parse_location(each) for name, each in value.items()}
+
+
+def _as_text(value: Location | dict[str, Location]) -> str | dict[str, str]:
+    return {name: str(each) for name, each in value.items()} if isinstance(value, dict) else str(value)
 
 
 def _fraction(value: float) -> float:
@@ -34,6 +61,9 @@ class ResumeRule(Enum):
     FIXED = "fixed"
 
 
+SET_NAME = r"^[A-Za-z0-9_.\-]+$"
+"""The form of a data set's name, which becomes a part of metrics' names."""
+
 Value = TypeVar("Value")
 Free = Annotated[Value, ResumeRule.FREE]
 ChangesResult = Annotated[Value, ResumeRule.CHANGES_RESULT]
@@ -45,6 +75,13 @@ DirectoryName = Annotated[str, AfterValidator(_directory_name)]
 Fraction = Annotated[float, AfterValidator(_fraction)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+OneOrNamedLocations = Annotated[
+    Location | dict[str, Location],
+    PlainValidator(_one_or_named_locations),
+    PlainSerializer(_as_text, return_type=str | dict[str, str], when_used="json"),
+]
+"""A location, or several by name."""
 
 
 class Section(BaseModel):

@@ -6,6 +6,7 @@
 
     errors        DataError, the one error of data
     tokenizer     trains, loads and identifies tokenizers
+    token_bytes   the bytes of text that each token of a tokenizer stands for
     permutation   stateless permutations, the same on every machine
     lru_cache     a cache of bounded size, for index chunks and open files
 

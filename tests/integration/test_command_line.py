@@ -293,10 +293,22 @@ def test_a_number_of_ranks_that_does_not_fit_is_refused_with_those_that_would(re
     assert "numbers of ranks that fit: 1, 2, 3, 4, 6, 12" in problem
 
 
-def test_more_lanes_than_the_held_out_data_has_rows_are_refused_before_anything_is_built(refused, tiny_data):
+def test_more_lanes_than_the_training_data_has_rows_are_refused_before_anything_is_built(refused, tiny_data):
     rows = read_manifest(tiny_data / "validation").num_samples
-    (problem,) = refused("data.global_batch=128", "data.lanes=128")
+    (problem,) = refused("data.global_batch=128", "data.lanes=128", f"data.path={tiny_data / 'validation'}")
     assert problem.startswith(f"{tiny_data / 'validation'}: the data set has {rows} samples, fewer than data.lanes = 128")
+
+
+def test_held_out_data_may_have_fewer_rows_than_lanes_but_not_than_it_is_to_read(refused, tiny_data):
+    rows = read_manifest(tiny_data / "validation").num_samples
+    assert refused("data.global_batch=128", "data.lanes=128", "logging.validation_samples=500") == [
+        f"logging.validation_samples: 500, but {tiny_data}/validation holds {rows} rows; set at most {rows}, or null for all"
+    ]
+
+
+def test_each_of_several_held_out_folders_is_checked_under_its_name(refused, tiny_data, tmp_path):
+    (problem,) = refused(f"data.validation_path={{near: {tiny_data / 'validation'}, far: {tmp_path / 'none'}}}")
+    assert problem.startswith(f"data.validation_path far: expected a folder of prepared shards at {tmp_path / 'none'}")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pipeline.config import ConfigError, Settings, did_you_mean
 from pipeline.recipe import load_settings, read_settings
 from pipeline.runtime.identity import FIXED_SETTINGS, RESUME_RULES, changed_settings, flatten
 from pipeline.setting_types import ResumeRule
+from pipeline.storage.location import Url
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -61,6 +62,25 @@ def test_an_override_may_hold_equals_signs_and_any_yaml():
     settings = load_settings(None, [*SOURCES, "data.path=runs/a=b", "training.head_weights=[1, 2, 3, 4]"])
     assert settings.data.path == Path("runs/a=b")
     assert settings.head_weights == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_held_out_folders_are_one_or_several_by_name_and_survive_being_written(tmp_path):
+    assert load_settings(None, SOURCES).data.validation_sets == {}
+    for text, expected in (
+        ("some/where", {"": Path("some/where")}),
+        ("{web: a, c-4.en: 's3://bucket/b'}", {"web": Path("a"), "c-4.en": Url("s3://bucket/b")}),
+    ):
+        settings = load_settings(None, [*SOURCES, f"data.validation_path={text}"])
+        assert settings.data.validation_sets == expected
+        assert load_settings(written(tmp_path, settings.to_yaml())) == settings
+        assert settings.with_values(run={"name": "x"}).data == settings.data
+        assert changed_settings(flatten(load_settings(None, SOURCES)), flatten(settings)) == []
+
+
+@pytest.mark.parametrize("text", ["{}", "{a/b: x}", "{2024: x}", "{a b: x}", "{'': x}", "[a, b]", "{web: 3}", "{web: {x: y}}"])
+def test_held_out_folders_without_a_name_or_a_path_are_refused_in_one_sentence(text):
+    (problem,) = problems_of(*SOURCES, f"data.validation_path={text}")
+    assert problem.startswith("data.validation_path: got ")
 
 
 def test_head_weights_default_to_one_for_each_head():

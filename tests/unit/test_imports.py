@@ -13,7 +13,7 @@ UNIT_TESTS = Path(__file__).parent
 # weighting (whose thresholds it predicts), so that the runtime keeps what training counts and imports nothing above itself.
 ALLOWED = {
     "storage": set(),
-    "setting_types": set(),
+    "setting_types": {"storage"},
     "config": {"setting_types", "storage"},
     "recipe": {"config"},
     "schedule": {"config", "weighting"},
@@ -44,9 +44,9 @@ ALLOWED = {
     "micro_step": {"config", "consumption", "data.loading", "model", "weighting"},
     "derived": {"config", "data.loading", "data.shards", "model", "runtime", "storage"},
     "checks": {"config", "data", "data.corpus", "data.loading", "data.shards", "derived", "model", "runtime", "storage"},
-    "evaluate": {"config", "consumption", "data.loading", "micro_step", "runtime", "weighting"},
+    "evaluate": {"config", "consumption", "data", "data.loading", "micro_step", "runtime", "weighting"},
     "run": {"config", "consumption", "data.loading", "micro_step", "runtime", "weighting"},
-    "reporter": {"config", "consumption", "data.loading", "evaluate", "progress", "run", "runtime", "schedule"},
+    "reporter": {"consumption", "data.loading", "evaluate", "progress", "run", "runtime", "schedule"},
     "train": {
         "config",
         "consumption",

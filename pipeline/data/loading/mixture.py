@@ -181,6 +181,11 @@ def sets_of(settings: DataSettings) -> list[DataSet]:
     return [DataSet(settings.path)]
 
 
+def held_out_sets(settings: DataSettings) -> list[DataSet]:
+    """List the held-out data sets that the settings name; the name of an only one is ""."""
+    return [DataSet(path, name=name) for name, path in settings.validation_sets.items()]
+
+
 def read_joined(settings: DataSettings) -> Manifest:
     """Read the manifests of the training data and join them.
 

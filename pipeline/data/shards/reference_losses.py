@@ -225,6 +225,10 @@ class ReaderWithLosses:
         except StorageError as error:
             raise DataError(str(error)) from None
 
+    def padding(self) -> Sample:
+        """Make a row of padding that replaces nothing, with losses that are never used."""
+        return replace(self._reader.padding(), reference_losses=self._losses.blank())
+
     def close(self) -> None:
         """Close all files of samples and losses."""
         self._reader.close()

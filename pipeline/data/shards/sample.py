@@ -79,8 +79,8 @@ class SampleDecoder:
         self._check(tokens, lengths, sources)
         return Sample(f"{shard}/{key}", tokens, lengths, sources)
 
-    def blank(self, key: str, damage: str) -> Sample:
-        """Make a row of padding, which has no valid pairs, to replace a damaged sample."""
+    def blank(self, key: str, damage: str | None) -> Sample:
+        """Make a row of padding, which has no valid pairs. damage: what is wrong with the sample it replaces, if any."""
         sources = np.zeros(0, SOURCE) if self._num_sources else None
         return Sample(key, np.zeros(self._sequence_length, self._tokens), np.zeros(0, LENGTH), sources, damage)
 
