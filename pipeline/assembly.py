@@ -5,6 +5,7 @@ Errors found here are raised on every rank alike, before an engine is built.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from pipeline.config import ModelSettings, Settings
 from pipeline.data.loading.mixture import DataSet, read_joined, sets_of
 from pipeline.data.loading.stream import Stream
+from pipeline.data.shards.reference_losses import check_alike
 from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, reference_shape
 from pipeline.micro_step import Models
 from pipeline.run import Run
@@ -23,6 +25,7 @@ from pipeline.runtime.distributed import World, min_over_ranks
 from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
 from pipeline.runtime.identity import identity_of
 from pipeline.runtime.memory import free_bytes, sharding_that_fits
+from pipeline.runtime.model_content import ModelFingerprints
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class Job:
     world: World
     device: torch.device
     allow_changed: bool = False
+
+    @cached_property
+    def fingerprints(self) -> ModelFingerprints:
+        """Fingerprints of the models that the job depends on, each read once a start."""
+        return ModelFingerprints(self.world)
 
 
 def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) -> Run:
@@ -50,11 +58,14 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
     settings, config, checkpoints = resolve_settings(job, settings, run_dir)
 
     # Data.
-    stream = open_stream(sets_of(settings.data), settings, config, job.world, settings.data.num_workers)
+    reference_sha256 = checkpoints.identity["reference model"]
+    stream = open_stream(
+        sets_of(settings.data), settings, config, job.world, settings.data.num_workers, reference_sha256=reference_sha256
+    )
     validation = None
     if validation_path is not None:
         # Read in the training process: a validation is too short to pay for starting workers.
-        validation = open_stream([DataSet(validation_path)], settings, config, job.world, num_workers=0)
+        validation = open_stream([DataSet(validation_path)], settings, config, job.world, 0, reference_sha256)
 
     # Refuse before the minutes that building engines takes.
     if not dry:
@@ -102,19 +113,31 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
         data={"lanes": lanes_of(settings)}, model={"vocab_size": settings.model.vocab_size or manifest.vocab_size}
     )
     config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
-    cached = (
-        [cached_losses(settings, each.location, config) for each in sets_of(settings.data)]
-        if has_selecting_heads(settings)
-        else []
-    )
-    identity = identity_of(settings, config, [each.manifest for each in cached if each is not None])
+
+    # What the models are, by content; a reference that nothing is compared with is not read.
+    selects = has_selecting_heads(settings)
+    models = {
+        "reference": job.fingerprints.of(settings.reference.path if selects else None),
+        "pretrained": job.fingerprints.of(settings.model.pretrained),
+    }
+    found = [cached_losses(settings, each.location, config, models["reference"]) for each in sets_of(settings.data) if selects]
+    cached = [each for each in found if each is not None]
+    check_alike(cached)
+    identity = identity_of(settings, config, models, [each.manifest for each in cached])
     return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint.keep)
 
 
-def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:
-    """Open this rank's stream of rows, with their cached reference losses if `reference.cached` is set."""
+def open_stream(
+    sets: Sequence[DataSet],
+    settings: Settings,
+    config: dict[str, Any],
+    world: World,
+    num_workers: int,
+    reference_sha256: str | None,
+) -> Stream:
+    """Open this rank's stream of rows, with their cached losses of that reference if `reference.cached` is set."""
     if has_selecting_heads(settings):
-        sets = [replace(each, losses=cached_losses(settings, each.location, config)) for each in sets]
+        sets = [replace(each, losses=cached_losses(settings, each.location, config, reference_sha256)) for each in sets]
 
     return Stream(
         sets,

@@ -76,6 +76,15 @@ def read_max_positions(directory: Path) -> int | None:
     return config.get("max_position_embeddings")
 
 
+def model_files(directory: Path) -> list[Path]:
+    """List the files that decide what the model in `directory` computes: its weights, then config.json.
+
+    Raises:
+        ModelFilesError: as `read_model_settings`.
+    """
+    return [*weight_files(directory), directory / CONFIG_FILE]
+
+
 def load_weights(model: MTPModel, directory: Path, gather: Gather = no_gather) -> list[str]:
     """Load the weights in `directory` into `model`, one tensor at a time; collective if the model is partitioned.
 
