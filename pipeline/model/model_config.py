@@ -155,9 +155,9 @@ def _unsupported(config: dict[str, Any], model_type: str) -> str | None:
         if value is not None and value != supported:
             remedy = "; use the weights before they were quantised" if supported is None else ""
             return f"{key} is {value!r} in {CONFIG_FILE}; only {supported!r} is supported{remedy}"
-    others = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
-    if others:
-        return f"layer_types has {others[0]!r} in {CONFIG_FILE}; only 'full_attention' is supported"
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * (config.get("num_hidden_layers") or 0):
+        return f"layer_types is {kinds} in {CONFIG_FILE}; only 'full_attention' for every layer is supported"
 
     # Rotary positions. Parameters by layer type are a dict in the dict.
     rope = _rope(config)

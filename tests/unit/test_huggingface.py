@@ -81,7 +81,8 @@ def test_what_cannot_be_computed_exactly_is_refused(tmp_path) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is .*; use the weights before they were quan"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*sliding_attention"),
+        ({"layer_types": ["full_attention"]}, "only 'full_attention' for every layer"),
         ({"architectures": ["LlamaForSequenceClassification"]}, r"architectures is \['LlamaForSequenceClassification'\]"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "auto_map in config.json names code of the folder's own"),
         ({"num_hidden_layers": 0}, "makes no sense: num_layers: got 0"),
@@ -245,6 +246,15 @@ def test_an_index_that_leads_astray_is_refused(tmp_path, monkeypatch, file, mess
     index["weight_map"][moved] = file
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelFilesError, match=message.replace("model.embed_tokens.weight", moved)):
+        read_model_settings(tmp_path)
+
+
+def test_a_tensor_that_the_index_does_not_give_to_a_file_is_refused(tmp_path, monkeypatch) -> None:
+    """As files that another save left to share: the loader would take whichever copy comes last."""
+    index = saved_in_several_files(tmp_path, monkeypatch)
+    file = tmp_path / index["weight_map"]["model.norm.weight"]
+    save_file(load_file(file) | {"model.embed_tokens.weight": torch.ones(29, 16)}, file)
+    with pytest.raises(ModelFilesError, match=rf"{file.name} has 'model.embed_tokens.weight', other than .*index.json says"):
         read_model_settings(tmp_path)
 
 

@@ -22,7 +22,7 @@ ALONE = World(0, 1, 0, 1)
 def a_saved_model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
-    save_model(initialized(small()), directory)
+    save_model(initialized(small(vocab_size=40_000)), directory)  # More than the first and the last MiB.
     return directory
 
 
@@ -58,7 +58,7 @@ def test_a_fingerprint_is_remembered_for_one_start_alone(model: Path) -> None:
 
 def fingerprint_on_ranks(directories: list[Path], local_size: int) -> tuple[str, int]:
     """(fingerprint or error, bytes that this rank hashed) with so many ranks a node, each of which has its directory."""
-    model_content.PIECE_BYTES = 1000
+    model_content.PIECE_BYTES = 100_000
     rank, size = dist.get_rank(), dist.get_world_size()
     world, directory = World(rank, size, rank % local_size, local_size), directories[rank // local_size]
     _, hashed, _ = model_content._hash_share(directory, world)
