@@ -189,6 +189,13 @@ def test_losses_of_other_data_another_reference_or_another_horizon_are_refused(
     (refused,) = run_ranks(refusal, 1, cached.with_values(reference={"path": other}), tmp_path / "run")
     assert "were made with reference_sha256" in refused
 
+    # The held-out data's losses come from another reference than the training data's.
+    mixed = shutil.copytree(scored["cache"], tmp_path / "mixed")
+    held_out = next(path for path in mixed.glob("*/manifest.json") if len(list(path.parent.glob("*.losses"))) == 1)
+    held_out.write_text(json.dumps(json.loads(held_out.read_text()) | {"reference_sha256": "f" * 64}))
+    (problem,) = problems_with(cached.with_values(reference={"path": None, "cached": mixed}), tmp_path / "run")
+    assert problem.endswith("the sets of one run need the losses of one reference, stored alike: score one of them again")
+
     matched = cached.with_values(reference={"path": None, "horizon": "matched"})
     assert "were made with horizon shifted" in problems_with(matched, tmp_path / "run")[0]
     nowhere = cached.with_values(reference={"cached": tmp_path / "none"})
