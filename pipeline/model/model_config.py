@@ -92,6 +92,7 @@ def settings_from_config(config: dict[str, Any], directory: Path) -> ModelSettin
     if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
         raise ModelFilesError(f"{directory}: model_type {model_type!r}; expected one of {', '.join(_MODEL_TYPES)}")
     problem = _wrong_type(config)
+
     if problem is None:
         # Absent keys have the family's defaults; the rotary embedding's own parameters come before the keys beside it.
         config = _DEFAULTS[model_type] | config | {key: value for key, value in _rope(config).items() if key in _ROTARY_KEYS}
@@ -99,32 +100,37 @@ def settings_from_config(config: dict[str, Any], directory: Path) -> ModelSettin
     if problem is not None:
         raise ModelFilesError(f"{directory}: {problem}")
 
-    attention_bias, qk_norm = _MODEL_TYPES[model_type]
+    # The same checks as for a recipe's own model, then those of sizes that must divide one another.
     try:
-        settings = ModelSettings(
-            dim=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_attention_heads=config["num_attention_heads"],
-            num_key_value_heads=config.get("num_key_value_heads"),
-            head_dim=config.get("head_dim"),
-            ffn_dim=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            num_prediction_heads=num_heads_in_files(config),
-            rope_theta=config.get("rope_theta", 10_000.0),
-            norm_eps=config["rms_norm_eps"],
-            attention_bias=attention_bias,
-            qk_norm=qk_norm,
-            tied_embeddings=config.get("tie_word_embeddings") or False,
-        )
+        settings = _shape(config, model_type)
     except KeyError as error:
         raise ModelFilesError(f"{directory}: {CONFIG_FILE} lacks {error}") from None
     except ValidationError as error:
-        details = "; ".join(f"{detail['loc'][0]}: got {detail['input']!r}; {detail['msg']}" for detail in error.errors())
-        raise ModelFilesError(f"{directory}: {CONFIG_FILE} makes no sense: {details}") from None
-    problem = _impossible_heads(settings)
-    if problem is not None:
-        raise ModelFilesError(f"{directory}: {CONFIG_FILE} makes no sense: {problem}")
-    return settings
+        problem = "; ".join(f"{detail['loc'][0]}: got {detail['input']!r}; {detail['msg']}" for detail in error.errors())
+    else:
+        problem = _impossible_heads(settings)
+        if problem is None:
+            return settings
+    raise ModelFilesError(f"{directory}: {CONFIG_FILE} makes no sense: {problem}")
+
+
+def _shape(config: dict[str, Any], model_type: str) -> ModelSettings:
+    attention_bias, qk_norm = _MODEL_TYPES[model_type]
+    return ModelSettings(
+        dim=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        num_key_value_heads=config.get("num_key_value_heads"),
+        head_dim=config.get("head_dim"),
+        ffn_dim=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        num_prediction_heads=num_heads_in_files(config),
+        rope_theta=config.get("rope_theta", 10_000.0),
+        norm_eps=config["rms_norm_eps"],
+        attention_bias=attention_bias,
+        qk_norm=qk_norm,
+        tied_embeddings=config.get("tie_word_embeddings") or False,
+    )
 
 
 def num_heads_in_files(config: dict[str, Any]) -> int:
