@@ -5,6 +5,7 @@ Errors found here are raised on every rank alike, before an engine is built.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.config import ModelSettings, Settings
 from pipeline.data.loading.held_out import HeldOutRows
 from pipeline.data.loading.mixture import DataSet, held_out_sets, read_joined, sets_of
 from pipeline.data.loading.stream import Stream
+from pipeline.data.shards.reference_losses import check_alike
 from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, reference_shape
 from pipeline.micro_step import Models
 from pipeline.run import Run
@@ -24,6 +26,7 @@ from pipeline.runtime.distributed import World, min_over_ranks
 from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
 from pipeline.runtime.identity import identity_of
 from pipeline.runtime.memory import free_bytes, sharding_that_fits
+from pipeline.runtime.model_content import ModelFingerprints
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Job:
     world: World
     device: torch.device
     allow_changed: bool = False
+
+    @cached_property
+    def fingerprints(self) -> ModelFingerprints:
+        """Fingerprints of the models that the job depends on, each read once a start."""
+        return ModelFingerprints(self.world)
 
 
 def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) -> Run:
@@ -50,7 +58,9 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
     settings, config, checkpoints = resolve_settings(job, settings, run_dir)
 
     # Data.
-    stream = open_stream(sets_of(settings.data), settings, config, job.world, settings.data.num_workers)
+    reference_sha256 = checkpoints.identity["reference model"]
+    sets = with_cached_losses(sets_of(settings.data), settings, config, reference_sha256)
+    stream = open_stream(sets, settings, job.world, settings.data.num_workers)
     held_out = [
         HeldOutRows(
             each,
@@ -60,7 +70,7 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
             world_size=job.world.size,
             access=settings.data.access,
         )
-        for each in with_cached_losses(held_out_sets(settings.data), settings, config)
+        for each in with_cached_losses(held_out_sets(settings.data), settings, config, reference_sha256)
     ]
 
     # Refuse before the minutes that building engines takes.
@@ -109,19 +119,24 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
         data={"lanes": lanes_of(settings)}, model={"vocab_size": settings.model.vocab_size or manifest.vocab_size}
     )
     config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
-    cached = (
-        [cached_losses(settings, each.location, config) for each in sets_of(settings.data)]
-        if has_selecting_heads(settings)
-        else []
-    )
-    identity = identity_of(settings, config, [each.manifest for each in cached if each is not None])
+
+    # What the models are, by content; a reference that nothing is compared with is not read.
+    selects = has_selecting_heads(settings)
+    models = {
+        "reference": job.fingerprints.of(settings.reference.path if selects else None),
+        "pretrained": job.fingerprints.of(settings.model.pretrained),
+    }
+    found = [cached_losses(settings, each.location, config, models["reference"]) for each in sets_of(settings.data) if selects]
+    cached = [each for each in found if each is not None]
+    check_alike(cached)
+    identity = identity_of(settings, config, models, [each.manifest for each in cached])
     return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint.keep)
 
 
-def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:
-    """Open this rank's stream of rows, with their cached reference losses if `reference.cached` is set."""
+def open_stream(sets: Sequence[DataSet], settings: Settings, world: World, num_workers: int) -> Stream:
+    """Open this rank's stream of rows."""
     return Stream(
-        with_cached_losses(sets, settings, config),
+        sets,
         lanes=lanes_of(settings),
         global_batch=settings.data.global_batch,
         micro_batch=settings.data.micro_batch,
@@ -136,8 +151,10 @@ def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, A
     )
 
 
-def with_cached_losses(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any]) -> list[DataSet]:
-    """Add to each set its cached reference losses, if `reference.cached` is set and a head selects."""
+def with_cached_losses(
+    sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], reference_sha256: str | None
+) -> list[DataSet]:
+    """Add to each set its cached losses of that reference, if `reference.cached` is set and a head selects."""
     if not has_selecting_heads(settings):
         return list(sets)
-    return [replace(each, losses=cached_losses(settings, each.location, config)) for each in sets]
+    return [replace(each, losses=cached_losses(settings, each.location, config, reference_sha256)) for each in sets]

@@ -17,9 +17,10 @@ from pipeline.data.loading.mixture import held_out_sets, sets_of
 from pipeline.data.loading.order import too_few_samples
 from pipeline.data.loading.sizes import check_sizes
 from pipeline.data.shards.manifest import Manifest, read_manifest
+from pipeline.data.shards.reference_losses import CachedLosses, check_alike
 from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, load_tokenizer
 from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, next_token_model
-from pipeline.model.huggingface import ModelFilesError, read_model_settings, weight_problems
+from pipeline.model.huggingface import ModelFilesError, read_max_positions, read_model_settings, weight_problems
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 from pipeline.runtime.deepspeed_json import read_deepspeed_json, resolve_deepspeed_json
 from pipeline.runtime.distributed import World
@@ -82,11 +83,17 @@ def _cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]
     """Problems of the cached losses; the built-in corpus has none, because the job is yet to prepare it."""
     if settings.data.builtin or not has_selecting_heads(settings):
         return
+    found: list[CachedLosses] = []
     for location in data_locations(settings):
         try:
-            cached_losses(settings, location, config)
+            # The reference itself is read later, when the ranks can share the work.
+            found += filter(None, [cached_losses(settings, location, config, reference_sha256=None)])
         except DataError as error:
             yield f"reference.cached: {error}"
+    try:
+        check_alike(found)
+    except DataError as error:
+        yield f"reference.cached: {error}"
 
 
 def data_locations(settings: Settings) -> list[Location]:
@@ -190,6 +197,7 @@ def _model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
             found = read_model_settings(settings.model.pretrained)
         except ModelFilesError as error:
             return [*problems, f"model.pretrained: {error}"]
+        problems += [f"model.pretrained: {problem}" for problem in _length_problems(settings.model.pretrained, settings)]
         own = settings.model.model_copy(update={"vocab_size": settings.model.vocab_size or needed or found.vocab_size})
         differences = [
             f"model.{key}: {mine!r}, but {settings.model.pretrained} has {theirs!r}; they must be equal"
@@ -212,9 +220,10 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
         yield f"reference.path: {error}"
         return
 
-    # Its weights and heads.
+    # Its weights, heads and positions.
     needed = shape if settings.reference.horizon == "matched" else next_token_model(shape)
     yield from (f"reference.path: {problem}" for problem in weight_problems(needed, directory))
+    yield from (f"reference.path: {problem}" for problem in _length_problems(directory, settings))
     if settings.reference.horizon == "matched" and shape.num_prediction_heads != num_heads:
         yield (
             f"reference.horizon: 'matched' needs a reference with the policy's {num_heads} heads, {directory} has "
@@ -231,6 +240,16 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
             f"reference.path: the tokenizer of {directory} differs from the one the data was prepared with "
             f"(sha256 of the id-to-token map {tokenizer[:12]}… and {manifest.tokenizer_sha256[:12]}…); prepare the data "
             "with the reference's tokenizer.json"
+        )
+
+
+def _length_problems(directory: Path, settings: Settings) -> Iterator[str]:
+    """Problems of the rows' length with the positions that a model was made for."""
+    longest, length = read_max_positions(directory), settings.data.sequence_length
+    if longest is not None and length > longest:
+        yield (
+            f"{directory} was made for {longest} positions (max_position_embeddings), data.sequence_length is {length}; "
+            "prepare shorter rows, or raise it in config.json if the model can do with more"
         )
 
 

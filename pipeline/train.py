@@ -158,7 +158,8 @@ def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
     if progress.skipped_in_a_row >= settings.training.max_skipped_steps:
         raise TrainingDivergedError(
             f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, met numbers that were not finite; in the "
-            f"last of them {result.bad}. The last checkpoint is untouched. Lower training.learning_rate, or look at the samples"
+            f"last of them {result.bad}. The last checkpoint is untouched. Lower training.learning_rate where it is the "
+            "policy's, and look at the samples"
         )
 
 

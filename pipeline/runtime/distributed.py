@@ -116,6 +116,15 @@ def broadcast_from_first(value: Any, group: dist.ProcessGroup | None = None) -> 
     return values[0]
 
 
+def gather_over_ranks(value: Any) -> list[Any]:
+    """Gather every rank's `value` (any object), in the order of ranks; only this one where there is no process group."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _tasks_on_this_node(tasks_per_node: str, node: int) -> str:
     """Parse SLURM_STEP_TASKS_PER_NODE: '2(x3),1' means two tasks on each of three nodes, then one."""
     counts: list[str] = []

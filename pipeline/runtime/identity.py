@@ -6,7 +6,6 @@ parts of the DeepSpeed configuration that decide layout and precision. Each sett
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import DataSettings, Settings
@@ -52,19 +51,24 @@ def flatten(settings: Settings) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in dumped.items() for key, value in keys.items()}
 
 
-def identity_of(settings: Settings, deepspeed: dict[str, Any], cached: Sequence[Any] = ()) -> dict[str, Any]:
-    """Collect the identity that a resumed run must share: settings, data, reference and DeepSpeed's layout and precision.
+def identity_of(
+    settings: Settings,
+    deepspeed: dict[str, Any],
+    models: Mapping[str, str | None],
+    cached: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Collect the identity that a resumed run must share: settings, data, models and DeepSpeed's layout and precision.
 
     Args:
         deepspeed: the resolved DeepSpeed configuration.
+        models: fingerprints (`model_content`) of the `reference` and the `pretrained` model; None of one that is not read.
         cached: manifests of the reference's cached losses, if any. In float32 they select exactly what the live reference
             does, so both have the same identity.
     """
-    reference = settings.reference.path
-    fingerprint = model_fingerprint(reference) if reference is not None else None
     return flatten(settings) | {
         "data": _data_fingerprint(settings.data),
-        "reference model": cached[0].reference_sha256 if cached else fingerprint,
+        "reference model": cached[0].reference_sha256 if cached else models["reference"],
+        "pretrained model": models["pretrained"],
         "reference losses": cached[0].dtype if cached else "float32",
         "deepspeed stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
         "deepspeed bf16": deepspeed.get("bf16", {}).get("enabled", False),
@@ -83,22 +87,6 @@ def _data_fingerprint(data: DataSettings) -> str | list[Any]:
         return [[each.name, each.weight, of(each.path)] for each in data.mixture]
     assert data.path is not None
     return of(data.path)
-
-
-def model_fingerprint(directory: Path) -> str:
-    """Fingerprint of a model folder: names, sizes, and first and last MiB of its safetensors files.
-
-    Hashing every byte of a large model takes minutes at each start.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(directory.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(2**20))
-            opened.seek(max(0, size - 2**20))
-            digest.update(opened.read())
-    return digest.hexdigest()
 
 
 _DEFAULTS = flatten(Settings())

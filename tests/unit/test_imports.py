@@ -60,7 +60,7 @@ ALLOWED = {
         "weighting",
     },
     "command_line": {"assembly", "checks", "config", "data", "model", "recipe", "runtime"},
-    "assembly": {"config", "data.loading", "derived", "micro_step", "run", "runtime"},
+    "assembly": {"config", "data.loading", "data.shards", "derived", "micro_step", "run", "runtime"},
     "planning": {"checks", "config", "derived", "model", "runtime", "weighting"},
     "scoring": {
         "assembly",
