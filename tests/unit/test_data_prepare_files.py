@@ -419,6 +419,24 @@ def test_what_is_done_is_not_made_again_and_the_bytes_are_the_same(corpus, tmp_p
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("pattern", ["", "**"])
+def test_an_output_below_its_input_never_feeds_on_itself_nor_on_what_a_kill_left(corpus, tmp_path, pattern):
+    shutil.copytree(corpus, tmp_path / "in")
+    source, out = [Input("", str(tmp_path / "in" / pattern))], tmp_path / "in" / "web" / "out"
+
+    class Stopping(Display):
+        def end(self):
+            raise InterruptionError
+
+    # Once with the remains of a run, once finished already.
+    with pytest.raises(InterruptionError):
+        prepare_files(source, out, byte_tokenizer(), settings(), display=Stopping())
+    (out.with_name("out.partial") / "work" / "left.jsonl").write_text('{"text": "of the kill"}')
+    prepare_files(source, out, byte_tokenizer(), settings())
+    assert sorted(documents_in(out)) == sorted(("", text) for text in (*PROSE, *WEB))
+    assert prepare_files(source, out, byte_tokenizer(), settings()).was_complete
+
+
 def test_another_request_leaves_what_was_begun_as_it_was_though_no_slice_is_done(corpus, tmp_path):
     for tokenizer in (byte_tokenizer(), 300):
         interrupted(corpus, tmp_path / "out", 0)

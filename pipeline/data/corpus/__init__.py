@@ -1,6 +1,7 @@
 """Rows from documents, offline: what `launch/prepare.py` does, in the order of the data.
 
 inputs         finds the input files and divides them into slices of work
+file_search    finds the files of a folder or glob, and knows two names of one file
 documents      reads documents from files, and counts those that are left out
 lines          reads lines of plain and compressed text files in bounded memory
 columns        reads text columns of .parquet files and `hf:` folders

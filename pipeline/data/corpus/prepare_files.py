@@ -30,7 +30,7 @@ from pipeline.data.corpus.tokenization import SliceRecord, is_held_out, read_rec
 from pipeline.data.corpus.workers import work_on
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import MANIFEST_FILE, InputCounts, Manifest, Preparation, read_manifest, write_manifest
-from pipeline.data.shards.output_folder import LOCK_FILE, is_occupied, locked, make_partial, partial_folder, remove
+from pipeline.data.shards.output_folder import LOCK_FILE, is_occupied, locked, make_partial, partial_folder, real_output, remove
 from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
 from pipeline.storage.whole_file import publish, write_file
@@ -61,7 +61,8 @@ def prepare_files(
 
     Args:
         inputs: files, folders or globs, with the names of their sources.
-        output_dir: must not exist, be empty, or be the output of the same request.
+        output_dir: must not exist, be empty, or be the output of the same request. It may lie below an input, which then does
+            not hold it.
         tokenizer: a tokenizer, or the vocabulary size of a BPE to train on the input.
         settings: of the preparation.
         processes: the number of workers, one for each core; the result does not depend on it.
@@ -72,14 +73,15 @@ def prepare_files(
     """
     # The request.
     output_dir = Path(output_dir)
+    target = real_output(output_dir)
+    partial = partial_folder(target)
     names = source_names(inputs)
     settings.check(names)
-    files = input_files(inputs)
+    files = input_files(inputs, (target, partial))
     request = describe(files, tokenizer, settings, names)
-    partial = partial_folder(output_dir)
 
     # The output exists: it must be that of the same request.
-    if is_occupied(output_dir):
+    if is_occupied(target):
         prepared = _complete_already(output_dir, request, settings)
         # Clean up after a process that was killed just before its end. One that still runs holds the lock, and does so itself.
         if (partial / LOCK_FILE).exists():
@@ -90,10 +92,10 @@ def prepare_files(
         return prepared
 
     # Begin or resume.
-    job = _Job(files, names, partial, settings, processes, display or Display())
+    job = _Job(files, names, target, partial, settings, processes, display or Display())
     make_partial(partial)
     with locked(partial):
-        if is_occupied(output_dir):  # again: the previous holder of the lock may have finished
+        if is_occupied(target):  # again: the previous holder of the lock may have finished
             prepared = _complete_already(output_dir, request, settings)
             remove(partial)
             return prepared
@@ -101,6 +103,8 @@ def prepare_files(
         job.work.mkdir(exist_ok=True)
         if was_begun:
             job.display.say(f"continuing {partial}: {job.num_slices_done:,} slices of the input are tokenised already")
+        if other_names := sum(file.names - 1 for file in files):
+            job.display.say(f"{other_names:,} further names of files that the input holds already are left out")
         try:
             return _make(job, tokenizer, request, output_dir)
         except DataError:
@@ -117,6 +121,7 @@ class _Job:
 
     files: list[InputFile]
     names: list[str]
+    target: Path
     partial: Path
     settings: PrepareSettings
     processes: int
@@ -160,7 +165,7 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
         manifests[output_dir / folder] = _pack(job, trained, split, folder, tokens[split], counts, request)
     for leftover in job.data.rglob("*.tmp"):
         leftover.unlink()
-    publish(job.data, output_dir)
+    publish(job.data, job.target)
     remove(job.partial)
     return Prepared(manifests, counts, was_complete=False)
 
