@@ -27,6 +27,9 @@ ACCEPTED_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".
 DATASET_PREFIX = "hf:"
 DATASET = "datasets"
 
+# The version of the rules by which files are cut into spans and these have documents, for work that goes on after an update.
+SLICING = 2
+
 # In bytes: small enough to keep many workers busy until the end, large enough to be worth a file of its own.
 _LARGEST_SLICE = 1 << 25
 _SMALLEST_SLICE = 1 << 16

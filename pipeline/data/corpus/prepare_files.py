@@ -21,8 +21,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.display import Display
-from pipeline.data.corpus.documents import Counts, DocumentReader
+from pipeline.data.corpus.documents import DocumentReader
 from pipeline.data.corpus.inputs import Input, InputFile, Span, input_files, slice_size, slices, source_names
 from pipeline.data.corpus.prepare import PrepareSettings, pack_split, tokenization_settings
 from pipeline.data.corpus.request import begin_or_continue, describe, request_sha256, whole_sha256
