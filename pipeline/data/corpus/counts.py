@@ -57,7 +57,7 @@ class Note:
 
     def __str__(self) -> str:
         if self.lines > 1:
-            return f"{self.what}: none of {self.lines:,} lines together can be used; {self._line}: {self.reason}"
+            return f"{self.what}: {self.lines:,} lines together cannot be used; the first, {self._line}: {self.reason}"
         return f"{self.place}: {self.reason}"
 
     def after(self, lines: Lines | None) -> "Note":

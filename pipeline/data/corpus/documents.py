@@ -161,28 +161,34 @@ class DocumentReader:
         yield _Record(0, lambda: Note(span.path), load)
 
     def _json_lines(self, span: Span) -> Iterator[_Record]:
-        before, number, counts = self.consumed, 0, self.counts
-        documents, undecodable, noted = counts.documents, counts.undecodable, len(counts.left_out)
+        before, number = self.consumed, 0
+        earlier = replace(self.counts, left_out=[*self.counts.left_out])
+        is_begin = span.start == 0
         with open(span.path, "rb", buffering=0 if span.kind == ".jsonl" else -1) as file:
             for number, (position, line) in enumerate(lines_of(file, span, self.rules.max_document_bytes), start=1):
-                if position == 0 and (error := something_else(span.path, (line or b"")[:_HEAD], may_be_page=False)) is not None:
-                    raise error
                 self.consumed = before + max(0, min(file.tell() - span.start, span.size))
+                if line is not None and not line.strip():
+                    continue
+                if is_begin and (error := something_else(span.path, (line or b"")[:_HEAD], may_be_page=False)) is not None:
+                    raise error
+                is_begin = False
 
                 def where(position: int = position, number: int = number) -> Note:
                     return Note(span.path, "", span.file, position, number, span.start)
 
-                if line is None:
-                    yield _Record(position, where, None)
-                elif line.strip():
-                    yield _Record(position, where, lambda field, line=line: text_of_line(line, field))  # type: ignore[misc]
+                load = None if line is None else (lambda field, line=line: text_of_line(line, field))
+                yield _Record(position, where, load)
+        self._sum_up(span, number, earlier)
 
-        # Lines of no use are one note if there are many of them and no others.
-        bad = counts.undecodable - undecodable
-        if counts.documents == documents and bad > MAX_NOTES and noted < MAX_NOTES:
-            counts.left_out[noted:] = [replace(counts.left_out[noted], lines=bad)]
+    def _sum_up(self, span: Span, num_lines: int, earlier: Counts) -> None:
+        """Count the lines of a span, and make one note of many lines of no use if there are no others."""
+        counts, noted = self.counts, len(earlier.left_out)
+        num_bad = counts.undecodable - earlier.undecodable
+        num_others = counts.documents + counts.empty + counts.oversized - earlier.documents - earlier.empty - earlier.oversized
+        if noted < MAX_NOTES < num_bad and not num_others:
+            counts.left_out[noted:] = [replace(counts.left_out[noted], lines=num_bad)]
         if span.kind == ".jsonl":
-            counts.add_lines(Lines(span.file, span.start, span.end, number))
+            counts.add_lines(Lines(span.file, span.start, span.end, num_lines))
 
     def _rows(self, span: Span) -> Iterator[_Record]:
         read = dataset_values if span.kind == DATASET else parquet_values

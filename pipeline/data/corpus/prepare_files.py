@@ -62,8 +62,7 @@ def prepare_files(
 
     Args:
         inputs: files, folders or globs, with the names of their sources.
-        output_dir: must not exist, be empty, or be the output of the same request. It may lie below an input, which then does
-            not hold it.
+        output_dir: must not exist, be empty, or be the output of the same request; if below an input, it is no part of that.
         tokenizer: a tokenizer, or the vocabulary size of a BPE to train on the input.
         settings: of the preparation.
         processes: the number of workers, one for each core; the result does not depend on it.
@@ -104,8 +103,6 @@ def prepare_files(
         job.work.mkdir(exist_ok=True)
         if was_begun:
             job.display.say(f"continuing {partial}: {job.num_slices_done:,} slices of the input are tokenised already")
-        if other_names := sum(file.names - 1 for file in files):
-            job.display.say(f"{other_names:,} further names of files that the input holds already are left out")
         try:
             return _make(job, tokenizer, request, output_dir)
         except DataError:
@@ -143,6 +140,8 @@ class _Job:
 
 def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output_dir: Path) -> Prepared:
     # Tokenise.
+    if other_names := sum(file.names - 1 for file in job.files):
+        job.display.say(f"{other_names:,} further names of files that the input holds already are left out")
     slices_ = _own_slices(job)
     trained = _tokenizer(job, tokenizer)
     records = _tokenize(job, trained, slices_)
