@@ -160,6 +160,12 @@ def test_a_folder_that_cannot_be_read_is_an_error_and_not_an_empty_one(tmp_path,
         input_files([Input("", str(tmp_path))])
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"cannot read .*a\.jsonl: it is a pipe or device, and no file"):
+        input_files([Input("", str(tmp_path))])
+
+
 def test_what_is_written_is_no_input(tmp_path):
     for name in ("a.jsonl", "out/b.jsonl", "out.partial/data/c.jsonl", "outer/d.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

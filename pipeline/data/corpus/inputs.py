@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 
 from pipeline.data.corpus.columns import dataset_files, dataset_rows, row_groups
 from pipeline.data.corpus.file_search import Identity, find_files, identity
@@ -233,6 +234,8 @@ def _file(path: Path, source: str) -> tuple[Identity, InputFile]:
         stat = path.stat()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if not S_ISREG(stat.st_mode):
+        raise DataError(f"cannot read {path}: it is a pipe or device, and no file; write what it gives into a file")
     return identity(path, stat), InputFile(str(path), kind, source, stat.st_size, stat.st_mtime_ns)
 
 
