@@ -554,6 +554,24 @@ def test_a_file_that_is_something_else_is_an_error_that_names_the_file(tmp_path,
         read(tmp_path, on_undecodable="skip")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.jsonl.gz", as_json_lines(), "plain JSON"),  # as a client leaves it that decompresses by itself
+        ("a.jsonl.gz", b"PAR1", "a parquet file"),
+        ("a.jsonl", gzip.compress(as_json_lines()), "compressed by gzip"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "text in UTF-16"),
+        ("a.tar", as_json_lines(), "plain JSON"),
+    ],
+)
+def test_a_file_under_a_wrong_name_is_an_error_that_says_what_it_is(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        DataError, match=rf"{name} is {what}, and not what its suffix says; convert it or give it its right name"
+    ):
+        read(tmp_path, on_undecodable="skip")
+
+
 @pytest.mark.parametrize("slice_bytes", [1 << 20, 100])
 def test_a_file_without_a_line_of_use_is_one_note_and_not_all_of_them(tmp_path, slice_bytes):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' * 20)

@@ -8,6 +8,15 @@ from pipeline.data.errors import DataError
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HEAD = 512
+# First bytes of other kinds of file, and the suffix that such a file should have.
+_OTHER_KINDS = {
+    b"\x1f\x8b": ("compressed by gzip", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstandard", ".zst"),
+    b"PAR1": ("a parquet file", ".parquet"),
+    b"PK\x03\x04": ("a zip archive", ".zip"),
+    b"\xff\xfe": ("text in UTF-16", ".utf16"),
+    b"\xfe\xff": ("text in UTF-16", ".utf16"),
+}
 
 
 class UndecodableError(Exception):
@@ -62,21 +71,31 @@ def text_of_value(value: Any) -> str:
     return _without_surrogates(value or "")
 
 
-def something_else(path: str, head: bytes, *, may_be_page: bool) -> DataError | None:
+def something_else(path: str, head: bytes, *, is_text: bool = False, is_json: bool = False) -> DataError | None:
     """Recognise a file, by its first bytes, that as a whole is not what its suffix says; returns the error to raise.
 
     Args:
         path: names the file.
-        head: its first bytes.
-        may_be_page: true where HTML or XML is a possible content, as in a .txt.
+        head: its first bytes, or those of its content.
+        is_text: true for a .txt, which may hold a page of HTML; it has other bytes than text at the cost of one document only.
+        is_json: true where JSON is expected.
     """
     head = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if head.startswith(_LFS_POINTER):
         return DataError(f"{path} is a pointer of Git LFS and not the file itself; fetch that with `git lfs pull`")
-    if head.startswith(b"<") and not may_be_page:
+    if is_text:
+        return None
+    if head.startswith(b"<"):
         return DataError(
             f"{path} is a page of HTML or XML, such as a server's error, and not what its suffix says; download it again"
         )
+
+    # Perhaps all is well but the name.
+    kinds = [what for start, (what, suffix) in _OTHER_KINDS.items() if head.startswith(start) and not path.endswith(suffix)]
+    if head.startswith(b"{") and not is_json:
+        kinds.append("plain JSON")
+    if kinds:
+        return DataError(f"{path} is {kinds[0]}, and not what its suffix says; convert it or give it its right name")
     return None
 
 
@@ -84,7 +103,7 @@ def damaged(path: str, error: object, otherwise: str = "{path} is damaged: {erro
     """Make the error to raise where a file cannot be read as what its suffix says: it may be something else."""
     with open(path, "rb", buffering=0) as file:
         head = file.read(_HEAD)
-    return something_else(path, head, may_be_page=False) or DataError(otherwise.format(path=path, error=error))
+    return something_else(path, head) or DataError(otherwise.format(path=path, error=error))
 
 
 def _json_object(line: bytes) -> dict[str, Any]:

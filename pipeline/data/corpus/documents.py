@@ -30,7 +30,7 @@ from pipeline.data.corpus.decoding import (
     text_of_value,
 )
 from pipeline.data.corpus.inputs import DATASET, Span
-from pipeline.data.corpus.lines import lines_before, lines_of
+from pipeline.data.corpus.lines import lines_of, numbered
 from pipeline.data.corpus.tar_texts import text_members
 from pipeline.data.errors import DataError
 from pipeline.data.shards.tars import Member, read_member
@@ -137,11 +137,8 @@ class DocumentReader:
             self.counts.note(replace(record.where(), reason=reason))
 
     def _place_in_error(self, record: _Record) -> str:
-        note = record.where().after(self.counts.lines)
-        if note.line is not None and note.lines_from:
-            # The work ends here, so the lines before may be read once more.
-            note = replace(note, line=1 + lines_before(note.what, note.position), lines_from=0)
-        return note.place
+        # The work ends here, so the lines before may be read once more.
+        return numbered(record.where().after(self.counts.lines)).place
 
     def _records(self, span: Span) -> Iterator[_Record]:
         if span.kind == ".txt":
@@ -155,7 +152,7 @@ class DocumentReader:
     def _text_file(self, span: Span) -> Iterator[_Record]:
         with open(span.path, "rb") as file:
             data = file.read(self.rules.max_document_bytes + 1)
-        if (error := something_else(span.path, data[:_HEAD], may_be_page=True)) is not None:
+        if (error := something_else(span.path, data[:_HEAD], is_text=True)) is not None:
             raise error
         load = None if len(data) > self.rules.max_document_bytes else (lambda _: decode_lines(data))
         yield _Record(0, lambda: Note(span.path), load)
@@ -169,7 +166,7 @@ class DocumentReader:
                 self.consumed = before + max(0, min(file.tell() - span.start, span.size))
                 if line is not None and not line.strip():
                     continue
-                if is_begin and (error := something_else(span.path, (line or b"")[:_HEAD], may_be_page=False)) is not None:
+                if is_begin and (error := something_else(span.path, (line or b"")[:_HEAD], is_json=True)) is not None:
                     raise error
                 is_begin = False
 

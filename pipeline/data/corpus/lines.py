@@ -8,9 +8,11 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from pipeline.data.corpus.columns import require
+from pipeline.data.corpus.counts import Note
 from pipeline.data.corpus.decoding import damaged
 from pipeline.data.corpus.inputs import Span
 
@@ -163,11 +165,18 @@ class _ZstdStream(io.RawIOBase):
             self._input, self._frame = self._frame.unused_data, None
 
 
-def lines_before(path: str, position: int) -> int:
-    """Count the lines that begin before a position in which a line begins: slow, for the one line that an error names."""
-    with open(path, "rb") as file:
-        newlines = 0
-        while position and (data := file.read(min(_CHUNK, position))):
+def numbered(note: Note, quick: int | None = None) -> Note:
+    """Number the line of a note by counting those before it, which are read once more: for the few that a message names.
+
+    Args:
+        note: about a line of a .jsonl, or anything else, which is left as it is.
+        quick: bytes; if more than so many are before the line, its byte remains its name. None for no limit.
+    """
+    if note.line is None or not note.lines_from or (quick is not None and note.position > quick):
+        return note
+    newlines, left = 0, note.position
+    with open(note.what, "rb") as file:
+        while left and (data := file.read(min(_CHUNK, left))):
             newlines += data.count(b"\n")
-            position -= len(data)
-    return newlines
+            left -= len(data)
+    return replace(note, line=newlines + 1, lines_from=0)
