@@ -425,7 +425,7 @@ def test_further_names_of_files_are_counted_and_change_nothing(corpus, tmp_path)
     prepare_files(inputs(corpus), tmp_path / "once", byte_tokenizer(), settings())
     prepare_files([*inputs(corpus), *inputs(corpus)], tmp_path / "twice", byte_tokenizer(), settings(), display=display)
     assert contents(tmp_path / "once") == contents(tmp_path / "twice")
-    assert shown.getvalue().startswith("53 further names of files that the input holds already are left out")
+    assert shown.getvalue().startswith("53 further name(s) of files that the input holds already left out")
 
 
 def test_work_and_parts_of_other_rules_of_slicing_are_not_gone_on_with(corpus, tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ class _Job:
 def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output_dir: Path) -> Prepared:
     # Tokenise.
     if other_names := sum(file.names - 1 for file in job.files):
-        job.display.say(f"{other_names:,} further names of files that the input holds already are left out")
+        job.display.say(f"{other_names:,} further name(s) of files that the input holds already left out")
     slices_ = _own_slices(job)
     trained = _tokenizer(job, tokenizer)
     records = _tokenize(job, trained, slices_)
