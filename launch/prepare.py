@@ -19,8 +19,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.display import Display
-from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Counts, Rules
+from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Rules
 from pipeline.data.corpus.inputs import parse_input, parse_weights, source_names
 from pipeline.data.corpus.packing import PACKINGS
 from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline.data.corpus.inputs import InputFile
+from pipeline.data.corpus.inputs import SLICING, InputFile
 from pipeline.data.corpus.prepare import PrepareSettings
 from pipeline.data.errors import DataError
 from pipeline.data.shards.output_folder import REQUEST_FILE, clear
@@ -31,6 +31,8 @@ def describe(
     for file in files:
         sizes.update(f"{file.source} {os.path.basename(file.path)} {file.size}\n".encode("utf-8", "surrogateescape"))
     requested = {name: value for name, value in asdict(settings).items() if name != "rules"}
+    # Parts that were made by other rules of slicing do not complete each other; whole data does not depend on these.
+    slicing = {"slicing": SLICING} if settings.part else {}
     return {
         "input files": sizes.hexdigest(),
         "sources": list(names),
@@ -38,6 +40,7 @@ def describe(
         "text_field": settings.rules.text_field,
         "max_document_bytes": settings.rules.max_document_bytes,
         **json.loads(json.dumps(requested)),
+        **slicing,
     }
 
 
@@ -58,7 +61,7 @@ def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[s
         DataError: the one there is another request, or the input has changed since.
     """
     changed = [(file.path, file.changed) for file in files]
-    requested = {**request, "times of change": hashlib.sha256(json.dumps(changed).encode()).hexdigest()}
+    requested = {**request, "slicing": SLICING, "times of change": hashlib.sha256(json.dumps(changed).encode()).hexdigest()}
     path = partial / REQUEST_FILE
 
     # Resume.

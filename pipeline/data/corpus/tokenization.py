@@ -21,7 +21,8 @@ from threading import Lock
 import numpy as np
 from tokenizers import Tokenizer
 
-from pipeline.data.corpus.documents import Counts, Document, DocumentReader, Rules
+from pipeline.data.corpus.counts import Counts
+from pipeline.data.corpus.documents import Document, DocumentReader, Rules
 from pipeline.data.corpus.inputs import Span
 from pipeline.data.corpus.sorted_runs import SortedRunWriter
 from pipeline.data.corpus.workers import Report
@@ -187,7 +188,7 @@ def read_record(directory: Path, number: int) -> SliceRecord | None:
         fields = json.loads(_record_file(directory, number).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return SliceRecord(**{**fields, "counts": Counts(**fields["counts"])})
+    return SliceRecord(**{**fields, "counts": Counts.from_json(fields["counts"])})
 
 
 def _record_file(directory: Path, number: int) -> Path:
