@@ -4,6 +4,7 @@ inputs         finds the input files and divides them into slices of work
 documents      reads documents from files, and counts those that are left out
 lines          reads lines of plain and compressed text files in bounded memory
 columns        reads text columns of .parquet files and `hf:` folders
+encoding       encodes texts, safe from special tokens' strings, and notes what has no token
 tokenization   tokenises slices into sorted runs of ids, split into training and validation
 sorted_runs    tokenised documents on disk, sorted by the shuffle's key (external sort)
 shard_assembly  packs the shuffled documents of the sorted runs into shards, each by itself

@@ -60,25 +60,38 @@ class Rules:
 @dataclass
 class Counts:
     """Counts of documents, used and left out. `ignored` counts tar members that are neither text nor JSON; `notes` describe the
-    first few that were left out."""
+    first few that were left out.
+
+    Of the documents used, `special_text` had the string of a special token, which was encoded as text, and `without_token`
+    characters for which the tokenizer has no token; `warnings` describe the first few of the latter.
+    """
 
     documents: int = 0
     empty: int = 0
     undecodable: int = 0
     oversized: int = 0
     ignored: int = 0
+    special_text: int = 0
+    without_token: int = 0
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, other: "Counts") -> None:
         """Add the counts of another slice of the input."""
-        for name in ("documents", "empty", "undecodable", "oversized", "ignored"):
+        for name in ("documents", "empty", "undecodable", "oversized", "ignored", "special_text", "without_token"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.notes = (self.notes + other.notes)[:_MAX_NOTES]
+        self.warnings = (self.warnings + other.warnings)[:_MAX_NOTES]
 
     def note(self, text: str) -> None:
         """Keep a note about something that was left out, up to `_MAX_NOTES`."""
         if len(self.notes) < _MAX_NOTES:
             self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        """Keep a warning about a document that is used, up to `_MAX_NOTES`."""
+        if len(self.warnings) < _MAX_NOTES:
+            self.warnings.append(text)
 
 
 @dataclass(frozen=True)

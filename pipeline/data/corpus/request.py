@@ -30,7 +30,9 @@ def describe(
     sizes = hashlib.sha256()
     for file in files:
         sizes.update(f"{file.source} {os.path.basename(file.path)} {file.size}\n".encode("utf-8", "surrogateescape"))
-    requested = {name: value for name, value in asdict(settings).items() if name != "rules"}
+    # Without a BOS token the request is the one it was before there was a choice.
+    left_out = {"rules", "bos_rule"} | ({"bos"} if settings.bos is None else set())
+    requested = {name: value for name, value in asdict(settings).items() if name not in left_out}
     return {
         "input files": sizes.hexdigest(),
         "sources": list(names),
