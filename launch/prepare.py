@@ -141,7 +141,6 @@ def _prepare(options: argparse.Namespace) -> None:
     # The request.
     inputs = [parse_input(argument) for argument in options.input]
     tokenizer, ends = _tokenizer(options)
-    print(ends)
     settings = PrepareSettings(
         sequence_length=options.sequence_length,
         seed=options.seed,
@@ -161,6 +160,7 @@ def _prepare(options: argparse.Namespace) -> None:
         prepared = prepare_files(inputs, options.output, tokenizer, settings, processes=options.processes, display=display)
     if prepared.was_complete:
         print(f"{options.output} is complete already, made with the same settings from files of the same names and sizes")
+    print(ends)
     _print_counts(prepared.counts)
     for directory, manifest in prepared.manifests.items():
         _print_summary(directory, manifest)

@@ -169,14 +169,19 @@ def end_of_document_id(tokenizer: Tokenizer, token: str | None = None) -> int:
         DataError: the tokenizer has no such token.
     """
     names = _END_OF_DOCUMENT_NAMES if token is None else (token,)
-    for name in names:
-        token_id = tokenizer.token_to_id(name)
-        if token_id is not None:
-            return token_id
+    name = usual_end_of_document(tokenizer) if token is None else token
+    token_id = None if name is None else tokenizer.token_to_id(name)
+    if token_id is not None:
+        return token_id
     raise DataError(
         f"the tokenizer has no end-of-document token: expected one of {', '.join(names)}; name its own with "
         f"--end-of-document, or add {END_OF_DOCUMENT} to it"
     )
+
+
+def usual_end_of_document(tokenizer: Tokenizer) -> str | None:
+    """Return the first of the usual names of an end-of-document token that the tokenizer has; None if it has none."""
+    return next((name for name in _END_OF_DOCUMENT_NAMES if tokenizer.token_to_id(name) is not None), None)
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:

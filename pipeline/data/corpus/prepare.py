@@ -60,7 +60,7 @@ class PrepareSettings:
     part: tuple[int, int] | None = None
     end_of_document: str | None = None
     bos: str | None = None
-    bos_rule: str = "never"
+    bos_rule: str = "auto"
     rules: Rules = field(default_factory=Rules)
 
     @property
