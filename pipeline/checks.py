@@ -159,10 +159,8 @@ def _manifest_problems(found: Manifest, path: Location, settings: Settings, firs
             "tokens; set the one or prepare the other"
         )
     if first is not None and (difference := tokenizer_difference(first, found)) is not None:
-        yield (
-            f"{path}: prepared with another tokenizer than the other data of this run ({difference}); prepare both with the "
-            "same"
-        )
+        finer = f" ({difference})" if first.tokenizer_sha256 == found.tokenizer_sha256 else ""
+        yield (f"{path}: prepared with another tokenizer than the other data of this run{finer}; prepare both with the same")
     if found.num_samples < lanes_of(settings):
         yield f"{path}: {too_few_samples(found.num_samples, lanes_of(settings))}"
 

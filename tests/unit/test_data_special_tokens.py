@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from pipeline.checks import check_data
 from pipeline.config import ConfigError, Settings
@@ -299,3 +299,31 @@ def test_an_exported_model_declares_the_ends_that_its_data_has(tmp_path):
         model = folder(tmp_path / "model", made, tokenizer_config=content.decode())
         assert declared_bos_id(made, model) == expected
         assert special_tokens(made, model).end_of_document_id == 271
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_named_by_file_and_place(tmp_path, capsys):
+    (tmp_path / "words.json").write_text(Tokenizer(models.WordLevel({END: 0, "the cat sat": 1, "a bird": 2}, "none")).to_str())
+    options = ["--tokenizer", tmp_path / "words.json", "--on-undecodable"]
+    assert prepared(tmp_path, "strict", *options, "error") == 2
+    place = f"{tmp_path / 'in.jsonl'}, document at byte 24: the tokenizer cannot encode it: WordLevel error: Missing [UNK]"
+    assert capsys.readouterr().err.startswith(f"error: {place}")
+    assert not (tmp_path / "strict").exists()
+    assert prepared(tmp_path, "lenient", *options, "skip") == 0
+    output = capsys.readouterr()
+    assert "2 documents; 1 undecodable left out" in output.out
+    assert f"left out: {place}" in output.err
+    assert sorted(documents(tmp_path / "lenient")) == [[1, 0], [2, 0]]
+
+
+def test_what_has_no_token_or_is_the_string_of_one_is_counted_in_summary_and_manifest(tmp_path, capsys):
+    vocab = {token: number for number, token in enumerate([END, "<unk>", *"abcdefghijklmnopqr tu</>s"])}
+    (tmp_path / "letters.json").write_text(Tokenizer(models.Unigram([(t, -1.0) for t in vocab], unk_id=1)).to_str())
+    (tmp_path / "in.txt").write_text(f"a text with {END} and é")
+    arguments = ["--input", tmp_path / "in.txt", "--tokenizer", tmp_path / "letters.json", "--sequence-length", 16]
+    assert run("prepare", *arguments, "--output", tmp_path / "out", "--processes", 1) == 0
+    output = capsys.readouterr()
+    assert "1 documents with the string of a special token in their text, encoded as text" in output.out
+    assert "warning: 1 documents have characters that the tokenizer has no token for" in output.err
+    assert f"warning: {tmp_path / 'in.txt'}: the tokenizer has no token for '<unk>'" in output.err
+    counts = read_manifest(tmp_path / "out").preparation.input
+    assert (counts.documents, counts.special_text, counts.without_token) == (1, 1, 1)

@@ -46,7 +46,6 @@ def _summary(directory: Path, manifest: Manifest) -> Iterator[str]:
         f"{len(manifest.shards):,} shard(s), {ShardTable.of(manifest.shards).sizes.sum():,} bytes"
     )
     yield f"padding {padding:,} positions ({padding / positions:.3%}); vocabulary {manifest.vocab_size:,}"
-    yield f"documents end with id {manifest.end_of_document_id}, {_beginning(manifest)}"
 
     for source in manifest.sources:
         share = source.tokens / max(manifest.num_tokens, 1)
@@ -69,6 +68,7 @@ def _summary(directory: Path, manifest: Manifest) -> Iterator[str]:
                 f"of the documents used {found.special_text:,} had the string of a special token in their text, and "
                 f"{found.without_token:,} characters without a token"
             )
+    yield f"documents end with id {manifest.end_of_document_id}, {_beginning(manifest)}"
 
 
 def _beginning(manifest: Manifest) -> str:
