@@ -99,9 +99,8 @@ def declared_end_of_document(tokenizer: Tokenizer, folder: Path) -> tuple[str, s
 def adds_bos(tokenizer: Tokenizer, folder: Path | None) -> bool:
     """Check if the tokenizer puts a BOS token before a text, by its folder's declaration or else by its post-processor."""
     if folder is not None:
-        prepared = _read_json(folder / _MANIFEST)
-        if "bos" in prepared:
-            return "id" in prepared["bos"]
+        if (prepared := _prepared_bos(folder)) is not None:
+            return "id" in prepared
         declared = _read_json(folder / TOKENIZER_CONFIG).get("add_bos_token")
         if isinstance(declared, bool):
             return declared
@@ -142,6 +141,11 @@ def _bos_token(tokenizer: Tokenizer, folder: Path | None, bos_rule: str) -> str 
     if bos_rule == "auto" and not adds_bos(tokenizer, folder):
         return None
 
+    # A prepared folder says what its documents do begin with.
+    prepared = None if folder is None else _prepared_bos(folder)
+    if folder is not None and prepared is not None and "id" in prepared:
+        return _token_of(tokenizer, prepared["id"], folder / _MANIFEST)
+
     # What the post-processor puts and what tokenizer_config.json names must be one token.
     leading = _leading_tokens(tokenizer)
     if len(leading) > 1:
@@ -160,11 +164,14 @@ def _bos_token(tokenizer: Tokenizer, folder: Path | None, bos_rule: str) -> str 
     return (named or usual)[0]
 
 
+def _prepared_bos(folder: Path) -> dict[str, Any] | None:
+    """Read what a prepared folder's manifest says of its BOS token; None if it says nothing, or there is no manifest."""
+    declared = _read_json(folder / _MANIFEST).get("bos")
+    return declared if isinstance(declared, dict) else None
+
+
 def _named_bos(tokenizer: Tokenizer, folder: Path) -> list[str]:
     """List the BOS token that the folder names; the ids of the model's configurations count only if no token is named."""
-    prepared = _read_json(folder / _MANIFEST).get("bos", {})
-    if "id" in prepared:
-        return [_token_of(tokenizer, prepared["id"], folder / _MANIFEST)]
     token = _text(_read_json(folder / TOKENIZER_CONFIG).get("bos_token"), folder / TOKENIZER_CONFIG, "bos_token")
     if token is not None:
         return [token]

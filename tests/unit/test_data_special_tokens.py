@@ -134,6 +134,9 @@ def test_a_prepared_folder_and_a_folder_of_prepared_splits_are_tokenizers_with_t
     assert prepared(tmp_path, "again", "--tokenizer", tmp_path / "both") == 0
     assert tokenizer_difference(read_manifest(tmp_path / "again"), read_manifest(tmp_path / "both" / "train")) is None
     assert read_manifest(tmp_path / "again").end_of_document_id == 271
+    assert prepared(tmp_path, "turned", "--tokenizer", model, "--bos", "never", "--end-of-document", TURN) == 0
+    found = special_tokens(load_tokenizer(tmp_path / "turned"), tmp_path / "turned")
+    assert (found.end_of_document, found.bos) == (TURN, None)
     train_bpe(["others"], 290).save(str(tmp_path / "both" / "train" / "tokenizer.json"))
     with pytest.raises(DataError, match="have different tokenizers; name one of"):
         find_tokenizer(tmp_path / "both")
