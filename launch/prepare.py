@@ -28,7 +28,8 @@ from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import Manifest
-from pipeline.data.tokenizer import BYTES, byte_tokenizer, declared_end_of_document, load_tokenizer
+from pipeline.data.special_tokens import BOS_RULES, SpecialTokens, special_tokens
+from pipeline.data.tokenizer import BYTES, END_OF_DOCUMENT, byte_tokenizer, find_tokenizer, load_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument(
         "--tokenizer",
         metavar="FILE|DIR|bytes",
-        help="a tokenizer.json, its folder (a Hugging Face model's), or the bytes of UTF-8",
+        help="a tokenizer.json, its folder (a Hugging Face model's, or prepared data), or the bytes of UTF-8",
     )
     tokenizer.add_argument(
         "--train-bpe",
@@ -77,7 +78,19 @@ def _parser() -> argparse.ArgumentParser:
         help="train a byte-level BPE on the input, or 1 GiB spread over it, each part the same one; killed meanwhile, it "
         "begins anew",
     )
-    parser.add_argument("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not found")
+    parser.add_argument(
+        "--end-of-document",
+        metavar="TOKEN",
+        help="the tokenizer's token that ends a document; default: the one that its folder declares (tokenizer_config.json, "
+        "generation_config.json, config.json), or one of the usual names",
+    )
+    parser.add_argument(
+        "--bos",
+        choices=BOS_RULES,
+        default="auto",
+        help="a beginning-of-document token before each document; auto: as the tokenizer does itself (add_bos_token in "
+        "tokenizer_config.json, or its post-processor)",
+    )
 
     # Rows.
     parser.add_argument("--sequence-length", type=int, required=True, metavar="T", help="tokens a row")
@@ -128,7 +141,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
     # The request.
     inputs = [parse_input(argument) for argument in options.input]
-    tokenizer, end_of_document = _tokenizer(options)
+    tokenizer, ends = _tokenizer(options)
     settings = PrepareSettings(
         sequence_length=options.sequence_length,
         seed=options.seed,
@@ -137,7 +150,9 @@ def _prepare(options: argparse.Namespace) -> None:
         validation_fraction=options.validation,
         weights=parse_weights(options.weight, source_names(inputs)),
         part=options.part,
-        end_of_document=end_of_document,
+        end_of_document=ends.end_of_document,
+        bos=ends.bos,
+        bos_rule=ends.bos_rule,
         rules=Rules(options.text_field, options.max_document_bytes, options.on_undecodable),
     )
 
@@ -146,19 +161,24 @@ def _prepare(options: argparse.Namespace) -> None:
         prepared = prepare_files(inputs, options.output, tokenizer, settings, processes=options.processes, display=display)
     if prepared.was_complete:
         print(f"{options.output} is complete already, made with the same settings from files of the same names and sizes")
+    print(ends)
     _print_counts(prepared.counts)
     for directory, manifest in prepared.manifests.items():
         _print_summary(directory, manifest)
 
 
-def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, str | None]:
-    """Choose the tokenizer, or the vocabulary size of the BPE to train, and the end-of-document token (None: a usual one)."""
+def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, SpecialTokens]:
+    """Choose the tokenizer, or the vocabulary size of the BPE to train, and the tokens around each document."""
     if options.train_bpe is not None:
-        return options.train_bpe, options.end_of_document
+        if options.bos == "always" or options.end_of_document not in (None, END_OF_DOCUMENT):
+            raise DataError(f"a BPE trained here has no other special token than {END_OF_DOCUMENT}, which ends documents")
+        return options.train_bpe, SpecialTokens(END_OF_DOCUMENT, 0, "of a BPE trained here", bos_rule=options.bos)
     if options.tokenizer == BYTES:
-        return byte_tokenizer(), options.end_of_document
-    tokenizer = load_tokenizer(Path(options.tokenizer))
-    return tokenizer, options.end_of_document or declared_end_of_document(tokenizer, Path(options.tokenizer))
+        tokenizer = byte_tokenizer()
+        return tokenizer, special_tokens(tokenizer, None, options.end_of_document, options.bos)
+    file = find_tokenizer(Path(options.tokenizer))
+    tokenizer = load_tokenizer(file)
+    return tokenizer, special_tokens(tokenizer, file.parent, options.end_of_document, options.bos)
 
 
 def _print_counts(counts: Counts) -> None:
@@ -172,6 +192,18 @@ def _print_counts(counts: Counts) -> None:
     print(f"{counts.documents:,} documents; {named or 'none'} left out")
     for note in counts.notes:
         print(f"left out: {note}", file=sys.stderr)
+
+    # Of the documents used.
+    if counts.special_text:
+        print(f"{counts.special_text:,} documents with the string of a special token in their text, encoded as text")
+    if counts.without_token:
+        print(
+            f"warning: {counts.without_token:,} documents have characters that the tokenizer has no token for: they are lost, "
+            "or became the unknown token; another tokenizer may suit the data better",
+            file=sys.stderr,
+        )
+    for warning in counts.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _print_summary(directory: Path, manifest: Manifest) -> None:

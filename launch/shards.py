@@ -29,7 +29,8 @@ from pipeline.data.shards.inspection import inspect
 from pipeline.data.shards.manifest import Manifest, read_manifest
 from pipeline.data.shards.merging import merge, prepared_folders
 from pipeline.data.shards.verification import verify
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.special_tokens import special_tokens
+from pipeline.data.tokenizer import find_tokenizer, load_tokenizer
 from pipeline.storage.location import Url, parse_location
 
 
@@ -78,7 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     indexed = commands.add_parser("index", help="adopt token tars that others wrote", allow_abbrev=False)
     indexed.add_argument("directory", type=Path, metavar="DIR")
     indexed.add_argument("--tokenizer", type=Path, metavar="FILE|DIR", help="with which the ids were made; default: DIR's own")
-    indexed.add_argument("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not found")
+    indexed.add_argument(
+        "--end-of-document",
+        metavar="TOKEN",
+        help="the token that ends a document; default: the one that the tokenizer's folder declares, or one of the usual names",
+    )
     indexed.add_argument(
         "--source", action="append", default=[], metavar="NAME", help="the name of source 0, 1, …; may be repeated"
     )
@@ -159,8 +164,12 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    tokenizer = load_tokenizer(options.tokenizer or options.directory)
-    manifest = index(options.directory, tokenizer, source_names=options.source, end_of_document=options.end_of_document)
+    file = find_tokenizer(options.tokenizer or options.directory)
+    tokenizer = load_tokenizer(file)
+    # The ids are there already, so whether documents begin with a BOS token is not asked.
+    ends = special_tokens(tokenizer, file.parent, options.end_of_document, "never")
+    manifest = index(options.directory, tokenizer, source_names=options.source, end_of_document=ends.end_of_document)
+    print(f"documents end with {ends.end_of_document!r} (id {ends.end_of_document_id}, {ends.end_from})")
     _print_summary(options.directory, manifest)
     return 0
 

@@ -23,7 +23,7 @@ recipe.py           reads settings from YAML and the command line
 checks.py           checks data, sizes and models before any compute is spent
 derived.py          values derived from the settings and the files they name
 
-data/               errors, tokenizer, permutations, a bounded cache
+data/               errors, tokenizer, special tokens, permutations, a bounded cache
 data/corpus/        documents to rows, offline
 data/shards/        the format on disk
 data/loading/       rows to batches, online

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from pipeline.config import ConfigError, ModelSettings, Settings
 from pipeline.data.corpus.builtin import VOCAB_SIZE
 from pipeline.data.errors import DataError
@@ -16,9 +18,10 @@ from pipeline.data.loading.held_out import too_many_rows
 from pipeline.data.loading.mixture import held_out_sets, sets_of
 from pipeline.data.loading.order import too_few_samples
 from pipeline.data.loading.sizes import check_sizes
-from pipeline.data.shards.manifest import Manifest, read_manifest
+from pipeline.data.shards.manifest import Manifest, read_manifest, tokenizer_difference
 from pipeline.data.shards.reference_losses import CachedLosses, check_alike
-from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, load_tokenizer
+from pipeline.data.special_tokens import declared_bos_id
+from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, identity, load_tokenizer
 from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, next_token_model
 from pipeline.model.huggingface import ModelFilesError, read_max_positions, read_model_settings, weight_problems
 from pipeline.model.transformer import attention_head_dim, ffn_dim
@@ -163,8 +166,9 @@ def _manifest_problems(found: Manifest, path: Location, settings: Settings, firs
             f"data.sequence_length: {settings.data.sequence_length}, but {path} holds rows of {found.sequence_length} "
             "tokens; set the one or prepare the other"
         )
-    if first is not None and found.tokenizer_sha256 != first.tokenizer_sha256:
-        yield f"{path}: prepared with another tokenizer than the other data of this run; prepare both with the same"
+    if first is not None and (difference := tokenizer_difference(first, found)) is not None:
+        finer = f" ({difference})" if first.tokenizer_sha256 == found.tokenizer_sha256 else ""
+        yield (f"{path}: prepared with another tokenizer than the other data of this run{finer}; prepare both with the same")
 
 
 def _num_rows_problems(manifests: Mapping[Location, Manifest], settings: Settings) -> Iterator[str]:
@@ -215,7 +219,7 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
         return
     try:
         shape = read_model_settings(directory)
-        tokenizer = fingerprint(load_tokenizer(directory / TOKENIZER_FILE))
+        tokenizer = load_tokenizer(directory / TOKENIZER_FILE)
     except (ModelFilesError, DataError) as error:
         yield f"reference.path: {error}"
         return
@@ -235,12 +239,46 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
         return
     if (shape.vocab_size or 0) < manifest.vocab_size:
         yield f"reference.path: {directory} knows {shape.vocab_size} ids, the data has {manifest.vocab_size}"
-    if tokenizer != manifest.tokenizer_sha256:
+    yield from _tokenizer_problems(tokenizer, directory, manifest)
+
+
+def _tokenizer_problems(tokenizer: Tokenizer, directory: Path, manifest: Manifest) -> Iterator[str]:
+    """Compare the reference's tokenizer with the data's: what ids mean, which ids a text becomes, how documents begin."""
+    remedy = "prepare the data with the reference's tokenizer.json"
+    found = fingerprint(tokenizer)
+    if found != manifest.tokenizer_sha256:
         yield (
             f"reference.path: the tokenizer of {directory} differs from the one the data was prepared with "
-            f"(sha256 of the id-to-token map {tokenizer[:12]}… and {manifest.tokenizer_sha256[:12]}…); prepare the data "
-            "with the reference's tokenizer.json"
+            f"(sha256 of the id-to-token map {found[:12]}… and {manifest.tokenizer_sha256[:12]}…); {remedy}"
         )
+        return
+    found = identity(tokenizer)
+    if manifest.tokenizer_identity not in (None, found):
+        yield (
+            f"reference.path: the tokenizer of {directory} has the ids of the data's, but makes other ids out of a text: its "
+            f"normaliser, pre-tokeniser, merges or added tokens differ (identity {found[:12]}… and "
+            f"{manifest.tokenizer_identity[:12]}…); {remedy}"
+        )
+    if manifest.bos is None:
+        return
+
+    # A reference scores a document as it was trained to see it: with its BOS token, or without one.
+    try:
+        bos_id = declared_bos_id(tokenizer, directory)
+    except DataError as error:
+        yield f"reference.path: {error}"
+        return
+    if bos_id != manifest.bos.id:
+        yield (
+            f"reference.path: the tokenizer of {directory} begins a text with {_named_token(tokenizer, bos_id)}, the data's "
+            f"documents begin with {_named_token(tokenizer, manifest.bos.id)}; prepare the data with --bos auto and the "
+            "reference's folder; or, if the reference was trained as the data is, say so by add_bos_token in its "
+            "tokenizer_config.json"
+        )
+
+
+def _named_token(tokenizer: Tokenizer, token_id: int | None) -> str:
+    return "no BOS token" if token_id is None else f"{tokenizer.id_to_token(token_id)!r} (id {token_id})"
 
 
 def _length_problems(directory: Path, settings: Settings) -> Iterator[str]:

@@ -16,6 +16,7 @@ from pipeline.checks import check_data
 from pipeline.config import ConfigError, Settings, TrainingSettings
 from pipeline.data.corpus.builtin import CORPUS_FILE, prepare_builtin
 from pipeline.data.loading.mixture import read_joined
+from pipeline.data.special_tokens import TOKENIZER_CONFIG, declaration
 from pipeline.data.tokenizer import TOKENIZER_FILE
 from pipeline.derived import has_selecting_heads
 from pipeline.model.huggingface import save_model
@@ -208,7 +209,12 @@ def export(run: Run, directory: Path) -> None:
 
     if run.world.is_first:
         tokenizer = run.stream.sets[0].location / run.stream.manifest.tokenizer_file
-        write_file(directory / TOKENIZER_FILE, read_whole(tokenizer, run.settings.data.access))
+        content, manifest = read_whole(tokenizer, run.settings.data.access), run.stream.manifest
+        write_file(directory / TOKENIZER_FILE, content)
+        declared = declaration(
+            content, manifest.end_of_document_id, manifest.bos is not None, manifest.bos.id if manifest.bos else None
+        )
+        write_file(directory / TOKENIZER_CONFIG, declared)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
             publish(file, directory / file.name)
         partial.rmdir()

@@ -8,6 +8,7 @@ decoding       decodes the text of a document, and knows files that are somethin
 lines          reads lines of plain and compressed text files in bounded memory, each byte once
 tar_texts      finds the documents of a tar
 columns        reads text columns of .parquet files and `hf:` folders
+encoding       encodes texts, safe from special tokens' strings, and notes what has no token
 tokenization   tokenises slices into sorted runs of ids, split into training and validation
 sorted_runs    tokenised documents on disk, sorted by the shuffle's key (external sort)
 shard_assembly  packs the shuffled documents of the sorted runs into shards, each by itself

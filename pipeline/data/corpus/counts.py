@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 MAX_NOTES = 5
-_NUMBERS = ("documents", "empty", "undecodable", "oversized", "ignored")
+_NUMBERS = ("documents", "empty", "undecodable", "oversized", "ignored", "special_text", "without_token")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ class Counts:
     """Counts of documents, used and left out.
 
     ignored: members of tars that are no documents.
+    special_text: documents used that had the string of a special token, which was encoded as text.
+    without_token: documents used with characters for which the tokenizer has no token.
     left_out: notes about the first few documents that were left out.
+    warnings: about the first few documents without a token for some character.
     lines: those of the last span of a .jsonl, together with all that were counted just before it.
     """
 
@@ -81,7 +84,10 @@ class Counts:
     undecodable: int = 0
     oversized: int = 0
     ignored: int = 0
+    special_text: int = 0
+    without_token: int = 0
     left_out: list[Note] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     lines: Lines | None = field(default=None, compare=False)
 
     @property
@@ -95,6 +101,7 @@ class Counts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for note in other.left_out:
             self.note(note)
+        self.warnings = (self.warnings + other.warnings)[:MAX_NOTES]
         if other.lines is not None:
             self.add_lines(other.lines)
 
@@ -105,6 +112,11 @@ class Counts:
             self.left_out[-1] = replace(last, lines=last.lines + note.lines)
         elif len(self.left_out) < MAX_NOTES:
             self.left_out.append(note.after(self.lines))
+
+    def warn(self, text: str) -> None:
+        """Keep a warning about a document that is used, up to `MAX_NOTES`."""
+        if len(self.warnings) < MAX_NOTES:
+            self.warnings.append(text)
 
     def add_lines(self, lines: Lines) -> None:
         """Count the lines of a span that was read to its end."""
