@@ -32,6 +32,7 @@ from pipeline.runtime.logbook import read_records, summary_table
 from pipeline.runtime.memory import peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
+from pipeline.schedule import learning_rate
 from pipeline.storage.files import read_whole
 from pipeline.storage.whole_file import publish, write_file
 from pipeline.train import advance, fetch_step, train, train_step
@@ -152,6 +153,8 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
         training={"steps": settings.reference.training_steps, "head_weights": None} | _NO_SELECTION,
     )
 
+    with_reference = settings.with_values(reference={"path": directory, "training_steps": None, "training_data": None})
+
     # The ranks agree, because training is collective and a shared file system shows a new file to some ranks before others.
     if any_rank(not (directory / "config.json").exists(), job.device):
         _say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
@@ -159,22 +162,26 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
         if exit_code:
             return settings, exit_code
     elif not job.allow_changed:
-        _refuse_another_reference(job, one_head, directory)
-    return settings.with_values(reference={"path": directory, "training_steps": None, "training_data": None}), 0
+        _refuse_another_reference(job, one_head, with_reference, directory)
+    return with_reference, 0
 
 
-def _refuse_another_reference(job: Job, settings: Settings, directory: Path) -> None:
-    """Refuse a reference that was trained with other settings than these, if its checkpoints tell."""
-    _, _, checkpoints = resolve_settings(job, settings, directory / "training")
-    changed = checkpoints.changed()
+def _refuse_another_reference(job: Job, one_head: Settings, settings: Settings, directory: Path) -> None:
+    """Refuse a reference that was trained with other settings than these, if its checkpoints tell, and say what else of the
+    run has changed."""
+    _, _, checkpoints = resolve_settings(job, one_head, directory / "training")
+    changed = [f"reference in {directory}: {change}" for change in checkpoints.changed()]
     if changed:
+        _, _, checkpoints = resolve_settings(job, settings, job.run_dir)
         remedy = f"remove {directory} to train it again, or pass --allow-changed to use it as it is"
-        raise ConfigError([*(f"reference in {directory}: {change}" for change in changed), remedy])
+        raise ConfigError([*changed, *map(str, checkpoints.changed())], remedy)
 
 
 def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, export_to: Path | None = None) -> int:
     """Train in `run_dir`; then export the model to `export_to`, if given, and free it. Returns the exit code."""
     run = build_run(job, settings, run_dir)
+    if job.allow_changed:
+        _say(job, describe_changes(run))
     describe(job, run)
     exit_code = train(run, stop, job.allow_changed)
     if exit_code == 0 and export_to is not None:
@@ -182,6 +189,23 @@ def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, exp
     if export_to is not None:
         release(run.engine)
     return exit_code
+
+
+def describe_changes(run: Run) -> str:
+    """Say which settings differ from the checkpoint's, and the leap of the learning rate if they change it. Collective."""
+    state = run.checkpoints.check(allow_changed=True)
+    changes = run.checkpoints.changed()
+    if not changes:
+        return "--allow-changed: nothing has changed"
+
+    # The learning rate of the next step, under the former settings and under these.
+    training = run.settings.training
+    former = {f"training.{key}": key for key in type(training).model_fields}
+    before = training.model_copy(update={former[key]: value for key, value in state["identity"].items() if key in former})
+    applied = Progress.from_json(state["progress"]).applied_steps
+    was, now = learning_rate(before, applied), learning_rate(training, applied)
+    leap = [] if was == now else [f"the learning rate of the next step would have been {was:.3g}, and is {now:.3g}"]
+    return "\n  ".join(["continuing with changed settings", *map(str, changes), *leap])
 
 
 def describe(job: Job, run: Run) -> None:

@@ -25,8 +25,10 @@ class ResumeRule(Enum):
     """The rule for a setting that differs when a run is resumed.
 
     FREE: allowed, because the result stays the same. Folders may move; fingerprints of their contents are compared instead.
-    CHANGES_RESULT: refused unless `--allow-changed` is given, because the rest of the run would compute something else.
-    FIXED: always refused, because the run's position in the data is counted in it.
+    CHANGES_RESULT: refused unless `--allow-changed` is given, because the rest of the run computes something else. It takes
+    effect from the next step on.
+    FIXED: always refused, because it could not take effect: the run's position in the data is counted in it, the weights have
+    its shape, or it decides how they begin.
     """
 
     FREE = "free"

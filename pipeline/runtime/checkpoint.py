@@ -17,8 +17,8 @@ import torch.distributed as dist
 from pipeline.config import ConfigError
 from pipeline.progress import Progress
 from pipeline.runtime.distributed import World, broadcast_from_first
-from pipeline.runtime.engine import Engine
-from pipeline.runtime.identity import FIXED_SETTINGS, changed_settings
+from pipeline.runtime.engine import Engine, load_checkpoint
+from pipeline.runtime.identity import Change, changed_settings
 from pipeline.storage.whole_file import publish, write_file
 
 REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"
@@ -70,9 +70,7 @@ class Checkpoints:
         if not state:
             return Progress()
         name = step_name(state["progress"]["step"])
-        # Always name the tag: without one DeepSpeed reads its `latest`, and where that is missing it silently starts anew.
-        loaded, _ = engine.load_checkpoint(str(self.directory), tag=name)
-        if loaded is None:
+        if not load_checkpoint(engine, self.directory, name):
             raise ConfigError([f"{self.directory / name}: DeepSpeed could not load it"])
         return Progress.from_json(state["progress"])
 
@@ -105,12 +103,9 @@ class Checkpoints:
             return {}
         name = step_name(state["progress"]["step"])
 
-        # Never allowed to differ: the settings that the data position is counted in, and the number of ranks.
-        fixed = [
-            f"{key}: was {state['identity'][key]!r}, is now {self.identity[key]!r}; it is fixed for the life of a run"
-            for key in FIXED_SETTINGS
-            if state["identity"].get(key) != self.identity.get(key)
-        ]
+        # Never allowed to differ: what could not take effect, and the number of ranks.
+        changes = changed_settings(state["identity"], self.identity)
+        fixed = [f"{change}; it is fixed for the life of a run" for change in changes if change.is_fixed]
         if state["world_size"] != self.world.size:
             fixed.append(
                 f"number of ranks: {name} was written by {state['world_size']}, this job has {self.world.size}; "
@@ -118,19 +113,15 @@ class Checkpoints:
             )
 
         # Allowed to differ only on request.
-        changed = [
-            f"{change} ({name} was trained with the former)"
-            for change in changed_settings(state["identity"], self.identity)
-            if not change.startswith(FIXED_SETTINGS)
-        ]
+        changed = [f"{change} ({name} was trained with the former)" for change in changes if not change.is_fixed]
         if fixed or (changed and not allow_changed):
             remedy = "to start anew choose another --run-dir"
             remedy = remedy if fixed else f"to continue all the same pass --allow-changed; {remedy}"
-            raise ConfigError([*fixed, *changed, remedy])
+            raise ConfigError([*fixed, *changed], remedy)
         return state
 
-    def changed(self) -> list[str]:
-        """List the differences between this run's identity and the newest checkpoint's, one sentence each. Collective."""
+    def changed(self) -> list[Change]:
+        """List the differences between this run's identity and the newest checkpoint's. Collective."""
         state = self._newest_state()
         return changed_settings(state["identity"], self.identity) if state else []
 

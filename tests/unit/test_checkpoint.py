@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ class FileEngine:
 
     def __init__(self, content: str = ""):
         self.content = content
+        self.optimizer = SimpleNamespace(param_groups=[], clip_grad=1.0)
 
     def save_checkpoint(self, directory: str, tag: str, save_latest: bool) -> None:
         assert not save_latest
@@ -127,8 +129,21 @@ def test_what_the_position_is_counted_in_is_never_free_to_change(tmp_path: Path)
     assert caught.value.problems == [
         "data.global_batch: was 8, is now 16; it is fixed for the life of a run",
         "training.k_percent: was 0.6, is now 0.5 (step-00000007 was trained with the former)",
-        "to start anew choose another --run-dir",
     ]
+    assert caught.value.remedy == "to start anew choose another --run-dir"
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after"),
+    [("model.dim", 16, 32), ("model.seed", 0, 1), ("deepspeed stage", 3, 1), ("deepspeed bf16", False, True)],
+)
+def test_what_could_not_take_effect_after_a_resume_is_refused_whatever_is_allowed(tmp_path, key, before, after) -> None:
+    directory = with_state(tmp_path)
+    state = json.loads((directory / "state.json").read_text())
+    (directory / "state.json").write_text(json.dumps(state | {"identity": IDENTITY | {key: before}}))
+    with pytest.raises(ConfigError) as caught:
+        checkpoints(tmp_path, 2, IDENTITY | {key: after}).check(allow_changed=True)
+    assert caught.value.problems == [f"{key}: was {before!r}, is now {after!r}; it is fixed for the life of a run"]
 
 
 def test_another_number_of_ranks_is_refused_with_both_numbers(tmp_path: Path) -> None:
