@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from pipeline.command_line import guarded, path_argument
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Counts, Rules
 from pipeline.data.corpus.inputs import parse_input, parse_weights, source_names
@@ -26,25 +27,16 @@ from pipeline.data.corpus.packing import PACKINGS
 from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.errors import DataError
-from pipeline.data.shards.manifest import Manifest
-from pipeline.data.tokenizer import BYTES, byte_tokenizer, declared_end_of_document, load_tokenizer
+from pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pipeline.data.shards.merging import prepared_folders
+from pipeline.data.tokenizer import BYTES, TOKENIZER_FILE, byte_tokenizer, declared_end_of_document, load_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        _prepare(options)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or options.output}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = "interrupted; the same command goes on where it was"
+    return guarded("error", lambda: _prepare(options), (DataError,), interrupted=interrupted)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,14 +52,14 @@ def _parser() -> argparse.ArgumentParser:
         ".tar with .txt or .json members, a folder or a glob of these, or hf:DIR, a folder saved by the datasets library; may "
         "be repeated; with NAMEs selection can be followed per source",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--output", type=path_argument, required=True, help="the folder to make")
 
     # Tokens.
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument(
         "--tokenizer",
         metavar="FILE|DIR|bytes",
-        help="a tokenizer.json, its folder (a Hugging Face model's), or the bytes of UTF-8",
+        help="a tokenizer.json, its folder (a Hugging Face model's, or prepared data), or the bytes of UTF-8",
     )
     tokenizer.add_argument(
         "--train-bpe",
@@ -121,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(options: argparse.Namespace) -> None:
+def _prepare(options: argparse.Namespace) -> int:
     if options.processes < 1:
         raise DataError(f"expected at least 1 process, got {options.processes}")
 
@@ -148,6 +140,7 @@ def _prepare(options: argparse.Namespace) -> None:
     _print_counts(prepared.counts)
     for directory, manifest in prepared.manifests.items():
         _print_summary(directory, manifest)
+    return 0
 
 
 def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, str | None]:
@@ -156,8 +149,21 @@ def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, str | None
         return options.train_bpe, options.end_of_document
     if options.tokenizer == BYTES:
         return byte_tokenizer(), options.end_of_document
-    tokenizer = load_tokenizer(Path(options.tokenizer))
-    return tokenizer, options.end_of_document or declared_end_of_document(tokenizer, Path(options.tokenizer))
+    path = _prepared_tokenizer(path_argument(options.tokenizer))
+    tokenizer = load_tokenizer(path)
+    return tokenizer, options.end_of_document or declared_end_of_document(tokenizer, path)
+
+
+def _prepared_tokenizer(path: Path) -> Path:
+    """The tokenizer of prepared data, if `path` is a prepared folder or holds some (train, validation); else `path` itself."""
+    is_prepared = (path / MANIFEST_FILE).is_file() or any(path.glob(f"*/{MANIFEST_FILE}"))
+    if (path / TOKENIZER_FILE).is_file() or not is_prepared:
+        return path
+    folders = [path / name for name in prepared_folders(path)]
+    manifests = [read_manifest(folder, check_files=False) for folder in folders]
+    if len({manifest.tokenizer_sha256 for manifest in manifests}) > 1:
+        raise DataError(f"--tokenizer {path}: its folders were prepared with different tokenizers; name one of them")
+    return folders[0] / manifests[0].tokenizer_file
 
 
 def _print_counts(counts: Counts) -> None:

@@ -10,7 +10,6 @@ Every setting carries a rule (`setting_types.ResumeRule`) that says whether it m
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -27,6 +26,7 @@ from pipeline.setting_types import (
     Positive,
     PositiveFloat,
     Section,
+    UserPath,
 )
 from pipeline.storage.files import Access
 from pipeline.storage.location import LocationSetting
@@ -94,7 +94,7 @@ class DataSettings(Section):
     """Largest number of damaged samples that `skip` tolerates, over all ranks and the whole run."""
     retry_seconds: Free[PositiveFloat] = 120.0
     """Seconds for which a failed read of remote data is retried, with growing pauses, before the job ends."""
-    cache_dir: Free[Path | None] = None
+    cache_dir: Free[UserPath | None] = None
     """Local folder that caches remote data, shared by all ranks of the machine; null: no cache."""
     cache_bytes: Free[Annotated[int, Field(ge=2**20)]] = 64 * 2**30
     """Largest size of `cache_dir` in bytes; the least recently used files are removed first."""
@@ -138,7 +138,7 @@ class ModelSettings(Section):
     """Share one matrix between embedding and unembedding."""
     seed: Fixed[NonNegative] = 0
     """Seed of the initial weights."""
-    pretrained: Free[Path | None] = None
+    pretrained: Free[UserPath | None] = None
     """Directory of a causal language model (config.json, *.safetensors) to start from; its last block becomes every
     prediction head. Its shape must equal this section's."""
 
@@ -146,7 +146,7 @@ class ModelSettings(Section):
 class ReferenceSettings(Section):
     """Section `reference`: the frozen model whose losses the policy's are compared with."""
 
-    path: Free[Path | None] = None
+    path: Free[UserPath | None] = None
     """Directory of the frozen reference: config.json, model.safetensors (or its index) and tokenizer.json."""
     horizon: ChangesResult[Literal["shifted", "matched"]] = "shifted"
     """The reference loss that head h is compared with: the next-token loss of its target (`shifted`), or the loss of the
@@ -154,7 +154,7 @@ class ReferenceSettings(Section):
     sharding: Free[Literal["auto", "zero3", "replicate"]] = "auto"
     """Partition the reference by ZeRO-3 (`zero3`) or keep it whole on every rank (`replicate`); `auto` replicates it if it
     takes at most a quarter of the memory that is free once the policy is built."""
-    cached: Free[Path | None] = None
+    cached: Free[UserPath | None] = None
     """Directory of losses computed by launch/score.py, used instead of a live reference model. In float32, and on a GPU with
     the same `training.compile`, the selection is the live reference's, to the bit."""
     training_steps: Free[Positive | None] = None

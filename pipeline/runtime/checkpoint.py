@@ -47,7 +47,13 @@ class Checkpoints:
         dist.barrier()
 
         # Every rank writes its own partition. Without the second barrier the rename could happen under a rank that writes.
-        engine.save_checkpoint(str(self.directory), tag=partial.name, save_latest=False)
+        try:
+            engine.save_checkpoint(str(self.directory), tag=partial.name, save_latest=False)
+        except RuntimeError as error:
+            # torch reports a write that failed, on a full disk say, by a bare RuntimeError.
+            if "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(f"{partial}: the checkpoint could not be written; is the disk full? ({error})") from None
         dist.barrier()
 
         # state.json goes last: a folder without it is incomplete.

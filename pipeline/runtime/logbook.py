@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, EXCESS_LOWEST, Record, Totals, ratio
 from pipeline.runtime.table import aligned
-from pipeline.storage.whole_file import write_file
+from pipeline.storage.whole_file import naming, write_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -34,8 +34,9 @@ class Logbook:
 
     def write(self, record: Record) -> None:
         """Append a record to metrics.jsonl and its values to TensorBoard."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with naming(Path(self.file.name)):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
         for key, value in record.items():
             tag = tensorboard_tag(key, record.get("split"))
             if tag is not None and value is not None:

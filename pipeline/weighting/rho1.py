@@ -108,7 +108,9 @@ def _excess_and_valid(
     return excess_BTH.masked_fill(~valid_BTH, -0.0), valid_BTH
 
 
-def compute_rho1_stats(excess_loss: Tensor, weights: Tensor, attention_mask: Tensor, group: Group = None) -> dict[str, int | float]:
+def compute_rho1_stats(
+    excess_loss: Tensor, weights: Tensor, attention_mask: Tensor, group: Group = None
+) -> dict[str, int | float]:
     """Compute the statistics of a selection over all ranks of `group`.
 
     Args:

@@ -1,7 +1,7 @@
 """`--allow-changed` means what it says: every setting takes effect after a resume, or is refused.
 
-All settings that may change a run's result are walked through, from the settings' own model: a run is continued by one step with
-each of them changed alone, and the step must differ from that of the run that changes nothing.
+All settings that may change a run's result are walked through, from the settings' own model: a run is continued by one step
+with each of them changed alone, and the step must differ from that of the run that changes nothing.
 """
 
 import json

@@ -117,7 +117,7 @@ def test_problems_in_different_places_are_in_one_message_and_nothing_is_made(arg
     problems = assert_one_clear_message(run(*arguments, *wrong, start_afresh=True))
     beginnings = [
         "--dry-rum: unknown option; did you mean '--dry-run'?",
-        "model.num_layer: unknown setting; did you mean 'num_layers'?",
+        "model.num_layer: unknown setting; did you mean 'model.num_layers'?",
         "training.k_percent: got 1.5; expected a fraction in (0, 1]",
         "deepspeed train_batch_size: 64 there, data.global_batch = 4 in the recipe",
         "deepspeed zero_optimization.overlap_com: unknown key; did you mean 'overlap_comm'?",
@@ -332,15 +332,23 @@ def test_an_unknown_option_is_refused_with_a_suggestion(refused, option, suggest
 
 
 @pytest.mark.parametrize(
-    ("option", "meant"),
+    ("given", "meant"),
     [
-        ("--micro-batch", "data.micro_batch=VALUE"),
-        ("--training.steps=5", "training.steps=VALUE"),
-        ("--seed", "data.seed=VALUE or model.seed=VALUE"),
+        ("--micro-batch", "settings have no dashes: write data.micro_batch=VALUE"),
+        ("--training.steps=5", "settings have no dashes: write training.steps=5"),
+        ("--seed", "settings have no dashes: write data.seed=VALUE or model.seed=VALUE"),
+        ("--lr 1e-4", "settings have no dashes: write training.learning_rate=1e-4"),
+        ("--max_steps 100", "settings have no dashes: write training.steps=100"),
+        ("--batch-size 8", "settings have no dashes: write data.global_batch=8"),
+        ("--resume", "a run continues by itself when it is started again with the same --run-dir"),
+        ("--resume_from_checkpoint runs/a", "a run continues by itself when it is started again with the same --run-dir"),
+        ("--output_dir out", "the folder of a run is --run-dir DIR"),
+        ("--num_train_epochs 3", "the length of a run is training.steps: epochs × rows"),
     ],
 )
-def test_a_setting_that_is_given_as_an_option_is_refused_with_how_it_is_given(refused, option, meant):
-    assert refused(option) == [f"{option}: unknown option; a setting is given without dashes, {meant}"]
+def test_words_that_other_trainers_use_are_refused_with_what_does_it_here(refused, given, meant):
+    (problem,) = refused(*given.split())
+    assert problem.startswith(f"{given.replace(' ', '=')}: unknown option; {meant}")
 
 
 def test_settings_behind_an_unknown_option_are_still_settings(refused):

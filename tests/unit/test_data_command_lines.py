@@ -93,7 +93,7 @@ def test_what_the_machine_cannot_read_is_told_with_what_is_known(tmp_path, capsy
     (folder / "shard-00000.tar").unlink()
     (folder / "shard-00000.tar").symlink_to("/proc/self/mem")
     assert run("shards", "index", folder) == 2
-    assert capsys.readouterr().err == "error: [Errno 5] Input/output error\n"
+    assert capsys.readouterr().err == "error: Input/output error; mend that and start again\n"
 
 
 @pytest.mark.parametrize("output", [".", "..", "/"])

@@ -13,9 +13,10 @@ UNIT_TESTS = Path(__file__).parent
 # weighting (whose thresholds it predicts), so that the runtime keeps what training counts and imports nothing above itself.
 ALLOWED = {
     "storage": set(),
-    "setting_types": set(),
+    "setting_types": {"storage"},
+    "other_names": set(),
     "config": {"setting_types", "storage"},
-    "recipe": {"config"},
+    "recipe": {"config", "other_names", "setting_types"},
     "schedule": {"config", "weighting"},
     "progress": {"weighting"},
     "data": set(),
@@ -59,7 +60,7 @@ ALLOWED = {
         "schedule",
         "weighting",
     },
-    "command_line": {"assembly", "checks", "config", "data", "model", "recipe", "runtime"},
+    "command_line": {"assembly", "checks", "config", "data", "model", "recipe", "runtime", "storage"},
     "assembly": {"config", "data.loading", "derived", "micro_step", "run", "runtime"},
     "planning": {"checks", "config", "derived", "model", "runtime", "weighting"},
     "scoring": {
@@ -87,6 +88,7 @@ ALLOWED = {
         "progress",
         "run",
         "runtime",
+        "schedule",
         "storage",
         "train",
     },
