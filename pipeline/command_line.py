@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -107,6 +108,7 @@ def guarded(
         mistakes: errors whose message is ready to be shown, and which all ranks raise alike.
         is_first: true on the rank that speaks for all.
     """
+    of_threads, threading.excepthook = threading.excepthook, _leave_to_the_main_thread
     try:
         return body()
     except KeyboardInterrupt:
@@ -121,8 +123,17 @@ def guarded(
         # Libraries written in Rust raise their errors and panics by classes that cannot be imported; a panic is no Exception.
         if type(error).__name__ not in ("PanicException", "SafetensorError"):
             raise
-        remedy = "is the disk full, or the tokenizer's regular expression one that its library cannot run?"
-        return fail(prefix, f"{type(error).__module__.partition('.')[0]} failed: {error}; {remedy}", EXIT_USAGE, True)
+        remedy = "is the disk full, or a regular expression of the tokenizer's one that its library cannot run?"
+        return fail(prefix, f"a library failed: {error}; {remedy}", EXIT_USAGE, True)
+    finally:
+        threading.excepthook = of_threads
+
+
+def _leave_to_the_main_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print no traceback of a thread that could not write: TensorBoard's raises the same error again where the next record is
+    written."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 _REMEDIES = {
@@ -223,7 +234,12 @@ def _run_on_all_ranks(
     from pipeline.runtime.engine import initialize_distributed
     from pipeline.runtime.non_finite import TrainingDivergedError
 
-    world = find_world()
+    try:
+        world = find_world()
+    except (ValueError, KeyError) as error:
+        return fail(
+            f"{prog}: error", f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, all or none set: {error}", EXIT_USAGE, True
+        )
     run_dir = options.run_dir or Path("runs") / settings.run.name
     content = check_before_start(settings, options.deepspeed, run_dir, world, problems)
     device = device_of(world)

@@ -51,7 +51,7 @@ class Checkpoints:
             engine.save_checkpoint(str(self.directory), tag=partial.name, save_latest=False)
         except RuntimeError as error:
             # torch reports a write that failed, on a full disk say, by a bare RuntimeError.
-            if "PytorchStreamWriter" not in str(error):
+            if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
                 raise
             raise OSError(f"{partial}: the checkpoint could not be written; is the disk full? ({error})") from None
         dist.barrier()
@@ -147,9 +147,12 @@ class Checkpoints:
         if name is None:
             return {}, []
         try:
-            return json.loads((self.directory / name / "state.json").read_text()), []
-        except (OSError, ValueError) as error:
+            state = json.loads((self.directory / name / "state.json").read_text())
+        except (OSError, ValueError, RecursionError) as error:
             return {}, [f"{self.directory / name}: state.json cannot be read ({error}); {REMEDY}"]
+        if not (isinstance(state, dict) and {"progress", "world_size", "identity"} <= state.keys()):
+            return {}, [f"{self.directory / name}: state.json is not a checkpoint's; {REMEDY}"]
+        return state, []
 
     def _complete(self) -> list[str]:
         """Names of the complete checkpoints, oldest first."""

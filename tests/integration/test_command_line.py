@@ -382,6 +382,17 @@ def test_a_second_job_in_the_same_run_directory_is_refused_and_says_who_is_there
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
 
 
+def test_a_port_that_is_in_use_is_one_message_with_the_remedy(arguments, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        finished = run_script("train.py", *arguments, environment=ENVIRONMENT | {"MASTER_PORT": port})
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"train.py: error: the ranks cannot meet at MASTER_ADDR 127.0.0.1, MASTER_PORT {port}: ")
+    assert "choose another one (deepspeed --master_port N, or MASTER_PORT=N)" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_head_is_trained_without_a_reference_though_one_could_be_trained(arguments, tiny_data, tmp_path):
     more = ["model.num_prediction_heads=1", "reference.training_steps=2", f"reference.training_data={tiny_data / 'train'}"]
     finished = run(*arguments, *more, "training.steps=1", start_afresh=True)

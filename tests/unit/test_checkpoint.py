@@ -160,3 +160,24 @@ def test_broken_checkpoints_are_never_taken_for_none(tmp_path: Path) -> None:
     (directory / "state.json").unlink()
     with pytest.raises(ConfigError, match="has checkpoints, but none with a state"):
         checkpoints(tmp_path, 2).check(allow_changed=True)
+
+
+@pytest.mark.parametrize("state", ["[" * 100_000, "[]", "{}", '{"identity": 3}', "\0"])
+def test_a_state_that_is_no_checkpoints_is_refused_and_never_taken_for_none(tmp_path: Path, state: str) -> None:
+    (with_state(tmp_path) / "state.json").write_text(state)
+    with pytest.raises(ConfigError, match=r"step-00000007: state.json (cannot be read|is not a checkpoint's)"):
+        checkpoints(tmp_path, 2).check(allow_changed=True)
+
+
+def save_on_a_full_disk(run_dir: Path) -> None:
+    def save_checkpoint(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2688 vs 2580")
+
+    engine = FileEngine()
+    engine.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+    with pytest.raises(OSError, match=r"step-00000003.partial: the checkpoint could not be written; is the disk full\?"):
+        checkpoints(run_dir, 1).save(engine, Progress(3))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_that_a_full_disk_cuts_is_an_error_that_names_its_folder(tmp_path: Path) -> None:
+    run_ranks(save_on_a_full_disk, 1, tmp_path)
