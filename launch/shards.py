@@ -24,7 +24,6 @@ from pipeline.config import DataSettings
 from pipeline.data.corpus.display import Display
 from pipeline.data.errors import DataError
 from pipeline.data.loading.order import default_lanes
-from pipeline.data.loading.sample_trace import arrivals
 from pipeline.data.shards.adoption import index
 from pipeline.data.shards.inspection import inspect
 from pipeline.data.shards.manifest import Manifest, read_manifest
@@ -105,6 +104,9 @@ def _order(options: argparse.Namespace) -> int:
     location = parse_location(options.directory)
     if isinstance(location, Url) and location.is_pipe:
         raise DataError(f"order runs no command of a pipe, as in {location}; name a folder or another URL")
+
+    # torch takes seconds to load, and only this command needs it.
+    from pipeline.data.loading.sample_trace import arrivals
 
     found = arrivals(
         location,
