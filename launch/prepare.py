@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         help="PATH or NAME=PATH: a .txt file (one document), a .jsonl, .jsonl.gz, .jsonl.zst (one a line) or .parquet (one a "
-        "row), a webdataset .tar with .txt or .json members, a folder or a glob of these, or hf:DIR, a folder saved by the datasets library; may "
-        "be repeated; with NAMEs selection can be followed per source",
+        "row), a webdataset .tar with .txt or .json members, a folder or a glob of these, or hf:DIR, a folder saved by the "
+        "datasets library; may be repeated; with NAMEs selection can be followed per source",
     )
     parser.add_argument("--output", type=path_argument, required=True, help="the folder to make")
 
