@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from pipeline.assembly import Job, build_run, resolve_settings
 from pipeline.checks import check_data
-from pipeline.config import ConfigError, Settings, TrainingSettings
+from pipeline.config import ConfigError, ModelSettings, Settings, TrainingSettings
 from pipeline.data.corpus.builtin import CORPUS_FILE, prepare_builtin
 from pipeline.data.loading.mixture import read_joined
 from pipeline.data.tokenizer import TOKENIZER_FILE
@@ -27,9 +27,9 @@ from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once, max_over_ranks
-from pipeline.runtime.engine import gathered, release
+from pipeline.runtime.engine import gathered, num_parameters, release
 from pipeline.runtime.logbook import read_records, summary_table
-from pipeline.runtime.memory import peak_bytes, reset_peak, total_bytes
+from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
 from pipeline.schedule import learning_rate
@@ -85,32 +85,47 @@ def _make_and_train(job: Job, stop: StopRequest) -> int:
 
 def dry_run(job: Job) -> int:
     """Build everything, run one step, report its peak memory and the token budget. Writes nothing but built-in data."""
-    # Build, then one step under measurement.
+    # Build, then one step under measurement. The plan knows nothing of what Python and libraries take, so that is left out.
     settings = with_builtin_data(job)
+    libraries = current_bytes(job.device)
     run = build_run(job, settings, job.run_dir, dry=True)
     progress = Progress()
     reset_peak(job.device)
     started = time.perf_counter()
     result = train_step(run, fetch_step(run, run.stream.iterate(0), step=0, first_sample=0), progress)
     advance(progress, result, settings)
-    peak = max_over_ranks(peak_bytes(job.device), job.device)
+    peak = max_over_ranks(peak_bytes(job.device) - libraries, job.device)
     record = result.sums.record(result.counts.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
     seconds = time.perf_counter() - started
 
     # Report.
     planned, _ = resolve_planned_job(run.settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
-    steps, epoch = settings.training.steps, run.stream.manifest.num_tokens
+    steps, epoch, data = settings.training.steps, run.stream.manifest.num_tokens, settings.data
     budget = progress.tokens * steps
     _say(
         job,
         f"dry run: one step on {job.world.size} rank(s), loss {math.nan if record['loss'] is None else record['loss']:.4f}\n"
+        f"  parameters                {num_parameters(run.settings.model):,} of the policy\n"
+        f"  reference                 {_reference_of(run, planned.reference)}\n"
+        f"  a step                    {data.global_batch} rows = {run.stream.micro_steps} micro-step(s) × "
+        f"{job.world.size} rank(s) × {data.micro_batch} rows\n"
         f"  peak memory of the step   {peak / 2**20:,.0f} MiB on the fullest rank ({_memory_source(job.device)})\n"
-        f"  memory plan               {summary(plan_memory(planned))}, what libraries take left out\n"
+        f"  memory plan               {summary(plan_memory(planned))}; what libraries take is in neither\n"
         f"  token budget              {steps} steps × {progress.tokens:,} tokens = {budget:,} tokens, "
         f"{budget / epoch:.2f} epochs of {epoch:,}\n"
         f"  time                      {seconds:.1f} s for this first step, the warm-up included",
     )
     return 0
+
+
+def _reference_of(run: Run, shape: ModelSettings | None) -> str:
+    """What a dry run says of the reference. shape: the live one's; None without it."""
+    if shape is None:
+        return "none" if run.settings.reference.cached is None else f"cached losses in {run.settings.reference.cached}"
+    size = f"{num_parameters(shape):,} parameters"
+    if run.settings.reference.path is None:
+        return f"{size} of random weights, a stand-in: the reference is yet to be trained, so losses and selection mean nothing"
+    return f"{size}, {run.settings.reference.path}"
 
 
 def with_builtin_data(job: Job) -> Settings:
@@ -240,7 +255,7 @@ def export(run: Run, directory: Path) -> None:
 
 
 def _memory_source(device: torch.device) -> str:
-    return "the allocator's peak" if device.type == "cuda" else "the process's resident memory, Python and libraries included"
+    return "the allocator's peak" if device.type == "cuda" else "resident memory, less what it was before the models were built"
 
 
 def _say(job: Job, text: str) -> None:

@@ -268,7 +268,10 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
     if data.path is None and data.mixture is None and not data.builtin:
         yield both, "data.path: not set; name a directory of prepared shards (launch/prepare.py makes one)"
     if data.path is not None and data.builtin:
-        yield both, "data.builtin: true and data.path is set; only one of them can be the training data"
+        yield (
+            both,
+            "data.builtin: true and data.path is set; only one of them can be the training data: write data.builtin=false",
+        )
     if data.mixture is not None and (data.path is not None or data.builtin):
         yield both, f"data.mixture: set, and so is data.{'builtin' if data.builtin else 'path'}; only one of them can be meant"
     names = [each.name for each in data.mixture or ()]
@@ -297,9 +300,21 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
             "reference.training_data: set, but no reference is trained; set reference.training_steps as well, or remove it",
         )
     if reference.cached is not None and reference.training_steps is not None:
-        yield set(), "reference.training_steps: set, and so is reference.cached; only one of them can be meant"
+        yield (
+            set(),
+            (
+                "reference.training_steps: set, and so is reference.cached; only one of them can be meant: "
+                "write reference.training_steps=null, or reference.cached=null"
+            ),
+        )
     if reference.path is not None and reference.training_steps is not None:
-        yield set(), "reference.training_steps: set, and so is reference.path; only one of them can be meant"
+        yield (
+            set(),
+            (
+                "reference.training_steps: set, and so is reference.path; only one of them can be meant: "
+                "write reference.training_steps=null, or reference.path=null"
+            ),
+        )
     if reference.training_steps is not None and reference.horizon == "matched":
         yield (
             {"reference.training_steps", "reference.horizon"},

@@ -437,11 +437,28 @@ def test_a_dry_run_reports_memory_and_token_budget_and_leaves_nothing(arguments,
     assert finished.returncode == 0, finished.stderr
     assert re.search(r"peak memory of the step +[1-9][\d,]* MiB", finished.stdout)
     assert re.search(r"memory plan +\d+\.\d MiB a rank, highest in ", finished.stdout)
+    assert re.search(r"parameters +[\d,]+ of the policy", finished.stdout)
+    assert re.search(rf"reference +[\d,]+ parameters, {tiny_reference}\n", finished.stdout)
+    assert re.search(r"a step +4 rows = 2 micro-step\(s\) × 1 rank\(s\) × 2 rows", finished.stdout)
+    # Both without what Python and libraries take, hundreds of MiB.
+    peak, plan = (
+        float(re.search(rf"{what} +([\d.]+) MiB", finished.stdout)[1]) for what in ("peak memory of the step", "plan")
+    )
+    assert plan < peak < plan + 200
     tokens = int(re.search(r"40 steps × ([\d,]+) tokens", finished.stdout)[1].replace(",", ""))
     in_epoch = read_manifest(tiny_data / "train").num_tokens
     assert 0 < tokens <= 4 * 16
     assert f"= {40 * tokens:,} tokens, {40 * tokens / in_epoch:.2f} epochs of {in_epoch:,}" in finished.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_that_a_reference_yet_to_be_trained_has_random_weights(arguments, tiny_data):
+    training = ["training.k_percent=0.6", "reference.training_steps=2", f"reference.training_data={tiny_data / 'train'}"]
+    finished = run(*arguments, *training, "--dry-run")
+    assert finished.returncode == 0, finished.stderr
+    assert re.search(
+        r"reference +[\d,]+ parameters of random weights, a stand-in: the reference is yet to be trained", finished.stdout
+    )
 
 
 @pytest.mark.slow
