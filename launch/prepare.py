@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 from pipeline.command_line import guarded, path_argument
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Counts, Rules
-from pipeline.data.corpus.inputs import parse_input, parse_weights, source_names
+from pipeline.data.corpus.inputs import DATASET_PREFIX, Input, parse_input, parse_weights, source_names
 from pipeline.data.corpus.packing import PACKINGS
 from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
@@ -118,7 +119,7 @@ def _prepare(options: argparse.Namespace) -> int:
         raise DataError(f"expected at least 1 process, got {options.processes}")
 
     # The request.
-    inputs = [parse_input(argument) for argument in options.input]
+    inputs = [_with_home(parse_input(argument)) for argument in options.input]
     tokenizer, end_of_document = _tokenizer(options)
     settings = PrepareSettings(
         sequence_length=options.sequence_length,
@@ -141,6 +142,12 @@ def _prepare(options: argparse.Namespace) -> int:
     for directory, manifest in prepared.manifests.items():
         _print_summary(directory, manifest)
     return 0
+
+
+def _with_home(entry: Input) -> Input:
+    """Expand the `~` of an input's path, which shells leave alone behind `NAME=` and `hf:`."""
+    prefix = DATASET_PREFIX if entry.path.startswith(DATASET_PREFIX) else ""
+    return replace(entry, path=prefix + os.path.expanduser(entry.path.removeprefix(prefix)))
 
 
 def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, str | None]:

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.storage.location import user_path
+
 VARIANTS = ("next_token", "mtp", "selective", "origin")
 """The variants of a step that `step` measures."""
 
@@ -73,12 +75,12 @@ def _add_preparing(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--text", metavar="PATH", help="what prepare.py takes as input (default: the standard library, 4 times)"
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE|DIR", help="default: a BPE of 32,000 trained on the text")
+    parser.add_argument("--tokenizer", type=user_path, metavar="FILE|DIR", help="default: a BPE of 32,000 trained on the text")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one a core")
 
 
 def _add_streaming(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared shards (default: random rows are written)")
+    parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared shards (default: random rows are written)")
     parser.add_argument("--rows", type=int, default=16_384, help="of the random rows")
     parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="of the random rows")
     parser.add_argument("--lanes", type=int, default=64, metavar="L")

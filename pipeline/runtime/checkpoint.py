@@ -51,7 +51,7 @@ class Checkpoints:
             engine.save_checkpoint(str(self.directory), tag=partial.name, save_latest=False)
         except RuntimeError as error:
             # torch reports a write that failed, on a full disk say, by a bare RuntimeError.
-            if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
+            if not any(words in str(error) for words in ("PytorchStreamWriter", "inline_container", "cannot be opened")):
                 raise
             raise OSError(f"{partial}: the checkpoint could not be written; is the disk full? ({error})") from None
         dist.barrier()

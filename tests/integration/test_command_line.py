@@ -351,6 +351,14 @@ def test_words_that_other_trainers_use_are_refused_with_what_does_it_here(refuse
     assert problem.startswith(f"{given.replace(' ', '=')}: unknown option; {meant}")
 
 
+def test_sizes_that_do_not_fit_are_refused_beside_other_problems_unless_one_is_about_a_size(refused):
+    lr, sizes = refused("--lr", "1e-4", "data.global_batch=8", "data.micro_batch=3")
+    assert lr.endswith("write training.learning_rate=1e-4")
+    assert sizes.startswith("data.lanes = 8 is not a multiple of ranks × data.micro_batch = 1 × 3; write data.micro_batch=2;")
+    (batch_size,) = refused("--batch_size", "6", "data.micro_batch=3")
+    assert batch_size.endswith("write data.global_batch=6")
+
+
 def test_settings_behind_an_unknown_option_are_still_settings(refused):
     assert refused("training.steps=3", "--alow-changed", "training.k_percent=1.5", "modl.dim=3") == [
         "--alow-changed: unknown option; did you mean '--allow-changed'?",

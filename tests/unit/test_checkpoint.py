@@ -169,9 +169,9 @@ def test_a_state_that_is_no_checkpoints_is_refused_and_never_taken_for_none(tmp_
         checkpoints(tmp_path, 2).check(allow_changed=True)
 
 
-def save_on_a_full_disk(run_dir: Path) -> None:
+def save_on_a_full_disk(run_dir: Path, message: str) -> None:
     def save_checkpoint(*arguments: Any, **options: Any) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2688 vs 2580")
+        raise RuntimeError(message)
 
     engine = FileEngine()
     engine.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
@@ -179,5 +179,13 @@ def save_on_a_full_disk(run_dir: Path) -> None:
         checkpoints(run_dir, 1).save(engine, Progress(3))  # type: ignore[arg-type]
 
 
-def test_a_checkpoint_that_a_full_disk_cuts_is_an_error_that_names_its_folder(tmp_path: Path) -> None:
-    run_ranks(save_on_a_full_disk, 1, tmp_path)
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 2688 vs 2580",
+        "[enforce fail at x.cc:764] . PytorchStreamWriter failed writing file data.pkl: file write failed",
+        "File runs/a/model_states.pt cannot be opened.",
+    ],
+)
+def test_a_checkpoint_that_a_full_disk_cuts_is_an_error_that_names_its_folder(tmp_path: Path, message: str) -> None:
+    run_ranks(save_on_a_full_disk, 1, tmp_path, message)

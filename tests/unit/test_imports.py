@@ -38,6 +38,7 @@ ALLOWED = {
         "progress",
         "run",
         "runtime",
+        "storage",
         "train",
         "weighting",
     },
