@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from pipeline.config import ConfigError, MixtureSet, Settings, did_you_mean
 from pipeline.other_names import ADVICE_ON, SETTING_OF
 from pipeline.setting_types import rule_of
+from pipeline.yaml_text import parse_yaml
 
 TEMPERATURE_REMOVED = (
     "training.temperature: removed. Softmax weighting of excess losses gave way to an exact top-k selection; "
@@ -60,7 +60,7 @@ def _read_recipe(recipe: Path) -> tuple[dict[str, Any], list[str]]:
         what = "expected a recipe, a YAML file, and this is a folder" if recipe.is_dir() else "no such file"
         return {}, [f"--config: {what}: {recipe}"]
     try:
-        values = _parsed(recipe.read_text(encoding="utf-8"))
+        values = parse_yaml(recipe.read_text(encoding="utf-8"))
     except OSError as error:
         return {}, [f"--config: {recipe} cannot be read: {error.strerror}"]
     except ValueError as error:
@@ -71,53 +71,6 @@ def _read_recipe(recipe: Path) -> tuple[dict[str, Any], list[str]]:
     return {section: dict(keys or {}) for section, keys in values.items()}, []
 
 
-def _parsed(text: str) -> Any:
-    """Parse YAML.
-
-    Raises:
-        ValueError: it is not valid, nested too deeply, or much larger than it is written.
-    """
-    try:
-        return yaml.load(text, _SafeLoader)
-    except RecursionError:
-        raise ValueError("it is nested too deeply; a recipe has sections, keys and values") from None
-    except Exception as error:  # of a value with a tag or the form of a date, the loader raises bare errors of many kinds
-        raise ValueError(str(error)) from None
-
-
-class _SafeLoader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses duplicate keys (YAML forbids them, but the loader silently keeps the last), and
-    aliases by which a few lines become more values than memory holds."""
-
-    def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
-        if node is not None and _size(node, {}) > _MOST_VALUES:
-            raise yaml.composer.ComposerError(None, None, f"its aliases make more than {_MOST_VALUES} values of it")
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{', '.join(map(str, twice))} given twice in one section", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-_MOST_VALUES = 100_000
-
-
-def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
-    """The number of values that a node stands for, each alias counted as what it names."""
-    if node not in sizes:
-        sizes[node] = _MOST_VALUES + 1  # for an alias inside what it names
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in pairs for part in pair]
-        sizes[node] = 1 + sum(_size(child, sizes) for child in children)
-    return sizes[node]
-
-
 def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
     name, equals, text = override.partition("=")
     section, dot, key = name.partition(".")
@@ -126,7 +79,7 @@ def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
         yield f"'{_cut(override)}': expected section.key=value; {meaning}"
         return
     try:
-        values.setdefault(section, {})[key] = _parsed(text)
+        values.setdefault(section, {})[key] = parse_yaml(text)
     except ValueError as error:
         yield f"'{_cut(override)}': the value is not valid YAML: {' '.join(str(error).split())}"
 
