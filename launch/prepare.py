@@ -15,14 +15,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from pipeline.command_line import guarded, path_argument
 from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Rules
-from pipeline.data.corpus.inputs import parse_input, parse_weights, source_names
+from pipeline.data.corpus.inputs import DATASET_PREFIX, Input, parse_input, parse_weights, source_names
 from pipeline.data.corpus.packing import PACKINGS
 from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
@@ -35,18 +37,8 @@ from pipeline.data.tokenizer import BYTES, END_OF_DOCUMENT, byte_tokenizer, find
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        _prepare(options)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or options.output}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = "interrupted; the same command goes on where it was"
+    return guarded("error", lambda: _prepare(options), (DataError,), interrupted=interrupted)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,14 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--input",
-        metavar="[NAME=]PATH",
+        metavar="PATH",
         action="append",
         required=True,
-        help="a .txt file (one document), a .jsonl, .jsonl.gz, .jsonl.zst (one a line) or .parquet (one a row), a webdataset "
-        ".tar with .txt or .json members, a folder or a glob of these, or hf:DIR, a folder saved by the datasets library; may "
-        "be repeated; with NAMEs selection can be followed per source",
+        help="PATH or NAME=PATH: a .txt file (one document), a .jsonl, .jsonl.gz, .jsonl.zst (one a line) or .parquet (one a "
+        "row), a webdataset .tar with .txt or .json members, a folder or a glob of these, or hf:DIR, a folder saved by the "
+        "datasets library; may be repeated; with NAMEs selection can be followed per source",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--output", type=path_argument, required=True, help="the folder to make")
 
     # Tokens.
     tokenizer = parser.add_mutually_exclusive_group(required=True)
@@ -135,12 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(options: argparse.Namespace) -> None:
+def _prepare(options: argparse.Namespace) -> int:
     if options.processes < 1:
         raise DataError(f"expected at least 1 process, got {options.processes}")
 
     # The request.
-    inputs = [parse_input(argument) for argument in options.input]
+    inputs = [_with_home(parse_input(argument)) for argument in options.input]
     tokenizer, ends = _tokenizer(options)
     settings = PrepareSettings(
         sequence_length=options.sequence_length,
@@ -165,6 +157,13 @@ def _prepare(options: argparse.Namespace) -> None:
     _print_counts(prepared.counts)
     for directory, manifest in prepared.manifests.items():
         _print_summary(directory, manifest)
+    return 0
+
+
+def _with_home(entry: Input) -> Input:
+    """Expand the `~` of an input's path, which shells leave alone behind `NAME=` and `hf:`."""
+    prefix = DATASET_PREFIX if entry.path.startswith(DATASET_PREFIX) else ""
+    return replace(entry, path=prefix + os.path.expanduser(entry.path.removeprefix(prefix)))
 
 
 def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, SpecialTokens]:
@@ -176,7 +175,7 @@ def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, SpecialTok
     if options.tokenizer == BYTES:
         tokenizer = byte_tokenizer()
         return tokenizer, special_tokens(tokenizer, None, options.end_of_document, options.bos)
-    file = find_tokenizer(Path(options.tokenizer))
+    file = find_tokenizer(path_argument(options.tokenizer))
     tokenizer = load_tokenizer(file)
     return tokenizer, special_tokens(tokenizer, file.parent, options.end_of_document, options.bos)
 

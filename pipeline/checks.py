@@ -36,7 +36,7 @@ def check_before_start(
     """Make every check that needs no process group; returns the JSON's content.
 
     problems: those already found in the settings. If there are any, the refused settings hold defaults, so checks that would
-    compare them are left out and only files are looked at.
+    compare them are left out: files are looked at, and sizes where no problem is about one.
 
     Raises:
         ConfigError: all problems of settings, DeepSpeed JSON, sizes, data and reference at once.
@@ -45,6 +45,7 @@ def check_before_start(
     found += _run_dir_problems(run_dir)
     if problems:
         _, unreadable = _read_manifests(settings)
+        found += size_problems(settings, world.size) if _sizes_are_meant(problems) else []
         raise ConfigError([*problems, *found, *unreadable, *_reference_problems(settings, None)])
     found += size_problems(settings, world.size)
     found += _data_problems(settings)
@@ -53,6 +54,13 @@ def check_before_start(
     if found:
         raise ConfigError(found)
     return content
+
+
+def _sizes_are_meant(problems: Sequence[str]) -> bool:
+    """True if no problem can have put a default in the place of a size: one that names it, or a text that could not be read."""
+    sizes = ("data.global_batch", "data.micro_batch", "data.lanes", "data.num_workers")
+    unread = ("--config: ", "data: ", "'")
+    return not any(problem.startswith(unread) or any(size in problem for size in sizes) for problem in problems)
 
 
 def check_before_planning(
@@ -67,7 +75,7 @@ def check_before_planning(
         ConfigError: all problems of settings, DeepSpeed JSON and sizes at once, among them an unknown vocabulary.
     """
     content, found = read_deepspeed_json(deepspeed_json, settings)
-    if not problems:
+    if _sizes_are_meant(problems):
         found += size_problems(settings, num_ranks)
 
     # The vocabulary: set, the built-in corpus's, or the data's if it is here.

@@ -5,6 +5,7 @@ A setting reads `name: Rule[Type] = default`, for example `steps: ChangesResult[
 
 import re
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -18,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 
-from pipeline.storage.location import Location, parse_location
+from pipeline.storage.location import Location, parse_location, user_path
 
 
 def _directory_name(name: str) -> str:
@@ -52,8 +53,10 @@ class ResumeRule(Enum):
     """The rule for a setting that differs when a run is resumed.
 
     FREE: allowed, because the result stays the same. Folders may move; fingerprints of their contents are compared instead.
-    CHANGES_RESULT: refused unless `--allow-changed` is given, because the rest of the run would compute something else.
-    FIXED: always refused, because the run's position in the data is counted in it.
+    CHANGES_RESULT: refused unless `--allow-changed` is given, because the rest of the run computes something else. It takes
+    effect from the next step on.
+    FIXED: always refused, because it could not take effect: the run's position in the data is counted in it, the weights have
+    its shape, or it decides how they begin.
     """
 
     FREE = "free"
@@ -73,6 +76,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 DirectoryName = Annotated[str, AfterValidator(_directory_name)]
 Fraction = Annotated[float, AfterValidator(_fraction)]
+UserPath = Annotated[Path, AfterValidator(user_path)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -82,6 +86,37 @@ OneOrNamedLocations = Annotated[
     PlainSerializer(_as_text, return_type=str | dict[str, str], when_used="json"),
 ]
 """A location, or several by name."""
+
+
+_RULES = {
+    "greater_than": "expected more than {gt}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than": "expected less than {lt}",
+    "less_than_equal": "expected at most {le}",
+    "finite_number": "expected a number that is not infinite",
+    "int": "expected a whole number",
+    "float": "expected a number",
+    "bool": "expected true or false",
+    "string": "expected text; quote what YAML would read as something else",
+    "literal": "expected {expected}",
+    "enum": "expected {expected}",
+    "list": "expected a list, [1, 2]",
+    "too_short": "expected at least {min_length}",
+    "path": "expected a path",
+    "model": "expected keys and values",
+    "dict": "expected keys and values",
+    "invalid_key": "expected a word as the key",
+    "string_pattern_mismatch": "expected only what {pattern} allows",
+}
+
+
+def rule_of(detail: Any) -> str:
+    """Say in a few words what one of pydantic's errors (`ValidationError.errors()`) expected."""
+    kind = str(detail["type"])
+    rule = _RULES.get(kind) or _RULES.get(kind.partition("_")[0])
+    # Bounds of floats are written as the whole numbers that they are.
+    bounds = {key: f"{bound:g}" if isinstance(bound, float) else bound for key, bound in detail.get("ctx", {}).items()}
+    return rule.format(**bounds) if rule else str(detail["msg"]).removeprefix("Value error, ")
 
 
 class Section(BaseModel):

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from pipeline.config import ConfigError
 from pipeline.progress import Progress
 from pipeline.runtime.distributed import World, broadcast_from_first
-from pipeline.runtime.engine import Engine
-from pipeline.runtime.identity import FIXED_SETTINGS, changed_settings
+from pipeline.runtime.engine import Engine, load_checkpoint
+from pipeline.runtime.identity import Change, changed_settings
 from pipeline.storage.whole_file import publish, write_file
 
 REMEDY = "remove that checkpoint to continue from an older one, or choose another --run-dir to start anew"
@@ -47,7 +47,13 @@ class Checkpoints:
         dist.barrier()
 
         # Every rank writes its own partition. Without the second barrier the rename could happen under a rank that writes.
-        engine.save_checkpoint(str(self.directory), tag=partial.name, save_latest=False)
+        try:
+            engine.save_checkpoint(str(self.directory), tag=partial.name, save_latest=False)
+        except RuntimeError as error:
+            # torch reports a write that failed, on a full disk say, by a bare RuntimeError.
+            if not any(words in str(error) for words in ("PytorchStreamWriter", "inline_container", "cannot be opened")):
+                raise
+            raise OSError(f"{partial}: the checkpoint could not be written; is the disk full? ({error})") from None
         dist.barrier()
 
         # state.json goes last: a folder without it is incomplete.
@@ -70,9 +76,7 @@ class Checkpoints:
         if not state:
             return Progress()
         name = step_name(state["progress"]["step"])
-        # Always name the tag: without one DeepSpeed reads its `latest`, and where that is missing it silently starts anew.
-        loaded, _ = engine.load_checkpoint(str(self.directory), tag=name)
-        if loaded is None:
+        if not load_checkpoint(engine, self.directory, name):
             raise ConfigError([f"{self.directory / name}: DeepSpeed could not load it"])
         return Progress.from_json(state["progress"])
 
@@ -105,12 +109,9 @@ class Checkpoints:
             return {}
         name = step_name(state["progress"]["step"])
 
-        # Never allowed to differ: the settings that the data position is counted in, and the number of ranks.
-        fixed = [
-            f"{key}: was {state['identity'][key]!r}, is now {self.identity[key]!r}; it is fixed for the life of a run"
-            for key in FIXED_SETTINGS
-            if state["identity"].get(key) != self.identity.get(key)
-        ]
+        # Never allowed to differ: what could not take effect, and the number of ranks.
+        changes = changed_settings(state["identity"], self.identity)
+        fixed = [f"{change}; it is fixed for the life of a run" for change in changes if change.is_fixed]
         if state["world_size"] != self.world.size:
             fixed.append(
                 f"number of ranks: {name} was written by {state['world_size']}, this job has {self.world.size}; "
@@ -118,19 +119,15 @@ class Checkpoints:
             )
 
         # Allowed to differ only on request.
-        changed = [
-            f"{change} ({name} was trained with the former)"
-            for change in changed_settings(state["identity"], self.identity)
-            if not change.startswith(FIXED_SETTINGS)
-        ]
+        changed = [f"{change} ({name} was trained with the former)" for change in changes if not change.is_fixed]
         if fixed or (changed and not allow_changed):
             remedy = "to start anew choose another --run-dir"
             remedy = remedy if fixed else f"to continue all the same pass --allow-changed; {remedy}"
-            raise ConfigError([*fixed, *changed, remedy])
+            raise ConfigError([*fixed, *changed], remedy)
         return state
 
-    def changed(self) -> list[str]:
-        """List the differences between this run's identity and the newest checkpoint's, one sentence each. Collective."""
+    def changed(self) -> list[Change]:
+        """List the differences between this run's identity and the newest checkpoint's. Collective."""
         state = self._newest_state()
         return changed_settings(state["identity"], self.identity) if state else []
 
@@ -150,9 +147,12 @@ class Checkpoints:
         if name is None:
             return {}, []
         try:
-            return json.loads((self.directory / name / "state.json").read_text()), []
-        except (OSError, ValueError) as error:
+            state = json.loads((self.directory / name / "state.json").read_text())
+        except (OSError, ValueError, RecursionError) as error:
             return {}, [f"{self.directory / name}: state.json cannot be read ({error}); {REMEDY}"]
+        if not (isinstance(state, dict) and {"progress", "world_size", "identity"} <= state.keys()):
+            return {}, [f"{self.directory / name}: state.json is not a checkpoint's; {REMEDY}"]
+        return state, []
 
     def _complete(self) -> list[str]:
         """Names of the complete checkpoints, oldest first."""

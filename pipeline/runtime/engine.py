@@ -199,6 +199,25 @@ def end_micro_step(engine: Engine) -> bool:
     return engine.was_step_applied()
 
 
+def load_checkpoint(engine: Engine, directory: Path, tag: str) -> bool:
+    """Load weights and optimizer states; collective. Returns False if DeepSpeed could not.
+
+    DeepSpeed also loads the weight decay, betas, epsilon and (stages 1 and 2) gradient clipping of the run that saved them.
+    They are settings of this run and not states, so its own values are put back.
+    """
+    optimizer: Any = engine.optimizer
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    clipping = optimizer.clip_grad
+
+    # Always name the tag: without one DeepSpeed reads its `latest`, and where that is missing it silently starts anew.
+    loaded, _ = engine.load_checkpoint(str(directory), tag=tag)
+
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+    optimizer.clip_grad = clipping
+    return loaded is not None
+
+
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:
     """Set the learning rate of all parameter groups for the next update."""
     optimizer: Any = engine.optimizer

@@ -6,7 +6,7 @@ parts of the DeepSpeed configuration that decide layout and precision. Each sett
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config import DataSettings, Settings
 from pipeline.setting_types import ResumeRule
@@ -23,21 +23,36 @@ RESUME_RULES = {
 """The rule of each setting by its flat name, collected from the annotations in `config`."""
 
 FIXED_SETTINGS = tuple(key for key, change in RESUME_RULES.items() if change is ResumeRule.FIXED)
-"""Settings in which the position in the data, one integer, is counted: they can never change."""
+"""Settings that can never change: `ResumeRule.FIXED`."""
+
+# DeepSpeed's files of one stage or precision cannot be read in another.
+_FIXED_KEYS = {*FIXED_SETTINGS, "deepspeed stage", "deepspeed bf16", "deepspeed grad_accum_dtype"}
 
 
-def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """List the entries of two identities that differ and change a run's result, one sentence each.
+class Change(NamedTuple):
+    """An entry of a run's identity that differs from the checkpoint's."""
+
+    key: str
+    before: Any
+    after: Any
+
+    @property
+    def is_fixed(self) -> bool:
+        """True if a run can never continue with this change."""
+        return self.key in _FIXED_KEYS
+
+    def __str__(self) -> str:
+        return f"{self.key}: was {self.before!r}, is now {self.after!r}"
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """List the entries of two identities that differ and change a run's result.
 
     An older program's identity lacks settings that it did not know: it ran with what is now their default.
     """
     keys = dict.fromkeys([*before, *after])
-    previous = {key: before.get(key, _DEFAULTS.get(key)) for key in keys}
-    return [
-        f"{key}: was {previous[key]!r}, is now {after.get(key)!r}"
-        for key in keys
-        if previous[key] != after.get(key) and not _may_change(key)
-    ]
+    changes = [Change(key, before.get(key, _DEFAULTS.get(key)), after.get(key)) for key in keys]
+    return [change for change in changes if change.before != change.after and not _may_change(change.key)]
 
 
 def _may_change(key: str) -> bool:

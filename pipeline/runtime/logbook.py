@@ -13,9 +13,10 @@ from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.config import ConfigError
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, EXCESS_LOWEST, Record, Totals, ratio
 from pipeline.runtime.table import aligned
-from pipeline.storage.whole_file import write_file
+from pipeline.storage.whole_file import naming, write_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -39,12 +40,14 @@ class Logbook:
 
     def write(self, record: Record) -> None:
         """Append a record to metrics.jsonl and its values to TensorBoard."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        for key, value in record.items():
-            tag = tensorboard_tag(key, split_of(record))
-            if tag is not None and value is not None:
-                self.board.add_scalar(tag, value, record["step"])
+        with naming(Path(self.file.name)):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        with naming(Path(self.board.log_dir)):
+            for key, value in record.items():
+                tag = tensorboard_tag(key, split_of(record))
+                if tag is not None and value is not None:
+                    self.board.add_scalar(tag, value, record["step"])
 
     def write_histograms(self, step: int, totals: Totals) -> None:
         """Add a histogram of each selecting head's excess loss to TensorBoard."""
@@ -57,14 +60,29 @@ class Logbook:
 
     def close(self) -> None:
         self.file.close()
-        self.board.close()
+        with naming(Path(self.board.log_dir)):
+            self.board.close()
 
 
 def read_records(run_dir: Path) -> list[Record]:
-    """Read metrics.jsonl; an incomplete last line, as a kill may leave it, is skipped."""
+    """Read metrics.jsonl; an incomplete last line, as a kill may leave it, is skipped.
+
+    Raises:
+        ConfigError: another line is no JSON object.
+    """
     path = run_dir / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.endswith(b"\n")]
+
+
+def _record(line: bytes, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{where}: not a record of metrics ({error}); remove the line"]) from None
+    if not isinstance(record, dict):
+        raise ConfigError([f"{where}: not a record of metrics; remove the line"])
+    return record
 
 
 def split_of(record: Record) -> str | None:

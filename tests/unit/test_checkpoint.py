@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ class FileEngine:
 
     def __init__(self, content: str = ""):
         self.content = content
+        self.optimizer = SimpleNamespace(param_groups=[], clip_grad=1.0)
 
     def save_checkpoint(self, directory: str, tag: str, save_latest: bool) -> None:
         assert not save_latest
@@ -127,8 +129,21 @@ def test_what_the_position_is_counted_in_is_never_free_to_change(tmp_path: Path)
     assert caught.value.problems == [
         "data.global_batch: was 8, is now 16; it is fixed for the life of a run",
         "training.k_percent: was 0.6, is now 0.5 (step-00000007 was trained with the former)",
-        "to start anew choose another --run-dir",
     ]
+    assert caught.value.remedy == "to start anew choose another --run-dir"
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after"),
+    [("model.dim", 16, 32), ("model.seed", 0, 1), ("deepspeed stage", 3, 1), ("deepspeed bf16", False, True)],
+)
+def test_what_could_not_take_effect_after_a_resume_is_refused_whatever_is_allowed(tmp_path, key, before, after) -> None:
+    directory = with_state(tmp_path)
+    state = json.loads((directory / "state.json").read_text())
+    (directory / "state.json").write_text(json.dumps(state | {"identity": IDENTITY | {key: before}}))
+    with pytest.raises(ConfigError) as caught:
+        checkpoints(tmp_path, 2, IDENTITY | {key: after}).check(allow_changed=True)
+    assert caught.value.problems == [f"{key}: was {before!r}, is now {after!r}; it is fixed for the life of a run"]
 
 
 def test_another_number_of_ranks_is_refused_with_both_numbers(tmp_path: Path) -> None:
@@ -145,3 +160,32 @@ def test_broken_checkpoints_are_never_taken_for_none(tmp_path: Path) -> None:
     (directory / "state.json").unlink()
     with pytest.raises(ConfigError, match="has checkpoints, but none with a state"):
         checkpoints(tmp_path, 2).check(allow_changed=True)
+
+
+@pytest.mark.parametrize("state", ["[" * 100_000, "[]", "{}", '{"identity": 3}', "\0"])
+def test_a_state_that_is_no_checkpoints_is_refused_and_never_taken_for_none(tmp_path: Path, state: str) -> None:
+    (with_state(tmp_path) / "state.json").write_text(state)
+    with pytest.raises(ConfigError, match=r"step-00000007: state.json (cannot be read|is not a checkpoint's)"):
+        checkpoints(tmp_path, 2).check(allow_changed=True)
+
+
+def save_on_a_full_disk(run_dir: Path, message: str) -> None:
+    def save_checkpoint(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError(message)
+
+    engine = FileEngine()
+    engine.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+    with pytest.raises(OSError, match=r"step-00000003.partial: the checkpoint could not be written; is the disk full\?"):
+        checkpoints(run_dir, 1).save(engine, Progress(3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 2688 vs 2580",
+        "[enforce fail at x.cc:764] . PytorchStreamWriter failed writing file data.pkl: file write failed",
+        "File runs/a/model_states.pt cannot be opened.",
+    ],
+)
+def test_a_checkpoint_that_a_full_disk_cuts_is_an_error_that_names_its_folder(tmp_path: Path, message: str) -> None:
+    run_ranks(save_on_a_full_disk, 1, tmp_path, message)

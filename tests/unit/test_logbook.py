@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from pipeline.config import ConfigError
 from pipeline.model.mtp import HeadLosses
 from pipeline.runtime.logbook import (
     Logbook,
@@ -369,3 +370,10 @@ def test_what_is_not_a_number_becomes_null(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     assert '"loss": null' in text
     assert "NaN" not in text
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", "[" * 100_000, "\xff"])
+def test_a_line_that_is_no_record_is_refused_with_file_and_number(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2: not a record of metrics.*; remove the line"):
+        read_records(tmp_path)

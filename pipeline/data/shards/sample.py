@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.writer import LENGTH, SOURCE, token_dtype
@@ -198,6 +197,9 @@ def _members_by_webdataset(data: bytes) -> tuple[str, dict[str, Any]]:
 
 
 def _expand(data: bytes) -> Iterator[dict[str, Any]]:
+    # webdataset imports torch, which takes seconds and which commands that read no sample need not wait for.
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
     return group_by_keys(tar_file_expander([{"url": "", "stream": io.BytesIO(data)}]))
 
 
