@@ -7,24 +7,26 @@ says what is measured and how.
 """
 
 import argparse
-import json
+import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from pipeline.benchmark import checkpoint, data, heads, selection, step
-
-COMMANDS = {"selection": selection, "heads": heads, "step": step, "data": data, "checkpoint": checkpoint}
+from pipeline.benchmark.options import ADD_OPTIONS, description_of
+from pipeline.command_line import guarded, path_argument, write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    command = COMMANDS[options.command]
+    return guarded("benchmark.py: error", lambda: _measure(options), ())
+
+
+def _measure(options: argparse.Namespace) -> int:
+    command = importlib.import_module(f"pipeline.benchmark.{options.command}")
     figures = command.measure(options)
     print(command.table(figures))
     if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, figures)
     return 0
 
 
@@ -34,18 +36,18 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     # A subcommand for each module, with its docstring as help.
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").partition("\n")[0]
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(ADD_OPTIONS))
+    for name, add_options in ADD_OPTIONS.items():
+        description = description_of(name)
         command = commands.add_parser(
             name,
-            help=summary,
-            description=module.__doc__,
+            help=description.partition("\n")[0],
+            description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        module.add_arguments(command)
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+        add_options(command)
+        command.add_argument("--json", type=path_argument, metavar="FILE", help="write the figures there")
     return parser
 
 

@@ -4,20 +4,21 @@
         [--json FILE] [section.key=value ...]
 
 Needs neither GPUs nor data (except for model.vocab_size, which a recipe may leave to the data). Prints the moment of a step at
-which memory is highest, what it consists of, whether it fits, and how much each setting that saves memory would save.
+which memory is highest, what it consists of, whether it fits, and how much each setting that saves memory would save. Exit
+code 0; 1 if it does not fit; 2, with one message, if the arguments must be corrected.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.command_line import EXIT_USAGE, fail, read_options, read_recipe, recipe_parser
+from pipeline.command_line import guarded, path_argument, read_options, read_recipe, recipe_parser, write_json
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
+DOES_NOT_FIT = 1
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,22 +29,23 @@ def main(arguments: Sequence[str]) -> int:
         "--device-memory", type=float, metavar="GIB", help="of one GPU; default: of this machine's, if it has one"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what the ranks run on (default: cuda)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, in bytes")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the figures there, in bytes")
     options, unknown = read_options(parser, arguments)
 
     from pipeline.config import ConfigError
 
-    try:
-        figures = _figures(parser, options, unknown)
-    except ConfigError as error:
-        return fail(parser.prog, error, EXIT_USAGE, True)
+    return guarded(f"{parser.prog}: error", lambda: _plan(parser, options, unknown), (ConfigError,))
+
+
+def _plan(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]) -> int:
+    figures = _figures(parser, options, unknown)
 
     from pipeline.planning.report import table
 
     print(table(figures))
     if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return 0
+        write_json(options.json, figures)
+    return DOES_NOT_FIT if figures["verdict"] == "does not fit" else 0
 
 
 def _figures(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]):

@@ -15,36 +15,30 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from pipeline.command_line import guarded, path_argument
+from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.display import Display
-from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Counts, Rules
-from pipeline.data.corpus.inputs import parse_input, parse_weights, source_names
+from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Rules
+from pipeline.data.corpus.inputs import DATASET_PREFIX, Input, parse_input, parse_weights, source_names
 from pipeline.data.corpus.packing import PACKINGS
 from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import Manifest
-from pipeline.data.tokenizer import BYTES, byte_tokenizer, declared_end_of_document, load_tokenizer
+from pipeline.data.special_tokens import BOS_RULES, SpecialTokens, special_tokens
+from pipeline.data.tokenizer import BYTES, END_OF_DOCUMENT, byte_tokenizer, find_tokenizer, load_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        _prepare(options)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or options.output}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = "interrupted; the same command goes on where it was"
+    return guarded("error", lambda: _prepare(options), (DataError,), interrupted=interrupted)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,21 +47,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--input",
-        metavar="[NAME=]PATH",
+        metavar="PATH",
         action="append",
         required=True,
-        help="a .txt file (one document), a .jsonl, .jsonl.gz, .jsonl.zst (one a line) or .parquet (one a row), a webdataset "
-        ".tar with .txt or .json members, a folder or a glob of these, or hf:DIR, a folder saved by the datasets library; may "
-        "be repeated; with NAMEs selection can be followed per source",
+        help="PATH or NAME=PATH: a .txt file (one document), a .jsonl, .jsonl.gz, .jsonl.zst (one a line) or .parquet (one a "
+        "row), a webdataset .tar with .txt or .json members, a folder or a glob of these, or hf:DIR, a folder saved by the "
+        "datasets library; may be repeated; with NAMEs selection can be followed per source",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--output", type=path_argument, required=True, help="the folder to make")
 
     # Tokens.
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument(
         "--tokenizer",
         metavar="FILE|DIR|bytes",
-        help="a tokenizer.json, its folder (a Hugging Face model's), or the bytes of UTF-8",
+        help="a tokenizer.json, its folder (a Hugging Face model's, or prepared data), or the bytes of UTF-8",
     )
     tokenizer.add_argument(
         "--train-bpe",
@@ -76,7 +70,19 @@ def _parser() -> argparse.ArgumentParser:
         help="train a byte-level BPE on the input, or 1 GiB spread over it, each part the same one; killed meanwhile, it "
         "begins anew",
     )
-    parser.add_argument("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not found")
+    parser.add_argument(
+        "--end-of-document",
+        metavar="TOKEN",
+        help="the tokenizer's token that ends a document; default: the one that its folder declares (tokenizer_config.json, "
+        "generation_config.json, config.json), or one of the usual names",
+    )
+    parser.add_argument(
+        "--bos",
+        choices=BOS_RULES,
+        default="auto",
+        help="a beginning-of-document token before each document; auto: as the tokenizer does itself (add_bos_token in "
+        "tokenizer_config.json, or its post-processor)",
+    )
 
     # Rows.
     parser.add_argument("--sequence-length", type=int, required=True, metavar="T", help="tokens a row")
@@ -121,13 +127,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(options: argparse.Namespace) -> None:
+def _prepare(options: argparse.Namespace) -> int:
     if options.processes < 1:
         raise DataError(f"expected at least 1 process, got {options.processes}")
 
     # The request.
-    inputs = [parse_input(argument) for argument in options.input]
-    tokenizer, end_of_document = _tokenizer(options)
+    inputs = [_with_home(parse_input(argument)) for argument in options.input]
+    tokenizer, ends = _tokenizer(options)
     settings = PrepareSettings(
         sequence_length=options.sequence_length,
         seed=options.seed,
@@ -136,7 +142,9 @@ def _prepare(options: argparse.Namespace) -> None:
         validation_fraction=options.validation,
         weights=parse_weights(options.weight, source_names(inputs)),
         part=options.part,
-        end_of_document=end_of_document,
+        end_of_document=ends.end_of_document,
+        bos=ends.bos,
+        bos_rule=ends.bos_rule,
         rules=Rules(options.text_field, options.max_document_bytes, options.on_undecodable),
     )
 
@@ -145,19 +153,31 @@ def _prepare(options: argparse.Namespace) -> None:
         prepared = prepare_files(inputs, options.output, tokenizer, settings, processes=options.processes, display=display)
     if prepared.was_complete:
         print(f"{options.output} is complete already, made with the same settings from files of the same names and sizes")
+    print(ends)
     _print_counts(prepared.counts)
     for directory, manifest in prepared.manifests.items():
         _print_summary(directory, manifest)
+    return 0
 
 
-def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, str | None]:
-    """Choose the tokenizer, or the vocabulary size of the BPE to train, and the end-of-document token (None: a usual one)."""
+def _with_home(entry: Input) -> Input:
+    """Expand the `~` of an input's path, which shells leave alone behind `NAME=` and `hf:`."""
+    prefix = DATASET_PREFIX if entry.path.startswith(DATASET_PREFIX) else ""
+    return replace(entry, path=prefix + os.path.expanduser(entry.path.removeprefix(prefix)))
+
+
+def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, SpecialTokens]:
+    """Choose the tokenizer, or the vocabulary size of the BPE to train, and the tokens around each document."""
     if options.train_bpe is not None:
-        return options.train_bpe, options.end_of_document
+        if options.bos == "always" or options.end_of_document not in (None, END_OF_DOCUMENT):
+            raise DataError(f"a BPE trained here has no other special token than {END_OF_DOCUMENT}, which ends documents")
+        return options.train_bpe, SpecialTokens(END_OF_DOCUMENT, 0, "of a BPE trained here", bos_rule=options.bos)
     if options.tokenizer == BYTES:
-        return byte_tokenizer(), options.end_of_document
-    tokenizer = load_tokenizer(Path(options.tokenizer))
-    return tokenizer, options.end_of_document or declared_end_of_document(tokenizer, Path(options.tokenizer))
+        tokenizer = byte_tokenizer()
+        return tokenizer, special_tokens(tokenizer, None, options.end_of_document, options.bos)
+    file = find_tokenizer(path_argument(options.tokenizer))
+    tokenizer = load_tokenizer(file)
+    return tokenizer, special_tokens(tokenizer, file.parent, options.end_of_document, options.bos)
 
 
 def _print_counts(counts: Counts) -> None:
@@ -171,6 +191,18 @@ def _print_counts(counts: Counts) -> None:
     print(f"{counts.documents:,} documents; {named or 'none'} left out")
     for note in counts.notes:
         print(f"left out: {note}", file=sys.stderr)
+
+    # Of the documents used.
+    if counts.special_text:
+        print(f"{counts.special_text:,} documents with the string of a special token in their text, encoded as text")
+    if counts.without_token:
+        print(
+            f"warning: {counts.without_token:,} documents have characters that the tokenizer has no token for: they are lost, "
+            "or became the unknown token; another tokenizer may suit the data better",
+            file=sys.stderr,
+        )
+    for warning in counts.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _print_summary(directory: Path, manifest: Manifest) -> None:

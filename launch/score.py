@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.command_line import end_process, job_parser, run_command
+from pipeline.command_line import end_process, job_parser, path_argument, run_command
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 
@@ -20,7 +20,7 @@ DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     parser = job_parser("score.py", __doc__, DEMO)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="what reference.cached will name")
+    parser.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="what reference.cached will name")
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16"],

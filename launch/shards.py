@@ -19,17 +19,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pipeline.command_line import guarded, path_argument
 from pipeline.config import DataSettings
 from pipeline.data.corpus.display import Display
 from pipeline.data.errors import DataError
 from pipeline.data.loading.order import default_lanes
-from pipeline.data.loading.sample_trace import arrivals
 from pipeline.data.shards.adoption import index
 from pipeline.data.shards.inspection import inspect
 from pipeline.data.shards.manifest import Manifest, read_manifest
 from pipeline.data.shards.merging import merge, prepared_folders
 from pipeline.data.shards.verification import verify
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.special_tokens import special_tokens
+from pipeline.data.tokenizer import find_tokenizer, load_tokenizer
 from pipeline.storage.location import Url, parse_location
 
 
@@ -37,22 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
 
-    # Faults that a user can cause are one line.
-    try:
-        return options.command(options)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
-        sys.stdout = None
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-    return 2
+    def body() -> int:
+        try:
+            return options.command(options)
+        except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
+            sys.stdout = None
+            return 0
+
+    return guarded("error", body, (ValueError,))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,23 +55,29 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     joined = commands.add_parser("merge", help="join parts", allow_abbrev=False)
-    joined.add_argument("parts", type=Path, nargs="+", metavar="PART")
-    joined.add_argument("--output", type=Path, required=True, help="the folder to make")
+    joined.add_argument("parts", type=path_argument, nargs="+", metavar="PART")
+    joined.add_argument("--output", type=path_argument, required=True, help="the folder to make")
     joined.set_defaults(command=_merge)
 
     verified = commands.add_parser("verify", help="check every byte against the manifest", allow_abbrev=False)
-    verified.add_argument("directory", type=Path, metavar="DIR")
+    verified.add_argument("directory", type=path_argument, metavar="DIR")
     verified.set_defaults(command=_verify)
 
     inspected = commands.add_parser("inspect", help="totals, lengths, and some rows as text", allow_abbrev=False)
-    inspected.add_argument("directory", type=Path, metavar="DIR")
+    inspected.add_argument("directory", type=path_argument, metavar="DIR")
     inspected.add_argument("--rows", type=int, default=2, metavar="N", help="rows to show, spread over the folder")
     inspected.set_defaults(command=_inspect)
 
     indexed = commands.add_parser("index", help="adopt token tars that others wrote", allow_abbrev=False)
-    indexed.add_argument("directory", type=Path, metavar="DIR")
-    indexed.add_argument("--tokenizer", type=Path, metavar="FILE|DIR", help="with which the ids were made; default: DIR's own")
-    indexed.add_argument("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not found")
+    indexed.add_argument("directory", type=path_argument, metavar="DIR")
+    indexed.add_argument(
+        "--tokenizer", type=path_argument, metavar="FILE|DIR", help="with which the ids were made; default: DIR's own"
+    )
+    indexed.add_argument(
+        "--end-of-document",
+        metavar="TOKEN",
+        help="the token that ends a document; default: the one that the tokenizer's folder declares, or one of the usual names",
+    )
     indexed.add_argument(
         "--source", action="append", default=[], metavar="NAME", help="the name of source 0, 1, …; may be repeated"
     )
@@ -110,6 +109,9 @@ def _order(options: argparse.Namespace) -> int:
     location = parse_location(options.directory)
     if isinstance(location, Url) and location.is_pipe:
         raise DataError(f"order runs no command of a pipe, as in {location}; name a folder or another URL")
+
+    # torch takes seconds to load, and only this command needs it.
+    from pipeline.data.loading.sample_trace import arrivals
 
     found = arrivals(
         location,
@@ -159,8 +161,12 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    tokenizer = load_tokenizer(options.tokenizer or options.directory)
-    manifest = index(options.directory, tokenizer, source_names=options.source, end_of_document=options.end_of_document)
+    file = find_tokenizer(options.tokenizer or options.directory)
+    tokenizer = load_tokenizer(file)
+    # The ids are there already, so whether documents begin with a BOS token is not asked.
+    ends = special_tokens(tokenizer, file.parent, options.end_of_document, "never")
+    manifest = index(options.directory, tokenizer, source_names=options.source, end_of_document=ends.end_of_document)
+    print(f"documents end with {ends.end_of_document!r} (id {ends.end_of_document_id}, {ends.end_from})")
     _print_summary(options.directory, manifest)
     return 0
 

@@ -20,10 +20,12 @@ assembly.py         builds a run from a job's settings
 config.py           all settings, with defaults and units
 setting_types.py    the types that settings are declared with
 recipe.py           reads settings from YAML and the command line
+other_names.py      what other trainers call our settings
+yaml_text.py        parses YAML that somebody wrote
 checks.py           checks data, sizes and models before any compute is spent
 derived.py          values derived from the settings and the files they name
 
-data/               errors, tokenizer, permutations, a bounded cache
+data/               errors, tokenizer, special tokens, permutations, a bounded cache
 data/corpus/        documents to rows, offline
 data/shards/        the format on disk
 data/loading/       rows to batches, online

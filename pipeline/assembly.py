@@ -5,6 +5,7 @@ Errors found here are raised on every rank alike, before an engine is built.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch.distributed as dist
 
 from pipeline.config import ModelSettings, Settings
 from pipeline.data.loading.batch import Batch, collate
-from pipeline.data.loading.mixture import DataSet, read_joined, sets_of
+from pipeline.data.loading.held_out import HeldOutRows
+from pipeline.data.loading.mixture import DataSet, held_out_sets, read_joined, sets_of
 from pipeline.data.loading.stream import Stream
+from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.reader import ShardReader
+from pipeline.data.shards.reference_losses import check_alike
 from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, reference_shape
 from pipeline.micro_step import Models
 from pipeline.run import Run
@@ -25,6 +29,8 @@ from pipeline.runtime.distributed import World, broadcast_from_first, min_over_r
 from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
 from pipeline.runtime.identity import identity_of
 from pipeline.runtime.memory import free_bytes, sharding_that_fits
+from pipeline.runtime.model_content import ModelFingerprints
+from pipeline.storage.location import Location
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,11 @@ class Job:
     allow_changed: bool = False
     from_step: int | None = None
 
+    @cached_property
+    def fingerprints(self) -> ModelFingerprints:
+        """Fingerprints of the models that the job depends on, each read once a start."""
+        return ModelFingerprints(self.world)
+
 
 def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) -> Run:
     """Open the data, check that the run directory may be resumed with these settings, then build the engines. Collective.
@@ -49,15 +60,23 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
         ConfigError: the run directory holds a checkpoint that these settings may not continue.
         DataError: the data or its cached losses cannot be used.
     """
-    validation_path = settings.data.validation_path
     settings, config, checkpoints = resolve_settings(job, settings, run_dir)
 
     # Data.
-    stream = open_stream(sets_of(settings.data), settings, config, job.world, settings.data.num_workers)
-    validation = None
-    if validation_path is not None:
-        # Read in the training process: a validation is too short to pay for starting workers.
-        validation = open_stream([DataSet(validation_path)], settings, config, job.world, num_workers=0)
+    reference_sha256 = checkpoints.identity["reference model"]
+    sets = with_cached_losses(sets_of(settings.data), settings, config, reference_sha256)
+    stream = open_stream(sets, settings, job.world, settings.data.num_workers)
+    held_out = [
+        HeldOutRows(
+            each,
+            num_rows=settings.logging.validation_samples,
+            micro_batch=settings.data.micro_batch,
+            rank=job.world.rank,
+            world_size=job.world.size,
+            access=settings.data.access,
+        )
+        for each in with_cached_losses(held_out_sets(settings.data), settings, config, reference_sha256)
+    ]
 
     # Refuse before the minutes that building engines takes.
     if not dry:
@@ -75,15 +94,17 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
         engine=engine,
         models=Models(engine, reference, settings.reference.horizon, dist.group.WORLD),
         stream=stream,
-        validation=validation,
+        held_out=held_out,
         checkpoints=checkpoints,
-        fixed_batch=first_row(validation or stream, settings),
+        fixed_batch=first_row(held_out[0].data.location, held_out[0].manifest, settings)
+        if held_out
+        else first_row(stream.sets[0].location, stream.manifests[0], settings),
     )
 
 
-def first_row(stream: Stream, settings: Settings) -> Batch:
-    """Read the first row of a stream's first data set, on the first rank for all; a damaged one is a row of padding."""
-    reader = ShardReader(stream.sets[0].location, stream.manifests[0], settings.data.access)
+def first_row(location: Location, manifest: Manifest, settings: Settings) -> Batch:
+    """Read the first row of a prepared folder, on the first rank for all; a damaged one is a row of padding."""
+    reader = ShardReader(location, manifest, settings.data.access)
     try:
         return broadcast_from_first(collate(reader.read_many([0], [0])))
     finally:
@@ -115,22 +136,25 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
         data={"lanes": lanes_of(settings)}, model={"vocab_size": settings.model.vocab_size or manifest.vocab_size}
     )
     config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
-    cached = (
-        [cached_losses(settings, each.location, config) for each in sets_of(settings.data)]
-        if has_selecting_heads(settings)
-        else []
-    )
-    identity = identity_of(settings, config, [each.manifest for each in cached if each is not None])
+
+    # What the models are, by content; a reference that nothing is compared with is not read.
+    selects = has_selecting_heads(settings)
+    models = {
+        "reference": job.fingerprints.of(settings.reference.path if selects else None),
+        "pretrained": job.fingerprints.of(settings.model.pretrained),
+    }
+    found = [cached_losses(settings, each.location, config, models["reference"]) for each in sets_of(settings.data) if selects]
+    cached = [each for each in found if each is not None]
+    check_alike(cached)
+    identity = identity_of(settings, config, models, [each.manifest for each in cached])
+
     # To go back is of the job's own run alone, not of a reference that it trains.
     from_step = job.from_step if run_dir == job.run_dir else None
     return settings, config, Checkpoints(run_dir, job.world, identity, settings.checkpoint, from_step)
 
 
-def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], world: World, num_workers: int) -> Stream:
-    """Open this rank's stream of rows, with their cached reference losses if `reference.cached` is set."""
-    if has_selecting_heads(settings):
-        sets = [replace(each, losses=cached_losses(settings, each.location, config)) for each in sets]
-
+def open_stream(sets: Sequence[DataSet], settings: Settings, world: World, num_workers: int) -> Stream:
+    """Open this rank's stream of rows."""
     return Stream(
         sets,
         lanes=lanes_of(settings),
@@ -145,3 +169,12 @@ def open_stream(sets: Sequence[DataSet], settings: Settings, config: dict[str, A
         # A rank that raised alone would leave the others waiting in a collective; `handle_damage` raises on all.
         raises=False,
     )
+
+
+def with_cached_losses(
+    sets: Sequence[DataSet], settings: Settings, config: dict[str, Any], reference_sha256: str | None
+) -> list[DataSet]:
+    """Add to each set its cached losses of that reference, if `reference.cached` is set and a head selects."""
+    if not has_selecting_heads(settings):
+        return list(sets)
+    return [replace(each, losses=cached_losses(settings, each.location, config, reference_sha256)) for each in sets]

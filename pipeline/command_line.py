@@ -1,4 +1,7 @@
-"""The shared part of commands that run on all ranks of a job: options, checks, process group, exit codes.
+"""The shared part of commands: options, checks, process group, exit codes, and failures as one message.
+
+What a user or a machine can cause ends a command with one message that names the file and what to do, never with a traceback
+(`guarded`). What is left with a traceback is a mistake of the program's.
 
 torch and DeepSpeed take seconds to load, so the imports are inside the functions: signal handlers are installed and a first
 line is printed before.
@@ -8,14 +11,19 @@ Exit codes: 0 done, 2 wrong settings or data, 3 training or the ranks diverged, 
 """
 
 import argparse
+import errno
+import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.runtime.preemption import StopRequest
+from pipeline.storage.location import user_path
+from pipeline.storage.whole_file import naming
 
 if TYPE_CHECKING:
     from pipeline.assembly import Job
@@ -27,21 +35,31 @@ Command = Callable[["Job", argparse.Namespace, StopRequest], int]
 """The body of a command, run on every rank after all checks, with the process group up; returns the exit code."""
 
 
+def path_argument(text: str) -> Path:
+    """Parse an option that is a path; `~` is expanded, which shells leave alone behind `=` and in quotes."""
+    try:
+        return user_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def recipe_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
     """The options of every command that reads a recipe and a DeepSpeed JSON; a command adds its own."""
     parser = argparse.ArgumentParser(
         prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
-    parser.add_argument("--deepspeed", type=Path, required=True, metavar="JSON", help="ZeRO, precision, communication")
-    parser.add_argument("--config", type=Path, default=default_recipe, metavar="YAML", help="recipe (default: the demo)")
+    parser.add_argument("--deepspeed", type=path_argument, required=True, metavar="JSON", help="ZeRO, precision, communication")
+    parser.add_argument(
+        "--config", type=path_argument, default=default_recipe, metavar="YAML", help="recipe (default: the demo)"
+    )
     return parser
 
 
 def job_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
     """The options of every command that runs on all ranks of a job."""
     parser = recipe_parser(name, description, default_recipe)
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/ and the recipe's run.name")
+    parser.add_argument("--run-dir", type=path_argument, metavar="DIR", help="default: runs/ and the recipe's run.name")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
     # Appended by the deepspeed launcher; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -56,30 +74,109 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], comma
     if is_first and not options.print_config:
         print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
 
+    def body() -> int:
+        settings, problems = read_recipe(parser, options, unknown)
+        if not options.print_config:
+            return _run_on_all_ranks(parser.prog, options, settings, problems, stop, command)
+        if problems:
+            raise ConfigError(problems)
+        print(settings.to_yaml(), end="") if is_first else None
+        return 0
+
     from pipeline.config import ConfigError
 
+    return guarded(
+        f"{parser.prog}: error",
+        body,
+        (ConfigError,),
+        is_first,
+        interrupted=f"{parser.prog}: interrupted; the same command continues from what was saved last",
+    )
+
+
+def guarded(
+    prefix: str,
+    body: Callable[[], int],
+    mistakes: tuple[type[Exception], ...],
+    is_first: bool = True,
+    interrupted: str = "interrupted",
+) -> int:
+    """Run the body of a command and return its exit code; a failure that a user or a machine can cause is one message.
+
+    Args:
+        prefix: what the message begins with.
+        mistakes: errors whose message is ready to be shown, and which all ranks raise alike.
+        is_first: true on the rank that speaks for all.
+    """
+    of_threads, threading.excepthook = threading.excepthook, _leave_to_the_main_thread
     try:
-        settings, problems = read_recipe(parser, options, unknown)
-        if options.print_config and problems:
-            raise ConfigError(problems)
-        if options.print_config:
-            print(settings.to_yaml(), end="") if is_first else None
-            return 0
-        return _run_on_all_ranks(parser.prog, options, settings, problems, stop, command)
-    except ConfigError as error:
-        return fail(parser.prog, error, EXIT_USAGE, is_first)
+        return body()
     except KeyboardInterrupt:
-        interrupted = f"{parser.prog}: interrupted; the same command continues from what was saved last"
         print(interrupted, file=sys.stderr) if is_first else None
         return EXIT_INTERRUPTED
+    except mistakes as error:
+        return fail(prefix, error, EXIT_USAGE, is_first)
+    except (OSError, MemoryError) as error:
+        # Each rank has a machine of its own, so each says what happened there.
+        return fail(prefix, failure_of_machine(error), EXIT_USAGE, True)
+    except BaseException as error:
+        # Libraries written in Rust raise their errors and panics by classes that cannot be imported; a panic is no Exception.
+        if type(error).__name__ not in ("PanicException", "SafetensorError"):
+            raise
+        remedy = "is the disk full, or a regular expression of the tokenizer's one that its library cannot run?"
+        return fail(prefix, f"a library failed: {error}; {remedy}", EXIT_USAGE, True)
+    finally:
+        threading.excepthook = of_threads
+
+
+def _leave_to_the_main_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print no traceback of a thread that could not write: TensorBoard's raises the same error again where the next record is
+    written."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some of the disk, or write elsewhere",
+    errno.EDQUOT: "free some of your share of the disk, or write elsewhere",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write elsewhere",
+    errno.EACCES: "have its permissions changed, or name another one",
+    errno.EPERM: "have its permissions changed, or name another one",
+    errno.EROFS: "the file system can only be read: name another one",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of this path is a file, where a folder is expected",
+    errno.EISDIR: "expected a file, and this is a folder",
+    errno.EEXIST: "expected a folder, or nothing yet",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EADDRINUSE: "choose another port",
+}
+
+
+def failure_of_machine(error: OSError | MemoryError) -> str:
+    """One sentence for a failure of files, disks, network or memory: the file, the failure, the remedy."""
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is used up ({error}); use smaller sizes or fewer processes"
+    if error.errno is None or error.strerror is None:
+        return str(error)  # a message of our own
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}; {_REMEDIES.get(error.errno, 'mend that and start again')}"
 
 
 def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options; returns them, overrides included, and a list of unknown ones."""
-    options, unknown = parser.parse_known_intermixed_args(arguments)
+    """Parse the options; returns them, overrides included, and a list of unknown ones, `--option` or `--option=value`."""
+    options, left = parser.parse_known_intermixed_args(arguments)
     # argparse also returns the overrides that follow an unknown option as unknown.
-    options.overrides += [argument for argument in unknown if not argument.startswith("-")]
-    return options, [argument for argument in unknown if argument.startswith("-")]
+    options.overrides += [argument for argument in left if not argument.startswith("-")]
+
+    # What follows an unknown option and is no override is its value.
+    unknown = [argument for argument in left if argument.startswith("-")]
+    for number, option in enumerate(unknown):
+        after = arguments[list(arguments).index(option) + 1 :][:1]
+        if "=" not in option and after and "=" not in after[0] and after[0] in options.overrides:
+            options.overrides.remove(after[0])
+            unknown[number] = f"{option}={after[0]}"
+    return options, unknown
 
 
 def read_recipe(
@@ -88,32 +185,23 @@ def read_recipe(
     """Read the settings that the options ask for; returns them with all problems, one sentence each.
 
     A refused setting keeps its default.
-
-    Raises:
-        ConfigError: the recipe cannot be read at all.
     """
-    from pipeline.config import ConfigError
     from pipeline.recipe import read_settings
 
-    problems = [_unknown(option, parser) for option in unknown]
-    try:
-        settings, found = read_settings(options.config, options.overrides)
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    return settings, problems + found
+    settings, found = read_settings(options.config, options.overrides)
+    return settings, [_unknown(option, parser) for option in unknown] + found
 
 
 def _unknown(option: str, parser: argparse.ArgumentParser) -> str:
     from pipeline.config import did_you_mean
-    from pipeline.recipe import settings_named
+    from pipeline.recipe import meaning_of, settings_meant
 
-    name = option.partition("=")[0]
-    settings = settings_named(name.lstrip("-").replace("-", "_"))
-    if settings:
-        meant = " or ".join(f"{setting}=VALUE" for setting in settings)
-        return f"{option}: unknown option; a setting is given without dashes, {meant}"
+    name, _, value = option.partition("=")
+    word = name.lstrip("-")
+    if settings_meant(word):
+        return f"{option}: unknown option; settings have no dashes: {meaning_of(word, value or 'VALUE')}"
     known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
-    return f"{option}: unknown option; {did_you_mean(name, known)}"
+    return f"{option}: unknown option; {meaning_of(word) or did_you_mean(name, known)}"
 
 
 def end_process(exit_code: int) -> NoReturn:
@@ -134,6 +222,7 @@ def end_process(exit_code: int) -> NoReturn:
 def _run_on_all_ranks(
     prog: str, options: argparse.Namespace, settings: "Settings", problems: list[str], stop: StopRequest, command: Command
 ) -> int:
+    import torch
     import torch.distributed as dist
 
     from pipeline.assembly import Job
@@ -146,12 +235,20 @@ def _run_on_all_ranks(
     from pipeline.runtime.engine import initialize_distributed
     from pipeline.runtime.non_finite import TrainingDivergedError
 
-    world = find_world()
+    try:
+        world = find_world()
+    except (ValueError, KeyError) as error:
+        return fail(
+            f"{prog}: error", f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, all or none set: {error}", EXIT_USAGE, True
+        )
     run_dir = options.run_dir or Path("runs") / settings.run.name
     content = check_before_start(settings, options.deepspeed, run_dir, world, problems)
     device = device_of(world)
     share_cores(world)
-    initialize_distributed(device, settings.logging.deepspeed_level)
+    try:
+        initialize_distributed(device, settings.logging.deepspeed_level)
+    except (dist.DistError, ValueError) as error:
+        return fail(f"{prog}: error", _cannot_meet(error), EXIT_USAGE, True)
     # A job that Slurm requeued went back in its first life, and continues from there.
     from_step = None if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else getattr(options, "from_step", None)
     job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False), from_step)
@@ -159,17 +256,36 @@ def _run_on_all_ranks(
         exit_code = command(job, options, stop)
     except (DataError, ModelFilesError) as error:
         # An error that all ranks raise alike is printed by the first only.
-        return fail(prog, error, EXIT_USAGE, world.is_first or not getattr(error, "agreed", False))
+        return fail(f"{prog}: error", error, EXIT_USAGE, world.is_first or not getattr(error, "agreed", False))
     except SaveError as error:
-        return fail(prog, error, EXIT_USAGE, world.is_first)
+        return fail(f"{prog}: error", error, EXIT_USAGE, world.is_first)
     except (TrainingDivergedError, RanksDisagreeError) as error:
-        return fail(prog, error, EXIT_DIVERGED, world.is_first)
+        return fail(f"{prog}: error", error, EXIT_DIVERGED, world.is_first)
+    except torch.OutOfMemoryError as error:
+        remedy = "launch/plan.py says what takes it, and which settings save some"
+        return fail(f"{prog}: error", f"rank {world.rank}: {str(error).partition(chr(10))[0]} {remedy}", EXIT_USAGE, True)
     dist.barrier()
     dist.destroy_process_group()
     return exit_code
 
 
-def fail(prog: str, error: Exception, exit_code: int, is_first: bool) -> int:
+def _cannot_meet(error: Exception) -> str:
+    address, port = (os.environ.get(name, "not set") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    reason = str(error).partition("\n")[0]
+    return (
+        f"the ranks cannot meet at MASTER_ADDR {address}, MASTER_PORT {port}: {reason}; if another job uses this port, choose "
+        "another one (deepspeed --master_port N, or MASTER_PORT=N)"
+    )
+
+
+def fail(prefix: str, error: Exception | str, exit_code: int, is_first: bool) -> int:
+    """Print an error, on the first rank or wherever it happened, and return the exit code."""
     if is_first:
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
     return exit_code
+
+
+def write_json(path: Path, figures: Any) -> None:
+    """Write a command's figures as it prints them, at full precision."""
+    with naming(path):
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -10,13 +10,13 @@ Every setting carries a rule (`setting_types.ResumeRule`) that says whether it m
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
 
 from pipeline.setting_types import (
+    SET_NAME,
     ChangesResult,
     DirectoryName,
     Fixed,
@@ -24,21 +24,25 @@ from pipeline.setting_types import (
     Free,
     NonNegative,
     NonNegativeFloat,
+    OneOrNamedLocations,
     Positive,
     PositiveFloat,
     Section,
+    UserPath,
 )
 from pipeline.storage.files import Access
-from pipeline.storage.location import LocationSetting
+from pipeline.storage.location import Location, LocationSetting
 
 
 class ConfigError(ValueError):
-    """All problems of a run's settings, one sentence each, in `problems`."""
+    """All problems of a run's settings, one sentence each, in `problems`. remedy: what helps against all of them."""
 
-    def __init__(self, problems: Sequence[str]):
+    def __init__(self, problems: Sequence[str], remedy: str | None = None):
         self.problems = list(problems)
+        self.remedy = remedy
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
-        super().__init__(f"{count} with the settings:\n" + "\n".join(f"  - {problem}" for problem in self.problems))
+        lines = [f"{count} with the settings:", *(f"  - {problem}" for problem in self.problems)]
+        super().__init__("\n".join(lines if remedy is None else [*lines, remedy]))
 
 
 class RunSettings(Section):
@@ -55,7 +59,7 @@ class MixtureSet(Section):
     """Folder or URL of prepared shards."""
     weight: PositiveFloat
     """Share of the rows, relative to the weights of the other sets; the decimals are taken exactly as written."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+    name: Annotated[str, Field(pattern=SET_NAME)]
     """Name in metrics and messages; also the name of its source if its inputs were not named."""
 
 
@@ -67,8 +71,9 @@ class DataSettings(Section):
     `allow_pipe`, pipe:COMMAND in which {} is the name of a file."""
     mixture: Free[Annotated[list[MixtureSet], Field(min_length=1)] | None] = None
     """Several data sets instead of `path`, each with `path`, `weight` and `name`, mixed by weight."""
-    validation_path: Free[LocationSetting | None] = None
-    """Directory of held-out prepared shards; null: no validation."""
+    validation_path: Free[OneOrNamedLocations | None] = None
+    """Folder of held-out prepared shards, or several by name (`{web: FOLDER, books: FOLDER}`), each with metrics of its own;
+    null: no validation."""
     builtin: Free[bool] = False
     """Prepare the embedded corpus (Python's own documentation and source, and noise) under the run directory and train on
     it, as the demo does. `path` must be null."""
@@ -93,12 +98,19 @@ class DataSettings(Section):
     """Largest number of damaged samples that `skip` tolerates, over all ranks and the whole run."""
     retry_seconds: Free[PositiveFloat] = 120.0
     """Seconds for which a failed read of remote data is retried, with growing pauses, before the job ends."""
-    cache_dir: Free[Path | None] = None
+    cache_dir: Free[UserPath | None] = None
     """Local folder that caches remote data, shared by all ranks of the machine; null: no cache."""
     cache_bytes: Free[Annotated[int, Field(ge=2**20)]] = 64 * 2**30
     """Largest size of `cache_dir` in bytes; the least recently used files are removed first."""
     allow_pipe: Free[bool] = False
     """Allow `pipe:` paths, which run a shell command."""
+
+    @property
+    def validation_sets(self) -> dict[str, Location]:
+        """The held-out folders by name; an only one has the name ""."""
+        if self.validation_path is None:
+            return {}
+        return self.validation_path if isinstance(self.validation_path, dict) else {"": self.validation_path}
 
     @property
     def access(self) -> Access:
@@ -109,35 +121,35 @@ class DataSettings(Section):
 class ModelSettings(Section):
     """Section `model`: the policy's shape and initial weights."""
 
-    dim: ChangesResult[Positive] = 512
+    dim: Fixed[Positive] = 512
     """D, width of the hidden states."""
-    num_layers: ChangesResult[Positive] = 8
+    num_layers: Fixed[Positive] = 8
     """Depth of the next-token path: a trunk of num_layers - 1 blocks, then head 0's block."""
-    num_attention_heads: ChangesResult[Positive] = 8
+    num_attention_heads: Fixed[Positive] = 8
     """Attention heads per block."""
-    num_key_value_heads: ChangesResult[Positive | None] = None
+    num_key_value_heads: Fixed[Positive | None] = None
     """Key and value heads (grouped-query attention); null: as many as attention heads."""
-    head_dim: ChangesResult[Positive | None] = None
+    head_dim: Fixed[Positive | None] = None
     """Width of an attention head; null: dim / num_attention_heads."""
-    ffn_dim: ChangesResult[Positive | None] = None
+    ffn_dim: Fixed[Positive | None] = None
     """Width of the SwiGLU layer; null: 8/3 of dim, rounded up to a multiple of 64."""
-    vocab_size: ChangesResult[Positive | None] = None
+    vocab_size: Fixed[Positive | None] = None
     """V; null: the data's."""
-    num_prediction_heads: ChangesResult[Positive] = 4
+    num_prediction_heads: Fixed[Positive] = 4
     """H: head h predicts the token h + 1 places ahead. 1 is ordinary next-token training."""
     rope_theta: ChangesResult[PositiveFloat] = 10_000.0
     """Base of the rotary position embedding."""
     norm_eps: ChangesResult[PositiveFloat] = 1e-5
     """Added to the mean square in RMSNorm."""
-    attention_bias: ChangesResult[bool] = False
+    attention_bias: Fixed[bool] = False
     """Bias on query, key and value projections (Qwen2)."""
-    qk_norm: ChangesResult[bool] = False
+    qk_norm: Fixed[bool] = False
     """RMSNorm on queries and keys, per attention head (Qwen3)."""
-    tied_embeddings: ChangesResult[bool] = False
+    tied_embeddings: Fixed[bool] = False
     """Share one matrix between embedding and unembedding."""
-    seed: ChangesResult[NonNegative] = 0
+    seed: Fixed[NonNegative] = 0
     """Seed of the initial weights."""
-    pretrained: Free[Path | None] = None
+    pretrained: Free[UserPath | None] = None
     """Directory of a causal language model (config.json, *.safetensors) to start from; its last block becomes every
     prediction head. Its shape must equal this section's."""
 
@@ -145,7 +157,7 @@ class ModelSettings(Section):
 class ReferenceSettings(Section):
     """Section `reference`: the frozen model whose losses the policy's are compared with."""
 
-    path: Free[Path | None] = None
+    path: Free[UserPath | None] = None
     """Directory of the frozen reference: config.json, model.safetensors (or its index) and tokenizer.json."""
     horizon: ChangesResult[Literal["shifted", "matched"]] = "shifted"
     """The reference loss that head h is compared with: the next-token loss of its target (`shifted`), or the loss of the
@@ -153,7 +165,7 @@ class ReferenceSettings(Section):
     sharding: Free[Literal["auto", "zero3", "replicate"]] = "auto"
     """Partition the reference by ZeRO-3 (`zero3`) or keep it whole on every rank (`replicate`); `auto` replicates it if it
     takes at most a quarter of the memory that is free once the policy is built."""
-    cached: Free[Path | None] = None
+    cached: Free[UserPath | None] = None
     """Directory of losses computed by launch/score.py, used instead of a live reference model. In float32, and on a GPU with
     the same `training.compile`, the selection is the live reference's, to the bit."""
     training_steps: Free[Positive | None] = None
@@ -238,7 +250,7 @@ class LoggingSettings(Section):
     validation_every: Free[Positive] = 500
     """Steps between validations (there is one at the start and one at the end as well)."""
     validation_samples: Free[Positive | None] = None
-    """Held-out rows that a validation reads, rounded down to a multiple of the lanes, at least one round; null: all."""
+    """Rows of each held-out folder that a validation reads: always the same ones, spread evenly over the folder; null: all."""
     deepspeed_level: Free[Literal["debug", "info", "warning", "error"]] = "error"
     """Lowest level of DeepSpeed's own log messages that are shown."""
 

@@ -8,7 +8,6 @@ from pipeline.data.shards.manifest import MANIFEST_FILE
 from pipeline.data.shards.reference_losses import CachedLosses, data_fingerprint, find_losses
 from pipeline.model.huggingface import read_model_settings
 from pipeline.runtime.deepspeed_json import precision_of
-from pipeline.runtime.identity import model_fingerprint
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Location
 
@@ -42,10 +41,14 @@ def reference_shape(settings: Settings, include_untrained: bool = False) -> Mode
     return next_token_model(settings.model) if include_untrained and settings.reference.training_steps is not None else None
 
 
-def cached_losses(settings: Settings, location: Location, config: dict[str, Any]) -> CachedLosses | None:
+def cached_losses(
+    settings: Settings, location: Location, config: dict[str, Any], reference_sha256: str | None
+) -> CachedLosses | None:
     """Find the cached reference losses of the data set at `location`; None if `reference.cached` is not set.
 
-    config: the resolved DeepSpeed configuration, for the precision.
+    Args:
+        config: the resolved DeepSpeed configuration, for the precision.
+        reference_sha256: fingerprint that the reference must have; None to accept any.
 
     Raises:
         DataError: the cache has no losses for this data, or none computed under these settings.
@@ -60,5 +63,5 @@ def cached_losses(settings: Settings, location: Location, config: dict[str, Any]
         horizon=reference.horizon,
         columns=settings.model.num_prediction_heads if reference.horizon == "matched" else 1,
         precision=precision_of(config),
-        reference_sha256=None if reference.path is None else model_fingerprint(reference.path),
+        reference_sha256=reference_sha256,
     )

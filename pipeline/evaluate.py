@@ -1,5 +1,15 @@
-"""Evaluate on held-out data with the code that training uses: per-head losses over all valid pairs, and the objective."""
+"""Evaluate on held-out data with the code that training uses: per-head losses over all valid pairs, and the objective.
 
+A head's loss is in nats a token; exp of it is the perplexity. Both depend on the tokenizer. Bits per byte do not: they are the
+next-token losses summed, in bits, over the bytes of text that the predicted tokens stand for,
+
+    bits_per_byte = Σ loss_0 / (ln 2 · Σ bytes)
+
+over the valid pairs of head 0 whose target stands for text (not the end of a document).
+"""
+
+import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -9,9 +19,12 @@ from torch import Tensor
 from pipeline.config import Settings
 from pipeline.consumption import handle_damage
 from pipeline.data.loading.batch import Batch
-from pipeline.micro_step import Models, comparisons, count_step, load_micro_batches, policy_losses, selectors_of
+from pipeline.data.token_bytes import NO_TEXT, UNKNOWN, TokenBytes
+from pipeline.micro_step import MicroBatch, Models, comparisons, count_step, load_micro_batches, policy_losses, selectors_of
 from pipeline.runtime.distributed import World
 from pipeline.runtime.metrics import Record, SelectionSums
+from pipeline.weighting.exchange import Group, all_reduce_sum
+from pipeline.weighting.loss_phase import HeadLosses
 from pipeline.weighting.objective import ObjectiveSettings, loss_scale
 from pipeline.weighting.prediction import Prediction
 
@@ -22,20 +35,28 @@ def evaluate(
     settings: Settings,
     objective: ObjectiveSettings,
     source_names: Sequence[str],
+    token_bytes: TokenBytes,
     world: World,
     device: torch.device,
-) -> Record:
+) -> tuple[Record, list[str]]:
     """Compute held-out losses over all batches of all ranks; collective, and every rank must have equally many batches.
 
     Returns:
         A record of metrics. `loss_head_h` is the mean over every valid pair; `loss` is the training objective, with all the
-        data taken as one step. A mean with a non-finite loss in it is None.
+        data taken as one step, each micro-batch over all ranks a pool. A mean with a non-finite loss in it is None. There is no
+        `bits_per_byte` if the text of a predicted token is not known.
+        A message for each damaged row that padding replaces, over all ranks.
+
+    Raises:
+        DataError: on all ranks alike, if rows are damaged and `data.on_corrupt` does not allow so many, or if data could not be
+            read.
     """
     num_heads, training = settings.model.num_prediction_heads, settings.training
-    sums = SelectionSums(num_heads, len(source_names), device)
+    sums, byte_sums = SelectionSums(num_heads, len(source_names), device), ByteSums(token_bytes, device)
     # The pool `step` spans the micro-steps of an optimizer step. A validation has no such steps, so it pools each micro-batch.
     objective = replace(objective, pool="global" if objective.pool == "step" else objective.pool)
-    num_pairs_H, first_sample, num_corrupt = [0] * num_heads, 0, 0
+    num_pairs_H, first_sample = [0] * num_heads, 0
+    replaced: list[str] = []
 
     # Not inference_mode: after it the trained engine's next step raises.
     with torch.no_grad():
@@ -44,7 +65,7 @@ def evaluate(
             micro_batches = load_micro_batches([batch], first_sample, num_heads, world.size, world.rank, device)
             first_sample += len(batch.tokens_BT) * world.size
             counts, consumed, _ = count_step(micro_batches, objective, len(source_names), models.group).read()
-            num_corrupt += len(handle_damage(consumed, [batch], settings.data, num_corrupt))
+            replaced += handle_damage(consumed, [batch], settings.data, len(replaced))
 
             # Losses, as in training; without gradients nothing is gained by predicting.
             compared = comparisons(models, micro_batches, training)
@@ -53,13 +74,15 @@ def evaluate(
 
             # Sums, and the pairs by which the objective is divided.
             sums.add(losses, micro_batches[0].valid_BTH, micro_batches[0].batch.sources_BT)
+            byte_sums.add(micro_batches[0], losses)
             counted_H = counts.num_valid if objective.normalize_by == "valid" else counts.num_selected_H
             num_pairs_H = [total + count for total, count in zip(num_pairs_H, counted_H, strict=True)]
 
     record = sums.record(loss_scale(num_pairs_H, objective.head_weights), source_names, models.group)
     # Without gradients nothing is predicted, so a hit rate would mean nothing.
     record = {key: value for key, value in record.items() if not key.startswith("prediction_hit_rate")}
-    return record | {"corrupt_samples": num_corrupt}
+    record |= {f"perplexity_head_{head}": _perplexity(record[f"loss_head_{head}"]) for head in range(num_heads)}
+    return record | byte_sums.record(models.group) | {"corrupt_samples": len(replaced)}, replaced
 
 
 def losses_of_batch(policy: Callable[..., Tensor], batch: Batch, num_heads: int, device: torch.device) -> list[float]:
@@ -69,3 +92,36 @@ def losses_of_batch(policy: Callable[..., Tensor], batch: Batch, num_heads: int,
         loss_BTH = policy(*micro.inputs, **micro.known)
     sums_H = loss_BTH.where(micro.valid_BTH, 0.0).double().sum((0, 1))
     return (sums_H / micro.valid_BTH.sum((0, 1)).clamp(min=1)).tolist()
+
+
+class ByteSums:
+    """Sums for the bits per byte of a validation, on the device: nats, bytes, and targets whose text is not known."""
+
+    def __init__(self, token_bytes: TokenBytes, device: torch.device):
+        self.lengths_V = torch.from_numpy(token_bytes.lengths_V).to(device)
+        self.opens_with_space = token_bytes.opens_with_space
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, micro: MicroBatch, losses: HeadLosses) -> None:
+        """Add a rank's micro-batch. Nothing here waits for the device."""
+        bytes_BT = self.lengths_V[micro.targets_BTH[..., 0]]
+        counted_BT = micro.valid_BTH[..., 0] & (bytes_BT != NO_TEXT)
+        if self.opens_with_space:
+            # After a token without text, which begins a document, comes a space that is not in the text.
+            counted_BT &= self.lengths_V[micro.batch.tokens_BT] != NO_TEXT
+
+        nats_BT = losses.policy_loss_BTH[..., 0].double().where(counted_BT, 0.0)
+        parts = [nats_BT.sum(), bytes_BT.double().where(counted_BT, 0.0).sum(), (counted_BT & (bytes_BT == UNKNOWN)).sum()]
+        self.sums += torch.stack([part.double() for part in parts])
+
+    def record(self, group: Group) -> Record:
+        """Return the metric `bits_per_byte`, or nothing if it is not known; one collective, which every rank must join."""
+        nats, num_bytes, num_unknown = all_reduce_sum(self.sums, group).tolist()
+        if num_unknown or not num_bytes:
+            return {}
+        return {"bits_per_byte": nats / math.log(2) / num_bytes if math.isfinite(nats) else None}
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """exp(loss); None where there is none, or where it is beyond the largest number."""
+    return None if loss is None or loss > math.log(sys.float_info.max) else math.exp(loss)

@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from pipeline.assembly import Job, build_run, resolve_settings
 from pipeline.checks import check_data
-from pipeline.config import ConfigError, Settings, TrainingSettings
+from pipeline.config import ConfigError, ModelSettings, Settings, TrainingSettings
 from pipeline.data.corpus.builtin import CORPUS_FILE, prepare_builtin
 from pipeline.data.loading.mixture import read_joined
+from pipeline.data.special_tokens import TOKENIZER_CONFIG, declaration
 from pipeline.data.tokenizer import TOKENIZER_FILE
 from pipeline.derived import has_selecting_heads
 from pipeline.model.huggingface import save_model
@@ -27,11 +28,12 @@ from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once, max_over_ranks
-from pipeline.runtime.engine import gathered, release
+from pipeline.runtime.engine import gathered, num_parameters, release
 from pipeline.runtime.logbook import read_records, summary_table
-from pipeline.runtime.memory import peak_bytes, reset_peak, total_bytes
+from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
+from pipeline.schedule import learning_rate
 from pipeline.storage.files import read_whole
 from pipeline.storage.whole_file import publish, write_file
 from pipeline.train import advance, fetch_step, train, train_step
@@ -84,32 +86,47 @@ def _make_and_train(job: Job, stop: StopRequest) -> int:
 
 def dry_run(job: Job) -> int:
     """Build everything, run one step, report its peak memory and the token budget. Writes nothing but built-in data."""
-    # Build, then one step under measurement.
+    # Build, then one step under measurement. The plan knows nothing of what Python and libraries take, so that is left out.
     settings = with_builtin_data(job)
+    libraries = current_bytes(job.device)
     run = build_run(job, settings, job.run_dir, dry=True)
     progress = Progress()
     reset_peak(job.device)
     started = time.perf_counter()
     result = train_step(run, fetch_step(run, run.stream.iterate(0), step=0, first_sample=0), progress)
     advance(progress, result, settings)
-    peak = max_over_ranks(peak_bytes(job.device), job.device)
+    peak = max_over_ranks(peak_bytes(job.device) - libraries, job.device)
     record = result.sums.record(result.counts.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
     seconds = time.perf_counter() - started
 
     # Report.
     planned, _ = resolve_planned_job(run.settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
-    steps, epoch = settings.training.steps, run.stream.manifest.num_tokens
+    steps, epoch, data = settings.training.steps, run.stream.manifest.num_tokens, settings.data
     budget = progress.tokens * steps
     _say(
         job,
         f"dry run: one step on {job.world.size} rank(s), loss {math.nan if record['loss'] is None else record['loss']:.4f}\n"
+        f"  parameters                {num_parameters(run.settings.model):,} of the policy\n"
+        f"  reference                 {_reference_of(run, planned.reference)}\n"
+        f"  a step                    {data.global_batch} rows = {run.stream.micro_steps} micro-step(s) × "
+        f"{job.world.size} rank(s) × {data.micro_batch} rows\n"
         f"  peak memory of the step   {peak / 2**20:,.0f} MiB on the fullest rank ({_memory_source(job.device)})\n"
-        f"  memory plan               {summary(plan_memory(planned))}, what libraries take left out\n"
+        f"  memory plan               {summary(plan_memory(planned))}; what libraries take is in neither\n"
         f"  token budget              {steps} steps × {progress.tokens:,} tokens = {budget:,} tokens, "
         f"{budget / epoch:.2f} epochs of {epoch:,}\n"
         f"  time                      {seconds:.1f} s for this first step, the warm-up included",
     )
     return 0
+
+
+def _reference_of(run: Run, shape: ModelSettings | None) -> str:
+    """What a dry run says of the reference. shape: the live one's; None without it."""
+    if shape is None:
+        return "none" if run.settings.reference.cached is None else f"cached losses in {run.settings.reference.cached}"
+    size = f"{num_parameters(shape):,} parameters"
+    if run.settings.reference.path is None:
+        return f"{size} of random weights, a stand-in: the reference is yet to be trained, so losses and selection mean nothing"
+    return f"{size}, {run.settings.reference.path}"
 
 
 def with_builtin_data(job: Job) -> Settings:
@@ -152,6 +169,8 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
         training={"steps": settings.reference.training_steps, "head_weights": None} | _NO_SELECTION,
     )
 
+    with_reference = settings.with_values(reference={"path": directory, "training_steps": None, "training_data": None})
+
     # The ranks agree, because training is collective and a shared file system shows a new file to some ranks before others.
     if any_rank(not (directory / "config.json").exists(), job.device):
         _say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
@@ -159,22 +178,26 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
         if exit_code:
             return settings, exit_code
     elif not job.allow_changed:
-        _refuse_another_reference(job, one_head, directory)
-    return settings.with_values(reference={"path": directory, "training_steps": None, "training_data": None}), 0
+        _refuse_another_reference(job, one_head, with_reference, directory)
+    return with_reference, 0
 
 
-def _refuse_another_reference(job: Job, settings: Settings, directory: Path) -> None:
-    """Refuse a reference that was trained with other settings than these, if its checkpoints tell."""
-    _, _, checkpoints = resolve_settings(job, settings, directory / "training")
-    changed = checkpoints.changed()
+def _refuse_another_reference(job: Job, one_head: Settings, settings: Settings, directory: Path) -> None:
+    """Refuse a reference that was trained with other settings than these, if its checkpoints tell, and say what else of the
+    run has changed."""
+    _, _, checkpoints = resolve_settings(job, one_head, directory / "training")
+    changed = [f"reference in {directory}: {change}" for change in checkpoints.changed()]
     if changed:
+        _, _, checkpoints = resolve_settings(job, settings, job.run_dir)
         remedy = f"remove {directory} to train it again, or pass --allow-changed to use it as it is"
-        raise ConfigError([*(f"reference in {directory}: {change}" for change in changed), remedy])
+        raise ConfigError([*changed, *map(str, checkpoints.changed())], remedy)
 
 
 def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, export_to: Path | None = None) -> int:
     """Train in `run_dir`; then export the model to `export_to`, if given, and free it. Returns the exit code."""
     run = build_run(job, settings, run_dir)
+    if job.allow_changed:
+        _say(job, describe_changes(run))
     describe(job, run)
     exit_code = train(run, stop, job.allow_changed)
     if exit_code == 0 and export_to is not None:
@@ -182,6 +205,23 @@ def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, exp
     if export_to is not None:
         release(run.engine)
     return exit_code
+
+
+def describe_changes(run: Run) -> str:
+    """Say which settings differ from the checkpoint's, and the leap of the learning rate if they change it. Collective."""
+    state = run.checkpoints.check(allow_changed=True)
+    changes = run.checkpoints.changed()
+    if state is None or not changes:
+        return "--allow-changed: nothing has changed"
+
+    # The learning rate of the next step, under the former settings and under these.
+    training = run.settings.training
+    former = {f"training.{key}": key for key in type(training).model_fields}
+    before = training.model_copy(update={former[key]: value for key, value in state.identity.items() if key in former})
+    applied = Progress.from_json(state.progress).applied_steps
+    was, now = learning_rate(before, applied), learning_rate(training, applied)
+    leap = [] if was == now else [f"the learning rate of the next step would have been {was:.3g}, and is {now:.3g}"]
+    return "\n  ".join(["continuing with changed settings", *map(str, changes), *leap])
 
 
 def describe(job: Job, run: Run) -> None:
@@ -208,7 +248,12 @@ def export(run: Run, directory: Path) -> None:
 
     if run.world.is_first:
         tokenizer = run.stream.sets[0].location / run.stream.manifest.tokenizer_file
-        write_file(directory / TOKENIZER_FILE, read_whole(tokenizer, run.settings.data.access))
+        content, manifest = read_whole(tokenizer, run.settings.data.access), run.stream.manifest
+        write_file(directory / TOKENIZER_FILE, content)
+        declared = declaration(
+            content, manifest.end_of_document_id, manifest.bos is not None, manifest.bos.id if manifest.bos else None
+        )
+        write_file(directory / TOKENIZER_CONFIG, declared)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
             publish(file, directory / file.name)
         partial.rmdir()
@@ -216,7 +261,7 @@ def export(run: Run, directory: Path) -> None:
 
 
 def _memory_source(device: torch.device) -> str:
-    return "the allocator's peak" if device.type == "cuda" else "the process's resident memory, Python and libraries included"
+    return "the allocator's peak" if device.type == "cuda" else "resident memory, less what it was before the models were built"
 
 
 def _say(job: Job, text: str) -> None:

@@ -1,17 +1,21 @@
 """Read a recipe (YAML) and `section.key=value` overrides into `Settings`, and report all problems at once.
 
-An unknown key is refused with a suggestion. A refused value is replaced by its default, so that the rest can still be checked;
-rules between settings that involve a refused value are skipped, because they would judge the default.
+An unknown key is refused with a suggestion, by what other trainers call it too. A refused value is replaced by its default, so
+that the rest can still be checked; rules between settings that involve a refused value are skipped, since they would judge the
+default.
 """
 
+import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from pipeline.config import ConfigError, MixtureSet, Settings, did_you_mean
+from pipeline.other_names import ADVICE_ON, SETTING_OF
+from pipeline.setting_types import rule_of
+from pipeline.yaml_text import parse_yaml
 
 TEMPERATURE_REMOVED = (
     "training.temperature: removed. Softmax weighting of excess losses gave way to an exact top-k selection; "
@@ -32,13 +36,11 @@ def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> 
 
 
 def read_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Settings, list[str]]:
-    """Read the settings and return them with all problems, one sentence each. A refused value is replaced by its default.
-
-    Raises:
-        ConfigError: the recipe cannot be read at all.
-    """
-    values = _read_recipe(recipe) if recipe is not None else {}
-    problems = [problem for override in overrides for problem in _apply_override(values, override)]
+    """Read the settings and return them with all problems, one sentence each. A refused value is replaced by its default; of a
+    recipe that cannot be read, all are."""
+    values, problems = _read_recipe(recipe) if recipe is not None else ({}, [])
+    is_read = not problems
+    problems += [problem for override in overrides for problem in _apply_override(values, override)]
     problems += list(_removed_settings(values))
     refused: set[str] = set()
     try:
@@ -48,46 +50,38 @@ def read_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> 
         problems += [_message(detail) for detail in details]
         refused = {_dotted(detail["loc"][:2]) for detail in details}
         settings = Settings.model_validate(_without(values, refused))
-    return settings, problems + [problem for keys, problem in _inconsistencies(settings) if refused.isdisjoint(keys)]
+    inconsistencies = _inconsistencies(settings) if is_read else ()
+    return settings, problems + [problem for keys, problem in inconsistencies if refused.isdisjoint(keys)]
 
 
-def _read_recipe(recipe: Path) -> dict[str, Any]:
+def _read_recipe(recipe: Path) -> tuple[dict[str, Any], list[str]]:
+    """(values by section, problems)."""
     if not recipe.is_file():
         what = "expected a recipe, a YAML file, and this is a folder" if recipe.is_dir() else "no such file"
-        raise ConfigError([f"--config: {what}: {recipe}"])
+        return {}, [f"--config: {what}: {recipe}"]
     try:
-        values = yaml.load(recipe.read_text(encoding="utf-8"), _SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--config: {recipe} is not valid YAML: {error}"]) from None
+        values = parse_yaml(recipe.read_text(encoding="utf-8"))
+    except OSError as error:
+        return {}, [f"--config: {recipe} cannot be read: {error.strerror}"]
+    except ValueError as error:
+        return {}, [f"--config: {recipe} is not valid YAML: {error}"]
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(keys, dict | None) for keys in values.values()):
-        raise ConfigError([f"--config: {recipe}: expected sections of keys ({', '.join(Settings.model_fields)})"])
-    return {section: dict(keys or {}) for section, keys in values.items()}
-
-
-class _SafeLoader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses duplicate keys; YAML forbids them, but the loader silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{', '.join(map(str, twice))} given twice in one section", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
+        return {}, [f"--config: {recipe}: expected sections of keys ({', '.join(Settings.model_fields)})"]
+    return {section: dict(keys or {}) for section, keys in values.items()}, []
 
 
 def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
     name, equals, text = override.partition("=")
     section, dot, key = name.partition(".")
     if not (equals and dot and section and key):
-        yield f"'{override}': expected section.key=value, for example training.steps=1000"
+        meaning = meaning_of(name, text or "VALUE") or "for example training.steps=1000"
+        yield f"'{_cut(override)}': expected section.key=value; {meaning}"
         return
     try:
-        values.setdefault(section, {})[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        yield f"'{override}': the value is not valid YAML"
+        values.setdefault(section, {})[key] = parse_yaml(text)
+    except ValueError as error:
+        yield f"'{_cut(override)}': the value is not valid YAML: {' '.join(str(error).split())}"
 
 
 def _removed_settings(values: dict[str, Any]) -> Iterator[str]:
@@ -113,19 +107,70 @@ def _message(detail: Any) -> str:
     """One sentence for one of pydantic's errors."""
     key = _dotted(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        owner: Any = Settings
-        for part in filter(lambda part: isinstance(part, str), detail["loc"][:-1]):
-            owner = MixtureSet if part == "mixture" else owner.model_fields[part].annotation
-        kind, name = "setting" if len(detail["loc"]) > 1 else "section", str(detail["loc"][-1])
-        elsewhere = settings_named(name)
-        return f"{key}: unknown {kind}; {did_you_mean(name, elsewhere or owner.model_fields)}"
-    return f"{key}: got {detail['input']!r}; {detail['msg'].removeprefix('Value error, ')}"
+        kind = "setting" if len(detail["loc"]) > 1 else "section"
+        return f"{key}: unknown {kind}; {_meant(detail)}"
+    if detail["type"] == "missing":
+        return f"{key}: not set; it must be"
+    return f"{key}: got {_cut(repr(detail['input']))}; {rule_of(detail)}"
+
+
+def _meant(detail: Any) -> str:
+    """The hint for an unknown section or key."""
+    *path, name = map(str, detail["loc"])
+    if "mixture" in path:
+        return did_you_mean(name, MixtureSet.model_fields)
+    if not path:
+        # A misspelt section, or another trainer's, whose keys may be known.
+        keys = detail["input"] if isinstance(detail["input"], dict) else {}
+        elsewhere = [setting for key in keys for setting in settings_meant(str(key))]
+        is_misspelt = difflib.get_close_matches(name, Settings.model_fields)
+        return did_you_mean(name, Settings.model_fields) if is_misspelt or not elsewhere else _suggestion(elsewhere)
+
+    # A setting of another section, what another trainer calls it, or a misspelt one.
+    meant = settings_meant(name)
+    if not meant and name.lower() in ADVICE_ON:
+        return ADVICE_ON[name.lower()]
+    own = Settings.model_fields[path[0]].annotation.model_fields  # type: ignore[union-attr]
+    close = [f"{path[0]}.{key}" for key in difflib.get_close_matches(name, own, n=1)]
+    return _suggestion(meant or close) if meant or close else did_you_mean(name, own)
+
+
+def _suggestion(settings: Sequence[str]) -> str:
+    return f"did you mean {' or '.join(repr(setting) for setting in settings)}?"
+
+
+def meaning_of(name: str, value: str = "VALUE") -> str | None:
+    """Say what to write for a name that is no option or setting; None if that is not known.
+
+    name: an option without its dashes, or a key with or without its section.
+    """
+    settings = settings_meant(name)
+    if settings:
+        return "write " + " or ".join(f"{setting}={value}" for setting in settings)
+    return ADVICE_ON.get(_plain(name))
+
+
+def settings_meant(name: str) -> list[str]:
+    """`section.key` of the settings that have this name, with or without its section, or that other trainers call so."""
+    whole = name.lower().replace("-", "_")
+    theirs = SETTING_OF.get(_plain(name))
+    return settings_named(whole) or settings_named(_plain(name)) or ([] if theirs is None else [theirs])
+
+
+def _plain(name: str) -> str:
+    """A name in our spelling, without its section."""
+    return name.lower().replace("-", "_").rpartition(".")[2]
 
 
 def settings_named(name: str) -> list[str]:
     """`section.key` of every setting with this name, which may be given with or without its section."""
     names = [f"{section}.{key}" for section, field in Settings.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]
     return [known for known in names if name in (known, known.partition(".")[2])]
+
+
+def _cut(text: str) -> str:
+    """A value's text, at most a line of it."""
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
@@ -176,7 +221,10 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
     if data.path is None and data.mixture is None and not data.builtin:
         yield both, "data.path: not set; name a directory of prepared shards (launch/prepare.py makes one)"
     if data.path is not None and data.builtin:
-        yield both, "data.builtin: true and data.path is set; only one of them can be the training data"
+        yield (
+            both,
+            "data.builtin: true and data.path is set; only one of them can be the training data: write data.builtin=false",
+        )
     if data.mixture is not None and (data.path is not None or data.builtin):
         yield both, f"data.mixture: set, and so is data.{'builtin' if data.builtin else 'path'}; only one of them can be meant"
     names = [each.name for each in data.mixture or ()]
@@ -205,9 +253,21 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
             "reference.training_data: set, but no reference is trained; set reference.training_steps as well, or remove it",
         )
     if reference.cached is not None and reference.training_steps is not None:
-        yield set(), "reference.training_steps: set, and so is reference.cached; only one of them can be meant"
+        yield (
+            set(),
+            (
+                "reference.training_steps: set, and so is reference.cached; only one of them can be meant: "
+                "write reference.training_steps=null, or reference.cached=null"
+            ),
+        )
     if reference.path is not None and reference.training_steps is not None:
-        yield set(), "reference.training_steps: set, and so is reference.path; only one of them can be meant"
+        yield (
+            set(),
+            (
+                "reference.training_steps: set, and so is reference.path; only one of them can be meant: "
+                "write reference.training_steps=null, or reference.path=null"
+            ),
+        )
     if reference.training_steps is not None and reference.horizon == "matched":
         yield (
             {"reference.training_steps", "reference.horizon"},

@@ -1,19 +1,17 @@
 """Report a run while it trains: metrics, validations and terminal lines, each at its interval."""
 
-import math
 import time
 from collections import deque
 
-from pipeline.config import Settings
 from pipeline.consumption import data_metrics
+from pipeline.data.loading.held_out import HeldOutRows
 from pipeline.data.loading.prefetch import EVALUATION_BATCHES_AHEAD, prefetched
-from pipeline.data.loading.stream import Stream
 from pipeline.evaluate import evaluate
 from pipeline.progress import Progress
 from pipeline.run import Run, StepResult
 from pipeline.runtime.distributed import max_over_ranks
 from pipeline.runtime.engine import gradient_norm
-from pipeline.runtime.logbook import Logbook, progress_line, selection_block, without_non_finite
+from pipeline.runtime.logbook import Logbook, held_out_text, progress_line, selection_block, without_non_finite
 from pipeline.runtime.metrics import Record, Totals
 from pipeline.schedule import objective_at
 
@@ -28,10 +26,13 @@ class Reporter:
         self.run = run
         self.logbook = None
         if run.world.is_first:
-            self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads)
+            sets = [each.name for each in run.held_out]
+            self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads, sets)
         # The last 20 steps: tokens, seconds since the end of the step before, and the part of these spent waiting for data.
         self.recent: deque[tuple[int, float, float]] = deque(maxlen=20)
         self.last_end = time.perf_counter()
+        # The held-out folders of which it was said that they have no bits per byte.
+        self.without_bytes: set[str] = set()
         # Number and end time of this process's first step.
         self.first: tuple[int, float] | None = None
         for note in self.logbook.notes if self.logbook is not None else []:
@@ -81,26 +82,43 @@ class Reporter:
             self.say(selection_block(record))
 
     def validate(self, progress: Progress) -> None:
-        """Evaluate on the held-out data, if there is any. Collective."""
+        """Evaluate on each held-out folder, if there is any. Collective."""
         run = self.run
-        if run.validation is None:
+        if not run.held_out:
             return
 
         run.engine.eval()
-        rows = run.validation.iterate(0, end_sample=validation_rows(run.validation, run.settings))
-        batches = prefetched(rows, run.device, depth=EVALUATION_BATCHES_AHEAD)
-        names = run.validation.manifest.source_names or ("",)
-        objective = objective_at(run.settings, progress.step)
-        record = evaluate(run.models, batches, run.settings, objective, names, run.world, run.device)
+        for held_out in run.held_out:
+            self._report_validation(progress, held_out, *self._evaluate(progress, held_out))
         run.engine.train()
         self.restart_clock()
 
-        record = {"step": progress.step, "samples": progress.samples, "split": "validation"} | without_non_finite(record)
-        if self.logbook is not None:
-            self.logbook.write(record)
-            heads = range(run.settings.model.num_prediction_heads)
-            losses = " ".join(f"{record[f'loss_head_{head}'] or math.nan:.3f}" for head in heads)
-            self.say(f"step {progress.step}: held-out loss per head {losses}")
+    def _evaluate(self, progress: Progress, held_out: HeldOutRows) -> tuple[Record, list[str]]:
+        run = self.run
+        batches = prefetched(held_out.batches(), run.device, depth=EVALUATION_BATCHES_AHEAD)
+        names = held_out.manifest.source_names or ("",)
+        objective = objective_at(run.settings, progress.step)
+        return evaluate(run.models, batches, run.settings, objective, names, held_out.token_bytes, run.world, run.device)
+
+    def _report_validation(self, progress: Progress, held_out: HeldOutRows, metrics: Record, replaced: list[str]) -> None:
+        """Log and print one folder's metrics. replaced: its damaged rows, a sentence each."""
+        of_name = f" of {held_out.name}" if held_out.name else ""
+        for message in replaced:
+            self.say(f"step {progress.step}: held-out row{of_name} replaced by a row of padding: {message}")
+        if self.logbook is None:
+            return
+
+        # A line of its own for each folder.
+        record = {"step": progress.step, "samples": progress.samples, "split": "validation"}
+        record |= ({"set": held_out.name} if held_out.name else {}) | {"rows": held_out.num_rows}
+        self.logbook.write(record | without_non_finite(metrics))
+        self.say(f"step {progress.step}: held-out loss{of_name} {held_out_text(metrics)}")
+
+        # Why a metric is missing, once.
+        if "bits_per_byte" not in metrics and held_out.name not in self.without_bytes:
+            self.without_bytes.add(held_out.name)
+            reason = held_out.token_bytes.unknown or "its rows have tokens whose text is not known, or none with text"
+            self.say(f"no bits per byte{of_name}: {reason}")
 
     def sync(self) -> None:
         """Have the records on the disk, before a checkpoint says that they are."""
@@ -145,9 +163,3 @@ class Reporter:
         }
         data = data_metrics(self.run.stream, progress.samples, progress, result.consumed)
         return without_non_finite(position | record | more | data)
-
-
-def validation_rows(stream: Stream, settings: Settings) -> int:
-    """Number of rows that a validation reads: whole rounds of the lanes, at least one, up to `logging.validation_samples`."""
-    wanted = settings.logging.validation_samples or stream.samples_per_epoch
-    return min(stream.samples_per_epoch, max(stream.lanes, wanted - wanted % stream.lanes))

@@ -1,5 +1,6 @@
 """The parts of a training run, and the outcome of a step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from pipeline.config import Settings
 from pipeline.consumption import Consumed
 from pipeline.data.loading.batch import Batch
+from pipeline.data.loading.held_out import HeldOutRows
 from pipeline.data.loading.stream import Stream
 from pipeline.micro_step import MicroBatch, Models, PendingStep
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
@@ -29,7 +31,7 @@ class Run:
     engine: Engine
     models: Models
     stream: Stream
-    validation: Stream | None
+    held_out: Sequence[HeldOutRows]
     checkpoints: Checkpoints
     fixed_batch: Batch
 

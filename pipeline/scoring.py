@@ -6,6 +6,7 @@ piece, all with the same number of forwards, because the forward of a partitione
 survive a kill.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +23,12 @@ from pipeline.data.loading.batch import collate, targets_and_valid
 from pipeline.data.shards.losses_writer import LossesWriter, Piece
 from pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
 from pipeline.data.shards.reader import ShardReader
-from pipeline.data.shards.reference_losses import LossesManifest, data_fingerprint
+from pipeline.data.shards.reference_losses import STORED_DTYPES, LossesManifest, data_fingerprint
 from pipeline.data.shards.sample import Sample
 from pipeline.derived import reference_shape
 from pipeline.model.reference import Reference, reference_columns
 from pipeline.runtime.deepspeed_json import precision_of
-from pipeline.runtime.distributed import any_rank, broadcast_from_first
-from pipeline.runtime.identity import model_fingerprint
+from pipeline.runtime.distributed import any_rank, broadcast_from_first, gather_over_ranks
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Location
@@ -91,7 +91,7 @@ def _score_data_set(
     losses = LossesManifest.model_validate(
         {
             "data_sha256": data_fingerprint(read_whole(location / MANIFEST_FILE, settings.data.access)),
-            "reference_sha256": model_fingerprint(model),
+            "reference_sha256": job.fingerprints.of(model),
             "reference": str(model.absolute()),
             "precision": precision,
             "horizon": horizon,
@@ -101,14 +101,20 @@ def _score_data_set(
         }
     )
 
-    # The pieces that are not scored yet, as the first rank finds them; None if the set is finished.
+    # What is there already, by content: the ranks share the reading.
     writer, world = LossesWriter(cache, losses, manifest), job.world
-    missing, failure = broadcast_from_first(_begin(writer) if world.is_first else None)
+    is_finished, failure = broadcast_from_first(_begin(writer) if world.is_first else None)
     if failure is not None:
-        raise DataError(failure)
-    if missing is None:
+        raise _agreed(failure)
+    if is_finished:
+        damaged = sorted(itertools.chain.from_iterable(gather_over_ranks(writer.damaged(world.rank, world.size))))
+        if damaged:
+            raise _agreed(
+                f"{writer.folder}: the losses of {', '.join(damaged[:4])} are damaged; remove the folder and score again"
+            )
         _say(job, f"{location}: scored already, in {writer.folder}")
         return True
+    missing = sorted(itertools.chain.from_iterable(gather_over_ranks(writer.missing(world.rank, world.size))))
 
     # One piece per rank and round.
     reader = ShardReader(location, manifest, settings.data.access)
@@ -122,6 +128,9 @@ def _score_data_set(
         num_rows = _rows_per_round(missing, first, world.size)
         batches = _score_rows(reference, horizon, num_heads, settings.data.micro_batch, job.device, samples, num_rows)
         losses_NTC = np.concatenate(list(batches))[: len(samples)]
+        found = _not_finite(losses_NTC, dtype, samples)
+        if any_rank(found is not None, job.device):
+            raise _first_of_ranks(found, location, model)
         if first + world.rank < len(missing):
             writer.write(mine, losses_NTC)
         if any_rank(stop.is_requested, job.device):
@@ -144,12 +153,37 @@ def _score_data_set(
     return True
 
 
-def _begin(writer: LossesWriter) -> tuple[list[Piece] | None, str | None]:
-    """(unscored pieces, failure). Failures are returned, so that all ranks can raise."""
+def _begin(writer: LossesWriter) -> tuple[bool, str | None]:
+    """(true if the set is finished, failure). Failures are returned, so that all ranks can raise."""
     try:
         return writer.begin(), None
     except DataError as error:
-        return [], str(error)
+        return False, str(error)
+
+
+def _agreed(message: str) -> DataError:
+    error = DataError(message)
+    error.agreed = True
+    return error
+
+
+def _not_finite(losses_NTC: np.ndarray, dtype: str, samples: list[Sample]) -> str | None:
+    """Name the first sample and token with a loss that is not finite as it would be stored; None if all are."""
+    with np.errstate(over="ignore"):
+        bad = np.argwhere(~np.isfinite(losses_NTC.astype(STORED_DTYPES[dtype])))
+    if not len(bad):
+        return None
+    row, token, column = bad[0]
+    return f"sample {samples[row].key}, token {token}: {losses_NTC[row, token, column]} ({len(bad):,} such losses in its piece)"
+
+
+def _first_of_ranks(found: str | None, location: Location, model: Path) -> DataError:
+    """The error about losses that are not finite, which names what the first rank that met one has found; collective."""
+    named = next(each for each in gather_over_ranks(found) if each is not None)
+    return _agreed(
+        f"{location}: the reference {model} gives a loss that is not finite in {named}; nothing of this piece was stored. Look "
+        "at the sample, and at the reference and its precision"
+    )
 
 
 def _read(reader: ShardReader, piece: Piece) -> tuple[list[Sample], str | None]:

@@ -3,16 +3,44 @@
 A setting reads `name: Rule[Type] = default`, for example `steps: ChangesResult[Positive] = 1000`.
 """
 
+import re
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+)
+
+from pipeline.storage.location import Location, parse_location, user_path
 
 
 def _directory_name(name: str) -> str:
     if not name or name.startswith(".") or "/" in name:
         raise ValueError("expected the name of a directory: no '/', no leading '.'")
     return name
+
+
+def _one_or_named_locations(value: Any) -> Location | dict[str, Location]:
+    if not isinstance(value, dict):
+        return parse_location(value)
+    wrong = [name for name in value if not (isinstance(name, str) and re.search(SET_NAME, name))]
+    if wrong or not value:
+        raise ValueError(
+            f"expected NAME: FOLDER for each folder, names of letters, digits, '_', '.', '-'; got {wrong or value}"
+        )
+    return {name: parse_location(each) for name, each in value.items()}
+
+
+def _as_text(value: Location | dict[str, Location]) -> str | dict[str, str]:
+    return {name: str(each) for name, each in value.items()} if isinstance(value, dict) else str(value)
 
 
 def _fraction(value: float) -> float:
@@ -25,14 +53,19 @@ class ResumeRule(Enum):
     """The rule for a setting that differs when a run is resumed.
 
     FREE: allowed, because the result stays the same. Folders may move; fingerprints of their contents are compared instead.
-    CHANGES_RESULT: refused unless `--allow-changed` is given, because the rest of the run would compute something else.
-    FIXED: always refused, because the run's position in the data is counted in it.
+    CHANGES_RESULT: refused unless `--allow-changed` is given, because the rest of the run computes something else. It takes
+    effect from the next step on.
+    FIXED: always refused, because it could not take effect: the run's position in the data is counted in it, the weights have
+    its shape, or it decides how they begin.
     """
 
     FREE = "free"
     CHANGES_RESULT = "changes the result"
     FIXED = "fixed"
 
+
+SET_NAME = r"^[A-Za-z0-9_.\-]+$"
+"""The form of a data set's name, which becomes a part of metrics' names."""
 
 Value = TypeVar("Value")
 Free = Annotated[Value, ResumeRule.FREE]
@@ -43,8 +76,47 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 DirectoryName = Annotated[str, AfterValidator(_directory_name)]
 Fraction = Annotated[float, AfterValidator(_fraction)]
+UserPath = Annotated[Path, AfterValidator(user_path)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+OneOrNamedLocations = Annotated[
+    Location | dict[str, Location],
+    PlainValidator(_one_or_named_locations),
+    PlainSerializer(_as_text, return_type=str | dict[str, str], when_used="json"),
+]
+"""A location, or several by name."""
+
+
+_RULES = {
+    "greater_than": "expected more than {gt}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than": "expected less than {lt}",
+    "less_than_equal": "expected at most {le}",
+    "finite_number": "expected a number that is not infinite",
+    "int": "expected a whole number",
+    "float": "expected a number",
+    "bool": "expected true or false",
+    "string": "expected text; quote what YAML would read as something else",
+    "literal": "expected {expected}",
+    "enum": "expected {expected}",
+    "list": "expected a list, [1, 2]",
+    "too_short": "expected at least {min_length}",
+    "path": "expected a path",
+    "model": "expected keys and values",
+    "dict": "expected keys and values",
+    "invalid_key": "expected a word as the key",
+    "string_pattern_mismatch": "expected only what {pattern} allows",
+}
+
+
+def rule_of(detail: Any) -> str:
+    """Say in a few words what one of pydantic's errors (`ValidationError.errors()`) expected."""
+    kind = str(detail["type"])
+    rule = _RULES.get(kind) or _RULES.get(kind.partition("_")[0])
+    # Bounds of floats are written as the whole numbers that they are.
+    bounds = {key: f"{bound:g}" if isinstance(bound, float) else bound for key, bound in detail.get("ctx", {}).items()}
+    return rule.format(**bounds) if rule else str(detail["msg"]).removeprefix("Value error, ")
 
 
 class Section(BaseModel):

@@ -8,6 +8,7 @@ A step is fetched and counted before the one before it is run, so that its count
 they are needed. The host waits for the device once a micro-batch, to size the loss phase's repair, and when metrics are logged.
 """
 
+import hashlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from pipeline.progress import Progress
 from pipeline.reporter import Reporter
 from pipeline.run import FetchedStep, Run, StepResult
 from pipeline.runtime.agreement import check_ranks_agree
+from pipeline.runtime.checkpoint.state import HeldOut
 from pipeline.runtime.engine import (
     backward,
     end_micro_step,
@@ -115,13 +117,13 @@ def flags_of(run: Run, stop: StopRequest) -> RankFlags:
     return RankFlags(stop.is_requested, run.checkpoints.is_due_by_time, run.checkpoints.is_written)
 
 
-def held_out_losses(run: Run) -> list[float]:
+def held_out_losses(run: Run) -> HeldOut:
     """Compute each head's loss of the fixed batch that checkpoints remember; collective."""
     run.engine.eval()
     losses = losses_of_batch(run.engine, run.fixed_batch, run.settings.model.num_prediction_heads, run.device)
     run.engine.train()
     give_up_gathered(run.engine)
-    return losses
+    return HeldOut(batch=hashlib.sha256(run.fixed_batch.tokens_BT.cpu().numpy().tobytes()).hexdigest(), losses=losses)
 
 
 def fetch_step(run: Run, batches: Iterator[Batch], step: int, first_sample: int, flags: RankFlags = NO_FLAGS) -> FetchedStep:
@@ -191,7 +193,7 @@ def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
     if progress.skipped_in_a_row >= settings.training.max_skipped_steps:
         raise TrainingDivergedError(
             f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, met numbers that were not finite; in the "
-            f"last of them {result.bad}. Lower training.learning_rate, or look at the samples"
+            f"last of them {result.bad}. Lower training.learning_rate where it is the policy's, and look at the samples"
         )
 
 

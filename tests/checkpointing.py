@@ -45,6 +45,7 @@ def train_on(layout: Layout, run_dir: Path, first_step: int, num_steps: int, sav
     """Continue from what the run directory has, or begin; on every rank."""
     from pipeline.evaluate import losses_of_batch
     from pipeline.runtime.checkpoint.checkpoints import Checkpoints
+    from pipeline.runtime.checkpoint.state import HeldOut
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.distributed import World
     from pipeline.runtime.engine import build_policy, initialize_distributed
@@ -64,13 +65,13 @@ def train_on(layout: Layout, run_dir: Path, first_step: int, num_steps: int, sav
         engine = build_policy(settings, resolve_deepspeed_json(layout.deepspeed, settings, ranks))
 
     world = World(rank, ranks, rank, ranks)
-    checkpoints = Checkpoints(run_dir, world, {}, CheckpointSettings(), say=lambda text: None)
+    checkpoints = Checkpoints(run_dir, world, {"deepspeed bf16": layout.bf16}, CheckpointSettings(), say=lambda text: None)
     fixed = batch_of(random_lengths(2, TOKENS, 99), TOKENS, VOCAB, 99)
 
     def losses() -> list[float]:
         return losses_of_batch(engine, fixed, settings.model.num_prediction_heads, device)
 
-    progress = checkpoints.resume(engine, False, losses, tolerance=0.05 if layout.bf16 else 1e-4)
+    progress = checkpoints.resume(engine, False, lambda: HeldOut(losses=losses()))
     assert progress.step == first_step
     before = losses()
     run = run_of(settings, engine, None, 1, device)
@@ -80,7 +81,7 @@ def train_on(layout: Layout, run_dir: Path, first_step: int, num_steps: int, sav
         fetched = fetch_step(run, iter([own]), step, step * ROWS)
         advance(progress, train_step(run, fetched, progress), settings)
     if save:
-        checkpoints.save(engine, progress, losses(), in_background=False)
+        checkpoints.save(engine, progress, HeldOut(losses=losses()), in_background=False)
     return Figures(before, losses(), progress.applied_steps)
 
 

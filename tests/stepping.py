@@ -59,7 +59,7 @@ def run_of(
         engine=engine,
         models=Models(policy or engine, reference, "shifted", dist.group.WORLD),
         stream=SimpleNamespace(micro_steps=micro_steps, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
-        validation=None,
+        held_out=(),
         checkpoints=None,  # type: ignore[arg-type]
         fixed_batch=None,  # type: ignore[arg-type]
     )

@@ -1,7 +1,7 @@
 """The commands of `launch/benchmark.py`, one module each, and the tools that they measure with.
 
-A command's module has `add_arguments(parser)`, `measure(options) -> dict` (figures that JSON can hold) and
-`table(figures) -> str`. Times are medians of several runs in which the compared variants take turns, because a machine's speed
+A command's module has `measure(options) -> dict` (figures that JSON can hold) and `table(figures) -> str`; its options are in
+`options`. Times are medians of several runs in which the compared variants take turns, because a machine's speed
 drifts; the ratios are what is worth reading.
 
 step         a training step, beside plain next-token training of the same trunk
@@ -11,6 +11,7 @@ checkpoint   saving and loading, beside DeepSpeed's and torch's own
 data         the data path: both of
 preparing      documents to shards, beside the tokenizers library
 streaming      shards to batches, beside a bare webdataset loop
+options        the options of every command
 timing         variants that take turns, their times and peaks
 ranks          a plain function on several gloo ranks of this machine
 child_process  a process that answers over a pipe, and whose end is noticed at once

@@ -29,14 +29,9 @@ from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.checkpoint.fragments import fragments_of
+from pipeline.runtime.checkpoint.state import HeldOut
 
 WARM_UP_ROUNDS = 1
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    step.add_sizes(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one that warms up (default: 5)")
-    parser.add_argument("--directory", type=Path, metavar="DIR", help="where to write (default: a temporary folder)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -97,12 +92,12 @@ class _Ways:
 
     def _save(self, *, in_background: bool) -> None:
         self.number += 1
-        self.checkpoints.save(self.run.engine, Progress(step=self.number), [], in_background=in_background)
+        self.checkpoints.save(self.run.engine, Progress(step=self.number), HeldOut(), in_background=in_background)
 
     def _in_background(self) -> dict[str, float]:
         started = time.perf_counter()
         waited = _seconds(lambda: self._save(in_background=True))
-        beside = []
+        beside: list[float] = []
         for _ in range(2):  # Until the files are written, and until the checkpoint is committed.
             while not self.checkpoints.is_written and len(beside) < _STEPS_A_ROUND - 2:
                 beside.append(_seconds(self.take_step))

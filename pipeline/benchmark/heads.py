@@ -47,15 +47,6 @@ class Inputs(NamedTuple):
     reference_loss_BTK: Tensor
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="positions (default: 2048)")
-    parser.add_argument("--dim", type=int, default=512, metavar="D", help="width of the hidden states (default: 512)")
-    parser.add_argument("--vocabulary", type=int, default=32_000, metavar="V", help="default: 32000")
-    parser.add_argument("--heads", type=int, default=4, metavar="H", help="default: 4")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after two that warm up (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each variant on a CPU (default: 1)")
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Raises RuntimeError where a variant's gradient is not that of `plain`."""
     names = variants_here()

@@ -39,15 +39,6 @@ _LIBRARY_COPIES = 4
 _TURNS = 3
 
 
-def add_arguments(parser: argparse._ArgumentGroup) -> None:
-    """Add the options of this measurement."""
-    parser.add_argument(
-        "--text", metavar="PATH", help="what prepare.py takes as input (default: the standard library, 4 times)"
-    )
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE|DIR", help="default: a BPE of 32,000 trained on the text")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one a core")
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of each variant, and preparing's as a multiple of the library's two batch encoders'."""
     texts = _texts(options.text)

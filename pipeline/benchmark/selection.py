@@ -44,28 +44,6 @@ QUANTILE_LIMIT = 2**24
 WAYS = ("local", "all_gather", "radix", "quantile")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this measurement."""
-    sizes = [2**12, 2**14, 2**16, 2**18, 2**20]
-    parser.add_argument("--tokens", type=_positive, nargs="+", default=sizes, help="tokens a rank and micro-step")
-    parser.add_argument("--ranks", type=_positive, nargs="+", default=[1, 2, 4, 8], help="gloo processes")
-    parser.add_argument("--heads", type=_positive, default=3, help="heads that select")
-    parser.add_argument("--runs", type=_positive, default=5, help="runs of which the median is taken")
-    parser.add_argument("--gpus", type=_positive, nargs="+", default=[64, 256, 1024, 4096], help="sizes for the model")
-    parser.add_argument("--gpu-tokens", type=_positive, default=2**14, help="the model's tokens a GPU and micro-step")
-    parser.add_argument("--latency-us", type=float, default=5.0, help="the model's time of a message, microseconds")
-    parser.add_argument("--bandwidth", type=float, default=50.0, help="the model's bandwidth of a GPU, GB/s")
-    parser.add_argument("--parameters", type=float, default=1.1e9, help="of the policy, for the time of a step")
-    parser.add_argument("--flops", type=float, default=4e14, help="FLOP/s that a GPU achieves, for the time of a step")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
-    return number
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return what was measured, a row for each number of ranks, tokens and way, and what the model says."""
     if max(options.ranks) * max(options.tokens) > QUANTILE_LIMIT:

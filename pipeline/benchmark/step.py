@@ -38,26 +38,8 @@ from pipeline.weighting.selectors import EveryPair
 
 K_PERCENT, HEADS = 0.6, 4
 WARM_UP_ROUNDS = 2
-VARIANTS = ("next_token", "mtp", "selective", "origin")
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by a part of the device's name, from its makers' data sheets; SXM where nothing else is said."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_sizes(parser)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="beside next_token (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps, after two that warm up (default: 5)")
-
-
-def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """The options for the sizes of a model and of its step."""
-    parser.add_argument("--layers", type=int, default=8, help="depth of the next-token path (default: 8)")
-    parser.add_argument("--dim", type=int, default=512, metavar="D", help="default: 512")
-    parser.add_argument("--attention-heads", type=int, default=8, help="default: 8")
-    parser.add_argument("--vocabulary", type=int, default=8192, metavar="V", help="default: 8192")
-    parser.add_argument("--sequence-length", type=int, default=512, metavar="T", help="default: 512")
-    parser.add_argument("--rows", type=int, default=4, metavar="B", help="rows of a step (default: 4)")
-    parser.add_argument("--threads", type=int, default=0, help="of each variant on a CPU (default: all cores)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

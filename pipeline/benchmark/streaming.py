@@ -38,19 +38,6 @@ NUM_DOCUMENTS = 4
 _PACED_STEPS, _WARMING_STEPS = 60, 5
 
 
-def add_arguments(parser: argparse._ArgumentGroup) -> None:
-    """Add the options of this measurement."""
-    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared shards (default: random rows are written)")
-    parser.add_argument("--rows", type=int, default=16_384, help="of the random rows")
-    parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="of the random rows")
-    parser.add_argument("--lanes", type=int, default=64, metavar="L")
-    parser.add_argument("--micro-batch", type=int, default=8, metavar="B")
-    parser.add_argument(
-        "--pace", type=float, default=200_000, metavar="TOKENS/S", help="of the training whose waiting is measured"
-    )
-    parser.add_argument("--repeat", type=int, default=5, help="turns of each loop")
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of each loop, and the stream's with one worker as a multiple of webdataset's; waiting, as a share."""
     with tempfile.TemporaryDirectory() as scratch:

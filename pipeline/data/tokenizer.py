@@ -1,13 +1,16 @@
 """Tokenizers: a byte-level BPE trained here, the bytes of UTF-8, or any `tokenizer.json` of the `tokenizers` library.
 
-A tokenizer is identified by its *fingerprint*, the sha256 of its map from id to token. Two files that differ only in the layout
-of their JSON are the same tokenizer, and a model trained with one can use the other.
+A tokenizer has two hashes. Its *fingerprint* is the sha256 of its map from id to token: what an id means. Its *identity* is the
+sha256 of all that decides which ids a text becomes: normaliser, pre-tokeniser, vocabulary, merges and added tokens. Two files
+that differ only in the layout of their JSON are the same tokenizer by both. The token that may lie before the ids of a text is
+recorded beside them (`special_tokens`).
 """
 
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -71,38 +74,92 @@ def _byte_characters() -> dict[str, int]:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a `tokenizer.json`, or the one in a folder such as a Hugging Face model's.
+    """Load a tokenizer from any path that `find_tokenizer` takes.
 
     Raises:
         DataError: there is no such file, or the `tokenizers` library cannot read it.
     """
-    path = Path(path)
-    file = path / TOKENIZER_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise DataError(f"expected a tokenizer at {file}, but there is no such file; give a tokenizer.json or its folder")
+    file = find_tokenizer(path)
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from None
 
 
-def for_documents(tokenizer: Tokenizer) -> Tokenizer:
-    """Copy a tokenizer so that it encodes any text completely, and as plain text.
+def find_tokenizer(path: Path) -> Path:
+    """Find the file of a tokenizer: a `tokenizer.json`, or that of a folder.
 
-    A downloaded tokenizer may truncate or pad. It would also encode the string of END_OF_DOCUMENT inside a text as the special
-    token, so that a text could end its own document.
+    A folder may be a Hugging Face model's, a prepared one, or a folder of prepared ones (train, validation), which must have
+    the same tokenizer.
+
+    Raises:
+        DataError: there is no such file, or there are several different ones.
     """
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
+    path = Path(path)
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if file.is_file():
+        return file
+
+    # Prepared folders within this one, as `launch/shards.py verify` takes them.
+    found = sorted(manifest.with_name(TOKENIZER_FILE) for manifest in path.glob("*/manifest.json"))
+    found = [each for each in found if each.is_file()]
+    if not found:
+        raise DataError(f"expected a tokenizer at {file}, but there is no such file; give a tokenizer.json or its folder")
+    if len(found) > 1 and len({identity(load_tokenizer(each)) for each in found}) > 1:
+        raise DataError(f"the folders of {path} have different tokenizers; name one of {', '.join(map(str, found))}")
+    return found[0]
+
+
+def for_documents(tokenizer: Tokenizer, control_tokens: Iterable[str] = ()) -> Tokenizer:
+    """Copy a tokenizer so that it encodes any text completely, as plain text, and the same way every time.
+
+    A downloaded tokenizer may truncate or pad, and drop merges at random (BPE dropout). It would also encode the string of a
+    special token inside a text as that token, so that a text could end its own document.
+
+    Args:
+        tokenizer: left as it is.
+        control_tokens: added tokens that are special although the tokenizer does not say so.
+    """
+    description = describe(tokenizer)
+    description["truncation"] = description["padding"] = None
+    if "dropout" in description["model"]:
+        description["model"]["dropout"] = None
+    control = set(control_tokens)
+    for added in description["added_tokens"]:
+        added["special"] = added["special"] or added["content"] in control
+
+    copy = Tokenizer.from_str(json.dumps(description))
     copy.encode_special_tokens = True
     return copy
+
+
+def describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the contents of a tokenizer's `tokenizer.json`."""
+    return json.loads(tokenizer.to_str())
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """Compute the sha256, in hexadecimal, of the map from id to token."""
     tokens = sorted((token_id, token) for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(tokens, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def identity(tokenizer: Tokenizer) -> str:
+    """Compute the sha256, in hexadecimal, of all that decides which ids a text becomes.
+
+    Left out are what preparing turns off or replaces (dropout, truncation, padding, post-processor) and the decoder.
+    """
+    description = describe(tokenizer)
+    deciding = {name: description[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    deciding["model"].pop("dropout", None)
+    return hashlib.sha256(json.dumps(_without_unset(deciding), sort_keys=True).encode("ascii")).hexdigest()
+
+
+def _without_unset(value: Any) -> Any:
+    # Options that are off are left out, so that one which a later version of the library adds does not change the hash.
+    if isinstance(value, dict):
+        return {key: _without_unset(each) for key, each in value.items() if each is not None and each is not False}
+    return [_without_unset(each) for each in value] if isinstance(value, list) else value
 
 
 def end_of_document_id(tokenizer: Tokenizer, token: str | None = None) -> int:
@@ -112,26 +169,19 @@ def end_of_document_id(tokenizer: Tokenizer, token: str | None = None) -> int:
         DataError: the tokenizer has no such token.
     """
     names = _END_OF_DOCUMENT_NAMES if token is None else (token,)
-    for name in names:
-        token_id = tokenizer.token_to_id(name)
-        if token_id is not None:
-            return token_id
+    name = usual_end_of_document(tokenizer) if token is None else token
+    token_id = None if name is None else tokenizer.token_to_id(name)
+    if token_id is not None:
+        return token_id
     raise DataError(
         f"the tokenizer has no end-of-document token: expected one of {', '.join(names)}; name its own with "
         f"--end-of-document, or add {END_OF_DOCUMENT} to it"
     )
 
 
-def declared_end_of_document(tokenizer: Tokenizer, directory: Path) -> str | None:
-    """Read the `eos_token` of a Hugging Face model's folder; None if there is none, or the tokenizer has a usual name."""
-    if any(tokenizer.token_to_id(name) is not None for name in _END_OF_DOCUMENT_NAMES):
-        return None
-    try:
-        declared = json.loads((Path(directory) / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError, AttributeError):
-        return None
-    token = declared.get("content") if isinstance(declared, dict) else declared
-    return token if isinstance(token, str) else None
+def usual_end_of_document(tokenizer: Tokenizer) -> str | None:
+    """Return the first of the usual names of an end-of-document token that the tokenizer has; None if it has none."""
+    return next((name for name in _END_OF_DOCUMENT_NAMES if tokenizer.token_to_id(name) is not None), None)
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:

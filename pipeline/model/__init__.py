@@ -1,9 +1,11 @@
 """The policy and the reference in plain torch.
 
-mtp          the multi-token prediction model: trunk, prediction heads, unembedding
-transformer  the Llama-family block: RMSNorm, RoPE, grouped-query attention, SwiGLU
-elementwise  RoPE and SwiGLU's product, compiled on CUDA
-recompute    activation checkpointing: none, selective, full
-reference    losses of the frozen reference, indexed by head
-huggingface  loads and saves models in Hugging Face's layout
+mtp           the multi-token prediction model: trunk, prediction heads, unembedding
+transformer   the Llama-family block: RMSNorm, RoPE, grouped-query attention, SwiGLU
+elementwise   RoPE and SwiGLU's product, compiled on CUDA
+recompute     activation checkpointing: none, selective, full
+reference     losses of the frozen reference, indexed by head
+huggingface   loads and saves models in Hugging Face's layout
+model_config  its config.json: what it says is used, or refused by name
+weight_files  its safetensors files and their index
 """

@@ -6,22 +6,27 @@ safetensors are read, because loading a pickled checkpoint executes code.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.config import ModelSettings
+from pipeline.model.model_config import (
+    CONFIG_FILE,
+    ModelFilesError,
+    config_of,
+    num_heads_in_files,
+    read_json,
+    settings_from_config,
+)
 from pipeline.model.mtp import Gather, MTPModel, no_gather
-from pipeline.model.transformer import attention_head_dim, ffn_dim
+from pipeline.model.weight_files import INDEX_FILE, WEIGHTS_FILE, opened_tensors, weight_files
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """Bytes from which on a saved model is split into another file."""
 _MAX_LISTED = 8
@@ -44,21 +49,10 @@ _BLOCK_NAMES = {
     "ffn.up": "mlp.up_proj",
     "ffn.down": "mlp.down_proj",
 }
-_MODEL_TYPES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
-"""model_type: (attention_bias, qk_norm) of `ModelSettings`."""
-
-_ONLY_SUPPORTED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-}
-"""The only values supported of settings in config.json for features that this package does not implement."""
-
-
-class ModelFilesError(ValueError):
-    """A directory does not hold the model that is expected in it."""
+_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Tensors of plain numbers, by safetensors' names. FP8 and integers mean something only together with their scales."""
+_UNUSED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|prediction_heads\.\d+\..*")
+"""Tensors that a model may leave: what older saves kept of the rotary positions, and heads that it does not have."""
 
 
 def read_model_settings(directory: Path) -> ModelSettings:
@@ -67,96 +61,130 @@ def read_model_settings(directory: Path) -> ModelSettings:
     Raises:
         ModelFilesError: files are missing, or the model has a feature that this package does not implement exactly.
     """
-    _weight_files(directory)
-    config = _read_json(directory / CONFIG_FILE)
-    model_type = config.get("model_type")
-    if model_type not in _MODEL_TYPES:
-        raise ModelFilesError(f"{directory}: model_type {model_type!r}; expected one of {', '.join(_MODEL_TYPES)}")
-    attention_bias, qk_norm = _MODEL_TYPES[model_type]
-
-    # Refuse what would silently give other numbers: scaled RoPE, other activations, sliding windows.
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or rope
-    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ModelFilesError(f"{directory}: scaled rotary positions ({scaling}) are not supported")
-    for key, value in _ONLY_SUPPORTED.items():
-        if config.get(key, value) not in (value, None):
-            raise ModelFilesError(f"{directory}: {key} is {config[key]!r} in {CONFIG_FILE}; only {value!r} is supported")
-
-    try:
-        return ModelSettings(
-            dim=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_attention_heads=config["num_attention_heads"],
-            num_key_value_heads=config.get("num_key_value_heads"),
-            head_dim=config.get("head_dim"),
-            ffn_dim=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            num_prediction_heads=config.get("num_prediction_heads", 1),
-            rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10_000.0),
-            norm_eps=config["rms_norm_eps"],
-            attention_bias=attention_bias,
-            qk_norm=qk_norm,
-            tied_embeddings=config.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise ModelFilesError(f"{directory}: {CONFIG_FILE} lacks {error}") from None
-    except ValidationError as error:
-        details = "; ".join(f"{detail['loc'][0]}: got {detail['input']!r}; {detail['msg']}" for detail in error.errors())
-        raise ModelFilesError(f"{directory}: {CONFIG_FILE} makes no sense: {details}") from None
+    weight_files(directory)
+    return settings_from_config(read_json(directory / CONFIG_FILE), directory)
 
 
-def load_weights(model: MTPModel, directory: Path, gather: Gather = no_gather) -> None:
+def read_max_positions(directory: Path) -> int | None:
+    """Read how many tokens a row of the model in `directory` may have, `max_position_embeddings`; None if it does not say.
+
+    Raises:
+        ModelFilesError: as `read_model_settings`.
+    """
+    config = read_json(directory / CONFIG_FILE)
+    settings_from_config(config, directory)
+    return config.get("max_position_embeddings")
+
+
+def model_files(directory: Path) -> list[Path]:
+    """List the files that decide what the model in `directory` computes: its weights, then config.json.
+
+    Raises:
+        ModelFilesError: as `read_model_settings`.
+    """
+    return [*weight_files(directory), directory / CONFIG_FILE]
+
+
+def load_weights(model: MTPModel, directory: Path, gather: Gather = no_gather) -> list[str]:
     """Load the weights in `directory` into `model`, one tensor at a time; collective if the model is partitioned.
 
     Prediction heads that the files lack start as copies of the files' last block.
 
+    Returns:
+        The names of the tensors in which a value is not finite in the model's dtype, found by the ranks that read the files.
+
     Raises:
-        ModelFilesError: a tensor is missing or has another shape. All are checked before the first is loaded, so that the
-            ranks of a partitioned model raise together.
+        ModelFilesError: as `weight_problems`. All are checked before the first is loaded, so that the ranks of a partitioned
+            model raise together.
     """
     problems = weight_problems(model.settings, directory)
     if problems:
         raise ModelFilesError("; ".join(problems))
-    with _opened_tensors(directory) as tensors:
+    num_heads, not_finite = _num_heads(directory), []
+    with opened_tensors(directory) as tensors:
         for name, parameter in model.named_parameters():
             with gather(parameter) as is_writer, torch.no_grad():
                 if is_writer:
-                    source = _source_name(name, model.settings, tensors)
+                    source = _source_name(name, model.settings, num_heads)
                     parameter.copy_(tensors[source].get_tensor(source))
+                    if not torch.isfinite(parameter).all():
+                        not_finite.append(source)
+    return list(dict.fromkeys(not_finite))
 
 
 def weight_problems(settings: ModelSettings, directory: Path) -> list[str]:
-    """List tensors of a model of `settings` that `directory` lacks or has in another shape, one sentence each.
+    """List what speaks against loading the tensors in `directory` into a model of `settings`, one sentence each.
 
-    Reads only the files' headers.
+    A tensor is missing, has another shape, is not of plain numbers, or is there and would be ignored. Reads only the files'
+    headers, and the unembedding where the embedding is to take its place.
 
     Raises:
         ModelFilesError: the files cannot be opened.
     """
+    num_heads = _num_heads(directory)
+    with opened_tensors(directory) as tensors:
+        # Counts first: a model of a billion layers cannot even be listed.
+        problems = list(_count_problems(settings, num_heads, tensors)) or list(_tensor_problems(settings, num_heads, tensors))
+    listed = [f"{directory}: {problem}" for problem in problems[:_MAX_LISTED]]
+    return listed + [f"… and {len(problems) - _MAX_LISTED} more"] * (len(problems) > _MAX_LISTED)
+
+
+def _count_problems(settings: ModelSettings, num_heads: int, tensors: Iterable[str]) -> Iterator[str]:
+    """Compare the numbers of layers and heads that config.json names with those that have tensors."""
+    for key, expected, prefix, first in (
+        ("num_hidden_layers", settings.num_layers, "model.layers", 0),
+        ("num_prediction_heads", num_heads, "prediction_heads", 1),
+    ):
+        found = {match[1] for match in map(re.compile(rf"{prefix}\.(\d+)\.").match, tensors) if match}
+        if len(found) + first != expected:
+            yield f"{key} is {expected} in {CONFIG_FILE}, the files have {len(found) + first}"
+
+
+def _tensor_problems(settings: ModelSettings, num_heads: int, tensors: dict[str, Any]) -> Iterator[str]:
+    """Compare the tensors with the parameters of a model of `settings`."""
+    # Each parameter has a tensor of its shape.
     with torch.device("meta"):
         expected = MTPModel(settings)
-    problems = []
-    with _opened_tensors(directory) as tensors:
-        for name, parameter in expected.named_parameters():
-            source = _source_name(name, settings, tensors)
-            shape = tensors[source].get_slice(source).get_shape() if source in tensors else None
-            if shape is None:
-                problems.append(f"{directory}: no tensor '{source}' for the model's '{name}'")
-            elif shape != list(parameter.shape):
-                problems.append(f"{directory}: '{source}' is {shape}, expected {list(parameter.shape)}")
-    return problems[:_MAX_LISTED] + [f"… and {len(problems) - _MAX_LISTED} more"] * (len(problems) > _MAX_LISTED)
+    used = set()
+    for name, parameter in expected.named_parameters():
+        source = _source_name(name, settings, num_heads)
+        used.add(source)
+        if source not in tensors:
+            yield f"no tensor '{source}' for the model's '{name}'"
+            continue
+        found = tensors[source].get_slice(source)
+        if found.get_shape() != list(parameter.shape):
+            yield f"'{source}' is {found.get_shape()}, expected {list(parameter.shape)}"
+        elif found.get_dtype() not in _DTYPES:
+            yield f"'{source}' is {found.get_dtype()}, expected one of {', '.join(_DTYPES)}"
+
+    # A tied model takes the embedding for the unembedding, so one of its own must equal it.
+    embedding, unembedding = _TOP_NAMES["embed.weight"], _TOP_NAMES["unembed.weight"]
+    if settings.tied_embeddings and unembedding in tensors and embedding in tensors:
+        used.add(unembedding)
+        if not _equal(tensors, embedding, unembedding):
+            yield (
+                f"tie_word_embeddings is true in {CONFIG_FILE}, but '{unembedding}' differs from '{embedding}'; set it to "
+                "false to keep both, or remove the one"
+            )
+
+    # Nothing else is left over.
+    for name in sorted(set(tensors) - used):
+        if not _UNUSED.fullmatch(name):
+            yield f"'{name}' has no place in the model that {CONFIG_FILE} describes, which would ignore it"
 
 
-@contextmanager
-def _opened_tensors(directory: Path) -> Iterator[dict[str, Any]]:
-    """Open the weight files; yields the file that holds each tensor, by the tensor's name."""
-    with ExitStack() as stack:
-        tensors: dict[str, Any] = {}
-        for file in _weight_files(directory):
-            opened = stack.enter_context(safe_open(file, framework="pt"))
-            tensors |= dict.fromkeys(opened.keys(), opened)
-        yield tensors
+def _equal(tensors: dict[str, Any], one: str, other: str, num_rows: int = 4096) -> bool:
+    """True if two matrices are equal; read some rows at a time."""
+    slices = tensors[one].get_slice(one), tensors[other].get_slice(other)
+    shape, other_shape = (part.get_shape() for part in slices)
+    return shape == other_shape and all(
+        torch.equal(*(part[start : start + num_rows].float() for part in slices)) for start in range(0, shape[0], num_rows)
+    )
+
+
+def _num_heads(directory: Path) -> int:
+    return num_heads_in_files(read_json(directory / CONFIG_FILE))
 
 
 def save_model(model: MTPModel, directory: Path, gather: Gather = no_gather, writes: bool = True) -> None:
@@ -188,7 +216,7 @@ def save_model(model: MTPModel, directory: Path, gather: Gather = no_gather, wri
     else:
         (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=1))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    (directory / CONFIG_FILE).write_text(json.dumps(_export_config(model.settings) | {"torch_dtype": dtype}, indent=1))
+    (directory / CONFIG_FILE).write_text(json.dumps(config_of(model.settings) | {"torch_dtype": dtype}, indent=1))
 
 
 def _with_end(items: Any) -> Iterator[tuple[str, nn.Parameter | None]]:
@@ -197,56 +225,12 @@ def _with_end(items: Any) -> Iterator[tuple[str, nn.Parameter | None]]:
     yield "", None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFilesError(f"{file}: no such file") from None
-    except ValueError as error:
-        raise ModelFilesError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelFilesError(f"{file}: expected a JSON object")
-    return content
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model folder.
-
-    Raises:
-        ModelFilesError: config.json or a weight file is missing, or is no safetensors file.
-    """
-    if not directory.is_dir():
-        raise ModelFilesError(f"{directory}: no such directory; expected a model ({CONFIG_FILE}, {WEIGHTS_FILE})")
-    if (directory / INDEX_FILE).is_file():
-        weight_map = _read_json(directory / INDEX_FILE).get("weight_map", {})
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [directory / WEIGHTS_FILE]
-
-    expected = [directory / CONFIG_FILE, *files]
-    missing = [file.name for file in expected if not file.is_file()]
-    if missing:
-        raise ModelFilesError(f"{directory}: missing {', '.join(missing)}; expected {CONFIG_FILE} and {WEIGHTS_FILE}")
-
-    # Opening a file reads its header, which is enough to tell.
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ModelFilesError(f"{file}: not a safetensors file: {error}") from None
-    return files
-
-
-def _source_name(name: str, settings: ModelSettings, available: Any) -> str:
-    """Name of the tensor to load into parameter `name`: its own, or the last block's for a head that the files lack."""
-    own = _export_name(name, settings)
-    if name.startswith("heads.") and own not in available:
-        return _export_name(f"heads.0.{name.split('.', 2)[2]}", settings)
-    if name == "unembed.weight" and own not in available:
-        # A file with tied embeddings has no unembedding; an untied model starts with two copies of the one matrix.
-        return _TOP_NAMES["embed.weight"]
-    return own
+def _source_name(name: str, settings: ModelSettings, num_heads: int) -> str:
+    """Name of the tensor to load into parameter `name`: its own, or the last block's for heads that the files lack."""
+    parts = name.split(".", 2)
+    if parts[0] == "heads" and int(parts[1]) >= num_heads:
+        name = f"heads.0.{parts[2]}"
+    return _export_name(name, settings)
 
 
 def _export_name(name: str, settings: ModelSettings) -> str:
@@ -259,29 +243,3 @@ def _export_name(name: str, settings: ModelSettings) -> str:
     if module_list == "trunk":
         return f"model.layers.{index}.{block}"
     return f"model.layers.{settings.num_layers - 1}.{block}" if index == "0" else f"prediction_heads.{index}.{block}"
-
-
-def _export_config(settings: ModelSettings) -> dict[str, Any]:
-    """The content of config.json for a model of this shape."""
-    kinds = {switches: model_type for model_type, switches in _MODEL_TYPES.items()}
-    switches = (settings.attention_bias, settings.qk_norm)
-    if switches not in kinds:
-        raise ModelFilesError("attention_bias and qk_norm together are no known model type; it cannot be exported")
-
-    model_type = kinds[switches]
-    return {
-        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
-        "model_type": model_type,
-        "hidden_size": settings.dim,
-        "num_hidden_layers": settings.num_layers,
-        "num_attention_heads": settings.num_attention_heads,
-        "num_key_value_heads": settings.num_key_value_heads or settings.num_attention_heads,
-        "head_dim": attention_head_dim(settings),
-        "intermediate_size": ffn_dim(settings),
-        "vocab_size": settings.vocab_size,
-        "num_prediction_heads": settings.num_prediction_heads,
-        "rope_theta": settings.rope_theta,
-        "rms_norm_eps": settings.norm_eps,
-        "tie_word_embeddings": settings.tied_embeddings,
-        "hidden_act": "silu",
-    }

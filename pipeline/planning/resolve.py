@@ -37,9 +37,10 @@ def resolve_planned_job(
 def _reference_shape(settings: Settings, notes: list[str]) -> ModelSettings | None:
     try:
         return reference_shape(settings, include_untrained=True)
-    except ModelFilesError:
+    except ModelFilesError as error:
         notes.append(
-            f"reference.path: {settings.reference.path} cannot be read here; a reference of the policy's shape is assumed"
+            f"reference.path: {settings.reference.path} cannot be read here; a reference of the policy's shape is assumed "
+            f"({error})"
         )
         return settings.model if settings.reference.horizon == "matched" else next_token_model(settings.model)
 

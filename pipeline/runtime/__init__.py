@@ -5,6 +5,7 @@ engine          DeepSpeed engines of policy and reference; the only importer of 
 deepspeed_json  validates and resolves the DeepSpeed JSON
 checkpoint      checkpoints in a format of our own: saved in the background, verified, loaded in any layout
 identity        settings and fingerprints that a resumed run must share with its checkpoint
+model_content   fingerprints of model folders, of every byte, read by the ranks of a node together
 preemption      requests to stop: SIGTERM, SIGUSR1, a file STOP
 run_lock        one job per run directory
 agreement       checks that ranks have not diverged

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Settings, did_you_mean
 from pipeline.runtime.engine import JSON_SECTIONS
+from pipeline.setting_types import rule_of
 
 _ALLOWED_KEYS = {
     "zero_optimization", "bf16", "communication_data_type", "data_types", "comms_logger",
@@ -38,7 +39,13 @@ def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any],
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_reject_duplicates)
     except FileNotFoundError:
         return {}, [f"--deepspeed: no such file: {path}"]
-    except (ValueError, OSError) as error:
+    except IsADirectoryError:
+        return {}, [f"--deepspeed: expected a JSON file, and this is a folder: {path}; one is ds_configs/zero3.json"]
+    except OSError as error:
+        return {}, [f"--deepspeed: {path} cannot be read: {error.strerror}"]
+    except RecursionError:
+        return {}, [f"--deepspeed: {path} is not valid JSON: it is nested too deeply"]
+    except ValueError as error:
         return {}, [f"--deepspeed: {path} is not valid JSON: {error}"]
     if not isinstance(content, dict):
         return {}, [f"--deepspeed: {path}: expected a JSON object"]
@@ -142,7 +149,7 @@ def _section_problems(section: str, model: type[BaseModel], value: Any) -> Itera
                 known = {name for field, info in model.model_fields.items() for name in (field, info.alias) if name}
                 yield f"deepspeed {section}.{key}: unknown key; {did_you_mean(key, known)}"
             else:
-                yield f"deepspeed {section}.{key}: got {detail['input']!r}; {detail['msg']}"
+                yield f"deepspeed {section}.{key}: got {detail['input']!r}; {rule_of(detail)}"
 
 
 def _precision_problems(content: dict[str, Any]) -> list[str]:

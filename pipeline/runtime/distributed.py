@@ -116,8 +116,8 @@ def broadcast_from_first(value: Any, group: dist.ProcessGroup | None = None) -> 
     return values[0]
 
 
-def gather_from_all(value: Any) -> list[Any]:
-    """Gather every rank's `value` (any object), in order of rank, on every rank; [value] where there is no process group."""
+def gather_over_ranks(value: Any) -> list[Any]:
+    """Gather every rank's `value` (any object), in the order of ranks; only this one where there is no process group."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

@@ -33,6 +33,8 @@ from pipeline.model.elementwise import elementwise_for
 from pipeline.model.huggingface import load_weights
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.transformer import Block
+from pipeline.runtime.distributed import broadcast_from_first
+from pipeline.runtime.model_content import agreed
 
 # Both are read when deepspeed is imported.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -263,6 +265,10 @@ def _build_model(
 
     if weights is None:
         initialize_weights(model, gathered)
-    else:
-        load_weights(model, weights, gathered)
+        return model
+    # The first rank reads every tensor, whether the model is partitioned or not.
+    not_finite = broadcast_from_first(load_weights(model, weights, gathered))
+    if not_finite:
+        listed = ", ".join(not_finite[:8]) + " …" * (len(not_finite) > 8)
+        raise agreed(f"{weights}: values that are not finite (NaN or infinite) in {listed}; every loss would be NaN")
     return model

@@ -7,8 +7,7 @@ says what a change means.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config import DataSettings, Settings
 from pipeline.setting_types import ResumeRule
@@ -25,21 +24,33 @@ RESUME_RULES = {
 """The rule of each setting by its flat name, collected from the annotations in `config`."""
 
 FIXED_SETTINGS = tuple(key for key, change in RESUME_RULES.items() if change is ResumeRule.FIXED)
-"""Settings in which the position in the data, one integer, is counted: they can never change."""
+"""Settings that can never change: `ResumeRule.FIXED`."""
 
 
-def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """List the entries of two identities that differ and change a run's result, one sentence each.
+class Change(NamedTuple):
+    """An entry of a run's identity that differs from the checkpoint's."""
+
+    key: str
+    before: Any
+    after: Any
+
+    @property
+    def is_fixed(self) -> bool:
+        """True if a run can never continue with this change."""
+        return self.key in FIXED_SETTINGS
+
+    def __str__(self) -> str:
+        return f"{self.key}: was {self.before!r}, is now {self.after!r}"
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """List the entries of two identities that differ and change a run's result.
 
     An older program's identity lacks settings that it did not know: it ran with what is now their default.
     """
     keys = dict.fromkeys([*before, *after])
-    previous = {key: before.get(key, _DEFAULTS.get(key)) for key in keys}
-    return [
-        f"{key}: was {previous[key]!r}, is now {after.get(key)!r}"
-        for key in keys
-        if previous[key] != after.get(key) and not _may_change(key)
-    ]
+    changes = [Change(key, before.get(key, _DEFAULTS.get(key)), after.get(key)) for key in keys]
+    return [change for change in changes if change.before != change.after and not _may_change(change.key)]
 
 
 def _may_change(key: str) -> bool:
@@ -53,19 +64,24 @@ def flatten(settings: Settings) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in dumped.items() for key, value in keys.items()}
 
 
-def identity_of(settings: Settings, deepspeed: dict[str, Any], cached: Sequence[Any] = ()) -> dict[str, Any]:
-    """Collect the identity that a resumed run must share: settings, data, reference and precision.
+def identity_of(
+    settings: Settings,
+    deepspeed: dict[str, Any],
+    models: Mapping[str, str | None],
+    cached: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Collect the identity that a resumed run must share: settings, data, models and precision.
 
     Args:
         deepspeed: the resolved DeepSpeed configuration.
+        models: fingerprints (`model_content`) of the `reference` and the `pretrained` model; None of one that is not read.
         cached: manifests of the reference's cached losses, if any. In float32 they select exactly what the live reference
             does, so both have the same identity.
     """
-    reference = settings.reference.path
-    fingerprint = model_fingerprint(reference) if reference is not None else None
     return flatten(settings) | {
         "data": _data_fingerprint(settings.data),
-        "reference model": cached[0].reference_sha256 if cached else fingerprint,
+        "reference model": cached[0].reference_sha256 if cached else models["reference"],
+        "pretrained model": models["pretrained"],
         "reference losses": cached[0].dtype if cached else "float32",
         "deepspeed bf16": deepspeed.get("bf16", {}).get("enabled", False),
         "deepspeed communication_data_type": deepspeed.get("communication_data_type"),
@@ -83,22 +99,6 @@ def _data_fingerprint(data: DataSettings) -> str | list[Any]:
         return [[each.name, each.weight, of(each.path)] for each in data.mixture]
     assert data.path is not None
     return of(data.path)
-
-
-def model_fingerprint(directory: Path) -> str:
-    """Fingerprint of a model folder: names, sizes, and first and last MiB of its safetensors files.
-
-    Hashing every byte of a large model takes minutes at each start.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(directory.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(2**20))
-            opened.seek(max(0, size - 2**20))
-            digest.update(opened.read())
-    return digest.hexdigest()
 
 
 _DEFAULTS = flatten(Settings())

@@ -7,6 +7,7 @@ because those steps are trained again.
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, EXCESS_LOWEST, Record, Totals, ratio
 from pipeline.runtime.table import aligned
-from pipeline.storage.whole_file import sync_file, write_file
+from pipeline.storage.whole_file import naming, sync_file, write_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,11 +24,13 @@ METRICS_FILE = "metrics.jsonl"
 class Logbook:
     """Writer of one run directory's metrics.
 
+
     first_step: the step resumed from; 0 is a new run, which keeps no old record. notes: what was wrong with the file, or is
     lost of it, a sentence each.
+    held_out: names of the held-out sets; "" for an only one.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, num_heads: int):
+    def __init__(self, run_dir: Path, first_step: int, num_heads: int, held_out: Sequence[str] = ("",)):
         # Cut metrics.jsonl to the checkpoint; SummaryWriter's purge_step does the same for TensorBoard.
         path = run_dir / METRICS_FILE
         records, num_damaged = _read(path)
@@ -37,16 +40,18 @@ class Logbook:
         self.file: TextIO = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
         if num_heads > 1:
-            self.board.add_custom_scalars(_layout(num_heads))
+            self.board.add_custom_scalars(_layout(num_heads, held_out))
 
     def write(self, record: Record) -> None:
         """Append a record to metrics.jsonl and its values to TensorBoard."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        for key, value in record.items():
-            tag = tensorboard_tag(key, record.get("split"))
-            if tag is not None and value is not None:
-                self.board.add_scalar(tag, value, record["step"])
+        with naming(Path(self.file.name)):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        with naming(Path(self.board.log_dir)):
+            for key, value in record.items():
+                tag = tensorboard_tag(key, split_of(record))
+                if tag is not None and value is not None:
+                    self.board.add_scalar(tag, value, record["step"])
 
     def sync(self) -> None:
         """Have on the disk what was written so far."""
@@ -66,7 +71,8 @@ class Logbook:
 
     def close(self) -> None:
         self.file.close()
-        self.board.close()
+        with naming(Path(self.board.log_dir)):
+            self.board.close()
 
 
 def read_records(run_dir: Path) -> list[Record]:
@@ -105,6 +111,12 @@ def _notes(records: Sequence[Record], num_damaged: int, first_step: int) -> list
     return notes
 
 
+def split_of(record: Record) -> str | None:
+    """Return the first part of a record's tags in TensorBoard: `validation`, or `validation_NAME` for a named set."""
+    split, name = record.get("split"), record.get("set")
+    return f"{split}_{name}" if name else split
+
+
 _TAGS = {
     "loss": "loss",
     "selected_ratio": "selection/ratio",
@@ -125,7 +137,7 @@ _TAGS = {
 
 
 def tensorboard_tag(key: str, split: str | None = None) -> str | None:
-    """Map a metric's key to its TensorBoard tag; None for `step` and `split`, which are not curves.
+    """Map a metric's key to its TensorBoard tag; None for what is not a curve, such as `step`.
 
     loss_head_0                          loss/head_0
     selected_ratio_head_1                selection/ratio/head_1
@@ -134,8 +146,10 @@ def tensorboard_tag(key: str, split: str | None = None) -> str | None:
     data_tokens_source_NAME              data/tokens/source_NAME
     loss, learning_rate                  train/loss, train/learning_rate
     loss_head_0 with split="validation"  validation/loss/head_0
+    perplexity_head_0, likewise          validation/perplexity/head_0
+    bits_per_byte, likewise              validation/bits_per_byte
     """
-    if key in ("step", "split"):
+    if key in ("step", "split", "set", "rows"):
         return None
     if key.startswith("data_") or key == "corrupt_samples":
         tag = f"data/{key.removeprefix('data_').replace('_source_', '/source_', 1).replace('_set_', '/set_', 1)}"
@@ -193,22 +207,25 @@ def selection_block(record: Record) -> str:
 def summary_table(records: Sequence[Record], run_dir: Path, source_names: Sequence[str]) -> str:
     """Format the table that closes a run.
 
-    Rows: held-out loss per head at the start and the end; the share selected per head over the last quarter of the steps; and
-    for each named source its share in the data and among the selected pairs.
+    Rows: held-out loss per head at the start and the end, for each set; the share selected per head over the last quarter of
+    the steps; and for each named source its share in the data and among the selected pairs.
     """
     trained = [record for record in records if "split" not in record]
     if not trained:
         return ""
     heads = _heads(trained[-1])
     last_quarter = [record for record in trained if record["step"] > 0.75 * trained[-1]["step"]]
-    held_out = [record for record in records if record.get("split") == "validation"]
 
-    # Held-out losses.
+    # Held-out losses, of the first validation of each set and of the last.
+    held_out: dict[str | None, list[Record]] = {}
+    for record in records:
+        if record.get("split") == "validation":
+            held_out.setdefault(record.get("set"), []).append(record)
     rows = [["", *(f"head {head} (t+{head + 1})" for head in heads)]]
-    if held_out:
-        for when, record in (("start", held_out[0]), ("end", held_out[-1])):
+    for name, of_set in held_out.items():
+        for when, record in (("start", of_set[0]), ("end", of_set[-1])):
             losses = [_number(record[f"loss_head_{head}"], 3) for head in heads]
-            rows.append([f"held-out loss, {when} (step {record['step']})", *losses])
+            rows.append([f"held-out loss{f' of {name}' if name else ''}, {when} (step {record['step']})", *losses])
 
     # Shares over the last quarter: sum counts over its steps, then divide once.
     counts = {key: sum(record.get(key) or 0 for record in last_quarter) for key in trained[-1] if "_count_" in key}
@@ -233,6 +250,13 @@ def summary_table(records: Sequence[Record], run_dir: Path, source_names: Sequen
     )
 
 
+def held_out_text(record: Record) -> str:
+    """Format a validation for a line: loss per head, and what else head 0's loss means."""
+    losses = " ".join(_number(record[f"loss_head_{head}"], 3) for head in _heads(record))
+    bits = f", {_number(record['bits_per_byte'], 3)} bits per byte" if "bits_per_byte" in record else ""
+    return f"per head {losses}; perplexity {_number(record['perplexity_head_0'], 2)}{bits}"
+
+
 def without_non_finite(record: Record) -> Record:
     """Replace non-finite values by None, because JSON has no NaN."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
@@ -242,7 +266,7 @@ def _heads(record: Record) -> list[int]:
     return [head for head in range(len(record)) if f"loss_head_{head}" in record]
 
 
-def _layout(num_heads: int) -> dict[str, Any]:
+def _layout(num_heads: int, held_out: Sequence[str]) -> dict[str, Any]:
     """TensorBoard's custom scalars: one chart per quantity with all heads, one per head with all sources. Tags are regexes."""
     charts = {
         "policy loss": ("loss", 0),
@@ -250,8 +274,10 @@ def _layout(num_heads: int) -> dict[str, Any]:
         "selected count": ("selection/count", 0),
         "threshold": ("selection/threshold", 1),
         "mean excess loss": ("selection/excess_mean", 1),
-        "held-out loss": ("validation/loss", 0),
     }
+    for name in held_out:
+        split = split_of({"split": "validation", "set": name})
+        charts[f"held-out loss of {name}" if name else "held-out loss"] = (f"{re.escape(split or '')}/loss", 0)
 
     # Title -> a chart of the tags that match these regular expressions.
     by_head = {

@@ -34,8 +34,8 @@ PERCENTILES = (10, 50, 90)
 class SelectionSums:
     """Sums over the micro-batches of one step or one validation, on the device.
 
-    finite: bool scalar, false once a loss was not finite. bad_rows: for each micro-batch of this rank bool [B, H], true where
-    a loss was not finite. thresholds: of each micro-batch, float32 [K].
+    finite: bool scalar, false once a loss was not finite. bad_rows: for each micro-batch of this rank bool [B, H] of the policy
+    and of the reference, true where a loss was not finite. thresholds: of each micro-batch, float32 [K].
     """
 
     def __init__(self, num_heads: int, num_sources: int, device: torch.device):
@@ -64,7 +64,7 @@ class SelectionSums:
 
         self.compared = False
         self.finite = torch.ones((), dtype=torch.bool, device=device)
-        self.bad_rows: list[Tensor] = []
+        self.bad_rows: list[tuple[Tensor, Tensor]] = []
         self.thresholds: list[Tensor] = []
 
     def add(self, losses: HeadLosses, valid_BTH: Tensor, sources_BT: Tensor) -> None:
@@ -75,6 +75,7 @@ class SelectionSums:
 
         # Values that are not finite are counted, and are in no sum.
         finite_BTH, finite_BTK = torch.isfinite(policy_loss_BTH), torch.isfinite(excess_BTK)
+        bad_reference_BTK = ~finite_BTK & (excess_BTK != torch.inf)
         policy_loss_BTH, excess_BTK = policy_loss_BTH.where(finite_BTH, 0.0), excess_BTK.where(finite_BTK, 0.0)
 
         # The columns of every pair.
@@ -109,9 +110,8 @@ class SelectionSums:
         self.thresholds.append(selection.threshold_K)
 
         # The micro-batch's part of the rule for numbers that are not finite (`runtime.non_finite`).
-        finite_BTH = finite_BTH & F.pad(finite_BTK, (1, 0), value=True)
-        self.bad_rows.append(~finite_BTH.all(1))
-        self.finite &= finite_BTH.all() & selection.finite
+        self.bad_rows.append((~finite_BTH.all(1), F.pad(bad_reference_BTK.any(1), (1, 0))))
+        self.finite &= finite_BTH.all() & finite_BTK.all() & selection.finite
 
     def _add_to_histogram(self, excess_BTK: Tensor, counted_BTK: Tensor, sources_BT: Tensor) -> None:
         num_heads = excess_BTK.shape[-1]

@@ -1,7 +1,7 @@
 """Locations of data: a folder on this machine, a URL that fsspec can read, or a command that prints a file.
 
 A folder is a `Path`, everything else a `Url`, because `Path` would turn `https://host` into `https:/host`. Both are joined with
-a file name by `/`. In `pipe:COMMAND` the file name replaces `{}`.
+a file name by `/`. In `pipe:COMMAND` the file name replaces `{}`. `~` is expanded wherever a path is read.
 """
 
 import re
@@ -54,7 +54,7 @@ def parse_location(value: Any) -> Location:
     # A path on this machine.
     scheme = _SCHEME.match(value)
     if scheme is None:
-        return Path(value)
+        return user_path(value)
     if scheme[1].lower() == "file":
         return _file_path(value)
 
@@ -66,6 +66,20 @@ def parse_location(value: Any) -> Location:
     if "://" not in value:
         raise ValueError(f"expected {scheme[1]}://…, file:PATH, pipe:COMMAND or a folder")
     return Url(value)
+
+
+def user_path(value: str | Path) -> Path:
+    """Parse a path as a user writes it, `~` and `~name` included, which no shell expands behind an equals sign or in a file.
+
+    Raises:
+        ValueError: there is no such user, or the path holds a NUL.
+    """
+    if "\0" in str(value):
+        raise ValueError(f"expected a path, got {str(value)!r}, which holds a NUL")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"no home folder is known for the ~ of {str(value)!r}; write it out") from None
 
 
 LocationSetting = Annotated[Location, PlainValidator(parse_location), PlainSerializer(str, return_type=str, when_used="json")]

@@ -37,7 +37,7 @@ def atomic_write(path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
     # or any other on a file system without locks.
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             yield file
             file.flush()
             if synced:
@@ -48,6 +48,17 @@ def atomic_write(path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
         raise
     if synced:
         _sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name this file in an error that names none: the error of a write to an open file, such as a full disk's, does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def publish(source: Path, path: Path) -> None:

@@ -8,6 +8,7 @@ Wrong inputs on one rank are an error on all ranks of its group: problems are ex
 numbers.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pipeline.weighting.pools import select_shared
 from pipeline.weighting.selection import num_selected, shifted_reference_loss
 
 IGNORED_LABEL = -100
+_NOT_FINITE = "policy_logits or ref_logits give a loss that is NaN or infinite on a valid pair"
 _NOT_COMPARABLE = (torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -30,7 +32,7 @@ def compute_mtp_selective_weights(
     attention_mask: Tensor,
     k_percent: float = 0.6,
     group: Group = None,
-) -> tuple[Tensor, dict[str, Any]]:
+) -> tuple[Tensor, dict[str, int | float]]:
     """Compute the weights of all pairs under selective multi-token prediction (arXiv 2404.19737, 2404.07965).
 
     Args:
@@ -52,7 +54,45 @@ def compute_mtp_selective_weights(
     problem = _problem_with_inputs(policy_logits, ref_logits, labels, attention_mask, k_percent)
     in_common = {} if problem else {"policy_logits": list(policy_logits.shape), "k_percent": k_percent}
     _raise_on_all_ranks(problem, in_common, group)
+    excess_BTH, valid_BTH = _excess_and_valid(policy_logits, ref_logits, labels, attention_mask)
 
+    # The exact top of each head over the group.
+    counts = all_reduce_sum(valid_BTH.sum((0, 1)), group).tolist()
+    # Head 0 goes along, with all its pairs, so that its excess is checked as the others' is.
+    num_selected_H = [counts[0], *(num_selected(k_percent, count) for count in counts[1:])]
+    (selection,) = select_shared(excess_BTH[None], valid_BTH[None], [counts], num_selected_H, "auto", group)
+    if not selection.finite:
+        raise ValueError(_NOT_FINITE)
+
+    weights = selection.selected_BTK.float()
+    return weights, compute_rho1_stats(excess_BTH, weights, attention_mask, group)
+
+
+def excess_losses(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+    """Compute the excess losses that `compute_rho1_stats` takes: policy minus reference loss of each pair's target.
+
+    Args: as of `compute_mtp_selective_weights`.
+
+    Returns:
+        float32 [batch, seq, n_future], without a gradient; 0 at invalid pairs. It is the negative zero there, which equals 0,
+        and by which `compute_rho1_stats` tells a pair whose label is -100 from one whose losses are equal.
+
+    Raises:
+        ValueError: shapes, dtypes or ranges do not fit, or a valid pair's loss is not finite.
+    """
+    problem = _problem_with_inputs(policy_logits, ref_logits, labels, attention_mask, k_percent=1.0)
+    if problem is not None:
+        raise ValueError(problem)
+    excess_BTH, _ = _excess_and_valid(policy_logits, ref_logits, labels, attention_mask)
+    if not excess_BTH.isfinite().all():
+        raise ValueError(_NOT_FINITE)
+    return excess_BTH
+
+
+def _excess_and_valid(
+    policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(excess_BTH, with the negative zero at invalid pairs and nowhere else; valid_BTH)."""
     # Targets and validity of each pair.
     num_heads = policy_logits.shape[2]
     targets_BTH = _shifted(labels.long(), num_heads, fill=IGNORED_LABEL)
@@ -63,33 +103,27 @@ def compute_mtp_selective_weights(
         policy_loss_BTH = _cross_entropy(policy_logits, targets_BTH)
         next_token_loss_BT = _cross_entropy(ref_logits, targets_BTH[..., 0])
         reference_loss_BTH = shifted_reference_loss(F.pad(next_token_loss_BT[:, :-1], (1, 0)), num_heads)
-    excess_BTH = policy_loss_BTH - reference_loss_BTH
-
-    # The exact top of each head over the group.
-    counts = all_reduce_sum(valid_BTH.sum((0, 1)), group).tolist()
-    # Head 0 goes along, with all its pairs, so that its excess is checked as the others' is.
-    num_selected_H = [counts[0], *(num_selected(k_percent, count) for count in counts[1:])]
-    (selection,) = select_shared(excess_BTH[None], valid_BTH[None], [counts], num_selected_H, "auto", group)
-    if not selection.finite:
-        raise ValueError("policy_logits or ref_logits give a loss that is NaN or infinite on a valid pair")
-
-    excess_BTH = excess_BTH.masked_fill(~valid_BTH, torch.nan)
-    weights = selection.selected_BTK.float()
-    return weights, compute_rho1_stats(excess_BTH, weights, attention_mask, group)
+        # Adding 0.0 turns the negative zero of a valid pair into the positive one.
+        excess_BTH = policy_loss_BTH - reference_loss_BTH + 0.0
+    return excess_BTH.masked_fill(~valid_BTH, -0.0), valid_BTH
 
 
-def compute_rho1_stats(excess_loss: Tensor, weights: Tensor, attention_mask: Tensor, group: Group = None) -> dict[str, Any]:
+def compute_rho1_stats(
+    excess_loss: Tensor, weights: Tensor, attention_mask: Tensor, group: Group = None
+) -> dict[str, int | float]:
     """Compute the statistics of a selection over all ranks of `group`.
 
     Args:
-        excess_loss: [batch, seq, n_future], policy minus reference loss; NaN marks a pair without a target.
+        excess_loss: [batch, seq, n_future], policy minus reference loss, as `excess_losses` gives it. NaN or the negative zero
+            marks a pair without a target; where the mask says so already, the value does not matter.
         weights: [batch, seq, n_future], 0 or 1.
         attention_mask: [batch, seq], 0 on padding.
 
     Returns:
         head_{i}_count (selected pairs), head_{i}_ratio (of the valid pairs), head_{i}_excess_mean (over valid pairs),
         head_{i}_threshold (smallest selected excess; i >= 1), selection_ratio (over all heads) and
-        avg_heads_per_position (selected pairs per valid pair of head 0). None where there is nothing to divide by.
+        avg_heads_per_position (selected pairs per valid pair of head 0). All are numbers: where a head has no valid pair its
+        count is 0, ratios are 0.0, mean and threshold NaN.
 
     Raises:
         ValueError: shapes, dtypes or ranges do not fit, on any rank of the group and then on all.
@@ -99,7 +133,8 @@ def compute_rho1_stats(excess_loss: Tensor, weights: Tensor, attention_mask: Ten
 
     # Sums and smallest selected excess over all ranks.
     num_heads = weights.shape[2]
-    valid_BTH = _valid_by_mask(attention_mask, num_heads) & ~excess_loss.isnan()
+    has_target_BTH = ~excess_loss.isnan() & ~((excess_loss == 0) & excess_loss.signbit())
+    valid_BTH = _valid_by_mask(attention_mask, num_heads) & has_target_BTH
     selected_BTH = (weights > 0) & valid_BTH
     excess_BTH = torch.where(valid_BTH, excess_loss.double(), 0.0)
     sums_3H = torch.stack([valid_BTH.sum((0, 1)), selected_BTH.sum((0, 1)), excess_BTH.sum((0, 1))])
@@ -109,20 +144,20 @@ def compute_rho1_stats(excess_loss: Tensor, weights: Tensor, attention_mask: Ten
         dist.all_reduce(smallest_H, op=dist.ReduceOp.MIN, group=group)
 
     valid, selected, excess = sums_3H.tolist()
-    stats: dict[str, Any] = {}
+    stats: dict[str, int | float] = {}
     for head in range(num_heads):
         stats[f"head_{head}_count"] = int(selected[head])
-        stats[f"head_{head}_ratio"] = _ratio(selected[head], valid[head])
-        stats[f"head_{head}_excess_mean"] = _ratio(excess[head], valid[head])
+        stats[f"head_{head}_ratio"] = _quotient(selected[head], valid[head], 0.0)
+        stats[f"head_{head}_excess_mean"] = _quotient(excess[head], valid[head], math.nan)
         if head > 0:
-            stats[f"head_{head}_threshold"] = smallest_H[head].item() if selected[head] else None
-    stats["selection_ratio"] = _ratio(sum(selected), sum(valid))
-    stats["avg_heads_per_position"] = _ratio(sum(selected), valid[0])
+            stats[f"head_{head}_threshold"] = smallest_H[head].item() if selected[head] else math.nan
+    stats["selection_ratio"] = _quotient(sum(selected), sum(valid), 0.0)
+    stats["avg_heads_per_position"] = _quotient(sum(selected), valid[0], 0.0)
     return stats
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def _quotient(part: float, whole: float, of_nothing: float) -> float:
+    return part / whole if whole else of_nothing
 
 
 def _shifted(values_BT: Tensor, num_heads: int, fill: int) -> Tensor:

@@ -44,10 +44,14 @@ class Comparison:
         return score(self.score, policy_loss_P, reference_loss_P, random_P)
 
     def excess(self, policy_loss_BTK: Tensor) -> Tensor | None:
-        """Excess losses, float32 [B, T, K], 0 at invalid pairs; None without a reference."""
+        """Excess losses, float32 [B, T, K], 0 at invalid pairs; None without a reference.
+
+        One that is not finite says which loss was not: inf the policy's, -inf the reference's, NaN both.
+        """
         if self.reference_loss_BTK is None:
             return None
-        return (policy_loss_BTK - self.reference_loss_BTK).where(self.valid_BTK, 0.0)
+        policy, reference = (loss.where(loss.isfinite(), torch.inf) for loss in (policy_loss_BTK, self.reference_loss_BTK))
+        return (policy - reference).where(self.valid_BTK, 0.0)
 
 
 def score(name: str, policy_loss: Tensor, reference_loss: Tensor | None, random: Tensor | None) -> Tensor:

@@ -33,7 +33,8 @@ class Selection(NamedTuple):
         pools in the micro-batch, their mean weighted by valid pairs.
     threshold_weight_K: float64, the valid pairs for which this rank's threshold stands in a mean over ranks: a pool
         that ranks share counts once, on the first.
-    excess_BTK: float32, policy minus reference loss, 0 where a pair is invalid; None without a reference.
+    excess_BTK: float32, policy minus reference loss, 0 where a pair is invalid (`score.Comparison.excess`, where one is not
+        finite too); None without a reference.
     finite: bool scalar, true if every valid score that this rank has seen was finite.
     """
 

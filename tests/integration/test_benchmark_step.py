@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
-from pipeline.benchmark.step import HEADS, K_PERCENT, VARIANTS, flops_a_token
+from pipeline.benchmark.options import VARIANTS
+from pipeline.benchmark.step import HEADS, K_PERCENT, flops_a_token
 from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import targets_and_valid
 from pipeline.model.mtp import MTPModel, initialize_weights

@@ -117,7 +117,7 @@ def test_problems_in_different_places_are_in_one_message_and_nothing_is_made(arg
     problems = assert_one_clear_message(run(*arguments, *wrong, start_afresh=True))
     beginnings = [
         "--dry-rum: unknown option; did you mean '--dry-run'?",
-        "model.num_layer: unknown setting; did you mean 'num_layers'?",
+        "model.num_layer: unknown setting; did you mean 'model.num_layers'?",
         "training.k_percent: got 1.5; expected a fraction in (0, 1]",
         "deepspeed train_batch_size: 64 there, data.global_batch = 4 in the recipe",
         "deepspeed zero_optimization.overlap_com: unknown key; did you mean 'overlap_comm'?",
@@ -293,10 +293,22 @@ def test_a_number_of_ranks_that_does_not_fit_is_refused_with_those_that_would(re
     assert "numbers of ranks that fit: 1, 2, 3, 4, 6, 12" in problem
 
 
-def test_more_lanes_than_the_held_out_data_has_rows_are_refused_before_anything_is_built(refused, tiny_data):
+def test_more_lanes_than_the_training_data_has_rows_are_refused_before_anything_is_built(refused, tiny_data):
     rows = read_manifest(tiny_data / "validation").num_samples
-    (problem,) = refused("data.global_batch=128", "data.lanes=128")
+    (problem,) = refused("data.global_batch=128", "data.lanes=128", f"data.path={tiny_data / 'validation'}")
     assert problem.startswith(f"{tiny_data / 'validation'}: the data set has {rows} samples, fewer than data.lanes = 128")
+
+
+def test_held_out_data_may_have_fewer_rows_than_lanes_but_not_than_it_is_to_read(refused, tiny_data):
+    rows = read_manifest(tiny_data / "validation").num_samples
+    assert refused("data.global_batch=128", "data.lanes=128", "logging.validation_samples=500") == [
+        f"logging.validation_samples: 500, but {tiny_data}/validation holds {rows} rows; set at most {rows}, or null for all"
+    ]
+
+
+def test_each_of_several_held_out_folders_is_checked_under_its_name(refused, tiny_data, tmp_path):
+    (problem,) = refused(f"data.validation_path={{near: {tiny_data / 'validation'}, far: {tmp_path / 'none'}}}")
+    assert problem.startswith(f"data.validation_path far: expected a folder of prepared shards at {tmp_path / 'none'}")
 
 
 @pytest.mark.parametrize(
@@ -332,15 +344,31 @@ def test_an_unknown_option_is_refused_with_a_suggestion(refused, option, suggest
 
 
 @pytest.mark.parametrize(
-    ("option", "meant"),
+    ("given", "meant"),
     [
-        ("--micro-batch", "data.micro_batch=VALUE"),
-        ("--training.steps=5", "training.steps=VALUE"),
-        ("--seed", "data.seed=VALUE or model.seed=VALUE"),
+        ("--micro-batch", "settings have no dashes: write data.micro_batch=VALUE"),
+        ("--training.steps=5", "settings have no dashes: write training.steps=5"),
+        ("--seed", "settings have no dashes: write data.seed=VALUE or model.seed=VALUE"),
+        ("--lr 1e-4", "settings have no dashes: write training.learning_rate=1e-4"),
+        ("--max_steps 100", "settings have no dashes: write training.steps=100"),
+        ("--batch-size 8", "settings have no dashes: write data.global_batch=8"),
+        ("--resume", "a run continues by itself when it is started again with the same --run-dir"),
+        ("--resume_from_checkpoint runs/a", "a run continues by itself when it is started again with the same --run-dir"),
+        ("--output_dir out", "the folder of a run is --run-dir DIR"),
+        ("--num_train_epochs 3", "the length of a run is training.steps: epochs × rows"),
     ],
 )
-def test_a_setting_that_is_given_as_an_option_is_refused_with_how_it_is_given(refused, option, meant):
-    assert refused(option) == [f"{option}: unknown option; a setting is given without dashes, {meant}"]
+def test_words_that_other_trainers_use_are_refused_with_what_does_it_here(refused, given, meant):
+    (problem,) = refused(*given.split())
+    assert problem.startswith(f"{given.replace(' ', '=')}: unknown option; {meant}")
+
+
+def test_sizes_that_do_not_fit_are_refused_beside_other_problems_unless_one_is_about_a_size(refused):
+    lr, sizes = refused("--lr", "1e-4", "data.global_batch=8", "data.micro_batch=3")
+    assert lr.endswith("write training.learning_rate=1e-4")
+    assert sizes.startswith("data.lanes = 8 is not a multiple of ranks × data.micro_batch = 1 × 3; write data.micro_batch=2;")
+    (batch_size,) = refused("--batch_size", "6", "data.micro_batch=3")
+    assert batch_size.endswith("write data.global_batch=6")
 
 
 def test_settings_behind_an_unknown_option_are_still_settings(refused):
@@ -372,6 +400,17 @@ def test_a_second_job_in_the_same_run_directory_is_refused_and_says_who_is_there
     lock.release()
     assert problem.startswith(f"--run-dir: {tmp_path / 'run'} is in use by process {os.getpid()} on {socket.gethostname()}")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+
+
+def test_a_port_that_is_in_use_is_one_message_with_the_remedy(arguments, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        finished = run_script("train.py", *arguments, environment=ENVIRONMENT | {"MASTER_PORT": port})
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"train.py: error: the ranks cannot meet at MASTER_ADDR 127.0.0.1, MASTER_PORT {port}: ")
+    assert "choose another one (deepspeed --master_port N, or MASTER_PORT=N)" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_head_is_trained_without_a_reference_though_one_could_be_trained(arguments, tiny_data, tmp_path):
@@ -418,11 +457,28 @@ def test_a_dry_run_reports_memory_and_token_budget_and_leaves_nothing(arguments,
     assert finished.returncode == 0, finished.stderr
     assert re.search(r"peak memory of the step +[1-9][\d,]* MiB", finished.stdout)
     assert re.search(r"memory plan +\d+\.\d MiB a rank, highest in ", finished.stdout)
+    assert re.search(r"parameters +[\d,]+ of the policy", finished.stdout)
+    assert re.search(rf"reference +[\d,]+ parameters, {tiny_reference}\n", finished.stdout)
+    assert re.search(r"a step +4 rows = 2 micro-step\(s\) × 1 rank\(s\) × 2 rows", finished.stdout)
+    # Both without what Python and libraries take, hundreds of MiB.
+    peak, plan = (
+        float(re.search(rf"{what} +([\d.]+) MiB", finished.stdout)[1]) for what in ("peak memory of the step", "plan")
+    )
+    assert plan < peak < plan + 200
     tokens = int(re.search(r"40 steps × ([\d,]+) tokens", finished.stdout)[1].replace(",", ""))
     in_epoch = read_manifest(tiny_data / "train").num_tokens
     assert 0 < tokens <= 4 * 16
     assert f"= {40 * tokens:,} tokens, {40 * tokens / in_epoch:.2f} epochs of {in_epoch:,}" in finished.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_that_a_reference_yet_to_be_trained_has_random_weights(arguments, tiny_data):
+    training = ["training.k_percent=0.6", "reference.training_steps=2", f"reference.training_data={tiny_data / 'train'}"]
+    finished = run(*arguments, *training, "--dry-run")
+    assert finished.returncode == 0, finished.stderr
+    assert re.search(
+        r"reference +[\d,]+ parameters of random weights, a stand-in: the reference is yet to be trained", finished.stdout
+    )
 
 
 @pytest.mark.slow

@@ -34,10 +34,10 @@ def run_two_ranks(*arguments: Any) -> list[tuple[int, str, str]]:
 
 
 def poisoned_copy(reference: Path, directory: Path) -> Path:
-    """The same model, all of whose losses are NaN."""
+    """The same model, whose weights are finite and all of whose losses are not."""
     shutil.copytree(reference, directory)
     weights = load_file(directory / "model.safetensors")
-    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], torch.nan)
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 3e38)
     save_file(weights, directory / "model.safetensors")
     return directory
 
@@ -78,10 +78,13 @@ def test_a_run_that_diverges_stops_names_what_and_where_and_leaves_its_last_chec
     # Each rank's samples of each head that is compared with the reference.
     for rank in (0, 1):
         for number in (1, 2, 3):
-            assert re.search(rf"rank {rank}, head {number}: shard-\d+/\d+, ", error), error
-    assert "head 0" not in error
+            assert re.search(rf"rank {rank}, reference loss of head {number}: shard-\d+/\d+, ", error), error
+    assert "policy loss" not in error
     assert "Checkpoints hold finite numbers alone: there are steps" in error
-    assert len(re.findall(r"step [56]: discarded on all ranks; what was not finite: rank 0, head 1: ", printed)) == 2
+    assert (
+        len(re.findall(r"step [56]: discarded on all ranks; what was not finite: rank 0, reference loss of head 1: ", printed))
+        == 2
+    )
 
     assert files_of(run_dir / "checkpoints") == kept
     trained = {record["step"]: record for record in read_records(run_dir) if "split" not in record}

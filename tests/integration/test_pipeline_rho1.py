@@ -5,12 +5,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.config import Settings
+from pipeline.data.shards.manifest import read_manifest
+from pipeline.data.shards.reader import ShardReader
 from pipeline.recipe import load_settings
 from tests.ranks import run_ranks
 
@@ -93,7 +96,7 @@ def run_pipeline(settings: Settings, run_dir: Path) -> dict[str, Any]:
         "micro_batches": len(inputs),
         "every_valid_position_reached": all(bool(found[valid].all()) for found, valid in zip(reached, inputs, strict=True)),
         "lanes": run.stream.lanes,
-        "validation_micro_batches": 0 if run.validation is None else run.validation.samples_per_epoch // 8,
+        "validation_micro_batches": sum(each.num_micro_batches for each in run.held_out),
         "partitioned": all(parameter.shape == (0,) for parameter in run.engine.module.parameters() if parameter.ds_numel > 640),
     }
 
@@ -150,6 +153,26 @@ def test_the_reference_and_the_policy_run_exactly_once_a_micro_batch(pipeline) -
         assert rank["micro_batches"] == micro_batches
         evaluated = 2 * rank["validation_micro_batches"]
         assert rank["counts"] == {"reference": micro_batches + evaluated, "policy": micro_batches + evaluated}
+
+
+def test_a_validation_reads_every_row_of_the_folder(pipeline, tiny_data) -> None:
+    manifest = read_manifest(tiny_data / "validation")
+    reader = ShardReader(tiny_data / "validation", manifest)
+    rows = [(shard, row) for shard, of in enumerate(manifest.shards) for row in range(of.samples)]
+    lengths = np.concatenate([sample.lengths for sample in reader.read_many(*zip(*rows, strict=True))]).astype(int)
+    assert len(rows) % 8, "the last micro-step is padded"
+    for line in pipeline["validation"]:
+        assert line["rows"] == len(rows)
+        for head in range(4):
+            assert line[f"valid_count_head_{head}"] == np.maximum(lengths - 1 - head, 0).sum()
+
+
+def test_a_validation_has_perplexities_and_bits_per_byte(pipeline) -> None:
+    for line in pipeline["validation"]:
+        for head in range(4):
+            assert line[f"perplexity_head_{head}"] == pytest.approx(math.exp(line[f"loss_head_{head}"]))
+        # A token of the tiny BPE stands for one to a few bytes.
+        assert 0.2 < line["bits_per_byte"] / (line["loss_head_0"] / math.log(2)) < 1
 
 
 def test_every_position_with_a_target_receives_gradient_through_head_0(pipeline) -> None:

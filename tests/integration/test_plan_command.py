@@ -27,7 +27,7 @@ def test_a_plan_says_what_a_large_job_takes_whether_it_fits_and_what_would_make_
     found = {}
     for gpus in (64, 4096):
         done = plan("--gpus", gpus, "--device-memory", 24, "--json", tmp_path / "plan.json", *LARGE)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 1, done.stderr
         found[gpus] = json.loads((tmp_path / "plan.json").read_text())
         total = f"{found[gpus]['total'] / 2**30:,.3f}"
         assert any(line.split()[0] == "total" and line.split()[2] == total for line in done.stdout.splitlines() if line)
@@ -64,10 +64,12 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     done = plan("--gpus", 3, "--gpu=4", "training.k_percent=2", "model.dmi=3", "--device-memory", 0)
     assert done.returncode == 2
     head, *problems = done.stderr.rstrip("\n").split("\n  - ")
-    assert head == "plan.py: error: 4 problems with the settings:"
+    assert head == "plan.py: error: 5 problems with the settings:"
     assert problems[0] == "--gpu=4: unknown option; did you mean '--gpus'?"
     for problem, expected in zip(
-        problems[1:], ("model.dmi: unknown", "training.k_percent: got 2", "--device-memory: got 0"), strict=True
+        problems[1:],
+        ("model.dmi: unknown", "training.k_percent: got 2", "--device-memory: got 0", "data.lanes = 8 is not a multiple"),
+        strict=True,
     ):
         assert expected in problem
     done = plan("--gpus", 3)

@@ -30,7 +30,7 @@ def train_then_change(settings: Settings, other_reference: Settings, other_polic
     try:
         run_job(job_on_this_rank(other_reference, run_dir), stop)
     except ConfigError as error:
-        found["problems"] = error.problems
+        found["problems"], found["remedy"] = error.problems, error.remedy
     job = job_on_this_rank(other_policy, run_dir)
     kept, _ = with_trained_reference(job, other_policy, stop)
     found["kept"] = kept.reference.path
@@ -61,7 +61,7 @@ def test_a_trained_reference_is_kept_and_another_one_is_not_taken_for_it(tiny_da
     assert (found["stopped"], found["file is gone"], found["policy's steps"]) == (75, True, [1])
     assert found["exit code"] == 0
     assert found["problems"][0] == f"reference in {run_dir / 'reference'}: training.steps: was 1, is now 3"
-    assert found["problems"][-1].startswith(f"remove {run_dir / 'reference'} to train it again")
+    assert found["remedy"].startswith(f"remove {run_dir / 'reference'} to train it again")
     assert found["kept"] == run_dir / "reference"
     assert not found["made again"]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,13 +13,21 @@ import pytest
 
 from pipeline.config import ConfigError, Settings
 from pipeline.data.errors import DataError
+from pipeline.data.shards.losses_writer import LossesWriter
 from pipeline.data.shards.manifest import read_manifest
-from pipeline.data.shards.reference_losses import CachedLosses, ReferenceLosses, data_fingerprint, read_losses_manifest
+from pipeline.data.shards.reference_losses import (
+    CachedLosses,
+    LossesManifest,
+    ReferenceLosses,
+    data_fingerprint,
+    read_losses_manifest,
+)
 from pipeline.recipe import load_settings
 from tests.integration.test_pipeline_rho1 import DEEPSPEED_JSON, job_on_this_rank, settings_for
 from tests.ranks import run_ranks
 
-SHORT = ("training.steps=4", "logging.selection_every=4", "checkpoint.every=4", "logging.validation_samples=32")
+# 29 held-out rows: the last micro-step of a validation is padded.
+SHORT = ("training.steps=4", "logging.selection_every=4", "checkpoint.every=4", "logging.validation_samples=29")
 
 
 def score_then_train(settings: Settings, cache: Path, dtype: str, run_dir: Path) -> dict[str, Any]:
@@ -109,8 +118,10 @@ def test_scoring_goes_on_where_it_was_and_ends_with_the_same_bytes(scored, tmp_p
     # A byte that scoring would not give shows that the piece is not made again.
     finished = bytearray((partial / f"{names[0]}.losses").read_bytes())
     finished[7] ^= 1
+    data = read_manifest(scored["settings"].data.path)
+    manifest = LossesManifest.model_validate_json((partial / "manifest.json").read_bytes())
+    LossesWriter(cache, manifest, data).write((0, 0, data.shards[0].samples), np.frombuffer(finished, "<f4").reshape(-1, 16, 1))
     (partial / f"{names[0]}.losses").unlink()
-    (partial / f"{names[0]}.00000000.piece").write_bytes(finished)
     for name in names[1:]:
         (partial / f"{name}.losses").unlink()
     for half_written in (f"{names[1]}.00000000.piece.1-1.tmp", f"{names[1]}.losses.1-1.tmp"):
@@ -153,6 +164,15 @@ def problems_with(settings: Settings, run_dir: Path) -> list[str]:
     return caught.value.problems
 
 
+def refusal(settings: Settings, run_dir: Path) -> str:
+    from pipeline.assembly import resolve_settings
+
+    job = job_on_this_rank(settings, run_dir)
+    with pytest.raises(DataError) as caught:
+        resolve_settings(job, settings, run_dir)
+    return str(caught.value)
+
+
 def test_losses_of_other_data_another_reference_or_another_horizon_are_refused(
     scored, tiny_data: Path, tiny_reference: Path, tmp_path: Path
 ) -> None:
@@ -165,11 +185,17 @@ def test_losses_of_other_data_another_reference_or_another_horizon_are_refused(
 
     other = shutil.copytree(tiny_reference, tmp_path / "other")
     weights = bytearray((other / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
+    weights[len(weights) // 2] ^= 1
     (other / "model.safetensors").write_bytes(weights)
-    problems = problems_with(cached.with_values(reference={"path": other}), tmp_path / "run")
-    assert all("were made with reference_sha256" in problem for problem in problems)
-    assert len(problems) == 2  # training and held-out data
+    (refused,) = run_ranks(refusal, 1, cached.with_values(reference={"path": other}), tmp_path / "run")
+    assert "were made with reference_sha256" in refused
+
+    # The held-out data's losses come from another reference than the training data's.
+    mixed = shutil.copytree(scored["cache"], tmp_path / "mixed")
+    held_out = next(path for path in mixed.glob("*/manifest.json") if len(list(path.parent.glob("*.losses"))) == 1)
+    held_out.write_text(json.dumps(json.loads(held_out.read_text()) | {"reference_sha256": "f" * 64}))
+    (problem,) = problems_with(cached.with_values(reference={"path": None, "cached": mixed}), tmp_path / "run")
+    assert problem.endswith("the sets of one run need the losses of one reference, stored alike: score one of them again")
 
     matched = cached.with_values(reference={"path": None, "horizon": "matched"})
     assert "were made with horizon shifted" in problems_with(matched, tmp_path / "run")[0]
@@ -198,3 +224,52 @@ def test_damaged_losses_are_named_by_shard_and_sample(scored, tiny_data: Path, t
 def test_a_cache_and_a_reference_to_train_are_not_both_meant() -> None:
     with pytest.raises(ConfigError, match=r"reference.training_steps: set, and so is reference.cached"):
         load_settings(None, ["data.path=x", "reference.cached=y", "reference.training_steps=3", "reference.training_data=z"])
+
+
+def changed_reference(reference: Path, directory: Path, name: str, value: float) -> Path:
+    """The same reference with one value of a tensor replaced."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(reference, directory)
+    weights = load_file(directory / "model.safetensors")
+    weights[name].view(-1)[-1] = value
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+def answers_of(settings: Settings, cache: Path, run_dir: Path) -> tuple[str, bool]:
+    """(error of scoring, whether all ranks were said to raise it)."""
+    from pipeline.model.huggingface import ModelFilesError
+    from pipeline.runtime.preemption import StopRequest
+    from pipeline.scoring import score
+
+    with pytest.raises((DataError, ModelFilesError)) as caught:
+        score(job_on_this_rank(settings, run_dir), settings, cache, "float32", StopRequest())
+    return str(caught.value), caught.value.agreed
+
+
+def test_a_reference_with_a_value_that_is_not_finite_is_refused_by_the_tensors_name(
+    tiny_data: Path, tiny_reference: Path, tmp_path: Path
+) -> None:
+    down = "model.layers.0.mlp.down_proj.weight"
+    poisoned = changed_reference(tiny_reference, tmp_path / "poisoned", down, float("nan"))
+    settings = settings_for(tiny_data, poisoned, *SHORT)
+    for sharding in ("zero3", "replicate"):
+        chosen = settings.with_values(reference={"sharding": sharding})
+        for error, agreed in run_ranks(answers_of, 2, chosen, tmp_path / "cache", tmp_path / "run"):
+            assert error.startswith(f"{poisoned}: values that are not finite (NaN or infinite) in {down};")
+            assert agreed
+
+
+def test_scoring_stops_at_the_first_loss_that_is_not_finite_and_names_the_sample(
+    tiny_data: Path, tiny_reference: Path, tmp_path: Path
+) -> None:
+    # A finite weight, by which every logit overflows.
+    overflowing = changed_reference(tiny_reference, tmp_path / "overflowing", "model.norm.weight", 3e38)
+    settings = settings_for(tiny_data, overflowing, *SHORT)
+    for error, agreed in run_ranks(answers_of, 2, settings, tmp_path / "cache", tmp_path / "run"):
+        assert re.search(
+            rf"the reference {overflowing} gives a loss that is not finite in sample shard-\d+/\d+, token \d+: ", error
+        )
+        assert agreed
+    assert not list((tmp_path / "cache").rglob("*.piece"))

@@ -26,23 +26,25 @@ def compare() -> tuple[str, str, str]:
         said.append(str(caught.value))
     bad = torch.zeros(2, 3, dtype=torch.bool)
     bad[1, 2] = rank == 1
+    of_reference = torch.zeros(2, 3, dtype=torch.bool)
+    of_reference[0, 1] = rank == 2
     keys, spoilt = [("a", "b"), ("c", "d")], [torch.ones(2, dtype=torch.bool)] * 2
-    return said[0], said[1], describe_bad_numbers([torch.zeros_like(bad), bad], spoilt, keys)
+    return said[0], said[1], describe_bad_numbers([(bad & False, bad & False), (bad, of_reference)], spoilt, keys)
 
 
 def test_every_rank_learns_which_ranks_differ_and_in_what() -> None:
     for one, several, bad in run_ranks(compare, 3):
         assert one.endswith("do not: learning rate: rank(s) 2 differ from the others")
         assert several.endswith("do not: step: rank(s) 2 differ from the others")
-        assert bad == "rank 1, head 2: d"
+        assert bad == "rank 1, policy loss of head 2: d; rank 2, reference loss of head 1: c"
 
 
 def finite_losses() -> tuple[str, str]:
-    losses, keys = [torch.zeros(2, 3, dtype=torch.bool)], [("a", "b")]
+    losses, keys = [(torch.zeros(2, 3, dtype=torch.bool),) * 2], [("a", "b")]
     own = torch.tensor([False, dist.get_rank() == 1])
     return describe_bad_numbers(losses, [own], keys), describe_bad_numbers(losses, [own & False], keys)
 
 
 def test_where_every_loss_was_finite_it_was_a_gradient() -> None:
     everywhere = "the gradient of all ranks together (each rank's own was finite)"
-    assert run_ranks(finite_losses, 2) == [("rank 1, gradient: b", everywhere)] * 2
+    assert run_ranks(finite_losses, 2) == [("rank 1, policy gradient: b", everywhere)] * 2

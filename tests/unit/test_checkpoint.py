@@ -22,7 +22,7 @@ from pipeline.runtime.checkpoint import commit
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.checkpoint.commit import SaveError
 from pipeline.runtime.checkpoint.fragments import fragments_of, optimizer_step
-from pipeline.runtime.checkpoint.state import StateError, encode, read_state
+from pipeline.runtime.checkpoint.state import HeldOut, StateError, encode, read_state
 from pipeline.runtime.distributed import World
 from pipeline.weighting.prediction import Prediction
 from tests.ranks import run_ranks
@@ -90,7 +90,7 @@ def save(run_dir: Path, *steps: int, **settings: Any) -> None:
     store = checkpoints(run_dir, **settings)
     for step in steps:
         progress = Progress(step, 8 * step, 100 * step, 1, 0, EXPECTED)
-        store.save(StandIn(step, step), progress, [float(step)], in_background=False)
+        store.save(StandIn(step, step), progress, HeldOut(losses=[float(step)]), in_background=False)
 
 
 def resumed(run_dir: Path, said: list[str] | None = None) -> tuple[int, StandIn]:
@@ -114,7 +114,7 @@ def test_what_was_saved_is_what_is_loaded_on_any_number_of_ranks(tmp_path: Path)
 
 def loads_step_7(run_dir: Path) -> None:
     engine = StandIn(-1000.0)
-    progress = checkpoints(run_dir).resume(engine, allow_changed=False, held_out_losses=lambda: [7.0])
+    progress = checkpoints(run_dir).resume(engine, allow_changed=False, held_out=lambda: HeldOut(losses=[7.0]))
     assert progress.to_json() == Progress(7, 56, 700, 1, 0, EXPECTED).to_json()
     assert progress.applied_steps == 6
     assert engine.values == StandIn(7, 7).values
@@ -127,7 +127,7 @@ def test_a_save_in_the_background_is_that_of_its_moment(tmp_path: Path) -> None:
 def changes_while_it_is_written(run_dir: Path) -> None:
     store, engine = checkpoints(run_dir), StandIn(7, 7)
     expected = engine.values
-    store.save(engine, Progress(7), [], in_background=True)
+    store.save(engine, Progress(7), HeldOut(), in_background=True)
     with torch.no_grad():
         for fragment in fragments_of(engine):
             for tensor in fragment.tensors.values():
@@ -228,7 +228,8 @@ def test_without_a_sound_checkpoint_no_rank_starts_anew(tmp_path: Path) -> None:
     first, second = run_ranks(is_refused, 2, tmp_path)
     assert first == second
     assert "step-00000007: rank-00001.safetensors: its bytes are not those that were written" in first
-    assert "no checkpoint can be used; repair or remove" in first
+    assert "no checkpoint can be used" in first
+    assert "repair or remove what is there" in first
     assert (tmp_path / "checkpoints/step-00000007/state.json").exists()
 
 
@@ -290,12 +291,12 @@ def fails_to_save(run_dir: Path) -> list[str]:
         with pytest.MonkeyPatch.context() as patch:
             if step in (2, 3) and dist.get_rank() == 1:
                 patch.setattr(commit, "write_tensors", no_space)
-            store.save(StandIn(step, step), Progress(step), [], in_background=True)
+            store.save(StandIn(step, step), Progress(step), HeldOut(), in_background=True)
             go_on_to_the_end(store)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commit, "write_tensors", no_space)
         for step in (6, 7, 8):
-            store.save(StandIn(step, step), Progress(step), [], in_background=True)
+            store.save(StandIn(step, step), Progress(step), HeldOut(), in_background=True)
             if step < 8:
                 go_on_to_the_end(store)
         with pytest.raises(SaveError, match=r"step-00000008 was not saved: rank 0: .*No space left on device; rank 1: "):
@@ -334,7 +335,7 @@ def saves_a_bad_weight(run_dir: Path) -> None:
     if dist.get_rank() == 1:
         fragments_of(engine)[0].tensors["exp_avg"][0] = torch.nan
     with pytest.raises(SaveError, match=r"rank 1: [ab].*, exp_avg: has a number that is not finite"):
-        checkpoints(run_dir).save(engine, Progress(7), [], in_background=False)
+        checkpoints(run_dir).save(engine, Progress(7), HeldOut(), in_background=False)
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
@@ -353,12 +354,12 @@ def saves_without_space(run_dir: Path) -> None:
         with pytest.raises(
             SaveError, match=r"step-00000007 was not saved: 1,0\d\d,\d\d\d bytes are needed in .*, 1,000 are free"
         ):
-            checkpoints(run_dir).save(StandIn(7, 7), Progress(7), [], in_background=False)
+            checkpoints(run_dir).save(StandIn(7, 7), Progress(7), HeldOut(), in_background=False)
 
 
 def sees_other_losses(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"step-00000007: the held-out batch has losses \[7.1\], and had \[7.0\]"):
-        checkpoints(run_dir).resume(StandIn(), False, held_out_losses=lambda: [7.1])
+        checkpoints(run_dir).resume(StandIn(), False, held_out=lambda: HeldOut(losses=[7.1]))
 
 
 def test_what_a_forward_sees_is_compared_with_what_it_saw(tmp_path: Path) -> None:
@@ -436,8 +437,22 @@ def test_what_the_position_is_counted_in_is_never_free_to_change(tmp_path: Path)
     assert caught.value.problems == [
         "data.global_batch: was 8, is now 16; it is fixed for the life of a run",
         "training.k_percent: was 0.6, is now 0.5 (step-00000007 was trained with the former)",
-        "to start anew choose another --run-dir",
     ]
+    assert caught.value.remedy == "to start anew choose another --run-dir"
+
+
+@pytest.mark.parametrize(("key", "before", "after"), [("model.dim", 16, 32), ("model.seed", 0, 1)])
+def test_what_could_not_take_effect_after_a_resume_is_refused_whatever_is_allowed(
+    tmp_path: Path, key: str, before: int, after: int
+) -> None:
+    run_ranks(save_under, 1, tmp_path, IDENTITY | {key: before})
+    with pytest.raises(ConfigError) as caught:
+        checkpoints(tmp_path, IDENTITY | {key: after}).check(allow_changed=True)
+    assert caught.value.problems == [f"{key}: was {before!r}, is now {after!r}; it is fixed for the life of a run"]
+
+
+def save_under(run_dir: Path, identity: dict[str, Any]) -> None:
+    checkpoints(run_dir, identity).save(StandIn(7, 7), Progress(7), HeldOut(), in_background=False)
 
 
 def notes_of_a_change(run_dir: Path, identity: dict[str, Any]) -> list[str]:

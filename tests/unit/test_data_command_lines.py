@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.shards.manifest import read_manifest, write_manifest
 from pipeline.data.tokenizer import byte_tokenizer
 from tests.data_sets import numbered_data
 
@@ -93,7 +94,7 @@ def test_what_the_machine_cannot_read_is_told_with_what_is_known(tmp_path, capsy
     (folder / "shard-00000.tar").unlink()
     (folder / "shard-00000.tar").symlink_to("/proc/self/mem")
     assert run("shards", "index", folder) == 2
-    assert capsys.readouterr().err == "error: [Errno 5] Input/output error\n"
+    assert capsys.readouterr().err == "error: Input/output error; mend that and start again\n"
 
 
 @pytest.mark.parametrize("output", [".", "..", "/"])
@@ -116,3 +117,26 @@ def test_verify_names_every_shard_that_is_cut_and_exits_with_one(tmp_path, capsy
     output = capsys.readouterr()
     assert output.out == ""
     assert [name in output.err for name in ("shard-00000.tar has", "shard-00001", "shard-00002.tar has")] == [True, False, True]
+
+
+def test_a_tilde_is_the_home_folder_behind_any_option_and_a_folder_of_prepared_folders_is_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = "".join(f'{{"text": "number {number} of many"}}\n' for number in range(60))
+    (tmp_path / "in.jsonl").write_text(lines)
+    arguments = ["--input", "a=~/in.jsonl", "--sequence-length", 16, "--processes", 1]
+    assert run("prepare", *arguments, "--output=~/first", "--tokenizer", "bytes", "--validation", 0.3) == 0
+    assert run("prepare", *arguments, "--output=~/second", "--tokenizer=~/first") == 0
+    assert read_manifest(tmp_path / "second").tokenizer_sha256 == read_manifest(tmp_path / "first" / "train").tokenizer_sha256
+    for directory in ("~/first", "~/second"):
+        assert run("shards", "verify", directory) == 0
+
+
+def test_prepared_folders_of_two_tokenizers_are_no_tokenizer(tmp_path, capsys):
+    for name in ("a", "b"):
+        folder = numbered_data(tmp_path / "data" / name, 24)
+        manifest = read_manifest(folder, check_files=False)
+        write_manifest(folder, manifest.model_copy(update={"tokenizer_sha256": name * 64}))
+    (tmp_path / "a.txt").write_text("text")
+    arguments = ["--input", tmp_path / "a.txt", "--sequence-length", 8, "--output", tmp_path / "out"]
+    assert run("prepare", *arguments, "--tokenizer", tmp_path / "data") == 2
+    assert "its folders were prepared with different tokenizers; name one of them" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from pipeline.data.shards.reference_losses import (
     CachedLosses,
     LossesManifest,
     ReaderWithLosses,
+    check_alike,
     read_losses_manifest,
 )
 from pipeline.data.shards.table import ShardTable
@@ -424,7 +425,8 @@ def scored(cache, data, number):
         columns=1,
     )
     writer = LossesWriter(cache, losses, manifest)
-    for shard, first, end in writer.begin():
+    assert not writer.begin()
+    for shard, first, end in writer.missing():
         rows = np.arange(first, end, dtype=np.float32)[:, None, None]
         writer.write((shard, first, end), np.broadcast_to(100 * shard + rows + number, (end - first, 4, 1)))
     for shard in range(len(manifest.shards)):
@@ -454,6 +456,59 @@ def test_reference_losses_of_another_shard_or_reference_are_not_taken_for_the_ri
         shutil.copy(others / f"shard-00002.{suffix}", losses)
     for sample in reader.read_many([0, 1, 2], [3, 3, 3]):
         assert "are damaged, or not of this shard; copy the folder again" in sample.damage
+
+
+def test_pieces_of_a_cache_are_complete_by_their_checksums(tmp_path):
+    data = numbered_data(tmp_path / "data", 12, samples_per_shard=2)
+    losses, _ = scored(tmp_path, data, 0)
+    manifest = read_manifest(data)
+    writer = LossesWriter(tmp_path, LossesManifest.model_validate_json((losses / "manifest.json").read_bytes()), manifest)
+    assert writer.begin()
+    assert writer.damaged() == []
+
+    # Cut, damaged, exchanged, or empty after a crash of the machine: computed again, and nothing else is.
+    kept = {shard.name: (losses / f"{shard.name}.losses").read_bytes() for shard in manifest.shards}
+    partial = losses.rename(writer.partial)
+    pieces = writer.missing()
+    assert len(pieces) == len(manifest.shards) > 4
+    for piece in pieces:
+        writer.write(piece, np.frombuffer(kept[manifest.shards[piece[0]].name], "<f4").reshape(-1, 4, 1))
+    assert writer.missing() == []
+    files = sorted(partial.glob("*.piece"))
+    contents = [file.read_bytes() for file in files]
+    files[0].write_bytes(contents[0][:-4])
+    files[1].write_bytes(contents[1][:9] + bytes([contents[1][9] ^ 1]) + contents[1][10:])
+    files[2].write_bytes(contents[3])
+    files[4].write_bytes(b"")
+    assert writer.missing() == [pieces[0], pieces[1], pieces[2], pieces[4]]
+    assert sorted(writer.missing(0, 2) + writer.missing(1, 2)) == writer.missing()
+    with pytest.raises(DataError, match=r"00000000.piece: missing or damaged since it was written"):
+        writer.join(0)
+
+
+def test_a_finished_cache_with_a_damaged_shard_is_not_taken_for_whole(whole, tmp_path):
+    losses, _ = scored(tmp_path, whole, 0)
+    content = (losses / "shard-00001.losses").read_bytes()
+    (losses / "shard-00001.losses").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (losses / "shard-00002.losses").unlink()
+    writer = LossesWriter(
+        tmp_path, LossesManifest.model_validate_json((losses / "manifest.json").read_bytes()), read_manifest(whole)
+    )
+    assert writer.damaged() == ["shard-00001", "shard-00002"]
+
+
+def test_the_losses_of_two_references_or_dtypes_are_not_mixed(whole, tmp_path):
+    one, two = (tmp_path / name for name in ("one", "two"))
+    found = []
+    for cache, number in ((one, 0), (two, 5)):
+        losses, _ = scored(cache, whole, number)
+        found.append(CachedLosses(cache, LossesManifest.model_validate_json((losses / "manifest.json").read_bytes())))
+    check_alike(found[:1])
+    with pytest.raises(DataError, match=r"has reference_sha256 0+ .*/two/.* has 0+5 .* the losses of one reference"):
+        check_alike(found)
+    halved = found[0].manifest.model_copy(update={"dtype": "float16"})
+    with pytest.raises(DataError, match=r"has dtype float32 .* has float16"):
+        check_alike([found[0], CachedLosses(one, halved)])
 
 
 def test_reference_losses_of_a_version_whose_checksums_say_less_are_refused(whole, tmp_path):

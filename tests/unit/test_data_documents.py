@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.documents import Document, DocumentReader, Rules
 from pipeline.data.corpus.inputs import input_files, parse_input, slices
 from pipeline.data.errors import DataError
@@ -159,6 +161,16 @@ def test_zstandard_lines_are_lines(tmp_path):
     assert texts(tmp_path / "a.jsonl.zst", slice_bytes=10) == TEXTS
 
 
+def test_zstandard_with_the_longest_window_is_read(tmp_path):
+    """As `zstd --long=31` makes it, and so the public dumps of Reddit are."""
+    zstandard = pytest.importorskip("zstandard")
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(as_json_lines()) + compressor.flush())
+    assert zstandard.get_frame_parameters((tmp_path / "a.jsonl.zst").read_bytes()).window_size == 1 << 31
+    assert texts(tmp_path) == TEXTS
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_a_compressed_file_that_is_cut_or_damaged_is_an_error_and_not_the_end(tmp_path, suffix):
     data = as_json_lines([{"text": f"{n} {n * n * n}"} for n in range(3000)])
@@ -180,14 +192,16 @@ def write_parquet(path, column, **options):
     parquet.write_table(pyarrow.table({"id": list(range(len(column))), "text": column}), path, **options)
 
 
-@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary", "string_view", "binary_view"])
 def test_rows_of_a_parquet_are_documents_however_it_is_cut(tmp_path, kind):
     pyarrow = pytest.importorskip("pyarrow")
     column = [*TEXTS, None, ""]
     if kind == "dictionary":
         array = pyarrow.array(column).dictionary_encode()
     else:
-        array = pyarrow.array([c if c is None or kind != "binary" else c.encode() for c in column], getattr(pyarrow, kind)())
+        array = pyarrow.array(
+            [c if c is None or "binary" not in kind else c.encode() for c in column], getattr(pyarrow, kind)()
+        )
     write_parquet(tmp_path / "a.parquet", array, row_group_size=7)
     assert len(slices(input_files([parse_input(str(tmp_path))]), 1)) == 6
     for slice_bytes in (1 << 20, 1000, 1):
@@ -195,6 +209,14 @@ def test_rows_of_a_parquet_are_documents_however_it_is_cut(tmp_path, kind):
         assert [document.text for document in documents] == TEXTS
         assert [document.position for document in documents] == list(range(40))
         assert counts.empty == 2
+
+
+def test_a_column_of_nulls_has_empty_documents(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [None, None])
+    write_parquet(tmp_path / "b.parquet", ["text", None])
+    documents, counts = read_counted(tmp_path)
+    assert [document.text for document in documents] == ["text"]
+    assert counts.empty == 3
 
 
 def test_a_parquet_without_the_column_or_with_numbers_in_it_or_damaged_is_an_error(tmp_path):
@@ -237,6 +259,29 @@ def test_a_folder_of_the_datasets_library_is_read_by_rows(tmp_path):
         read(f"hf:{tmp_path / 'sets'}")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "format", [{"type": "arrow"}, {"type": "torch"}, {"type": "pandas"}, {"type": None, "columns": ["id"]}]
+)
+def test_a_format_that_was_saved_with_a_folder_of_the_datasets_library_changes_nothing(tmp_path, format):
+    datasets = pytest.importorskip("datasets")
+    if format["type"] == "pandas":
+        pytest.importorskip("pandas")
+    table = datasets.table.InMemoryTable.from_pydict({"text": [*TEXTS, None], "id": list(range(41))})
+    datasets.Dataset(table, fingerprint="texts").with_format(**format).save_to_disk(tmp_path / "set")
+    assert texts(f"hf:{tmp_path / 'set'}") == TEXTS
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_of_the_datasets_library_may_have_views_and_nulls(tmp_path):
+    datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    for name, column in (("views", pyarrow.array(["a", None], pyarrow.string_view())), ("nulls", pyarrow.nulls(2))):
+        table = datasets.table.InMemoryTable(pyarrow.table({"text": column}))
+        datasets.Dataset(table, fingerprint=name).save_to_disk(tmp_path / name)
+        documents, counts = read_counted(f"hf:{tmp_path / name}")
+        assert (len(documents), counts.empty) == ((1, 1) if name == "views" else (0, 2))
+
+
 def test_a_folder_that_datasets_did_not_write_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"save_to_disk at .*, but it has no state\.json"):
         read(f"hf:{tmp_path}")
@@ -269,6 +314,81 @@ def test_a_tar_is_a_document_a_key_its_text_before_its_json(tmp_path):
     assert counts.notes[0].endswith("a.tar, member 0001.jpg: neither .txt nor .json")
 
 
+def test_members_of_a_key_need_not_follow_each_other(tmp_path):
+    members = [
+        ("b.json", b'{"text": "of b"}'),
+        ("a.json", b"{}"),
+        ("a.txt", b"a"),
+        ("c.json", b'{"text": "c"}'),
+        ("b.txt", b"b"),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    documents, counts = read_counted(tmp_path)
+    assert [document.text for document in documents] == ["a", "c", "b"]
+    assert counts == Counts(documents=3)
+
+
+def test_names_with_dots_and_suffixes_in_capitals_are_documents(tmp_path):
+    names = ["en.wikipedia.org_1.txt", "en.wikipedia.org_2.txt", "v1.5/A.TXT", "v1.5/b.JSON", "v1.5/Track 2.0 (Clean).json"]
+    write_tar(tmp_path / "a.tar", [(name, json.dumps({"text": name}).encode()) for name in names])
+    documents, counts = read_counted(tmp_path)
+    assert (len(documents), counts.ignored) == (5, 0)
+    assert [document.text for document in documents[3:]] == names[3:]
+    (tmp_path / "a.tar").rename(tmp_path / "A.TAR")
+    assert read(tmp_path) == documents
+
+
+def test_what_describes_a_document_is_none_and_every_reason_is_true(tmp_path):
+    members = [
+        ("1.meta.json", b'{"text": "of the first"}'),
+        ("1.txt", b"first"),
+        ("2.json", b'{"text": "second"}'),
+        ("2.mp4.json", b'{"text": "of the second"}'),
+        ("._1.txt", b"of a Mac"),
+        ("1.jpg", b"\xff"),
+        ("1.TXT", b"first again"),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    documents, counts = read_counted(tmp_path)
+    assert [document.text for document in documents] == ["second", "first again"]
+    assert counts.ignored == 5
+    reasons = dict(note.removeprefix(f"{tmp_path}/a.tar, member ").split(": ") for note in counts.notes)
+    assert reasons == {
+        "._1.txt": "its name begins with a dot",
+        "1.jpg": "neither .txt nor .json",
+        "1.txt": "1.TXT has its key, and is taken",
+        "1.meta.json": "it belongs to the key 1, which has a text",
+        "2.mp4.json": "it belongs to the key 2, which has a text",
+    }
+
+
+def test_of_a_name_that_is_there_twice_the_last_one_is_taken_and_the_other_counted(tmp_path):
+    """As `tar -x` does, after `tar -r`."""
+    for between in ([], [("b.txt", b"b")]):
+        write_tar(tmp_path / "a.tar", [("a.txt", b"old"), *between, ("a.txt", b"new"), ("a.json", b"{}"), ("a.json", b"{}")])
+        documents, counts = read_counted(tmp_path)
+        assert sorted(document.text for document in documents) == sorted(["new", *(data.decode() for _, data in between)])
+        assert counts.ignored == 2
+        assert counts.notes[0].endswith("a.tar, member a.txt: a later member has its name, and is taken")
+
+
+def test_a_hard_link_in_a_tar_is_another_name_of_its_member(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, link in (("a.txt", ""), ("again.txt", "a.txt"), ("b.dat", ""), ("b.txt", "b.dat"), ("b2.txt", "b.txt")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = (tarfile.LNKTYPE if link else tarfile.REGTYPE), link
+            info.size = 0 if link else len(name)
+            tar.addfile(info, io.BytesIO(name.encode()))
+    documents, counts = read_counted(tmp_path)
+    assert [document.text for document in documents] == ["a.txt", "b.dat"]
+    assert [note.split(", member ")[1] for note in counts.notes] == [
+        "b.dat: neither .txt nor .json",
+        "again.txt: a hard link to a.txt, which is read",
+        "b2.txt: a hard link to b.txt, which is read",
+    ]
+    assert counts.ignored == 3
+
+
 def test_links_and_paths_in_a_tar_lead_nowhere(tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     path = tmp_path / "tars" / "a.tar"
@@ -284,6 +404,8 @@ def test_links_and_paths_in_a_tar_lead_nowhere(tmp_path):
     documents, counts = read_counted(path)
     assert [document.text for document in documents] == ["read"]
     assert counts.ignored == 3
+    assert counts.notes[0].endswith("member 1.txt: a link or device, no file")
+    assert counts.notes[1].endswith(f"member 2.txt: a hard link to {tmp_path}/secret.txt, which is not before it")
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["a.tar", "secret.txt", "tars"]
 
 
@@ -408,3 +530,81 @@ def memory_of_reading(path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     documents, oversized, memory = map(int, done.stdout.split())
     return documents, oversized, memory
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234567\n"
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LFS_POINTER, "is a pointer of Git LFS and not the file itself; fetch that with `git lfs pull`"),
+        (b"\n<!DOCTYPE html>\n<html><body>503</body></html>\n" * 9, "is a page of HTML or XML, such as a server's error"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a page of HTML or XML, .*; download it again"),
+    ],
+)
+def test_a_file_that_is_something_else_is_an_error_that_names_the_file(tmp_path, suffix, content, message):
+    pytest.importorskip({".jsonl.zst": "zstandard", ".parquet": "pyarrow"}.get(suffix, "json"))
+    (tmp_path / f"a{suffix}").write_bytes(content)
+    if suffix == ".txt" and b"<" in content:
+        assert len(read(tmp_path)) == 1
+        return
+    with pytest.raises(DataError, match=rf"^{tmp_path}/a{suffix} {message}"):
+        read(tmp_path, on_undecodable="skip")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.jsonl.gz", as_json_lines(), "plain JSON"),  # as a client leaves it that decompresses by itself
+        ("a.jsonl.gz", b"PAR1", "a parquet file"),
+        ("a.jsonl", gzip.compress(as_json_lines()), "compressed by gzip"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "text in UTF-16"),
+        ("a.tar", as_json_lines(), "plain JSON"),
+    ],
+)
+def test_a_file_under_a_wrong_name_is_an_error_that_says_what_it_is(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        DataError, match=rf"{name} is {what}, and not what its suffix says; convert it or give it its right name"
+    ):
+        read(tmp_path, on_undecodable="skip")
+
+
+@pytest.mark.parametrize("slice_bytes", [1 << 20, 100])
+def test_a_file_without_a_line_of_use_is_one_note_and_not_all_of_them(tmp_path, slice_bytes):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' * 20)
+    (tmp_path / "b.jsonl").write_text("id,text\n" * 500)
+    (tmp_path / "c.jsonl").write_text('{"text": "good"}\n{broken\n')
+    counts = counted_by_slices(tmp_path, slice_bytes)
+    assert (counts.documents, counts.undecodable) == (21, 501)
+    assert "b.jsonl: 500 lines together cannot be used; the first, line 1: expected one JSON object a line" in counts.notes[0]
+    assert "c.jsonl, line 2: expected one JSON object a line" in counts.notes[1]
+    assert len(counts.notes) == 2
+
+
+@pytest.mark.parametrize("slice_bytes", [1 << 20, 200, 64])
+def test_lines_have_their_numbers_in_the_file_though_it_is_read_in_slices_by_many(lines_file, tmp_path, slice_bytes):
+    bad = b"{broken\n" + as_json_lines()
+    (tmp_path / "a.jsonl").write_bytes(bad * 2)
+    counts = counted_by_slices(tmp_path, slice_bytes)
+    assert [note.split(": ")[0] for note in counts.notes] == [f"{tmp_path}/a.jsonl, line {line}" for line in (1, 43)]
+
+
+def test_a_line_behind_what_others_read_is_named_by_its_byte(tmp_path):
+    good = '{"text": "0123456789"}\n' * 100
+    (tmp_path / "a.jsonl").write_text(good + "{broken\n" + good)
+    (note,) = counted_by_slices(tmp_path, 320, step=2).notes + counted_by_slices(tmp_path, 320, first=1, step=2).notes
+    assert note.startswith(f"{tmp_path}/a.jsonl, the line at byte {len(good):,}: expected one JSON object a line")
+
+
+def counted_by_slices(path, slice_bytes, first=0, step=1):
+    """What readers of their own count in every `step`-th slice, added up."""
+    counts = Counts()
+    for spans in slices(input_files([parse_input(str(path))]), slice_bytes)[first::step]:
+        reader = DocumentReader(Rules(on_undecodable="skip"))
+        for _ in reader.read(spans):
+            pass
+        counts.add(Counts.from_json(json.loads(json.dumps(asdict(reader.counts)))))
+    return counts

@@ -4,6 +4,8 @@ import fcntl
 import json
 import multiprocessing
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from pipeline.data.corpus.inputs import Input
 from pipeline.data.corpus.prepare import PrepareSettings, prepare
 from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.errors import DataError
+from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.shards.merging import merge
 from pipeline.data.shards.output_folder import atomic_folder, locked
 from pipeline.data.shards.verification import verify
@@ -137,3 +140,41 @@ def test_what_a_killed_merge_left_is_in_nobodys_way(tmp_path, parts):
     for name in ("merged", "prepared"):
         assert not (tmp_path / name / "shard-00007.tar").exists()
         assert not (tmp_path / f"{name}.partial").exists()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, parts, exists):
+    """As to a disk with room, and so perhaps on another file system than the link."""
+    for name, command in (
+        ("prepared", lambda output: prepare_at(output, tmp_path)),
+        ("merged", lambda output: merge(parts, output)),
+    ):
+        place = tmp_path / "disk" / name
+        place.mkdir(parents=True) if exists else place.parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(place)
+        command(tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert read_manifest(place).num_samples > 0
+        assert not list(place.parent.glob("*.partial"))
+    assert prepare_at(tmp_path / "prepared", tmp_path).was_complete
+
+
+def test_what_cannot_be_renamed_to_is_refused_before_anything_is_written(tmp_path, parts):
+    """A mount point; on Linux /dev/shm is one, and where it is not empty so is the error another one."""
+    with pytest.raises(
+        DataError, match=r"/dev/shm (is a mount point, .* give a folder in it, such as /dev/shm/data|exists already)"
+    ):
+        merge(parts, Path("/dev/shm"))
+    assert not Path("/dev/shm.partial").exists()
+
+
+def test_an_unfinished_folder_on_another_file_system_is_refused_before_anything_is_written(tmp_path, parts):
+    elsewhere = Path("/dev/shm")
+    if elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("one file system only")
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        (tmp_path / "out.partial").symlink_to(folder)
+        for command in (lambda: prepare_at(tmp_path / "out", tmp_path), lambda: merge(parts, tmp_path / "out")):
+            with pytest.raises(DataError, match=r"out\.partial lies on another file system than the output"):
+                command()
+        assert list(Path(folder).iterdir()) == []

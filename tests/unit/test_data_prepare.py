@@ -18,7 +18,6 @@ from pipeline.data.shards.reader import ShardReader
 from pipeline.data.tokenizer import (
     END_OF_DOCUMENT,
     byte_tokenizer,
-    declared_end_of_document,
     end_of_document_id,
     fingerprint,
     for_documents,
@@ -194,17 +193,11 @@ def test_the_byte_tokenizers_ids_are_the_bytes():
     assert tokenizer.decode(ids) == every_byte
 
 
-def test_the_end_of_a_document_may_be_named_or_declared_by_a_models_folder(tmp_path):
+def test_the_end_of_a_document_may_be_named():
     unusual = Tokenizer(models.WordLevel({"a": 0, "[END]": 1, "[STOP]": 2}, unk_token="a"))
     assert end_of_document_id(unusual, "[STOP]") == 2
     with pytest.raises(DataError, match=r"expected one of \[HALT\]; name its own with --end-of-document"):
         end_of_document_id(unusual, "[HALT]")
-    assert declared_end_of_document(unusual, tmp_path) is None
-    for declared in ("[END]", {"content": "[END]", "lstrip": False}):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": declared}))
-        assert declared_end_of_document(unusual, tmp_path) == "[END]"
-    usual = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "[END]": 2}, unk_token="a"))
-    assert declared_end_of_document(usual, tmp_path) is None
 
 
 def test_what_is_no_tokenizer_is_an_error(tmp_path):

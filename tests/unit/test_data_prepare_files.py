@@ -419,6 +419,47 @@ def test_what_is_done_is_not_made_again_and_the_bytes_are_the_same(corpus, tmp_p
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_further_names_of_files_are_counted_and_change_nothing(corpus, tmp_path):
+    shown = StringIO()
+    display = Display(Console(file=shown, highlight=False))
+    prepare_files(inputs(corpus), tmp_path / "once", byte_tokenizer(), settings())
+    prepare_files([*inputs(corpus), *inputs(corpus)], tmp_path / "twice", byte_tokenizer(), settings(), display=display)
+    assert contents(tmp_path / "once") == contents(tmp_path / "twice")
+    assert shown.getvalue().startswith("53 further name(s) of files that the input holds already left out")
+
+
+def test_work_and_parts_of_other_rules_of_slicing_are_not_gone_on_with(corpus, tmp_path, monkeypatch):
+    interrupted(corpus, tmp_path / "out", 5)
+    whole = prepare_files(inputs(corpus), tmp_path / "whole", byte_tokenizer(), settings()).manifests[tmp_path / "whole"]
+    part = prepare_files(inputs(corpus), tmp_path / "1", byte_tokenizer(), settings(part=(1, 2))).manifests[tmp_path / "1"]
+    monkeypatch.setattr("pipeline.data.corpus.request.SLICING", 99)
+    with pytest.raises(DataError, match=r"begun with another request .slicing: 2 there, 99 now"):
+        prepare_files(inputs(corpus), tmp_path / "out", byte_tokenizer(), settings())
+    other = prepare_files(inputs(corpus), tmp_path / "2", byte_tokenizer(), settings(part=(2, 2))).manifests[tmp_path / "2"]
+    assert part.preparation.whole_sha256 != other.preparation.whole_sha256
+    again = prepare_files(inputs(corpus), tmp_path / "whole", byte_tokenizer(), settings())
+    assert again.was_complete
+    assert again.manifests[tmp_path / "whole"] == whole
+
+
+@pytest.mark.parametrize("pattern", ["", "**"])
+def test_an_output_below_its_input_never_feeds_on_itself_nor_on_what_a_kill_left(corpus, tmp_path, pattern):
+    shutil.copytree(corpus, tmp_path / "in")
+    source, out = [Input("", str(tmp_path / "in" / pattern))], tmp_path / "in" / "web" / "out"
+
+    class Stopping(Display):
+        def end(self):
+            raise InterruptionError
+
+    # Once with the remains of a run, once finished already.
+    with pytest.raises(InterruptionError):
+        prepare_files(source, out, byte_tokenizer(), settings(), display=Stopping())
+    (out.with_name("out.partial") / "work" / "left.jsonl").write_text('{"text": "of the kill"}')
+    prepare_files(source, out, byte_tokenizer(), settings())
+    assert sorted(documents_in(out)) == sorted(("", text) for text in (*PROSE, *WEB))
+    assert prepare_files(source, out, byte_tokenizer(), settings()).was_complete
+
+
 def test_another_request_leaves_what_was_begun_as_it_was_though_no_slice_is_done(corpus, tmp_path):
     for tokenizer in (byte_tokenizer(), 300):
         interrupted(corpus, tmp_path / "out", 0)

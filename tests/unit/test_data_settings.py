@@ -57,7 +57,7 @@ def test_two_sources_of_training_data_are_one_too_many():
 def test_how_data_is_reached_may_change_in_a_run_and_how_much_damage_is_passed_over_may_not():
     def changed(*overrides):
         runs = (load_settings(None, [*QUIET, "data.path=x", *more]) for more in ((), overrides))
-        return changed_settings(*map(flatten, runs))
+        return list(map(str, changed_settings(*map(flatten, runs))))
 
     assert changed("data.on_corrupt=skip", "data.cache_dir=/tmp", "data.retry_seconds=5", "data.allow_pipe=true") == []
     assert changed("data.max_corrupt=7") == ["data.max_corrupt: was 100, is now 7"]

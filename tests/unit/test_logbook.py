@@ -12,6 +12,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from pipeline.model.mtp import HeadLosses
 from pipeline.runtime.logbook import (
     Logbook,
+    held_out_text,
     progress_line,
     read_records,
     selection_block,
@@ -147,6 +148,14 @@ def test_the_closing_table_has_held_out_losses_and_where_to_look(tmp_path):
     assert f"tensorboard --logdir {tmp_path / 'runs'}" in table
 
 
+def test_the_closing_table_has_the_losses_of_each_held_out_set(tmp_path):
+    records = [validation_record(step, (5.0 - step / 10,) * 4) | {"set": name} for step in (0, 10) for name in ("web", "books")]
+    table = summary_table([*records[:2], training_record(10), *records[2:]], tmp_path, ())
+    for name in ("web", "books"):
+        assert cells(table, f"held-out loss of {name}, start (step 0)") == ["5.000"] * 4
+        assert cells(table, f"held-out loss of {name}, end (step 10)") == ["4.000"] * 4
+
+
 def test_the_closing_table_does_without_validation_and_with_nothing_trained(tmp_path):
     assert "held-out" not in summary_table([training_record(1)], tmp_path, ())
     assert summary_table([], tmp_path, ()) == ""
@@ -179,7 +188,12 @@ def test_the_closing_table_does_without_validation_and_with_nothing_trained(tmp_
         ("excess_mean", "validation", "validation/selection/excess_mean"),
         ("loss_head_0", "validation", "validation/loss/head_0"),
         ("loss", "validation", "validation/loss"),
+        ("perplexity_head_1", "validation", "validation/perplexity/head_1"),
+        ("bits_per_byte", "validation", "validation/bits_per_byte"),
+        ("loss_head_0", "validation_web", "validation_web/loss/head_0"),
         ("step", None, None),
+        ("set", "validation_web", None),
+        ("rows", "validation", None),
         ("split", "validation", None),
     ],
 )
@@ -252,6 +266,28 @@ def test_the_custom_scalars_layout_draws_the_heads_of_a_quantity_in_one_chart(tm
     assert drawn["mean excess loss"] == [f"selection/excess_mean/head_{head}" for head in (1, 2, 3)]
     by_source = [f"source/{name}/selected_ratio/head_1" for name in ("prose", "noise")]
     assert drawn["selected ratio of each source, head 1"] == by_source
+
+
+def test_held_out_sets_have_tags_and_charts_of_their_own(tmp_path):
+    logbook = Logbook(tmp_path, 0, num_heads=4, held_out=["web", "a.b"])
+    for name in ("web", "a.b", "axb"):
+        logbook.write(validation_record(0, (5.0, 5.1, 5.2, 5.3)) | {"set": name})
+    logbook.close()
+    found = scalars(tmp_path)
+    assert found["validation_web/loss/head_3"] == [(0, pytest.approx(5.3))]
+    drawn = {
+        title: [tag for tag in found for pattern in patterns if re.search(pattern, tag)]
+        for title, patterns in charts(tmp_path).items()
+    }
+    assert drawn["held-out loss of web"] == [f"validation_web/loss/head_{head}" for head in range(4)]
+    assert drawn["held-out loss of a.b"] == [f"validation_a.b/loss/head_{head}" for head in range(4)]
+
+
+def test_a_validation_is_a_line_with_the_losses_of_each_head_and_what_head_0s_mean():
+    record = {"loss_head_0": 1.0, "loss_head_1": 0.0, "perplexity_head_0": 2.71828, "bits_per_byte": 0.5}
+    assert held_out_text(record) == "per head 1.000 0.000; perplexity 2.72, 0.500 bits per byte"
+    diverged = {"loss_head_0": None, "loss_head_1": 2.0, "perplexity_head_0": None}
+    assert held_out_text(diverged) == "per head none 2.000; perplexity none"
 
 
 def test_a_run_without_further_heads_has_no_layout(tmp_path):

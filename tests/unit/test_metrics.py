@@ -16,6 +16,7 @@ from pipeline.runtime.metrics import (
     excess_percentiles,
 )
 from pipeline.weighting.loss_phase import HeadLosses
+from pipeline.weighting.score import Comparison
 from pipeline.weighting.selection import Selection
 from tests.ranks import run_ranks
 from tests.waits import waiting_for_cuda_raises
@@ -224,3 +225,18 @@ def test_where_there_is_nothing_to_divide_by_the_value_is_none() -> None:
     ):
         assert record[key] is None
     assert record["selected_count_head_1"] == 0
+
+
+def test_a_loss_that_is_not_finite_is_the_policys_the_references_or_both() -> None:
+    policy, reference = torch.ones(4, 1, 3), torch.ones(4, 1, 2)
+    policy[0, 0, 0] = policy[1, 0, 1] = policy[3, 0, 2] = torch.nan
+    reference[2, 0, 0], reference[3, 0, 1] = torch.inf, -torch.inf
+    valid = torch.ones(4, 1, 3, dtype=torch.bool)
+    excess = Comparison("excess", valid[..., 1:], reference, None).excess(policy[..., 1:])
+    selection = Selection(valid[..., 1:], torch.zeros(2), torch.ones(2, dtype=torch.float64), excess, torch.tensor(True))
+    sums = SelectionSums(3, 1, torch.device("cpu"))
+    sums.add(HeadLosses(torch.zeros(()), policy, selection, None), valid, torch.zeros(4, 1, dtype=torch.int64))
+    ((of_policy, of_reference),) = sums.bad_rows
+    assert of_policy.nonzero().tolist() == [[0, 0], [1, 1], [3, 2]]
+    assert of_reference.nonzero().tolist() == [[2, 1], [3, 2]]
+    assert not sums.finite

@@ -12,7 +12,7 @@ from pipeline.config import ModelSettings, TrainingSettings
 from pipeline.micro_step import Models, count_step, load_micro_batches
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.runtime.metrics import SelectionSums
-from pipeline.weighting.rho1 import compute_mtp_selective_weights, compute_rho1_stats
+from pipeline.weighting.rho1 import compute_mtp_selective_weights, compute_rho1_stats, excess_losses
 from tests.ranks import run_ranks
 from tests.rows import batch_with
 from tests.stepping import losses_of, objective_of
@@ -120,12 +120,64 @@ def test_half_precision_logits_and_int32_labels_are_compared_in_float32() -> Non
     assert torch.equal(weights, weights_by_hand(rounded, 0.6))
 
 
-def test_statistics_are_none_where_nothing_is_valid() -> None:
+def log_lines(stats: dict[str, int | float]) -> list[str]:
+    """As a training loop prints them, with the statistics of every head formatted as numbers."""
+    lines = [f"{stats['selection_ratio']:.2%} selected, {stats['avg_heads_per_position']:.2f} heads a position"]
+    for head in range(HEADS):
+        count, ratio, mean = (stats[f"head_{head}_{name}"] for name in ("count", "ratio", "excess_mean"))
+        threshold = stats.get(f"head_{head}_threshold", 0.0)
+        lines.append(f"head {head}: {count:d} ({ratio:.2%}), mean {mean:.4f}, threshold {threshold:.4f}")
+    return lines
+
+
+def test_statistics_are_numbers_where_nothing_is_valid() -> None:
     policy_logits, ref_logits, labels, attention_mask = inputs()
     weights, stats = compute_mtp_selective_weights(policy_logits, ref_logits, labels, 0 * attention_mask)
     assert not weights.any()
-    assert stats["head_1_count"] == 0
-    assert stats["head_1_ratio"] is stats["head_1_threshold"] is stats["selection_ratio"] is None
+    assert log_lines(stats)[:2] == [
+        "0.00% selected, 0.00 heads a position",
+        "head 0: 0 (0.00%), mean nan, threshold 0.0000",
+    ]
+    assert log_lines(stats)[2:] == [f"head {head}: 0 (0.00%), mean nan, threshold nan" for head in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_a_head_whose_distance_a_row_does_not_reach_has_statistics_all_the_same(length: int) -> None:
+    policy_logits, ref_logits, labels, attention_mask = (given[1:, :length] for given in inputs())
+    _, stats = compute_mtp_selective_weights(policy_logits, ref_logits, labels, attention_mask)
+    assert len(log_lines(stats)) == 1 + HEADS
+    for head in range(length - 1, HEADS):
+        assert (stats[f"head_{head}_count"], stats[f"head_{head}_ratio"]) == (0, 0.0)
+        assert math.isnan(stats[f"head_{head}_excess_mean"])
+        assert head == 0 or math.isnan(stats[f"head_{head}_threshold"])
+
+
+@pytest.mark.parametrize("equal_models", [False, True])
+def test_statistics_of_the_excess_losses_are_those_of_the_weights(equal_models: bool) -> None:
+    policy_logits, ref_logits, labels, attention_mask = inputs()
+    if equal_models:
+        # Head 0 has the reference's losses, so that valid pairs have an excess of exactly 0 too.
+        policy_logits[:, :, 0] = ref_logits
+    arguments = (policy_logits, ref_logits, labels, attention_mask)
+    excess = excess_losses(*arguments)
+    by_hand = torch.zeros(BATCH, SEQ, HEADS)
+    for head, pairs in losses_by_hand(*arguments).items():
+        for place, (policy, reference) in pairs.items():
+            by_hand[(*place, head)] = policy - reference
+    assert torch.allclose(excess, by_hand, atol=1e-6)
+    assert bool((excess[by_hand == 0] == 0).all())
+
+    weights, stats = compute_mtp_selective_weights(*arguments)
+    assert compute_rho1_stats(excess, weights, attention_mask) == stats
+
+
+def test_excess_losses_refuse_what_does_not_fit_or_is_not_finite() -> None:
+    policy_logits, ref_logits, labels, attention_mask = inputs()
+    with pytest.raises(ValueError, match="labels: expected shape"):
+        excess_losses(policy_logits, ref_logits, labels[:, 1:], attention_mask)
+    ref_logits[2, 3] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinite on a valid pair"):
+        excess_losses(policy_logits, ref_logits, labels, attention_mask)
 
 
 def weights_of_this_rank() -> tuple[torch.Tensor, dict]:

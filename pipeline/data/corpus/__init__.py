@@ -1,9 +1,14 @@
 """Rows from documents, offline: what `launch/prepare.py` does, in the order of the data.
 
 inputs         finds the input files and divides them into slices of work
-documents      reads documents from files, and counts those that are left out
-lines          reads lines of plain and compressed text files in bounded memory
+file_search    finds the files of a folder or glob, and knows two names of one file
+documents      reads documents from files
+counts         counts them and those that are left out, and notes where the first of these are
+decoding       decodes the text of a document, and knows files that are something else
+lines          reads lines of plain and compressed text files in bounded memory, each byte once
+tar_texts      finds the documents of a tar
 columns        reads text columns of .parquet files and `hf:` folders
+encoding       encodes texts, safe from special tokens' strings, and notes what has no token
 tokenization   tokenises slices into sorted runs of ids, split into training and validation
 sorted_runs    tokenised documents on disk, sorted by the shuffle's key (external sort)
 shard_assembly  packs the shuffled documents of the sorted runs into shards, each by itself

@@ -16,6 +16,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+from pipeline.data.corpus.decoding import damaged
 from pipeline.data.errors import DataError
 
 _DATASET_ROWS_AT_ONCE = 256
@@ -36,7 +37,7 @@ def require(module: str, extra: str, what: str) -> ModuleType:
 
 def row_groups(path: str) -> list[int]:
     """List the compressed size in bytes of each row group of a .parquet file."""
-    metadata = _open_parquet(path).metadata
+    metadata = _metadata(path)
     return [_stored_bytes(metadata.row_group(group)) for group in range(metadata.num_row_groups)]
 
 
@@ -48,7 +49,7 @@ def parquet_values(path: str, field: str, first_group: int, last_group: int, lim
     Raises:
         DataError: the file is damaged, or has no such text column.
     """
-    file = _open_parquet(path)
+    file = _open_parquet(path, _metadata(path))
     pyarrow, compute = require("pyarrow", *_PARQUET), require("pyarrow.compute", *_PARQUET)
     _check_field(file.schema_arrow.names, field, path)
 
@@ -63,7 +64,7 @@ def parquet_values(path: str, field: str, first_group: int, last_group: int, lim
                 yield row, ... if size is not None and size > limit else _value(value)
                 row += 1
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} is damaged: {error}; copy it again") from None
+        raise damaged(path, error) from None
 
 
 def dataset_files(folder: str) -> list[str]:
@@ -93,7 +94,7 @@ def dataset_values(folder: str, field: str, first: int, last: int, limit: int) -
     dataset = _open_dataset(folder)
     _check_field(dataset.column_names, field, f"hf:{folder}")
     kind = getattr(dataset.features[field], "dtype", "a list")
-    if kind.removeprefix("large_") not in ("string", "binary"):
+    if kind.removeprefix("large_").removesuffix("_view") not in ("string", "binary", "null"):
         raise _not_text(f"hf:{folder}", field, kind)
     dataset = dataset.select_columns([field])
     for start in range(first, last, _DATASET_ROWS_AT_ONCE):
@@ -105,19 +106,31 @@ def dataset_values(folder: str, field: str, first: int, last: int, limit: int) -
                 yield row, value
 
 
-def _open_parquet(path: str) -> Any:
+def _open_parquet(path: str, metadata: Any = None) -> Any:
     parquet = require("pyarrow.parquet", *_PARQUET)
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, metadata=metadata)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise DataError(f"{path} is not a parquet file that can be read: {error}") from None
+        raise damaged(path, error, "{path} is not a parquet file that can be read: {error}") from None
+
+
+def _metadata(path: str) -> Any:
+    stat = os.stat(path)
+    return _metadata_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+# The footer of a file with many row groups is large, and every span would read it again.
+@lru_cache(maxsize=16)
+def _metadata_of(path: str, size: int, changed: int) -> Any:
+    return _open_parquet(path).metadata
 
 
 @lru_cache(maxsize=4)
 def _open_dataset(folder: str) -> Any:
     datasets = require("datasets", "datasets", "reading hf: folders")
     try:
-        return datasets.load_from_disk(folder)
+        # A format that was saved with it, such as torch or pandas, would change the values and hide columns.
+        return datasets.load_from_disk(folder).with_format(None)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"hf:{folder} cannot be read by datasets: {error}") from None
 
@@ -133,10 +146,14 @@ def _check_field(names: Sequence[str], field: str, where: str) -> None:
 
 
 def _decoded(column: Any, field: str, path: str) -> Any:
-    """Decode a dictionary-encoded column, and check that it is text or bytes."""
+    """Check that a column is text or bytes, or all null, and give it a type with the lengths of its values."""
     pyarrow = require("pyarrow", *_PARQUET)
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if str(column.type) in ("null", "string_view"):
+        return column.cast(pyarrow.large_string())
+    if str(column.type) == "binary_view":
+        return column.cast(pyarrow.large_binary())
     kinds = ("is_string", "is_large_string", "is_binary", "is_large_binary")
     if not any(getattr(pyarrow.types, kind)(column.type) for kind in kinds):
         raise _not_text(path, field, column.type)

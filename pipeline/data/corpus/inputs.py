@@ -4,24 +4,32 @@ Files are read in the order of the inputs, and within a folder or glob in the or
 only on the input. Folders are read recursively, and links are followed. Names that begin with a dot are left out, as by a
 shell's `*`.
 
+A file is read once, whatever names lead to it: links, hard links, inputs that overlap. It is known by its device and inode, and
+belongs to the first of its names. Copies of its content are other files. What a preparation writes is no input of it.
+
 A *span* is a part of one file that can be read independently: bytes of a .jsonl, row groups of a .parquet, rows of a `hf:`
 folder; for all other kinds, which can only be read from the beginning, the whole file. A *slice* is a list of consecutive
 spans. It is the unit of work of a worker, and of resuming after a kill. The slices do not depend on the number of workers.
 """
 
-import glob
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 
 from pipeline.data.corpus.columns import dataset_files, dataset_rows, row_groups
+from pipeline.data.corpus.file_search import Identity, find_files, identity
 from pipeline.data.errors import DataError
 
 ACCEPTED_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar")
 DATASET_PREFIX = "hf:"
 DATASET = "datasets"
+
+# The version of the rules by which files are cut into spans and these have documents, for work that goes on after an update.
+SLICING = 2
 
 # In bytes: small enough to keep many workers busy until the end, large enough to be worth a file of its own.
 _LARGEST_SLICE = 1 << 25
@@ -40,18 +48,21 @@ class Input:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file, or a `hf:` folder. `kind` is one of ACCEPTED_SUFFIXES or DATASET; `size` in bytes; `changed` in ns since 1970."""
+    """A file, or a `hf:` folder. `kind` is one of ACCEPTED_SUFFIXES or DATASET; `size` in bytes; `changed` in ns since 1970;
+    `names` counts the names under which the inputs hold it, of which `path` is the first."""
 
     path: str
     kind: str
     source: str
     size: int
     changed: int
+    names: int = 1
 
 
 @dataclass(frozen=True)
 class Span:
-    """A part of file number `file`: the bytes, row groups or rows [start, end). `size` is its share of the file's bytes."""
+    """A part of file number `file`: the bytes, row groups or rows [start, end). `size` is its share of the file's bytes, which
+    are `file_size`; but for the last one, the spans of a .jsonl have `step` bytes each."""
 
     file: int
     path: str
@@ -60,6 +71,8 @@ class Span:
     start: int
     end: int
     size: int
+    file_size: int
+    step: int
 
 
 def parse_input(argument: str) -> Input:
@@ -109,13 +122,33 @@ def parse_weights(arguments: Iterable[str], names: Sequence[str]) -> dict[str, f
     return weights
 
 
-def input_files(inputs: Iterable[Input]) -> list[InputFile]:
-    """List all files of the inputs, in order.
+def input_files(inputs: Iterable[Input], written: Sequence[Path] = ()) -> list[InputFile]:
+    """List all files of the inputs, in order, each file once.
+
+    Args:
+        inputs: to list.
+        written: folders that the preparation writes; what lies in them is left out.
 
     Raises:
-        DataError: there are no files at a path, or a file is of an unknown kind.
+        DataError: there are no files at a path, a file is of an unknown kind, or it is given as two kinds or to two sources.
     """
-    return [file for entry in inputs for file in _files_of(entry)]
+    files: dict[Identity | frozenset[Identity], InputFile] = {}
+    for key, file in (found for entry in inputs for found in _files_of(entry, written)):
+        first = files.get(key)
+        if first is None:
+            files[key] = file
+            continue
+
+        # Another name of a file that is listed already.
+        if first.source != file.source:
+            raise DataError(
+                f"the inputs {first.source!r} and {file.source!r} share a file: {first.path} and {file.path} are the same; "
+                "leave it out of one of them"
+            )
+        if first.kind != file.kind:
+            raise DataError(f"{first.path} and {file.path} are the same file, so it cannot be both; leave one of them out")
+        files[key] = replace(first, names=first.names + 1)
+    return list(files.values())
 
 
 def slice_size(files: Sequence[InputFile], parts: int = 1) -> int:
@@ -139,7 +172,7 @@ def slices(files: Sequence[InputFile], size: int) -> list[list[Span]]:
 
 def _spans(number: int, file: InputFile, size: int) -> Iterator[Span]:
     def span(start: int, end: int, share: int) -> Span:
-        return Span(number, file.path, file.kind, file.source, start, end, share)
+        return Span(number, file.path, file.kind, file.source, start, end, share, file.size, size)
 
     if file.kind == ".jsonl":
         for start in range(0, file.size, size):
@@ -163,17 +196,17 @@ def _spans(number: int, file: InputFile, size: int) -> Iterator[Span]:
         yield span(0, file.size, file.size)
 
 
-def _files_of(entry: Input) -> list[InputFile]:
-    # A `hf:` folder counts as one file.
+def _files_of(entry: Input, written: Sequence[Path]) -> list[tuple[Identity | frozenset[Identity], InputFile]]:
+    # A `hf:` folder counts as one file, and is the same as another one of the same files.
     if entry.path.startswith(DATASET_PREFIX):
         folder = entry.path.removeprefix(DATASET_PREFIX)
-        stats = [os.stat(file) for file in dataset_files(folder)]
-        return [
-            InputFile(folder, DATASET, entry.name, sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats))
-        ]
+        stats = {path: os.stat(path) for path in dataset_files(folder)}
+        size, changed = sum(stat.st_size for stat in stats.values()), max(stat.st_mtime_ns for stat in stats.values())
+        key = frozenset(identity(path, stat) for path, stat in stats.items())
+        return [(key, InputFile(folder, DATASET, entry.name, size, changed))]
 
     # A file, folder or glob.
-    paths = _paths(entry.path)
+    paths = find_files(entry.path)
     if not paths:
         name, equals, _ = entry.path.partition("=")
         rule = (
@@ -182,11 +215,16 @@ def _files_of(entry: Input) -> list[InputFile]:
         raise DataError(
             f"no files at {entry.path!r}: expected a file, a folder with files in it, or a glob that matches some{rule}"
         )
+
+    # What the preparation writes itself may lie below its input.
+    paths = _outside(paths, written)
+    if not paths:
+        raise DataError(f"all files at {entry.path!r} lie in {written[0]}, the output; give another input or output")
     return [_file(path, entry.name) for path in paths]
 
 
-def _file(path: Path, source: str) -> InputFile:
-    kind = next((suffix for suffix in ACCEPTED_SUFFIXES if path.name.endswith(suffix)), None)
+def _file(path: Path, source: str) -> tuple[Identity, InputFile]:
+    kind = next((suffix for suffix in ACCEPTED_SUFFIXES if path.name.lower().endswith(suffix)), None)
     if kind is None:
         raise DataError(
             f"cannot read {path}: its suffix is not one of {', '.join(ACCEPTED_SUFFIXES)}; "
@@ -196,26 +234,17 @@ def _file(path: Path, source: str) -> InputFile:
         stat = path.stat()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    return InputFile(str(path), kind, source, stat.st_size, stat.st_mtime_ns)
+    if not S_ISREG(stat.st_mode):
+        raise DataError(f"cannot read {path}: it is a pipe or device, and no file; write what it gives into a file")
+    return identity(path, stat), InputFile(str(path), kind, source, stat.st_size, stat.st_mtime_ns)
 
 
-def _paths(path: str) -> list[Path]:
-    matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-    return [file for match in matches for file in (_files_below(match) if os.path.isdir(match) else [Path(match)])]
+def _outside(paths: list[Path], folders: Sequence[Path]) -> list[Path]:
+    written = [os.path.realpath(folder) for folder in folders]
 
+    @lru_cache(maxsize=1 << 10)
+    def is_written(parent: Path) -> bool:
+        real = os.path.realpath(parent)
+        return any(real == folder or real.startswith(folder + os.sep) for folder in written)
 
-def _files_below(folder: str) -> list[Path]:
-    files, seen = [], {os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if name[0] != "." and _is_new(os.path.join(parent, name), seen)]
-        files += [Path(parent, name) for name in names if name[0] != "."]
-    return sorted(files)
-
-
-def _is_new(folder: str, seen: set[str]) -> bool:
-    # Following a link to a folder that is listed already would read its files twice, or loop for ever.
-    real = os.path.realpath(folder)
-    if real in seen:
-        return False
-    seen.add(real)
-    return True
+    return [path for path in paths if not is_written(path.parent)]

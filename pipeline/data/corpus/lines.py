@@ -7,28 +7,73 @@ fill the memory. A compressed file that was cut is an error, and not just a shor
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from pipeline.data.corpus.columns import require
+from pipeline.data.corpus.counts import Note
+from pipeline.data.corpus.decoding import damaged
 from pipeline.data.corpus.inputs import Span
-from pipeline.data.errors import DataError
 
 _CHUNK = 1 << 20
+_BUFFER = 1 << 16
+# How cuts of a .jsonl are found: see `_own_bytes`. Two spans look into a window, so at most a sixteenth is read twice.
+_STEP_PER_WINDOW = 32
+_FIRST_LOOK = 512
 
 
 def lines_of(file: BinaryIO, span: Span, limit: int) -> Iterator[tuple[int, bytes | None]]:
     """Yield (position, line) of the decompressed lines of a span; None instead of a line of more than `limit` bytes.
 
-    A span of a .jsonl has the lines that begin in it. Positions are bytes, in a compressed file those after decompression.
+    Args:
+        file: that of the span; a .jsonl is open without a buffer, so that no more than the span is read of it.
+        span: a .jsonl's or a compressed file's. Of a .jsonl it has the lines of `_own_bytes`.
+        limit: bytes of a line, its end not counted.
+
+    Positions are bytes, in a compressed file those after decompression.
 
     Raises:
         DataError: the compressed file is damaged.
     """
     if span.kind == ".jsonl":
-        position = _skip_begun_line(file, span.start)
-        return _lines(file, limit, position, span.end)
-    return _decompressed_lines(file, span, limit)
+        start, end = _own_bytes(file, span)
+        if start < end:
+            # What was written to the file since it was listed completes its last line.
+            section = _Section(file, start, None if end == span.file_size else end)
+            yield from _lines(io.BufferedReader(section, _BUFFER), limit, start, end)
+    else:
+        yield from _decompressed_lines(file, span, limit)
+
+
+def _own_bytes(file: BinaryIO, span: Span) -> tuple[int, int]:
+    """Find the bytes [start, end) of the lines of a span of a .jsonl; empty if it has none.
+
+    A file is cut every `span.step` bytes, and a cut takes effect at the first line that begins within `step / _STEP_PER_WINDOW`
+    bytes after it. If none does, there is no cut, and the span before it goes on. Every span finds the same cuts by itself, so
+    each byte is read by one span only, apart from these windows, however long a line is.
+    """
+    start = _cut(file, span, span.start)
+    if start is None:
+        return span.start, span.start
+    ends = (_cut(file, span, cut) for cut in range(span.end, span.file_size, span.step))
+    return start, next((end for end in ends if end is not None), span.file_size)
+
+
+def _cut(file: BinaryIO, span: Span, cut: int) -> int | None:
+    """Find where the first line begins in the window after a cut."""
+    if cut == 0:
+        return 0
+    # A line begins at the cut if a line ends on the byte before it.
+    position, end = cut - 1, cut - 1 + max(1, span.step // _STEP_PER_WINDOW)
+    size = _FIRST_LOOK
+    while position < end:
+        file.seek(position)
+        data = file.read(min(size, end - position))
+        if not data or (found := data.find(b"\n") + 1):
+            return position + found if data else None
+        position, size = position + len(data), 2 * size
+    return None
 
 
 def _decompressed_lines(file: BinaryIO, span: Span, limit: int) -> Iterator[tuple[int, bytes | None]]:
@@ -39,17 +84,7 @@ def _decompressed_lines(file: BinaryIO, span: Span, limit: int) -> Iterator[tupl
         else:
             yield from _lines(io.BufferedReader(_ZstdStream(file), _CHUNK), limit)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{span.path} is damaged: {error}; copy it again") from None
-
-
-def _skip_begun_line(file: BinaryIO, start: int) -> int:
-    """Seek to the first line that begins at or after `start`; returns its position."""
-    if start == 0:
-        return 0
-    file.seek(start - 1)
-    while (rest := file.readline(_CHUNK)) and not rest.endswith(b"\n"):
-        pass
-    return file.tell()
+        raise damaged(span.path, error) from None
 
 
 def _lines(stream: BinaryIO, limit: int, position: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | None]]:
@@ -68,12 +103,33 @@ def _lines(stream: BinaryIO, limit: int, position: int = 0, end: int | None = No
         yield start, line if is_whole else None
 
 
+class _Section(io.RawIOBase):
+    """The bytes [start, end) of a file as a raw stream; without an `end` up to that of the file."""
+
+    def __init__(self, file: BinaryIO, start: int, end: int | None) -> None:
+        self._file = file
+        self._left = None if end is None else end - start
+        file.seek(start)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = len(buffer) if self._left is None else min(len(buffer), self._left)
+        got = self._file.readinto(memoryview(buffer)[:size])  # type: ignore[attr-defined]
+        if self._left is not None:
+            self._left -= got
+        return int(got)
+
+
 class _ZstdStream(io.RawIOBase):
     """A decompressed .zst file, as a raw stream. zstandard's own stream reader accepts a cut file as complete; this one raises
     EOFError."""
 
     # In bytes. A frame can expand by a factor of 30,000, so little is decompressed at once.
     _INPUT = 1024
+    # In bytes: what `zstd --long=31` makes, as public dumps do, and the most that the library can read.
+    _LONGEST_WINDOW = 1 << 31
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -99,7 +155,7 @@ class _ZstdStream(io.RawIOBase):
 
     def _decompress(self, data: bytes) -> None:
         if self._frame is None:
-            self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            self._frame = self._zstandard.ZstdDecompressor(max_window_size=self._LONGEST_WINDOW).decompressobj()
         try:
             self._output = memoryview(self._frame.decompress(data))
         except self._zstandard.ZstdError as error:
@@ -109,21 +165,18 @@ class _ZstdStream(io.RawIOBase):
             self._input, self._frame = self._frame.unused_data, None
 
 
-def line_name(span: Span, number: int) -> Callable[[], str]:
-    """Name line `number` (from 1) of a span in messages, by its number in the file."""
+def numbered(note: Note, quick: int | None = None) -> Note:
+    """Number the line of a note by counting those before it, which are read once more: for the few that a message names.
 
-    def name() -> str:
-        # Counting the lines before the span is slow, so it is done only for the few lines that a message names.
-        return f"{span.path}, line {number + (_lines_before(span) if span.start else 0)}"
-
-    return name
-
-
-def _lines_before(span: Span) -> int:
-    with open(span.path, "rb") as file:
-        remaining, newlines = span.start, 0
-        while remaining and (data := file.read(min(_CHUNK, remaining))):
+    Args:
+        note: about a line of a .jsonl, or anything else, which is left as it is.
+        quick: bytes; if more than so many are before the line, its byte remains its name. None for no limit.
+    """
+    if note.line is None or not note.lines_from or (quick is not None and note.position > quick):
+        return note
+    newlines, left = 0, note.position
+    with open(note.what, "rb") as file:
+        while left and (data := file.read(min(_CHUNK, left))):
             newlines += data.count(b"\n")
-            remaining -= len(data)
-        file.seek(span.start - 1)
-        return newlines + (file.read(1) != b"\n")
+            left -= len(data)
+    return replace(note, line=newlines + 1, lines_from=0)

@@ -17,18 +17,20 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.documents import Document, Rules
+from pipeline.data.corpus.encoding import Encoder
 from pipeline.data.corpus.packing import PACKINGS
 from pipeline.data.corpus.shard_assembly import PackingSettings, ShardRecord, pack_shard, packing_tasks
 from pipeline.data.corpus.sorted_runs import SortedRunWriter
-from pipeline.data.corpus.tokenization import Encoder, TokenizationSettings, add_documents
+from pipeline.data.corpus.tokenization import TokenizationSettings, add_documents, encode_documents
 from pipeline.data.corpus.workers import Report, work_on
 from pipeline.data.errors import DataError
 from pipeline.data.permutation import DOCUMENTS, sort_keys
-from pipeline.data.shards.manifest import Manifest, Source, write_manifest
+from pipeline.data.shards.manifest import Bos, Manifest, Source, write_manifest
 from pipeline.data.shards.output_folder import atomic_folder
 from pipeline.data.shards.writer import MAX_SOURCES, token_dtype
-from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, vocab_size
+from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, identity, vocab_size
 
 SAMPLES_PER_SHARD = 8192
 
@@ -46,6 +48,7 @@ class PrepareSettings:
     weights: how often the documents of a source are taken, by its name; 1 for a source that is not listed.
     part: (i, N) to prepare the i-th of N parts of the input, i from 1; None for all of it.
     end_of_document: the tokenizer's token that ends a document; None for one of the usual names.
+    bos: the token before each document; None for none. bos_rule: how it was chosen, for the manifest.
     rules: of reading documents.
     """
 
@@ -57,6 +60,8 @@ class PrepareSettings:
     weights: dict[str, float] = field(default_factory=dict)
     part: tuple[int, int] | None = None
     end_of_document: str | None = None
+    bos: str | None = None
+    bos_rule: str = "auto"
     rules: Rules = field(default_factory=Rules)
 
     @property
@@ -130,7 +135,7 @@ def prepare(
         tokenization = tokenization_settings(Path(work), directory / TOKENIZER_FILE, tokenizer, settings, source_names)
         encoder = Encoder(tokenizer, end_of_document_id(tokenizer))
         writers = {split: SortedRunWriter(Path(work, split), "all", encoder.dtype) for split in ("train", "validation")}
-        for batch, ids in encoder.batches(numbered):
+        for batch, ids in encode_documents(encoder, numbered, Counts(), settings.rules.on_undecodable, _number):
             add_documents(batch, ids, tokenization, **writers)
         for writer in writers.values():
             writer.close()
@@ -148,9 +153,14 @@ def tokenize(
 ) -> Iterator[TokenizedDocument]:
     """Tokenise documents, in order, and append the end-of-document token to each."""
     source_index = {name: index for index, name in enumerate(source_names or [""])}
-    for batch, ids in Encoder(tokenizer, end_of_document_id(tokenizer)).batches(documents):
+    encoder = Encoder(tokenizer, end_of_document_id(tokenizer))
+    for batch, ids in encode_documents(encoder, documents, Counts(), "error", _number):
         for document, tokens in zip(batch, ids, strict=True):
             yield TokenizedDocument(tokens, source_index[document.source])
+
+
+def _number(document: Document) -> str:
+    return f"document {document.position + 1:,}"
 
 
 def write_dataset(
@@ -182,8 +192,9 @@ def tokenization_settings(
     return TokenizationSettings(
         directory=work,
         tokenizer_file=tokenizer_file,
-        tokenizer_sha256=fingerprint(tokenizer),
+        tokenizer_identity=identity(tokenizer),
         end_of_document_id=end_of_document_id(tokenizer, settings.end_of_document),
+        bos_id=None if settings.bos is None else tokenizer.token_to_id(settings.bos),
         rules=settings.rules,
         seed=settings.seed,
         source_names=tuple(source_names),
@@ -241,6 +252,8 @@ def pack_split(
         end_of_document_id=packing.end_of_document_id,
         tokenizer_file=TOKENIZER_FILE,
         tokenizer_sha256=fingerprint(tokenizer),
+        tokenizer_identity=identity(tokenizer),
+        bos=Bos(rule=settings.bos_rule, id=None if settings.bos is None else tokenizer.token_to_id(settings.bos)),
         sources=_sources(records, source_names),
         # Sorted by number: with more than 100,000 shards their names have different lengths.
         shards=tuple(sorted((r.shard for r in records if r.shard), key=lambda shard: (len(shard.name), shard.name))),

@@ -21,22 +21,26 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.display import Display
-from pipeline.data.corpus.documents import Counts, DocumentReader
+from pipeline.data.corpus.documents import DocumentReader
 from pipeline.data.corpus.inputs import Input, InputFile, Span, input_files, slice_size, slices, source_names
+from pipeline.data.corpus.lines import numbered
 from pipeline.data.corpus.prepare import PrepareSettings, pack_split, tokenization_settings
 from pipeline.data.corpus.request import begin_or_continue, describe, request_sha256, whole_sha256
 from pipeline.data.corpus.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
 from pipeline.data.corpus.workers import work_on
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import MANIFEST_FILE, InputCounts, Manifest, Preparation, read_manifest, write_manifest
-from pipeline.data.shards.output_folder import LOCK_FILE, is_occupied, locked, make_partial, partial_folder, remove
+from pipeline.data.shards.output_folder import LOCK_FILE, is_occupied, locked, make_partial, partial_folder, real_output, remove
 from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
 from pipeline.storage.whole_file import publish, write_file
 
 # A BPE is trained on slices evenly spread over the input, about so many bytes. More text would change it little.
 _TRAINING_BYTES = 1 << 30
+# Of a part, whose slices are read without those before them: a line that is further on, in bytes, is named by its byte.
+_QUICKLY_COUNTED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def prepare_files(
 
     Args:
         inputs: files, folders or globs, with the names of their sources.
-        output_dir: must not exist, be empty, or be the output of the same request.
+        output_dir: must not exist, be empty, or be the output of the same request; if below an input, it is no part of that.
         tokenizer: a tokenizer, or the vocabulary size of a BPE to train on the input.
         settings: of the preparation.
         processes: the number of workers, one for each core; the result does not depend on it.
@@ -72,14 +76,15 @@ def prepare_files(
     """
     # The request.
     output_dir = Path(output_dir)
+    target = real_output(output_dir)
+    partial = partial_folder(target)
     names = source_names(inputs)
     settings.check(names)
-    files = input_files(inputs)
+    files = input_files(inputs, (target, partial))
     request = describe(files, tokenizer, settings, names)
-    partial = partial_folder(output_dir)
 
     # The output exists: it must be that of the same request.
-    if is_occupied(output_dir):
+    if is_occupied(target):
         prepared = _complete_already(output_dir, request, settings)
         # Clean up after a process that was killed just before its end. One that still runs holds the lock, and does so itself.
         if (partial / LOCK_FILE).exists():
@@ -90,10 +95,10 @@ def prepare_files(
         return prepared
 
     # Begin or resume.
-    job = _Job(files, names, partial, settings, processes, display or Display())
+    job = _Job(files, names, target, partial, settings, processes, display or Display())
     make_partial(partial)
     with locked(partial):
-        if is_occupied(output_dir):  # again: the previous holder of the lock may have finished
+        if is_occupied(target):  # again: the previous holder of the lock may have finished
             prepared = _complete_already(output_dir, request, settings)
             remove(partial)
             return prepared
@@ -117,6 +122,7 @@ class _Job:
 
     files: list[InputFile]
     names: list[str]
+    target: Path
     partial: Path
     settings: PrepareSettings
     processes: int
@@ -137,6 +143,8 @@ class _Job:
 
 def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output_dir: Path) -> Prepared:
     # Tokenise.
+    if other_names := sum(file.names - 1 for file in job.files):
+        job.display.say(f"{other_names:,} further name(s) of files that the input holds already left out")
     slices_ = _own_slices(job)
     trained = _tokenizer(job, tokenizer)
     records = _tokenize(job, trained, slices_)
@@ -145,6 +153,7 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
     counts = Counts()
     for record in records:
         counts.add(record.counts)
+    counts.left_out = [numbered(note, _QUICKLY_COUNTED) for note in counts.left_out]
     tokens = {
         "train": sum(record.train_tokens for record in records),
         "validation": sum(record.validation_tokens for record in records),
@@ -160,7 +169,7 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
         manifests[output_dir / folder] = _pack(job, trained, split, folder, tokens[split], counts, request)
     for leftover in job.data.rglob("*.tmp"):
         leftover.unlink()
-    publish(job.data, output_dir)
+    publish(job.data, job.target)
     remove(job.partial)
     return Prepared(manifests, counts, was_complete=False)
 

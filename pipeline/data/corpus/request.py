@@ -10,10 +10,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline.data.corpus.inputs import InputFile
+from pipeline.data.corpus.inputs import SLICING, InputFile
 from pipeline.data.corpus.prepare import PrepareSettings
 from pipeline.data.errors import DataError
 from pipeline.data.shards.output_folder import REQUEST_FILE, clear
+from pipeline.data.tokenizer import END_OF_DOCUMENT, usual_end_of_document
 from pipeline.storage.whole_file import write_file
 
 
@@ -30,7 +31,15 @@ def describe(
     sizes = hashlib.sha256()
     for file in files:
         sizes.update(f"{file.source} {os.path.basename(file.path)} {file.size}\n".encode("utf-8", "surrogateescape"))
-    requested = {name: value for name, value in asdict(settings).items() if name != "rules"}
+    # Without a BOS token the request is the one it was before there was a choice; a usual end need not be named.
+    left_out = {"rules", "bos_rule"} | ({"bos"} if settings.bos is None else set())
+    requested = {name: value for name, value in asdict(settings).items() if name not in left_out}
+    usual = END_OF_DOCUMENT if isinstance(tokenizer, int) else usual_end_of_document(tokenizer)
+    if requested["end_of_document"] == usual:
+        requested["end_of_document"] = None
+
+    # Parts that were made by other rules of slicing do not complete each other; whole data does not depend on these.
+    slicing = {"slicing": SLICING} if settings.part else {}
     return {
         "input files": sizes.hexdigest(),
         "sources": list(names),
@@ -38,6 +47,7 @@ def describe(
         "text_field": settings.rules.text_field,
         "max_document_bytes": settings.rules.max_document_bytes,
         **json.loads(json.dumps(requested)),
+        **slicing,
     }
 
 
@@ -58,7 +68,7 @@ def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[s
         DataError: the one there is another request, or the input has changed since.
     """
     changed = [(file.path, file.changed) for file in files]
-    requested = {**request, "times of change": hashlib.sha256(json.dumps(changed).encode()).hexdigest()}
+    requested = {**request, "slicing": SLICING, "times of change": hashlib.sha256(json.dumps(changed).encode()).hexdigest()}
     path = partial / REQUEST_FILE
 
     # Resume.

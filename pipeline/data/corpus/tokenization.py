@@ -1,6 +1,7 @@
 """Tokenising: from documents to sorted runs of ids, one slice of the input at a time.
 
-A document's text becomes ids, with the end-of-document token appended. The hash of its text alone decides whether it belongs
+A document's text becomes ids (`encoding`), with the end-of-document token appended and, if asked for, the BOS token before
+them. The hash of its text alone decides whether it belongs
 to the validation or the training split, so that copies of a text go to the same split. A validation document is used once. A
 training document is used as often as its source's weight says: with a weight of 2.3 every document twice, and three in ten,
 chosen by a hash of the seed and of the document's position in the input, a third time.
@@ -12,22 +13,23 @@ unfinished slice are overwritten.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from pipeline.data.corpus.documents import Counts, Document, DocumentReader, Rules
-from pipeline.data.corpus.inputs import Span
+from pipeline.data.corpus.counts import Counts, Note
+from pipeline.data.corpus.documents import Document, DocumentReader, Rules
+from pipeline.data.corpus.encoding import Encoded, Encoder
+from pipeline.data.corpus.inputs import DATASET, Span
 from pipeline.data.corpus.sorted_runs import SortedRunWriter
 from pipeline.data.corpus.workers import Report
+from pipeline.data.errors import DataError
 from pipeline.data.permutation import COPIES, DOCUMENTS, sort_keys
-from pipeline.data.shards.writer import token_dtype
-from pipeline.data.tokenizer import for_documents, load_tokenizer, vocab_size
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.storage.whole_file import write_file
 
 # Characters given to the tokenizer at once: enough for it to use all cores of one process, few enough to hold in memory.
@@ -41,7 +43,8 @@ class TokenizationSettings:
     """Settings of tokenising, as workers need them.
 
     directory: folder for the sorted runs and records.
-    tokenizer_file, tokenizer_sha256: the tokenizer and its fingerprint.
+    tokenizer_file, tokenizer_identity: the tokenizer and its identity.
+    bos_id: of the token before each document; None for none.
     rules: of reading documents.
     seed: of the shuffle.
     source_names: empty if sources have no names.
@@ -51,8 +54,9 @@ class TokenizationSettings:
 
     directory: Path
     tokenizer_file: Path
-    tokenizer_sha256: str
+    tokenizer_identity: str
     end_of_document_id: int
+    bos_id: int | None
     rules: Rules
     seed: int
     source_names: tuple[str, ...]
@@ -69,31 +73,75 @@ class SliceRecord:
     validation_tokens: int
 
 
-class Encoder:
-    """Encoder of texts to ids (uint16 or uint32, by the size of the vocabulary) with the end-of-document token appended."""
+def encode_documents(
+    encoder: Encoder, documents: Iterable[Document], counts: Counts, on_undecodable: str, where: Callable[[Document], str]
+) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
+    """Encode documents batch by batch, and count those with something to say about them.
 
-    def __init__(self, tokenizer: Tokenizer, end_of_document_id: int) -> None:
-        self.dtype = token_dtype(vocab_size(tokenizer))
-        self._end = [end_of_document_id]
-        self._tokenizer = for_documents(tokenizer)
+    Args:
+        encoder: makes the ids.
+        documents: in order.
+        counts: updated. Documents that are left out after all are no longer counted as used.
+        on_undecodable: "skip" to leave out documents that the tokenizer cannot encode, "error" to stop.
+        where: names a document for messages.
 
-    def encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        """Encode texts, in order; yields the ids of each."""
-        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            yield np.array(encoding.ids + self._end, self.dtype)
+    Yields:
+        The documents of a batch that are used, and the ids of each.
 
-    def batches(self, documents: Iterable[Document]) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
-        """Encode documents batch by batch; yields the documents of a batch, and the ids of each."""
-        batch: list[Document] = []
-        characters = 0
-        for document in documents:
-            batch.append(document)
-            characters += len(document.text)
-            if characters >= _BATCH_CHARACTERS:
-                yield batch, list(self.encode([document.text for document in batch]))
-                batch, characters = [], 0
-        if batch:
-            yield batch, list(self.encode([document.text for document in batch]))
+    Raises:
+        DataError: the tokenizer cannot encode a document, and that is an error.
+    """
+    for batch in _batches(documents):
+        used = []
+        for document, encoded in zip(batch, encoder.encode([document.text for document in batch]), strict=True):
+            if (ids := _accept(document, encoded, counts, on_undecodable, where)) is not None:
+                used.append((document, ids))
+        yield [document for document, _ in used], [ids for _, ids in used]
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _accept(
+    document: Document, encoded: Encoded, counts: Counts, on_undecodable: str, where: Callable[[Document], str]
+) -> np.ndarray | None:
+    """Count what is to be said of a document; returns its ids, or None if it is left out."""
+    # The tokenizer cannot encode it.
+    if encoded.ids is None:
+        if on_undecodable == "error":
+            raise DataError(
+                f"{where(document)}: {encoded.problem}; mend the tokenizer or the text, or leave it out with "
+                "--on-undecodable skip"
+            )
+        counts.documents -= 1
+        counts.undecodable += 1
+        counts.note(Note(where(document), encoded.problem))
+        return None
+
+    # No character of it has a token.
+    if encoded.is_empty:
+        counts.documents -= 1
+        counts.empty += 1
+        counts.note(Note(where(document), f"the tokenizer has no token for any of its {len(document.text):,} characters"))
+        return None
+
+    # It is used, but not quite as its author may think.
+    if encoded.has_special_text:
+        counts.special_text += 1
+    if encoded.lost:
+        counts.without_token += 1
+        counts.warn(f"{where(document)}: the tokenizer has no token for {encoded.lost!r}")
+    return encoded.ids
 
 
 def tokenize_slice(work: tuple[TokenizationSettings, int, Sequence[Span]], report: Report) -> None:
@@ -115,7 +163,9 @@ def tokenize_slice(work: tuple[TokenizationSettings, int, Sequence[Span]], repor
     reader = DocumentReader(settings.rules)
     train, validation = (SortedRunWriter(settings.directory / split, name, encoder.dtype) for split in ("train", "validation"))
     consumed = 0
-    for documents, ids in encoder.batches(reader.read(spans)):
+    named = _Names(spans)
+    rule = settings.rules.on_undecodable
+    for documents, ids in encode_documents(encoder, reader.read(spans), reader.counts, rule, named.of):
         add_documents(documents, ids, settings, train, validation)
         report(len(documents), sum(map(len, ids)), reader.consumed - consumed)
         consumed = reader.consumed
@@ -126,6 +176,21 @@ def tokenize_slice(work: tuple[TokenizationSettings, int, Sequence[Span]], repor
     # The record, last.
     record = SliceRecord(reader.counts, train.num_tokens, validation.num_tokens)
     write_file(_record_file(settings.directory, number), json.dumps(asdict(record)).encode())
+
+
+class _Names:
+    """Names of documents for messages, by the files of a slice."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self._spans = {span.file: span for span in spans}
+
+    def of(self, document: Document) -> str:
+        """Name a document by its file and its place there."""
+        span = self._spans[document.file]
+        if span.kind == ".txt":
+            return span.path
+        unit = "row" if span.kind in (".parquet", DATASET) else "byte"
+        return f"{span.path}, document at {unit} {document.position:,}"
 
 
 def add_documents(
@@ -187,7 +252,7 @@ def read_record(directory: Path, number: int) -> SliceRecord | None:
         fields = json.loads(_record_file(directory, number).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return SliceRecord(**{**fields, "counts": Counts(**fields["counts"])})
+    return SliceRecord(**{**fields, "counts": Counts.from_json(fields["counts"])})
 
 
 def _record_file(directory: Path, number: int) -> Path:
@@ -198,10 +263,10 @@ def shared_encoder(settings: TokenizationSettings) -> Encoder:
     """Get the encoder of this process, shared by all its worker threads."""
     # Under a lock, because threads that call this at the same time would each make one.
     with _encoder_lock:
-        return _encoder_of(settings.tokenizer_file, settings.tokenizer_sha256, settings.end_of_document_id)
+        return _encoder_of(settings.tokenizer_file, settings.tokenizer_identity, settings.end_of_document_id, settings.bos_id)
 
 
 @lru_cache(maxsize=1)
-def _encoder_of(tokenizer_file: Path, tokenizer_sha256: str, end_of_document_id: int) -> Encoder:
+def _encoder_of(tokenizer_file: Path, tokenizer_identity: str, end_of_document_id: int, bos_id: int | None) -> Encoder:
     # The hash is part of the cache's key: the file may be replaced by another tokenizer.
-    return Encoder(load_tokenizer(tokenizer_file), end_of_document_id)
+    return Encoder(load_tokenizer(tokenizer_file), end_of_document_id, bos_id)

@@ -6,6 +6,7 @@
     sizes         checks that lanes, batches, ranks, workers and data fit together
     lane_reader   reads a worker's lanes, round by round, as chunks of a few rounds
     stream        one rank's micro-batches from any position of the run
+    held_out      one rank's micro-batches of every row of a validation folder
     batch         a micro-batch as tensors, and the targets and valid pairs of each head
     prefetch      a background thread that copies batches to the device ahead of use
     sample_trace  lists which sample reaches which rank in which step

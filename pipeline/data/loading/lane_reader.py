@@ -8,12 +8,13 @@ arrays, because sending an object through a worker's pipe has a fixed cost per a
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.data.errors import DataError
-from pipeline.data.loading.mixture import DataSet, MixtureOrder
+from pipeline.data.loading.mixture import DataSet
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.reader import MAX_OPEN_SHARDS, ShardReader
 from pipeline.data.shards.reference_losses import ReaderWithLosses
@@ -23,6 +24,19 @@ from pipeline.storage.files import Access
 from pipeline.storage.location import Url
 
 Reader = ShardReader | ReaderWithLosses
+
+PADDING = -1
+"""The set of a row of padding, in an order that ends."""
+
+
+class RowOrder(Protocol):
+    """An order of rows: which sample each lane has in each round."""
+
+    def locate_lane(self, lane: int, first_round: int, num_rounds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Locate the samples of one lane in consecutive rounds: set, shard and sample indices, int64 [num_rounds] each. For the
+        set PADDING there is a row of padding."""
+        ...
+
 
 # Memory of a worker: bytes read at a time, and bytes or rows yielded at a time.
 _WINDOW_BYTES = 16 * 2**20
@@ -123,7 +137,7 @@ class LaneRounds(IterableDataset):
         sets: Sequence[DataSet],
         manifests: Sequence[Manifest],
         source_maps: Sequence[np.ndarray | None],
-        order: MixtureOrder,
+        order: RowOrder,
         access: Access,
         *,
         lanes: Sequence[int],
@@ -204,7 +218,7 @@ class LaneRounds(IterableDataset):
         sets, shards, samples = (np.stack(columns, axis=1).ravel() for columns in zip(*located, strict=True))
 
         # Read each set's samples in one call, and put them back in order.
-        found: list[Sample] = [None] * len(sets)  # type: ignore[list-item]
+        found = [readers[0].padding()] * len(sets)
         for number, reader in enumerate(readers):
             positions = np.flatnonzero(sets == number).tolist()
             read = reader.read_many(shards[positions].tolist(), samples[positions].tolist())

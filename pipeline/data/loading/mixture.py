@@ -35,7 +35,7 @@ import numpy as np
 from pipeline.config import DataSettings
 from pipeline.data.errors import DataError
 from pipeline.data.loading.order import EpochOrder
-from pipeline.data.shards.manifest import Manifest, Source, read_manifest
+from pipeline.data.shards.manifest import Manifest, Source, read_manifest, tokenizer_difference
 from pipeline.data.shards.reference_losses import CachedLosses
 from pipeline.data.shards.table import ShardTable
 from pipeline.data.shards.writer import MAX_SOURCES
@@ -181,6 +181,11 @@ def sets_of(settings: DataSettings) -> list[DataSet]:
     return [DataSet(settings.path)]
 
 
+def held_out_sets(settings: DataSettings) -> list[DataSet]:
+    """List the held-out data sets that the settings name; the name of an only one is ""."""
+    return [DataSet(path, name=name) for name, path in settings.validation_sets.items()]
+
+
 def read_joined(settings: DataSettings) -> Manifest:
     """Read the manifests of the training data and join them.
 
@@ -219,13 +224,17 @@ def join(manifests: Sequence[Manifest], sets: Sequence[DataSet]) -> tuple[Manife
         return first, [None]
 
     # All sets must have rows of one length and of one tokenizer.
-    for key, what in (("sequence_length", "rows of another length"), ("tokenizer_sha256", "another tokenizer")):
-        for each, manifest in zip(sets, manifests, strict=True):
-            if getattr(manifest, key) != getattr(first, key):
-                raise DataError(
-                    f"data.mixture: {each.location} was prepared with {what} than {sets[0].location} "
-                    f"({getattr(manifest, key)}, {getattr(first, key)}); prepare both alike"
-                )
+    for each, manifest in zip(sets, manifests, strict=True):
+        if manifest.sequence_length != first.sequence_length:
+            raise DataError(
+                f"data.mixture: {each.location} was prepared with rows of another length than {sets[0].location} "
+                f"({manifest.sequence_length}, {first.sequence_length}); prepare both alike"
+            )
+        if (difference := tokenizer_difference(manifest, first)) is not None:
+            raise DataError(
+                f"data.mixture: {each.location} was prepared with another tokenizer than {sets[0].location} ({difference}); "
+                "prepare both alike"
+            )
 
     # Number the sources of all sets together.
     names = list(dict.fromkeys(name for pair in zip(manifests, sets, strict=True) for name in _source_names(*pair)))

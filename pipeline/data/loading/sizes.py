@@ -56,6 +56,7 @@ def _rank_problems(lanes: int, global_batch: int, micro_batch: int, world_size: 
         fitting = [number for number in _divisors(global_batch) if number % micro_step == 0]
         return [
             f"data.lanes = {lanes} is not a multiple of ranks × data.micro_batch = {world_size} × {micro_batch}; "
+            f"{_remedy(lanes, global_batch, micro_batch, world_size)}; "
             f"with micro-batches of {micro_batch}, numbers of ranks that fit: "
             f"{_listed(_divisors(lanes // micro_batch) if lanes % micro_batch == 0 else [], near=world_size)}; "
             f"with {world_size} ranks, micro-batches that fit: "
@@ -70,6 +71,16 @@ def _rank_problems(lanes: int, global_batch: int, micro_batch: int, world_size: 
             f"worker needs one of its own: expected at most {own_lanes}"
         ]
     return []
+
+
+def _remedy(lanes: int, global_batch: int, micro_batch: int, world_size: int) -> str:
+    """What to write for as many ranks as there are: the largest micro-batch that fits, else a global batch that does."""
+    fitting = [size for size in _divisors(lanes // world_size) if size <= micro_batch] if lanes % world_size == 0 else []
+    if fitting:
+        return f"write data.micro_batch={fitting[-1]}"
+    micro_step = world_size * micro_batch
+    rows = micro_step * -(-global_batch // micro_step)
+    return f"write data.global_batch={rows} data.lanes={micro_step}"
 
 
 def _divisors(number: int) -> list[int]:

@@ -21,8 +21,8 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -40,6 +40,9 @@ from pipeline.storage.files import DIRECT, Access
 from pipeline.storage.location import Location, Url
 
 __all__ = ["Stream", "check_sizes", "default_lanes", "rank_lanes"]
+
+Rounds = Generator[list[Sample], None, None]
+"""A rank's samples, those of a few whole rounds at a time, in the order of the rows."""
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -160,20 +163,10 @@ class Stream:
         return itertools.islice(self._micro_batches(start_sample // self.lanes, end_round), num_micro_batches)
 
     def _micro_batches(self, start_round: int, end_round: int | None) -> Iterator[Batch]:
-        try:
-            for samples in self._rounds(start_round, end_round):
-                for start in range(0, len(samples), self.micro_batch):
-                    batch = collate(samples[start : start + self.micro_batch])
-                    if batch.damage and self.raises:
-                        raise DataError(batch.damage[0])
-                    yield batch
-        except DataError as error:
-            if self.raises:
-                raise
-            while True:
-                yield blank_batch(self.micro_batch, self.manifest.sequence_length, str(error))
+        rounds = self._rounds(start_round, end_round)
+        return micro_batches(rounds, self.micro_batch, self.manifest.sequence_length, self.raises)
 
-    def _rounds(self, start_round: int, end_round: int | None) -> Iterator[list[Sample]]:
+    def _rounds(self, start_round: int, end_round: int | None) -> Rounds:
         """Yield this rank's samples, a few rounds at a time, in the order of the rows."""
         dataset = LaneRounds(
             self.sets,
@@ -186,7 +179,7 @@ class Stream:
             end_round=end_round,
         )
         if self.num_workers == 0:
-            yield from (merge_chunks([chunk]) for chunk in map(_raise_if_error, dataset))
+            yield from rounds_here(dataset)
             return
 
         # Workers. The loader draws a seed for them, from a generator of its own, to leave the job's random state unchanged.
@@ -212,6 +205,33 @@ class Stream:
             # Stop the workers here. The garbage collector would close their queues before it tells them to stop, and an error
             # would then take five seconds a worker.
             del chunks
+
+
+def rounds_here(dataset: LaneRounds) -> Rounds:
+    """Read the rounds in this process, a few at a time, without a worker."""
+    return (merge_chunks([chunk]) for chunk in map(_raise_if_error, dataset))
+
+
+def micro_batches(rounds: Rounds, micro_batch: int, sequence_length: int, raises: bool) -> Iterator[Batch]:
+    """Cut a rank's samples, some whole rounds at a time, into micro-batches.
+
+    raises: raise an error for damage and unreachable data; otherwise the batches say it, and those of unreachable data have no
+    end.
+    """
+    try:
+        # Closed at once: workers end with their rounds, and an error's traceback would keep them.
+        with closing(rounds):
+            for samples in rounds:
+                for start in range(0, len(samples), micro_batch):
+                    batch = collate(samples[start : start + micro_batch])
+                    if batch.damage and raises:
+                        raise DataError(batch.damage[0])
+                    yield batch
+    except DataError as error:
+        if raises:
+            raise
+        while True:
+            yield blank_batch(micro_batch, sequence_length, str(error))
 
 
 def _ignore_stop_signals(worker: int) -> None:

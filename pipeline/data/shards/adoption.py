@@ -26,7 +26,7 @@ from pipeline.data.shards.table import NAME, crc32_of_chunks
 from pipeline.data.shards.tars import Member, members, read_member
 from pipeline.data.shards.verification import SourceCounts, count_row, file_sha256
 from pipeline.data.shards.writer import CRC, MAX_SOURCES, OFFSET
-from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, load_tokenizer, vocab_size
+from pipeline.data.tokenizer import TOKENIZER_FILE, end_of_document_id, fingerprint, identity, load_tokenizer, vocab_size
 from pipeline.storage.whole_file import write_file
 
 _REQUIRED = {"tokens.npy", "documents.npy"}
@@ -102,7 +102,7 @@ def _adopt(
 
 def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     """Compare the tokenizer in the folder, if there is one, with the given tokenizer."""
-    if path.exists() and fingerprint(load_tokenizer(path)) != fingerprint(tokenizer):
+    if path.exists() and identity(load_tokenizer(path)) != identity(tokenizer):
         raise DataError(
             f"{path}, which was there before, is another tokenizer than the one given; leave --tokenizer out if the ids were "
             "made with it, or move it away if they were not"
@@ -133,6 +133,7 @@ def _index(
         end_of_document_id=end_of_document_id(tokenizer, end_of_document),
         tokenizer_file=TOKENIZER_FILE,
         tokenizer_sha256=fingerprint(tokenizer),
+        tokenizer_identity=identity(tokenizer),
         sources=tuple(Source(name=name, documents=0, tokens=0) for name in names),
         shards=tuple(shard for shard, _ in indexed),
     )

@@ -63,6 +63,18 @@ def _summary(directory: Path, manifest: Manifest) -> Iterator[str]:
             f"input: {found.documents:,} documents; left out: {found.empty:,} empty, {found.undecodable:,} undecodable, "
             f"{found.oversized:,} oversized, {found.ignored:,} other members of tars"
         )
+        if found.special_text or found.without_token:
+            yield (
+                f"of the documents used {found.special_text:,} had the string of a special token in their text, and "
+                f"{found.without_token:,} characters without a token"
+            )
+    yield f"documents end with id {manifest.end_of_document_id}, {_beginning(manifest)}"
+
+
+def _beginning(manifest: Manifest) -> str:
+    if manifest.bos is None:
+        return "and it is not recorded if they begin with a BOS token"
+    return "and begin without a BOS token" if manifest.bos.id is None else f"and begin with id {manifest.bos.id}"
 
 
 def _histogram(reader: ShardReader, manifest: Manifest) -> Iterator[str]:

@@ -44,13 +44,19 @@ def _as_table(shards: Any, validate: ValidatorFunctionWrapHandler) -> ShardTable
 
 
 class InputCounts(Record):
-    """Counts over the whole input, all splits together: documents used, and documents left out, by reason."""
+    """Counts over the whole input, all splits together: documents used, and documents left out, by reason.
+
+    special_text, without_token: documents used, with the string of a special token in their text, and with characters without
+        a token.
+    """
 
     documents: Count = 0
     empty: Count = 0
     undecodable: Count = 0
     oversized: Count = 0
     ignored: Count = 0
+    special_text: Count = 0
+    without_token: Count = 0
 
 
 class Preparation(Record):
@@ -78,9 +84,19 @@ class Preparation(Record):
     documents_cut: Count
 
 
+class Bos(Record):
+    """The token before each document: its id, None if there is none, and the rule that was asked for (auto, never, always)."""
+
+    rule: str
+    id: Count | None = None
+
+
 class Manifest(Record):
     """The contents of `manifest.json`; the keys of the JSON are the names of the fields.
 
+    tokenizer_sha256, tokenizer_identity: what an id means, and all that decides which ids a text becomes (`data.tokenizer`);
+        the latter is None in folders of older versions.
+    bos: the token before each document; None if that is not known, in folders of older versions and adopted ones.
     sources: indexed by a document's source index; empty where the inputs had no names.
     shards: in order; held as a `ShardTable`.
     preparation: None if the folder was not made by `launch/prepare.py`.
@@ -95,6 +111,8 @@ class Manifest(Record):
     sources: tuple[Source, ...]
     shards: Annotated[Sequence[Shard], WrapValidator(_as_table), PlainSerializer(list)]
     preparation: Preparation | None = None
+    tokenizer_identity: Sha256 | None = None
+    bos: Bos | None = None
 
     @property
     def num_samples(self) -> int:
@@ -159,6 +177,24 @@ def read_manifest(
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `directory/manifest.json` atomically."""
     write_file(Path(directory) / MANIFEST_FILE, (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
+
+
+def tokenizer_difference(first: Manifest, second: Manifest) -> str | None:
+    """Say how the tokenizers of two folders differ, as far as both manifests tell; None if they do not.
+
+    Two folders have the same tokenizer if their ids mean the same, a text becomes the same ids, and documents begin alike.
+    """
+    if first.tokenizer_sha256 != second.tokenizer_sha256:
+        return f"tokenizer_sha256 is {first.tokenizer_sha256} in one and {second.tokenizer_sha256} in the other"
+    identities = (first.tokenizer_identity, second.tokenizer_identity)
+    if None not in identities and identities[0] != identities[1]:
+        return (
+            f"tokenizer_identity is {identities[0]} in one and {identities[1]} in the other: the ids mean the same, but a text "
+            "becomes other ids (normaliser, pre-tokeniser, merges or added tokens)"
+        )
+    if first.bos is not None and second.bos is not None and first.bos.id != second.bos.id:
+        return f"the BOS token's id is {first.bos.id} in one and {second.bos.id} in the other"
+    return None
 
 
 def _manifest_text(directory: Location, access: Access) -> str:

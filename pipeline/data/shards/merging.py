@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import (
@@ -21,12 +22,13 @@ from pipeline.data.shards.manifest import (
     Shard,
     Source,
     read_manifest,
+    tokenizer_difference,
     write_manifest,
 )
 from pipeline.data.shards.output_folder import atomic_folder
 from pipeline.data.shards.writer import shard_name
 
-_SAME_IN_ALL_PARTS = ("sequence_length", "vocab_size", "end_of_document_id", "tokenizer_sha256", "source_names")
+_SAME_IN_ALL_PARTS = ("sequence_length", "vocab_size", "end_of_document_id", "source_names")
 _SAME_IN_ONE_REQUEST = ("seed", "packing", "samples_per_shard", "validation", "weights", "whole_sha256")
 
 
@@ -77,6 +79,8 @@ def _check(parts: Sequence[Path], folders: Sequence[str], manifests: Sequence[Ma
                 raise DataError(
                     f"{parts[0]} and {part} do not belong together: {name} is {first} in one and {other} in the other"
                 )
+        if (difference := tokenizer_difference(manifests[0], manifest)) is not None:
+            raise DataError(f"{parts[0]} and {part} do not belong together: {difference}")
 
     # Parts that prepare.py made must be complete and of one request.
     numbers = [manifest.preparation.part if manifest.preparation else None for manifest in manifests]
@@ -163,7 +167,11 @@ def _merged(manifests: Sequence[Manifest], shards: Sequence[Shard]) -> Manifest:
         for index, name in enumerate(manifests[0].source_names)
     )
     preparations = [manifest.preparation for manifest in manifests if manifest.preparation]
-    changes = {"shards": tuple(shards), "sources": sources}
+    changes: dict[str, Any] = {"shards": tuple(shards), "sources": sources}
+    # What one part does not tell is not known of the whole.
+    for name in ("tokenizer_identity", "bos"):
+        known = [getattr(manifest, name) for manifest in manifests]
+        changes[name] = None if None in known else known[0]
     preparation = _merged_preparation(preparations) if len(preparations) == len(manifests) else None
     return manifests[0].model_copy(update={**changes, "preparation": preparation})
 

@@ -1,11 +1,14 @@
 """The output folder of a command: it appears complete or not at all, and one process at a time writes it.
 
-It is written as `OUTPUT.partial` beside the output, and renamed at the end. A lock file in the folder keeps a second process
-out, with an error; it is removed at the end, and the operating system releases the lock of a killed process. On a file system
-without locks a second process is not noticed.
+It is written as `OUTPUT.partial` beside the output, and renamed at the end, so both must lie on one file system. Where OUTPUT
+is a link, `OUTPUT.partial` lies beside the folder that it leads to; a mount point cannot be renamed to, and is refused at once.
+
+A lock file in the folder keeps a second process out, with an error; it is removed at the end, and the operating system releases
+the lock of a killed process. On a file system without locks a second process is not noticed.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,10 +29,10 @@ def atomic_folder(output_dir: Path) -> Iterator[Path]:
     """Open an empty folder `OUTPUT.partial`, and rename it to OUTPUT at the end of the block if nothing was raised.
 
     Raises:
-        DataError: OUTPUT exists and is not an empty folder; or OUTPUT.partial is being written by another process, is a
-            preparation that can be resumed, or was not made by this program.
+        DataError: OUTPUT exists and is not an empty folder, or is a mount point; or OUTPUT.partial is being written by another
+            process, is a preparation that can be resumed, or was not made by this program.
     """
-    output_dir = Path(output_dir)
+    output_dir = real_output(output_dir)
     partial = partial_folder(output_dir)
     _refuse_if_occupied(output_dir)
     make_partial(partial)
@@ -55,14 +58,39 @@ def _refuse_if_occupied(output_dir: Path) -> None:
         raise DataError(f"the output {output_dir} exists already; remove it, or choose another one")
 
 
-def partial_folder(output_dir: Path) -> Path:
-    """Name the folder beside the output in which the output is written.
+def real_output(output_dir: Path) -> Path:
+    """Find where an output folder lies: a link leads to another place, which need not exist yet.
 
     Raises:
-        DataError: the output's path does not end in a name.
+        DataError: the output's path does not end in a name, or it is a mount point.
     """
+    output_dir = Path(output_dir)
     if output_dir.name in ("", ".."):
         raise DataError(f"expected an output folder with a name of its own, such as {output_dir / 'data'}, got {output_dir}")
+    if output_dir.is_symlink():
+        output_dir = Path(os.path.realpath(output_dir))
+    if not is_occupied(output_dir) and _is_mount_point(output_dir):
+        raise DataError(
+            f"{output_dir} is a mount point, and a finished folder cannot be renamed to it; give a folder in it, such as "
+            f"{output_dir / 'data'}"
+        )
+    return output_dir
+
+
+def _is_mount_point(folder: Path) -> bool:
+    if os.path.ismount(folder):
+        return True
+    # Only the list of mounts, where such bytes are octal numbers, knows a folder that is mounted from the same file system.
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    name = re.sub(rb"[\\\s]", lambda byte: b"\\%03o" % ord(byte[0]), os.fsencode(os.path.realpath(folder)))
+    return any(mount.split()[4] == name for mount in mounts)
+
+
+def partial_folder(output_dir: Path) -> Path:
+    """Name the folder beside an output (of `real_output`) in which it is written."""
     return output_dir.with_name(output_dir.name + _PARTIAL)
 
 
@@ -75,9 +103,12 @@ def make_partial(partial: Path) -> None:
     """Create the partial folder, or accept the one that a killed process left.
 
     Raises:
-        DataError: the folder holds files that this program did not write; they would be lost.
+        DataError: the folder holds files that this program did not write; they would be lost. Or it is on a file system of
+            its own.
     """
     partial.mkdir(parents=True, exist_ok=True)
+    if partial.stat().st_dev != partial.parent.stat().st_dev:
+        raise DataError(f"{partial} lies on another file system than the output beside it; remove it, or choose another output")
     # This program creates the lock file before any other file.
     if not (partial / LOCK_FILE).exists() and any(partial.iterdir()):
         raise DataError(f"{partial} holds files that no interrupted command left there; move it away, or choose another output")

@@ -98,6 +98,10 @@ class ShardReader:
             raise DataError(str(error)) from None
         return found  # type: ignore[return-value]
 
+    def padding(self) -> Sample:
+        """Make a row of padding that replaces nothing."""
+        return self._decoder.blank("(padding)", None)
+
     def close(self) -> None:
         """Close all files and stop all threads and retries. The reader cannot be used afterwards."""
         self._closed.set()

@@ -43,7 +43,7 @@ class LossesManifest(BaseModel):
     """The manifest of cached losses: what was scored, with which reference, and how.
 
     data_sha256: of the data's manifest.
-    reference_sha256: fingerprint of the reference.
+    reference_sha256: fingerprint of the reference: of every byte of its weights and its config.json.
     reference: its location when the data was scored; not part of the identity of the losses.
     precision: in which the reference ran.
     horizon: meaning of the columns, see above.
@@ -54,7 +54,7 @@ class LossesManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     data_sha256: str
     reference_sha256: str
     reference: str
@@ -156,6 +156,24 @@ def find_losses(
     return CachedLosses(cache, manifest)
 
 
+def check_alike(found: Sequence[CachedLosses]) -> None:
+    """Check that the losses of several data sets come from one reference and are stored in one dtype.
+
+    Raises:
+        DataError: names two sets that differ.
+    """
+    for each in found[1:]:
+        for name in ("reference_sha256", "dtype"):
+            first, other = (getattr(one.manifest, name) for one in (found[0], each))
+            if first != other:
+                folders = [losses_folder(one.cache, one.manifest.data_sha256) for one in (found[0], each)]
+                raise DataError(
+                    f"{folders[0]} has {name} {first} (reference {found[0].manifest.reference}), {folders[1]} has {other} "
+                    f"(reference {each.manifest.reference}); the sets of one run need the losses of one reference, stored "
+                    "alike: score one of them again"
+                )
+
+
 class ReferenceLosses:
     """Reader of a data set's cached losses, by shard and sample index."""
 
@@ -224,6 +242,10 @@ class ReaderWithLosses:
             return [self._with_losses(sample, shard, index) for sample, shard, index in read]
         except StorageError as error:
             raise DataError(str(error)) from None
+
+    def padding(self) -> Sample:
+        """Make a row of padding that replaces nothing, with losses that are never used."""
+        return replace(self._reader.padding(), reference_losses=self._losses.blank())
 
     def close(self) -> None:
         """Close all files of samples and losses."""

@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.writer import LENGTH, SOURCE, token_dtype
@@ -79,8 +78,8 @@ class SampleDecoder:
         self._check(tokens, lengths, sources)
         return Sample(f"{shard}/{key}", tokens, lengths, sources)
 
-    def blank(self, key: str, damage: str) -> Sample:
-        """Make a row of padding, which has no valid pairs, to replace a damaged sample."""
+    def blank(self, key: str, damage: str | None) -> Sample:
+        """Make a row of padding, which has no valid pairs. damage: what is wrong with the sample it replaces, if any."""
         sources = np.zeros(0, SOURCE) if self._num_sources else None
         return Sample(key, np.zeros(self._sequence_length, self._tokens), np.zeros(0, LENGTH), sources, damage)
 
@@ -198,6 +197,9 @@ def _members_by_webdataset(data: bytes) -> tuple[str, dict[str, Any]]:
 
 
 def _expand(data: bytes) -> Iterator[dict[str, Any]]:
+    # webdataset imports torch, which takes seconds and which commands that read no sample need not wait for.
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
     return group_by_keys(tar_file_expander([{"url": "", "stream": io.BytesIO(data)}]))
 
 

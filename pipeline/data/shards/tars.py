@@ -8,6 +8,7 @@ a name and a byte range, read only on request.
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,9 +20,10 @@ _CHUNK = 1 << 20
 _FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
-    """A member of a tar. `header` is the offset of its (first) header, `data` the offset of its `size` bytes."""
+    """A member of a tar. `header` is the offset of its (first) header, `data` the offset of its `size` bytes. `hard_link` names
+    the member that it is another name of, "" if of none."""
 
     name: str
     is_file: bool
@@ -29,6 +31,7 @@ class Member:
     header: int
     data: int
     size: int
+    hard_link: str = ""
 
     @property
     def end(self) -> int:
@@ -36,21 +39,27 @@ class Member:
         return self.data + self.size + -self.size % _BLOCK
 
 
-def members(path: Path) -> Iterator[Member]:
+def members(path: Path, file: BinaryIO | None = None) -> Iterator[Member]:
     """Iterate over the members of an uncompressed tar, in order.
+
+    Args:
+        path: of the tar.
+        file: the same, open, if its owner wants a say in how it is read; without a buffer only headers are read.
 
     Raises:
         DataError: the file is not a tar, is cut, has a damaged header or a sparse member; the message names the file.
     """
     end = 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with nullcontext(file) if file else open(path, "rb") as opened, tarfile.open(path, "r:", opened) as tar:
             while (entry := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all members in memory
                 if entry.issparse():
                     raise DataError(f"{path}: the member {entry.name!r} is a sparse file; pack it as a plain one")
                 size = entry.size if entry.isreg() else 0
-                member = Member(entry.name, entry.type in _FILE_TYPES, entry.isdir(), entry.offset, entry.offset_data, size)
+                link = entry.linkname if entry.islnk() else ""
+                where = entry.offset, entry.offset_data, size
+                member = Member(entry.name, entry.type in _FILE_TYPES, entry.isdir(), *where, link)
                 end = member.end
                 yield member
     except (tarfile.TarError, ValueError, OverflowError) as error:

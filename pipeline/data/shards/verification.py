@@ -17,7 +17,7 @@ from pipeline.data.shards.reader import DamagedSampleError, ShardReader
 from pipeline.data.shards.sample import Sample
 from pipeline.data.shards.table import INDEX_CHUNK_SAMPLES, crc32_of_chunks
 from pipeline.data.shards.writer import MAX_SOURCES
-from pipeline.data.tokenizer import fingerprint, load_tokenizer, vocab_size
+from pipeline.data.tokenizer import fingerprint, identity, load_tokenizer, vocab_size
 
 _CHUNK = 1 << 20
 _MAX_SAMPLES_LISTED = 5
@@ -144,7 +144,8 @@ def _tokenizer_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
     except DataError as error:
         yield str(error)
         return
-    if (fingerprint(tokenizer), vocab_size(tokenizer)) != (manifest.tokenizer_sha256, manifest.vocab_size):
+    found = (fingerprint(tokenizer), identity(tokenizer), vocab_size(tokenizer))
+    if found != (manifest.tokenizer_sha256, manifest.tokenizer_identity or found[1], manifest.vocab_size):
         yield f"{directory / manifest.tokenizer_file} is not the tokenizer that the manifest names; copy it again"
 
 

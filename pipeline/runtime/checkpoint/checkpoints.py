@@ -19,13 +19,15 @@ from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
 from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, step_name
 from pipeline.runtime.checkpoint.read import checkpoint_names, load, read_state_of
-from pipeline.runtime.checkpoint.state import State
+from pipeline.runtime.checkpoint.state import HeldOut, State
 from pipeline.runtime.distributed import World, broadcast_from_first
-from pipeline.runtime.identity import FIXED_SETTINGS, changed_settings
+from pipeline.runtime.identity import Change, changed_settings
 from pipeline.runtime.logbook import read_records
 
 REMEDY = "repair or remove what is there, or choose another --run-dir to start anew"
 _ABANDONED, _ABANDONED_KEPT = "abandoned-", 3
+# Relative, of a mean loss: another layout or device sums in another order.
+_TOLERANCE, _TOLERANCE_BF16 = 1e-3, 0.02
 
 
 class Checkpoints:
@@ -67,7 +69,7 @@ class Checkpoints:
         """True if this rank has nothing left to write of the save in hand. Not collective: ranks agree before they `go_on`."""
         return self._writer.is_done
 
-    def save(self, engine: Any, progress: Progress, held_out_losses: list[float], *, in_background: bool) -> None:
+    def save(self, engine: Any, progress: Progress, held_out: HeldOut, *, in_background: bool) -> None:
         """Save a checkpoint: begin it, or have it complete on disk when this returns.
 
         Raises:
@@ -78,7 +80,7 @@ class Checkpoints:
         content = {
             "progress": progress.to_json(),
             "identity": self.identity,
-            "held_out_losses": held_out_losses,
+            "held_out": held_out,
         }
         try:
             self._writer.begin(engine, content, progress.step)
@@ -106,15 +108,13 @@ class Checkpoints:
             self._prune(saved.name)
         self._say(_saved_line(saved))
 
-    def resume(
-        self, engine: Any, allow_changed: bool, held_out_losses: Callable[[], list[float]] = list, tolerance: float = 1e-3
-    ) -> Progress:
+    def resume(self, engine: Any, allow_changed: bool, held_out: Callable[[], HeldOut] = HeldOut) -> Progress:
         """Load the newest sound checkpoint into `engine` and return its progress; without any checkpoint, a new `Progress`.
 
         Later checkpoints, which were not sound, are retired: from here on they belong to another past.
 
-        held_out_losses: computes each head's loss of the batch that was fixed for this; they must be those saved, within
-        `tolerance` relative.
+        held_out: computes each head's loss of the batch that is fixed for this. They must be those that were saved, unless
+        the batch or a setting has changed.
 
         Raises:
             ConfigError: there are checkpoints but none can be used, or they were written under other settings.
@@ -126,7 +126,7 @@ class Checkpoints:
             if state is not None:
                 self._check_settings(state, allow_changed)
                 found = load(self.directory / name, state, engine, self.world)
-                found = found or _other_losses(name, state.held_out_losses, held_out_losses(), tolerance)
+                found = found or self._other_losses(state, held_out())
                 if not found:
                     self._retire(name)
                     for note in _changed_pools(state, self.identity, self.world.size):
@@ -136,7 +136,7 @@ class Checkpoints:
                 self._say(f"checkpoint not used: {problem}")
             problems += found
         if problems:
-            raise ConfigError([*problems, f"{self.directory}: no checkpoint can be used; {REMEDY}"])
+            raise ConfigError([*problems, f"{self.directory}: no checkpoint can be used"], REMEDY)
         return Progress()
 
     def check(self, allow_changed: bool) -> State | None:
@@ -151,43 +151,36 @@ class Checkpoints:
         state, problems = self._newest_state()
         if state is None:
             if problems:
-                raise ConfigError([*problems, f"{self.directory}: no checkpoint can be used; {REMEDY}"])
+                raise ConfigError([*problems, f"{self.directory}: no checkpoint can be used"], REMEDY)
             return None
         self._check_settings(state, allow_changed)
         return state
 
-    def changed(self) -> list[str]:
-        """List the differences between this run's identity and the newest checkpoint's, one sentence each."""
+    def changed(self) -> list[Change]:
+        """List the differences between this run's identity and the newest checkpoint's."""
         state, _ = self._newest_state()
         return changed_settings(state.identity, self.identity) if state else []
 
     def _check_settings(self, state: State, allow_changed: bool) -> None:
         name = step_name(state.step)
 
-        # Never allowed to differ: the settings that the data position is counted in.
-        fixed = [
-            f"{key}: was {state.identity[key]!r}, is now {self.identity[key]!r}; it is fixed for the life of a run"
-            for key in FIXED_SETTINGS
-            if state.identity.get(key) != self.identity.get(key)
-        ]
+        # Never allowed to differ: what could not take effect.
+        changes = changed_settings(state.identity, self.identity)
+        fixed = [f"{change}; it is fixed for the life of a run" for change in changes if change.is_fixed]
 
         # Allowed to differ only on request.
-        changed = [
-            f"{change} ({name} was trained with the former)"
-            for change in changed_settings(state.identity, self.identity)
-            if not change.startswith(FIXED_SETTINGS)
-        ]
+        changed = [f"{change} ({name} was trained with the former)" for change in changes if not change.is_fixed]
         if fixed or (changed and not allow_changed):
             remedy = "to start anew choose another --run-dir"
             remedy = remedy if fixed else f"to continue all the same pass --allow-changed; {remedy}"
-            raise ConfigError([*fixed, *changed, remedy])
+            raise ConfigError([*fixed, *changed], remedy)
 
     def _newest_state(self) -> tuple[State | None, list[str]]:
         """(state of the newest checkpoint whose state.json is sound, problems with newer ones), from the first rank."""
         return broadcast_from_first(self._read_newest_state() if self.world.is_first else None)
 
     def _read_newest_state(self) -> tuple[State | None, list[str]]:
-        problems = []
+        problems: list[str] = []
         for name in self._candidates():
             state, problem = read_state_of(self.directory / name)
             if state is not None:
@@ -213,6 +206,19 @@ class Checkpoints:
         if last < self.settings.every:
             return []
         return [f"{self.run_dir}: metrics.jsonl goes to step {last}, with a checkpoint every {self.settings.every} steps"]
+
+    def _other_losses(self, state: State, found: HeldOut) -> list[str]:
+        """Compare losses of the fixed batch: what a forward sees must be what it saw when the checkpoint was saved."""
+        saved = state.held_out
+        is_comparable = saved.batch == found.batch and saved.losses and found.losses
+        if not is_comparable or changed_settings(state.identity, self.identity):
+            return []
+        tolerance = _TOLERANCE_BF16 if self.identity.get("deepspeed bf16") else _TOLERANCE
+        pairs = zip(found.losses, saved.losses, strict=True)
+        if all(abs(one - other) <= tolerance * abs(other) for one, other in pairs):
+            return []
+        both = f"{json.dumps(found.losses)}, and had {json.dumps(saved.losses)} when it was saved"
+        return [f"{step_name(state.step)}: the held-out batch has losses {both}"]
 
     def _finish(self, final: bool) -> None:
         """Complete the save in hand, if there is one."""
@@ -267,15 +273,6 @@ def _changed_pools(state: State, identity: dict[str, Any], world_size: int) -> l
     both = ((state.identity, state.world_size), (identity, world_size))
     was, now = (of["data.micro_batch"] * (ranks if pool == "global" else 1) for of, ranks in both)
     return [] if was == now else [f"the selection's pool ({pool}) was a micro-step of {was} rows and is now one of {now}"]
-
-
-def _other_losses(name: str, saved: list[float], found: list[float], tolerance: float) -> list[str]:
-    """Compare losses of the fixed batch: what a forward sees must be what was saved."""
-    if not saved or not found:
-        return []
-    if all(abs(one - other) <= tolerance * abs(other) for one, other in zip(found, saved, strict=True)):
-        return []
-    return [f"{name}: the held-out batch has losses {json.dumps(found)}, and had {json.dumps(saved)} when it was saved"]
 
 
 def _saved_line(saved: Saved) -> str:

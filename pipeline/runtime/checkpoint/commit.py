@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pipeline.runtime.checkpoint.fragment_file import write_tensors
 from pipeline.runtime.checkpoint.fragments import FROZEN, MASTER, STATES, Fragment, fragments_of, optimizer_step
-from pipeline.runtime.checkpoint.state import FORMAT, STATE_FILE, SavedFile, SavedParameter, State, encode
-from pipeline.runtime.distributed import World, broadcast_from_first, gather_from_all
+from pipeline.runtime.checkpoint.state import STATE_FILE, Kind, SavedFile, SavedParameter, State, encode
+from pipeline.runtime.distributed import World, broadcast_from_first, gather_over_ranks
 from pipeline.runtime.engine import full_shape
 from pipeline.storage.whole_file import publish, write_file
 
@@ -70,7 +70,7 @@ class Writer:
         self.directory = directory
         self.world = world
         self._buffers: list[dict[str, Tensor]] = []
-        self._shapes: dict[str, tuple[list[int], list[str]]] = {}
+        self._shapes: dict[str, tuple[list[int], list[Kind]]] = {}
         self._pending: _Pending | None = None
 
     @property
@@ -115,24 +115,27 @@ class Writer:
         assert pending is not None
         started = time.perf_counter()
         pending.thread.join()
-        saved = self._begin_commit(pending) if pending.of_ranks is None else self._end_commit(pending, pending.of_ranks)
-        pending.waited += time.perf_counter() - started
-        return saved and saved._replace(waited=pending.waited)
+        if pending.of_ranks is None:
+            self._begin_commit(pending)
+            pending.waited += time.perf_counter() - started
+            return None
+        self._end_commit(pending)
+        now = time.perf_counter()
+        num_bytes = sum(written.file.bytes for written in pending.of_ranks if written.file is not None)
+        return Saved(pending.name, num_bytes, now - pending.started, pending.waited + now - started)
 
     def _begin_commit(self, pending: "_Pending") -> None:
-        of_ranks: list[_Written] = gather_from_all(pending.written)
+        of_ranks: list[_Written] = gather_over_ranks(pending.written)
         problems = [f"rank {rank}: {written.problem}" for rank, written in enumerate(of_ranks) if written.problem]
         self._raise_if(problems, pending)
         pending.of_ranks = of_ranks
         if self.world.is_first:
             pending.thread = _started(self._publish, pending, of_ranks)
 
-    def _end_commit(self, pending: "_Pending", of_ranks: list[_Written]) -> Saved:
+    def _end_commit(self, pending: "_Pending") -> None:
         problem = broadcast_from_first(pending.written.problem)
         self._raise_if([f"rank 0: {problem}"] if problem else [], pending)
         self._pending = None
-        num_bytes = sum(written.file.bytes for written in of_ranks if written.file is not None)
-        return Saved(pending.name, num_bytes, time.perf_counter() - pending.started, pending.waited)
 
     def _raise_if(self, problems: list[str], pending: "_Pending") -> None:
         if problems:
@@ -200,7 +203,7 @@ class Writer:
             for name, (shape, kinds) in self._shapes.items()
         }
         state = State(
-            format=FORMAT,
+            format=1,
             world_size=self.world.size,
             files=[written.file for written in of_ranks if written.file is not None],
             parameters=parameters,

@@ -61,7 +61,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
 
 
 def _blocks(head: Iterable[bytes], tensors: Iterable[Tensor]) -> Iterable[memoryview]:
-    yield from map(memoryview, head)
+    yield from (memoryview(part) for part in head)
     for tensor in tensors:
         data = _bytes_of(tensor)
         yield from (data[first : first + _CHUNK] for first in range(0, len(data), _CHUNK))
@@ -154,4 +154,4 @@ def _read_exactly(descriptor: int, offset: int, data: memoryview) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data

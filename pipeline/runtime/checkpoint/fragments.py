@@ -11,14 +11,15 @@ forward sees as they were. Here missing states are made, as zeros, and `refresh_
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MASTER, FROZEN = "master", "frozen"
-STATES = ("exp_avg", "exp_avg_sq")
+MASTER: Literal["master"] = "master"
+FROZEN: Literal["frozen"] = "frozen"
+STATES: tuple[Literal["exp_avg"], Literal["exp_avg_sq"]] = ("exp_avg", "exp_avg_sq")
 """AdamW's states of a value, in float32 as the master weights are."""
 
 
@@ -47,7 +48,7 @@ def fragments_of(engine: Any) -> list[Fragment]:
 
     fragments = []
     for parameter, flat, offset, start, numel in shares:
-        flats = {MASTER: flat.detach()} | {name: _state_of(optimizer, flat)[name] for name in STATES}
+        flats: dict[str, Tensor] = {MASTER: flat.detach()} | {name: _state_of(optimizer, flat)[name] for name in STATES}
         tensors = {kind: values.narrow(0, offset, numel) for kind, values in flats.items()}
         fragments.append(Fragment(names[id(parameter)], start, tensors))
 

@@ -17,7 +17,7 @@ from pipeline.runtime.checkpoint.commit import PARTIAL, rank_file
 from pipeline.runtime.checkpoint.fragment_file import FileError, Piece, read_header, read_pieces, sha256_of
 from pipeline.runtime.checkpoint.fragments import FROZEN, Fragment, fragments_of, refresh_weights, set_optimizer_step
 from pipeline.runtime.checkpoint.state import STATE_FILE, SavedParameter, State, StateError, read_state
-from pipeline.runtime.distributed import World, gather_from_all
+from pipeline.runtime.distributed import World, gather_over_ranks
 from pipeline.runtime.engine import full_shape
 
 _OTHER_BYTES = "its bytes are not those that were written (SHA-256)"
@@ -57,7 +57,7 @@ def load(directory: Path, state: State, engine: Any, world: World) -> list[str]:
 
     # The same layout: hash and values from one reading of the rank's own file.
     own = _reads_own_file_alone(fragments, state, world)
-    same_layout = all(gather_from_all(own))
+    same_layout = all(gather_over_ranks(own))
     if same_layout:
         found = _agree(_read_own(directory, state, fragments, world))
     else:
@@ -177,7 +177,7 @@ def _overlaps(saved: SavedParameter, fragment: Fragment) -> Iterator[tuple[int, 
 
 def _agree(problem: str | None) -> list[str]:
     """All ranks' problems; collective."""
-    return list(dict.fromkeys(found for found in gather_from_all(problem) if found))
+    return list(dict.fromkeys(found for found in gather_over_ranks(problem) if found))
 
 
 def _reason(error: Exception) -> str:

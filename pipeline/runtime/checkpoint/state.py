@@ -15,6 +15,9 @@ FORMAT = 1
 STATE_FILE = "state.json"
 
 
+Kind = Literal["master", "exp_avg", "exp_avg_sq", "frozen"]
+
+
 class StateError(ValueError):
     """A state.json that cannot be used; the message says why, without its place."""
 
@@ -40,15 +43,24 @@ class SavedParameter(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     shape: list[PositiveInt]
-    kinds: list[Literal["master", "exp_avg", "exp_avg_sq", "frozen"]]
+    kinds: list[Kind]
     fragments: list[Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]]
+
+
+class HeldOut(BaseModel):
+    """Each head's loss of one fixed batch. batch: the SHA-256 of its tokens. losses: empty where there is no such batch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    batch: str = ""
+    losses: list[float] = []
 
 
 class State(BaseModel):
     """The content of `state.json`.
 
     world_size: ranks of the job that wrote it. progress: `Progress.to_json`. identity: `identity.identity_of`. optimizer_step:
-    updates that the optimizer has counted. held_out_losses: each head's loss of one fixed batch; empty if there was none.
+    updates that the optimizer has counted. held_out: losses that a forward had of the saved weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -58,7 +70,7 @@ class State(BaseModel):
     progress: dict[str, Any]
     identity: dict[str, Any]
     optimizer_step: NonNegativeInt
-    held_out_losses: list[float]
+    held_out: HeldOut
     files: list[SavedFile]
     parameters: dict[str, SavedParameter]
 

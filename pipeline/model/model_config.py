@@ -1,0 +1,223 @@
+"""The config.json of a Hugging Face model folder: what it says is used, or refused by name.
+
+The rules are transformers 5's, so that a folder means the same here as there: `rope_scaling` before `rope_parameters` before
+`rope_theta`, and each family's defaults for keys that are absent. What this package does not compute exactly (scaled rotary
+positions, sliding windows, quantised weights) is an error, because ignoring it would silently give other numbers.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.config import ModelSettings
+from pipeline.model.transformer import attention_head_dim, ffn_dim
+
+CONFIG_FILE = "config.json"
+
+_MODEL_TYPES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
+"""model_type: (attention_bias, qk_norm) of `ModelSettings`."""
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+"""transformers' values of keys that are absent; a null means something else."""
+
+_ONLY_SUPPORTED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "compression_config": None,
+}
+"""The only values supported of settings in config.json for features that this package does not implement."""
+
+_INTEGER, _NUMBER = (int, "a whole number"), ((int, float), "a number")
+_TYPES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"), _INTEGER),
+    **dict.fromkeys(("head_dim", "intermediate_size", "vocab_size", "num_prediction_heads"), _INTEGER),
+    "max_position_embeddings": _INTEGER,
+    "rope_theta": _NUMBER,
+    "partial_rotary_factor": _NUMBER,
+    "rms_norm_eps": _NUMBER,
+    "tie_word_embeddings": (bool, "true or false"),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "auto_map"), (dict, "an object")),
+    **dict.fromkeys(("layer_types", "architectures"), (list, "a list")),
+}
+"""The types of the keys that are read, and their names in messages; null is allowed as well."""
+_ROTARY_KEYS = ("rope_theta", "partial_rotary_factor")
+"""Keys that the rotary embedding's parameters and config.json itself may have."""
+
+
+class ModelFilesError(ValueError):
+    """A directory does not hold the model that is expected in it. The message is ready to be shown.
+
+    `agreed` is true if all ranks raise the error together, with the same message.
+    """
+
+    agreed = False
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelFilesError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFilesError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ModelFilesError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelFilesError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelFilesError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def settings_from_config(config: dict[str, Any], directory: Path) -> ModelSettings:
+    """Return the shape of the model that a config.json describes.
+
+    Raises:
+        ModelFilesError: a value has the wrong type or makes no sense, or the model has a feature that this package does not
+            implement exactly.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
+        raise ModelFilesError(f"{directory}: model_type {model_type!r}; expected one of {', '.join(_MODEL_TYPES)}")
+    problem = _wrong_type(config)
+
+    if problem is None:
+        # Absent keys have the family's defaults; the rotary embedding's own parameters come before the keys beside it.
+        config = _DEFAULTS[model_type] | config | {key: value for key, value in _rope(config).items() if key in _ROTARY_KEYS}
+        problem = _wrong_type(config) or _unsupported(config, model_type)
+    if problem is not None:
+        raise ModelFilesError(f"{directory}: {problem}")
+
+    # The same checks as for a recipe's own model, then those of sizes that must divide one another.
+    try:
+        settings = _shape(config, model_type)
+    except KeyError as error:
+        raise ModelFilesError(f"{directory}: {CONFIG_FILE} lacks {error}") from None
+    except ValidationError as error:
+        problem = "; ".join(f"{detail['loc'][0]}: got {detail['input']!r}; {detail['msg']}" for detail in error.errors())
+    else:
+        problem = _impossible_heads(settings)
+        if problem is None:
+            return settings
+    raise ModelFilesError(f"{directory}: {CONFIG_FILE} makes no sense: {problem}")
+
+
+def _shape(config: dict[str, Any], model_type: str) -> ModelSettings:
+    attention_bias, qk_norm = _MODEL_TYPES[model_type]
+    return ModelSettings(
+        dim=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        num_key_value_heads=config.get("num_key_value_heads"),
+        head_dim=config.get("head_dim"),
+        ffn_dim=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        num_prediction_heads=num_heads_in_files(config),
+        rope_theta=config.get("rope_theta", 10_000.0),
+        norm_eps=config["rms_norm_eps"],
+        attention_bias=attention_bias,
+        qk_norm=qk_norm,
+        tied_embeddings=config.get("tie_word_embeddings") or False,
+    )
+
+
+def num_heads_in_files(config: dict[str, Any]) -> int:
+    """Return the number of prediction heads that the weights beside a config.json have, 1 for an ordinary model."""
+    value = config.get("num_prediction_heads")
+    return 1 if value is None else value
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the rotary embedding: all of `rope_scaling`, or of `rope_parameters` where that is empty."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _wrong_type(config: dict[str, Any]) -> str | None:
+    """Describe the first key whose value has another type than transformers writes; None if there is none."""
+    for key, (expected, name) in _TYPES.items():
+        value = config.get(key)
+        if value is not None and (not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool)):
+            return f"{CONFIG_FILE} makes no sense: {key}: got {value!r}; expected {name}"
+    return None
+
+
+def _unsupported(config: dict[str, Any], model_type: str) -> str | None:
+    """Describe the first feature that this package does not compute; None if there is none."""
+    # Quantised weights, activations, windows. Of null they mean nothing.
+    for key, supported in _ONLY_SUPPORTED.items():
+        value = config.get(key)
+        if value is not None and value != supported:
+            remedy = "; use the weights before they were quantised" if supported is None else ""
+            return f"{key} is {value!r} in {CONFIG_FILE}; only {supported!r} is supported{remedy}"
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * (config.get("num_hidden_layers") or 0):
+        return f"layer_types is {kinds} in {CONFIG_FILE}; only 'full_attention' for every layer is supported"
+
+    # Rotary positions. Parameters by layer type are a dict in the dict.
+    rope = _rope(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
+        return f"scaled rotary positions ({rope}) are not supported"
+
+    # A classifier or an encoder of the same family, or a model whose code lies in the folder.
+    expected = f"{model_type.capitalize()}ForCausalLM"
+    named = config.get("architectures") or [expected]
+    if named != [expected]:
+        return f"architectures is {named} in {CONFIG_FILE}; only ['{expected}'], a causal language model, is supported"
+    if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+        return f"auto_map in {CONFIG_FILE} names code of the folder's own, which is never executed; use a plain {model_type}"
+    return None
+
+
+def _impossible_heads(settings: ModelSettings) -> str | None:
+    """Describe why attention heads do not divide the width or one another; None if they do."""
+    heads, groups = settings.num_attention_heads, settings.num_key_value_heads or settings.num_attention_heads
+    if settings.head_dim is None and settings.dim % heads:
+        return f"hidden_size {settings.dim} is no multiple of num_attention_heads {heads}"
+    if heads % groups:
+        return f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+    if attention_head_dim(settings) % 2:
+        return f"attention heads have the odd width {attention_head_dim(settings)}, which rotary positions cannot halve"
+    return None
+
+
+def config_of(settings: ModelSettings) -> dict[str, Any]:
+    """Return the content of config.json for a model of this shape.
+
+    Raises:
+        ModelFilesError: no known model type has this combination of switches.
+    """
+    kinds = {switches: model_type for model_type, switches in _MODEL_TYPES.items()}
+    switches = (settings.attention_bias, settings.qk_norm)
+    if switches not in kinds:
+        raise ModelFilesError("attention_bias and qk_norm together are no known model type; it cannot be exported")
+
+    model_type = kinds[switches]
+    return {
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "model_type": model_type,
+        "hidden_size": settings.dim,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_attention_heads,
+        "num_key_value_heads": settings.num_key_value_heads or settings.num_attention_heads,
+        "head_dim": attention_head_dim(settings),
+        "intermediate_size": ffn_dim(settings),
+        "vocab_size": settings.vocab_size,
+        "num_prediction_heads": settings.num_prediction_heads,
+        "rope_theta": settings.rope_theta,
+        "rms_norm_eps": settings.norm_eps,
+        "tie_word_embeddings": settings.tied_embeddings,
+        "hidden_act": "silu",
+    }

@@ -1,0 +1,332 @@
+"""The tokens around documents are those that a tokenizer's folder declares; a tokenizer's identity is all that decides ids."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from pipeline.checks import check_data
+from pipeline.config import ConfigError, Settings
+from pipeline.data.corpus.inputs import Input
+from pipeline.data.corpus.prepare import PrepareSettings
+from pipeline.data.corpus.prepare_files import prepare_files
+from pipeline.data.errors import DataError
+from pipeline.data.loading.mixture import DataSet, join
+from pipeline.data.shards.adoption import index
+from pipeline.data.shards.manifest import read_manifest, tokenizer_difference, write_manifest
+from pipeline.data.shards.merging import merge
+from pipeline.data.shards.reader import ShardReader
+from pipeline.data.special_tokens import declaration, declared_bos_id, special_tokens
+from pipeline.data.tokenizer import find_tokenizer, fingerprint, identity, load_tokenizer, train_bpe
+from tests.unit.test_data_command_lines import run
+
+BEGIN, END, TURN = "<s>", "</s>", "<|im_end|>"
+TEXTS = ["the cat sat", "the dog sat on the mat", "a bird"]
+
+
+def tokenizer():
+    """Ids: <|endoftext|> 0, then 269 more; <s> 270, </s> 271, <|im_end|> 272."""
+    made = train_bpe(TEXTS * 9, 270)
+    made.add_special_tokens([BEGIN, END, TURN])
+    return made
+
+
+def folder(path, made=None, **files):
+    path.mkdir(exist_ok=True)
+    (made or tokenizer()).save(str(path / "tokenizer.json"))
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def with_template(single, names=(BEGIN, END)):
+    made = tokenizer()
+    template = processors.TemplateProcessing(single=single, special_tokens=[(name, made.token_to_id(name)) for name in names])
+    made.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    return made
+
+
+def prepared(tmp_path, name, *arguments):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    options = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / name, "--sequence-length", 32, "--processes", 1]
+    return run("prepare", *options, *arguments)
+
+
+def documents(directory):
+    manifest = read_manifest(directory)
+    reader = ShardReader(directory, manifest)
+    rows = [reader.read(shard, row) for shard, entry in enumerate(manifest.shards) for row in range(entry.samples)]
+    return [part.tolist() for row in rows for part in np.split(row.tokens, row.lengths.cumsum())[:-1]]
+
+
+# The end of documents.
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, ("<|endoftext|>", "by its usual name")),
+        ({"tokenizer_config": {"eos_token": END}}, (END, "tokenizer_config.json")),
+        (
+            {"tokenizer_config": {"eos_token": {"content": TURN}}, "config": {"eos_token_id": 272}},
+            (TURN, "tokenizer_config.json"),
+        ),
+        ({"tokenizer_config": {"eos_token": None}, "config": {"eos_token_id": 271}}, (END, "config.json")),
+        ({"generation_config": {"eos_token_id": [272, 271]}, "config": {"eos_token_id": 271}}, (END, "generation_config.json")),
+        (
+            {"tokenizer_config": {"eos_token": TURN}, "generation_config": {"eos_token_id": [271, 272]}},
+            (TURN, "tokenizer_config.json"),
+        ),
+    ],
+)
+def test_the_end_of_documents_is_what_the_folder_declares(tmp_path, files, expected):
+    found = special_tokens(tokenizer(), folder(tmp_path / "model", **files))
+    assert (found.end_of_document, found.end_from) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"tokenizer_config": {"eos_token": END}, "config": {"eos_token_id": 2}},
+            "tokenizer_config.json says '</s>'; config.json",
+        ),
+        (
+            {"generation_config": {"eos_token_id": [271, 272]}},
+            "several end-of-document tokens .*choose one with --end-of-document",
+        ),
+        ({"config": {"eos_token_id": 4000}}, "names 4000 as the id of a special token, but the tokenizer has no such id"),
+        ({"config": {"eos_token_id": "2"}}, "names '2' as the id"),
+        ({"config": {"eos_token_id": True}}, "names True as the id"),
+        ({"tokenizer_config": {"eos_token": "<halt>"}}, "eos_token is '<halt>', but the tokenizer has no such token"),
+        ({"tokenizer_config": {"eos_token": 7}}, "expected a token in eos_token, got 7"),
+        ({"tokenizer_config": "{"}, "tokenizer_config.json cannot be read"),
+        ({"generation_config": "[1]"}, "expected a JSON object, got list"),
+    ],
+)
+def test_declarations_that_contradict_or_cannot_be_are_errors_unless_a_token_is_named(tmp_path, files, message):
+    model = folder(tmp_path / "model", **files)
+    with pytest.raises(DataError, match=message):
+        special_tokens(tokenizer(), model)
+    assert special_tokens(tokenizer(), model, TURN, "never").end_of_document_id == 272
+
+
+def test_prepare_and_index_take_the_declared_end_however_the_tokenizer_is_given_and_print_it(tmp_path, capsys):
+    model = folder(tmp_path / "model", tokenizer_config={"eos_token": END})
+    for number, given in enumerate((model, model / "tokenizer.json")):
+        assert prepared(tmp_path, f"out{number}", "--tokenizer", given) == 0
+        assert f"documents end with {END!r} (id 271, tokenizer_config.json)" in capsys.readouterr().out
+        assert {document[-1] for document in documents(tmp_path / f"out{number}")} == {271}
+    assert prepared(tmp_path, "named", "--tokenizer", model, "--end-of-document", TURN) == 0
+    assert read_manifest(tmp_path / "named").end_of_document_id == 272
+
+    adopted = shutil.copytree(tmp_path / "out0", tmp_path / "adopted", ignore=shutil.ignore_patterns("manifest.json"))
+    assert run("shards", "index", adopted, "--tokenizer", model / "tokenizer.json") == 0
+    assert read_manifest(adopted).end_of_document_id == 271
+    assert "documents end with '</s>' (id 271, tokenizer_config.json)" in capsys.readouterr().out
+
+
+def test_a_prepared_folder_and_a_folder_of_prepared_splits_are_tokenizers_with_their_ends(tmp_path, capsys):
+    model = folder(tmp_path / "model", with_template(f"{BEGIN} $A"), tokenizer_config={"eos_token": END})
+    assert prepared(tmp_path, "both", "--tokenizer", model, "--validation", 0.5) == 0
+    assert prepared(tmp_path, "again", "--tokenizer", tmp_path / "both") == 0
+    assert tokenizer_difference(read_manifest(tmp_path / "again"), read_manifest(tmp_path / "both" / "train")) is None
+    assert read_manifest(tmp_path / "again").end_of_document_id == 271
+    assert prepared(tmp_path, "turned", "--tokenizer", model, "--bos", "never", "--end-of-document", TURN) == 0
+    found = special_tokens(load_tokenizer(tmp_path / "turned"), tmp_path / "turned")
+    assert (found.end_of_document, found.bos) == (TURN, None)
+    train_bpe(["others"], 290).save(str(tmp_path / "both" / "train" / "tokenizer.json"))
+    with pytest.raises(DataError, match="have different tokenizers; name one of"):
+        find_tokenizer(tmp_path / "both")
+
+
+# The beginning.
+
+
+@pytest.mark.parametrize(
+    ("made", "config", "rule", "bos"),
+    [
+        (tokenizer(), {}, "auto", None),
+        (tokenizer(), {"add_bos_token": True, "bos_token": BEGIN}, "auto", BEGIN),
+        (tokenizer(), {"add_bos_token": False, "bos_token": BEGIN}, "auto", None),
+        (tokenizer(), {"bos_token": BEGIN}, "auto", None),
+        (tokenizer(), {"bos_token": TURN}, "always", TURN),
+        (tokenizer(), {}, "always", BEGIN),
+        (with_template(f"{BEGIN} $A {END}"), {}, "auto", BEGIN),
+        (with_template(f"$A {END}"), {}, "auto", None),
+        (with_template(f"{BEGIN} $A"), {}, "never", None),
+        (with_template(f"{BEGIN} $A"), {"add_bos_token": False}, "auto", None),
+    ],
+)
+def test_bos_follows_the_rule_the_config_and_the_post_processor(tmp_path, made, config, rule, bos):
+    model = folder(tmp_path / "model", made, tokenizer_config={"eos_token": TURN} | config if bos != TURN else config)
+    found = special_tokens(load_tokenizer(model), model, None, rule)
+    assert (found.bos, found.bos_id) == (bos, bos and made.token_to_id(bos))
+
+
+@pytest.mark.parametrize(
+    ("made", "config", "message"),
+    [
+        (with_template(f"{BEGIN} $A"), {"bos_token": TURN}, "name different BOS tokens, '<s>' and '<|im_end|>'"),
+        (with_template(f"{END} $A"), {"eos_token": END}, "is also the one that ends documents"),
+        (with_template(f"{BEGIN} {END} $A"), {}, "puts several tokens before a text, <s>, </s>"),
+        (train_bpe(TEXTS, 290), {"add_bos_token": True}, "has no BOS token"),
+    ],
+)
+def test_a_bos_token_that_cannot_be_is_an_error_that_never_avoids(tmp_path, made, config, message):
+    model = folder(tmp_path / "model", made, tokenizer_config=config)
+    with pytest.raises(DataError, match=message.replace("|", r"\|")):
+        special_tokens(made, model)
+    assert special_tokens(made, model, None, "never").bos is None
+
+
+def test_documents_begin_with_bos_once_whatever_their_rows_and_the_manifest_says_so(tmp_path):
+    model = folder(tmp_path / "model", with_template(f"{BEGIN} $A"), tokenizer_config={"eos_token": END})
+    plain = tokenizer()
+    assert prepared(tmp_path, "out", "--tokenizer", model, "--packing", "best_fit") == 0
+    expected = sorted([270, *plain.encode(text, add_special_tokens=False).ids, 271] for text in TEXTS)
+    assert sorted(documents(tmp_path / "out")) == expected
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["bos"] == {"rule": "auto", "id": 270}
+    assert prepared(tmp_path, "without", "--tokenizer", model, "--bos", "never") == 0
+    assert json.loads((tmp_path / "without" / "manifest.json").read_text())["bos"] == {"rule": "never"}
+    assert sorted(documents(tmp_path / "without")) == sorted(document[1:] for document in expected)
+
+
+# Identity.
+
+
+def lower_cased():
+    made = tokenizer()
+    made.normalizer = normalizers.Lowercase()
+    return made
+
+
+def split_otherwise():
+    made = tokenizer()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return made
+
+
+def fewer_merges():
+    description = json.loads(tokenizer().to_str())
+    description["model"]["merges"].pop()
+    return Tokenizer.from_str(json.dumps(description))
+
+
+def stripping():
+    made = train_bpe(TEXTS * 9, 270)
+    made.add_special_tokens([BEGIN, AddedToken(END, lstrip=True), TURN])
+    return made
+
+
+@pytest.mark.parametrize("other", [lower_cased, split_otherwise, fewer_merges, stripping])
+def test_a_tokenizers_identity_is_all_that_decides_ids(tmp_path, other):
+    assert fingerprint(other()) == fingerprint(tokenizer())
+    assert identity(other()) != identity(tokenizer())
+    for name, made in (("a", tokenizer()), ("b", other())):
+        prepare_here(tmp_path, name, made)
+    with pytest.raises(DataError, match="do not belong together: tokenizer_identity is"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    sets = [DataSet(name, tmp_path / name, 1.0) for name in ("a", "b")]
+    with pytest.raises(DataError, match=r"prepared with another tokenizer than .*tokenizer_identity"):
+        join([read_manifest(tmp_path / name) for name in ("a", "b")], sets)
+    (tmp_path / "b" / "manifest.json").unlink()
+    with pytest.raises(DataError, match="is another tokenizer than the one given"):
+        index(tmp_path / "b", tokenizer())
+
+
+def test_what_preparing_turns_off_and_the_files_layout_are_no_part_of_the_identity():
+    made = with_template(f"{BEGIN} $A")
+    made.enable_truncation(7)
+    made.model.dropout = 0.5
+    assert identity(made) == identity(tokenizer()) == identity(Tokenizer.from_str(tokenizer().to_str(pretty=True)))
+
+
+def prepare_here(tmp_path, name, made, **changes):
+    (tmp_path / "in.txt").write_text(" ".join([*TEXTS, name]))
+    settings = PrepareSettings(8, end_of_document=END, **changes)
+    return prepare_files([Input("", str(tmp_path / "in.txt"))], tmp_path / name, made, settings)
+
+
+def test_folders_with_and_without_bos_do_not_mix_and_older_manifests_are_compared_by_what_they_have(tmp_path):
+    prepare_here(tmp_path, "a", tokenizer())
+    prepare_here(tmp_path, "b", tokenizer(), bos=BEGIN, bos_rule="always")
+    first, second = read_manifest(tmp_path / "a"), read_manifest(tmp_path / "b")
+    assert tokenizer_difference(first, second) == "the BOS token's id is None in one and 270 in the other"
+    write_manifest(tmp_path / "a", first.model_copy(update={"bos": None, "tokenizer_identity": None}))
+    assert tokenizer_difference(read_manifest(tmp_path / "a"), second) is None
+    (merged,) = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged").values()
+    assert (merged.bos, merged.tokenizer_identity) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "template", "config", "problem"),
+    [
+        (None, None, {}, None),
+        (normalizers.Lowercase(), None, {}, "makes other ids out of a text: its normaliser"),
+        (
+            None,
+            "<|endoftext|> $A",
+            {},
+            r"begins a text with '<\|endoftext\|>' \(id 0\), the data's documents begin with no BOS",
+        ),
+        (None, "<|endoftext|> $A", {"add_bos_token": False}, None),
+        (None, None, {"add_bos_token": True, "bos_token": 7}, "expected a token in bos_token, got 7"),
+    ],
+)
+def test_the_references_tokenizer_is_compared_with_the_data(
+    tmp_path, tiny_data, tiny_reference, normalizer, template, config, problem
+):
+    reference = shutil.copytree(tiny_reference, tmp_path / "reference")
+    made = load_tokenizer(reference)
+    if normalizer is not None:
+        made.normalizer = normalizer
+    if template is not None:
+        made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<|endoftext|>", 0)])
+    folder(reference, made, tokenizer_config=config)
+    sizes = {"sequence_length": 16, "global_batch": 2, "micro_batch": 1}
+    settings = Settings().with_values(data={"path": tiny_data / "train", **sizes}, reference={"path": reference})
+    if problem is None:
+        check_data(settings)
+        return
+    with pytest.raises(ConfigError, match=problem):
+        check_data(settings)
+
+
+def test_an_exported_model_declares_the_ends_that_its_data_has(tmp_path):
+    made = with_template(f"{BEGIN} $A")
+    for is_known, bos_id, expected in ((True, None, None), (True, 270, 270), (False, None, 270)):
+        content = declaration(made.to_str().encode(), 271, is_known, bos_id)
+        model = folder(tmp_path / "model", made, tokenizer_config=content.decode())
+        assert declared_bos_id(made, model) == expected
+        assert special_tokens(made, model).end_of_document_id == 271
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_named_by_file_and_place(tmp_path, capsys):
+    (tmp_path / "words.json").write_text(Tokenizer(models.WordLevel({END: 0, "the cat sat": 1, "a bird": 2}, "none")).to_str())
+    options = ["--tokenizer", tmp_path / "words.json", "--on-undecodable"]
+    assert prepared(tmp_path, "strict", *options, "error") == 2
+    place = f"{tmp_path / 'in.jsonl'}, document at byte 24: the tokenizer cannot encode it: WordLevel error: Missing [UNK]"
+    assert capsys.readouterr().err.startswith(f"error: {place}")
+    assert not (tmp_path / "strict").exists()
+    assert prepared(tmp_path, "lenient", *options, "skip") == 0
+    output = capsys.readouterr()
+    assert "2 documents; 1 undecodable left out" in output.out
+    assert f"left out: {place}" in output.err
+    assert sorted(documents(tmp_path / "lenient")) == [[1, 0], [2, 0]]
+
+
+def test_what_has_no_token_or_is_the_string_of_one_is_counted_in_summary_and_manifest(tmp_path, capsys):
+    vocab = {token: number for number, token in enumerate([END, "<unk>", *"abcdefghijklmnopqr tu</>s"])}
+    (tmp_path / "letters.json").write_text(Tokenizer(models.Unigram([(t, -1.0) for t in vocab], unk_id=1)).to_str())
+    (tmp_path / "in.txt").write_text(f"a text with {END} and é")
+    arguments = ["--input", tmp_path / "in.txt", "--tokenizer", tmp_path / "letters.json", "--sequence-length", 16]
+    assert run("prepare", *arguments, "--output", tmp_path / "out", "--processes", 1) == 0
+    output = capsys.readouterr()
+    assert "1 documents with the string of a special token in their text, encoded as text" in output.out
+    assert "warning: 1 documents have characters that the tokenizer has no token for" in output.err
+    assert f"warning: {tmp_path / 'in.txt'}: the tokenizer has no token for '<unk>'" in output.err
+    counts = read_manifest(tmp_path / "out").preparation.input
+    assert (counts.documents, counts.special_text, counts.without_token) == (1, 1, 1)
