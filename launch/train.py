@@ -3,7 +3,8 @@
     deepspeed launch/train.py --deepspeed ds_configs/zero3.json [--config launch/recipes/NAME.yaml] [section.key=value ...]
 
 Without --config it runs the demo. Run again with the same run directory it continues by itself. Exit codes: 0 finished,
-2 wrong settings or data, 3 training diverged or ranks disagree, 75 stopped on request with more to do.
+2 wrong settings or data, 3 training diverged or ranks disagree, 4 another rank died or stands still, 75 stopped on request
+with more to do.
 """
 
 import argparse

@@ -6,8 +6,8 @@ What a user or a machine can cause ends a command with one message that names th
 torch and DeepSpeed take seconds to load, so the imports are inside the functions: signal handlers are installed and a first
 line is printed before.
 
-Exit codes: 0 done, 2 wrong settings or data, 3 training or the ranks diverged, 75 stopped on request with more to do,
-130 interrupted.
+Exit codes: 0 done, 2 wrong settings or data, 3 training or the ranks diverged, 4 another rank died or stands still, 75 stopped
+on request with more to do, 130 interrupted.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -229,6 +230,7 @@ def _run_on_all_ranks(
     from pipeline.checks import check_before_start
     from pipeline.data.errors import DataError
     from pipeline.model.huggingface import ModelFilesError
+    from pipeline.runtime import heartbeat
     from pipeline.runtime.agreement import RanksDisagreeError
     from pipeline.runtime.checkpoint.commit import SaveError
     from pipeline.runtime.distributed import device_of, find_world, share_cores
@@ -246,14 +248,20 @@ def _run_on_all_ranks(
     device = device_of(world)
     share_cores(world)
     try:
-        initialize_distributed(device, settings.logging.deepspeed_level)
+        patience = settings.run.hang_timeout
+        longest = timedelta(minutes=10) if patience is None else timedelta(seconds=heartbeat.longest_patience(patience) + 600)
+        initialize_distributed(device, settings.logging.deepspeed_level, longest)
     except (dist.DistError, ValueError) as error:
         return fail(f"{prog}: error", _cannot_meet(error), EXIT_USAGE, True)
     # A job that Slurm requeued went back in its first life, and continues from there.
     from_step = None if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else getattr(options, "from_step", None)
     job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False), from_step)
+    if patience is not None:
+        heartbeat.begin(world, patience)
     try:
         exit_code = command(job, options, stop)
+        heartbeat.enter("ending")
+        dist.barrier()
     except (DataError, ModelFilesError) as error:
         # An error that all ranks raise alike is printed by the first only.
         return fail(f"{prog}: error", error, EXIT_USAGE, world.is_first or not getattr(error, "agreed", False))
@@ -264,7 +272,13 @@ def _run_on_all_ranks(
     except torch.OutOfMemoryError as error:
         remedy = "launch/plan.py says what takes it, and which settings save some"
         return fail(f"{prog}: error", f"rank {world.rank}: {str(error).partition(chr(10))[0]} {remedy}", EXIT_USAGE, True)
-    dist.barrier()
+    except RuntimeError as error:
+        # A peer that died breaks the collectives of the others: then the heartbeat ends this process, and names the peer.
+        if world.size > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Broken pipe")):
+            heartbeat.wait_for_verdict()
+        raise
+    finally:
+        heartbeat.stop()
     dist.destroy_process_group()
     return exit_code
 

@@ -26,6 +26,7 @@ from pipeline.planning.report import summary
 from pipeline.planning.resolve import resolve_planned_job
 from pipeline.progress import Progress
 from pipeline.run import Run
+from pipeline.runtime import heartbeat
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once, max_over_ranks
 from pipeline.runtime.engine import gathered, num_parameters, release
@@ -140,7 +141,8 @@ def with_builtin_data(job: Job) -> Settings:
         prepare_builtin(directory, settings.data.sequence_length, settings.data.seed, progress=lambda m: _say(job, m))
 
     # Called even if the corpus exists: it prepares anew if the seed or the sequence length has changed.
-    make_once(directory / CORPUS_FILE, make, job.world, again=True)
+    with heartbeat.during("preparing"):
+        make_once(directory / CORPUS_FILE, make, job.world, again=True)
     settings = settings.with_values(
         data={
             "path": directory / "mix",
@@ -195,13 +197,15 @@ def _refuse_another_reference(job: Job, one_head: Settings, settings: Settings, 
 
 def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, export_to: Path | None = None) -> int:
     """Train in `run_dir`; then export the model to `export_to`, if given, and free it. Returns the exit code."""
+    heartbeat.enter("starting")
     run = build_run(job, settings, run_dir)
     if job.allow_changed:
         _say(job, describe_changes(run))
     describe(job, run)
     exit_code = train(run, stop, job.allow_changed)
     if exit_code == 0 and export_to is not None:
-        export(run, export_to)
+        with heartbeat.during("saving"):
+            export(run, export_to)
     if export_to is not None:
         release(run.engine)
     return exit_code

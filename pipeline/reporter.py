@@ -9,6 +9,7 @@ from pipeline.data.loading.prefetch import EVALUATION_BATCHES_AHEAD, prefetched
 from pipeline.evaluate import evaluate
 from pipeline.progress import Progress
 from pipeline.run import Run, StepResult
+from pipeline.runtime import heartbeat
 from pipeline.runtime.distributed import max_over_ranks
 from pipeline.runtime.engine import gradient_norm
 from pipeline.runtime.logbook import Logbook, held_out_text, progress_line, selection_block, without_non_finite
@@ -89,7 +90,8 @@ class Reporter:
 
         run.engine.eval()
         for held_out in run.held_out:
-            self._report_validation(progress, held_out, *self._evaluate(progress, held_out))
+            with heartbeat.during("validating"):
+                self._report_validation(progress, held_out, *self._evaluate(progress, held_out))
         run.engine.train()
         self.restart_clock()
 

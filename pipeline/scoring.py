@@ -27,6 +27,7 @@ from pipeline.data.shards.reference_losses import STORED_DTYPES, LossesManifest,
 from pipeline.data.shards.sample import Sample
 from pipeline.derived import reference_shape
 from pipeline.model.reference import Reference, reference_columns
+from pipeline.runtime import heartbeat
 from pipeline.runtime.deepspeed_json import precision_of
 from pipeline.runtime.distributed import any_rank, broadcast_from_first, gather_over_ranks
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
@@ -122,6 +123,7 @@ def _score_data_set(
     for first in range(0, len(missing), world.size):
         # In the last round some ranks may have none left: they score the last piece with its owner and write nothing.
         mine = missing[min(first + world.rank, len(missing) - 1)]
+        heartbeat.enter("scoring")
         samples, damage = _read(reader, mine)
         if any_rank(damage is not None, job.device):
             raise DataError(damage or "another rank met damaged data, which it names")

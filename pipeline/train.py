@@ -23,6 +23,7 @@ from pipeline.micro_step import NO_FLAGS, RankFlags, comparisons, count_step, lo
 from pipeline.progress import Progress
 from pipeline.reporter import Reporter
 from pipeline.run import FetchedStep, Run, StepResult
+from pipeline.runtime import heartbeat
 from pipeline.runtime.agreement import check_ranks_agree
 from pipeline.runtime.checkpoint.state import HeldOut
 from pipeline.runtime.engine import (
@@ -61,6 +62,8 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         except TrainingDivergedError as error:
             raise TrainingDivergedError(f"{error}. {ways_back(run.checkpoints.steps())}") from None
 
+        heartbeat.enter("training", progress.step)
+
         # Metrics, and the check that ranks still agree.
         reporter.step(progress, result, 0.0 if following is None else following.waited)
         if training.check_ranks_every and progress.step % training.check_ranks_every == 0:
@@ -80,7 +83,8 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         if is_last or flags.stop_requested or (save_due and result.applied):
             at_once = is_last or flags.stop_requested
             reporter.sync()
-            run.checkpoints.save(run.engine, progress, held_out_losses(run), in_background=not at_once)
+            with heartbeat.during("saving"):
+                run.checkpoints.save(run.engine, progress, held_out_losses(run), in_background=not at_once)
             save_due = False
             reporter.restart_clock()
         if flags.stop_requested:

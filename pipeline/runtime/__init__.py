@@ -8,6 +8,7 @@ identity        settings and fingerprints that a resumed run must share with its
 model_content   fingerprints of model folders, of every byte, read by the ranks of a node together
 preemption      requests to stop: SIGTERM, SIGUSR1, a file STOP
 run_lock        one job per run directory
+heartbeat       notices a rank that died or stands still, names it, ends the job
 agreement       checks that ranks have not diverged
 non_finite      the rule for numbers that are not finite, and its collective parts
 metrics         the selection's statistics, summed on the device, reduced over ranks at intervals

@@ -20,6 +20,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,17 @@ JSON_SECTIONS: dict[str, type[BaseModel]] = {
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def initialize_distributed(device: torch.device, level: str) -> None:
-    """Start the process group (nccl on CUDA, else gloo). `level`: of DeepSpeed's own log, `debug` to `error`."""
+def initialize_distributed(device: torch.device, level: str, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Start the process group (nccl on CUDA, else gloo).
+
+    level: of DeepSpeed's own log, `debug` to `error`. timeout: of a collective; longer than the patience of `heartbeat`, which
+    would not come to name the rank that hangs.
+    """
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(level.upper())
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=level == "debug")
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=level == "debug", timeout=timeout
+    )
 
 
 @contextmanager

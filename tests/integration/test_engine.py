@@ -269,8 +269,12 @@ def test_a_number_that_is_not_finite_on_one_rank_discards_the_step_on_all_and_no
             ]
         )
         # The reference's loss concerns all that is compared with it. Rank 1 has rows 6 and 7 in both micro-steps.
-        heads = {"reference loss": (1, 2, 3), "head 0's loss": (0,), "head 2's loss": (2,), "gradient": ()}
+        met = {
+            "reference loss": [f"reference loss of head {head}" for head in (1, 2, 3)],
+            "head 0's loss": ["policy loss of head 0"],
+            "head 2's loss": ["policy loss of head 2"],
+            "gradient": ["policy gradient"],
+        }
         for bad, step in zip(bads, seen[1::2], strict=True):
             rows = ("shard/6, shard/7", "1shard/6, 1shard/7")[bad.micro_step]
-            said = "; ".join(f"rank 1, head {head}: {rows}" for head in heads[bad.where])
-            assert step["bad"] == (said or f"rank 1, gradient: {rows}"), bad
+            assert step["bad"] == "; ".join(f"rank 1, {what}: {rows}" for what in met[bad.where]), bad

@@ -500,3 +500,23 @@ def test_a_run_goes_back_to_the_step_asked_for_and_later_ones_are_kept_aside(tmp
     store.from_step = 4
     with pytest.raises(ConfigError, match=r"--from-step 4: no checkpoint of that step; there are: 3"):
         store.check(allow_changed=False)
+
+
+def saves_without_memory(run_dir: Path) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "free_bytes", lambda device, local_size: 10)
+        store, engine = checkpoints(run_dir), StandIn(7, 7)
+        store.save(engine, Progress(7), HeldOut(losses=[7.0]), in_background=True)
+        for fragment in fragments_of(engine):
+            fragment.tensors["master"].zero_()
+        go_on_to_the_end(store)
+    loads_step_7_values(run_dir)
+    return len(store._writer._buffers)
+
+
+def loads_step_7_values(run_dir: Path) -> None:
+    assert resumed(run_dir)[1].values == StandIn(7, 7).values
+
+
+def test_without_memory_for_buffers_a_save_is_not_in_the_background(tmp_path: Path) -> None:
+    assert run_ranks(saves_without_memory, 2, tmp_path) == [0, 0]

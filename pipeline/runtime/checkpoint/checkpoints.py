@@ -87,6 +87,10 @@ class Checkpoints:
         except SaveError as error:
             self._failed(error, final=not in_background)
             return
+        if self._writer.note is not None:
+            # Of this rank alone, so it is not left to the first to print.
+            print(self._writer.note, flush=True)
+            self._writer.note = None
         if not in_background:
             self._finish(final=True)
 

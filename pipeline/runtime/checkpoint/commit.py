@@ -26,10 +26,12 @@ from pipeline.runtime.checkpoint.fragments import FROZEN, MASTER, STATES, Fragme
 from pipeline.runtime.checkpoint.state import STATE_FILE, Kind, SavedFile, SavedParameter, State, encode
 from pipeline.runtime.distributed import World, broadcast_from_first, gather_over_ranks
 from pipeline.runtime.engine import full_shape
+from pipeline.runtime.memory import free_bytes
 from pipeline.storage.whole_file import publish, write_file
 
 POINTER_FILE, PARTIAL = "latest", ".partial"
 _SPARE_BYTES = 2**20
+_SHARE_OF_FREE_MEMORY = 0.5
 
 
 class SaveError(RuntimeError):
@@ -64,12 +66,16 @@ class _Written:
 
 
 class Writer:
-    """Writes the checkpoints of one run, one at a time. `begin` and `go_on` are collective."""
+    """Writes the checkpoints of one run, one at a time. `begin` and `go_on` are collective.
+
+    note: why this rank does not write in the background, once that is known.
+    """
 
     def __init__(self, directory: Path, world: World):
         self.directory = directory
         self.world = world
-        self._buffers: list[dict[str, Tensor]] = []
+        self._buffers: dict[str, Tensor] = {}
+        self.note: str | None = None
         self._shapes: dict[str, tuple[list[int], list[Kind]]] = {}
         self._pending: _Pending | None = None
 
@@ -98,11 +104,16 @@ class Writer:
         self._make_folder(partial, engine)
 
         fragments = fragments_of(engine)
-        self._copy(fragments, engine)
+        if not self._shapes:
+            self._prepare(engine, fragments)
+        tensors = self._copied(fragments) if self._buffers else _live(fragments)
         content = content | {"optimizer_step": optimizer_step(engine)}
 
-        written = _Written()
-        thread = _started(self._write, partial, fragments, written)
+        written = _Written(fragments=[(fragment.name, fragment.start, fragment.numel) for fragment in fragments])
+        thread = _started(self._write, partial, tensors, written)
+        if not self._buffers:
+            # Without buffers what is written is what training would change.
+            thread.join()
         self._pending = _Pending(name, content, written, thread, started, time.perf_counter() - started)
 
     def go_on(self) -> Saved | None:
@@ -159,28 +170,33 @@ class Writer:
             self._remove(partial)
             raise SaveError(f"{partial.stem} was not saved: {problem}")
 
-    def _copy(self, fragments: list[Fragment], engine: Any) -> None:
-        """Copy live memory into the kept buffers, which are made at the first save."""
-        if not self._buffers:
-            self._buffers = [{kind: _host_buffer(tensor) for kind, tensor in each.tensors.items()} for each in fragments]
-            self._shapes = {
-                name: (list(full_shape(parameter)), [MASTER, *STATES] if parameter.requires_grad else [FROZEN])
-                for name, parameter in engine.module.named_parameters()
-            }
-        for fragment, buffers in zip(fragments, self._buffers, strict=True):
-            for kind, tensor in fragment.tensors.items():
-                buffers[kind].copy_(tensor, non_blocking=True)
+    def _prepare(self, engine: Any, fragments: list[Fragment]) -> None:
+        """At the first save: make the host buffers, if there is memory for them, and note the parameters' shapes."""
+        self._shapes = {
+            name: (list(full_shape(parameter)), [MASTER, *STATES] if parameter.requires_grad else [FROZEN])
+            for name, parameter in engine.module.named_parameters()
+        }
+        live = _live(fragments)
+        needed, free = sum(tensor.nbytes for tensor in live.values()), free_bytes(torch.device("cpu"), self.world.local_size)
+        if needed > _SHARE_OF_FREE_MEMORY * free:
+            self.note = (
+                f"rank {self.world.rank}: checkpoints are not written in the background: that takes {needed:,} bytes of "
+            )
+            self.note += f"host memory, and {free:,} are free"
+            return
+        self._buffers = {name: _host_buffer(tensor) for name, tensor in live.items()}
+
+    def _copied(self, fragments: list[Fragment]) -> dict[str, Tensor]:
+        """Copy live memory into the kept buffers."""
+        for name, tensor in _live(fragments).items():
+            self._buffers[name].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        return self._buffers
 
-    def _write(self, partial: Path, fragments: list[Fragment], written: _Written) -> None:
+    def _write(self, partial: Path, tensors: dict[str, Tensor], written: _Written) -> None:
         """Run in the thread. Whatever goes wrong is kept, to be agreed on."""
         try:
-            tensors = {
-                f"{fragment.name}|{kind}": buffer
-                for fragment, buffers in zip(fragments, self._buffers, strict=True)
-                for kind, buffer in buffers.items()
-            }
             bad = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
             if bad is not None:
                 written.problem = f"{bad.replace('|', ', ')}: has a number that is not finite"
@@ -188,7 +204,6 @@ class Writer:
             name = rank_file(self.world.rank)
             num_bytes, sha256 = write_tensors(partial / name, tensors)
             written.file = SavedFile(name=name, bytes=num_bytes, sha256=sha256)
-            written.fragments = [(fragment.name, fragment.start, fragment.numel) for fragment in fragments]
         except Exception as error:
             written.problem = _sentence(error)
 
@@ -240,6 +255,10 @@ def _started(work: Callable[..., None], *arguments: Any) -> threading.Thread:
     thread = threading.Thread(target=work, args=arguments, name="checkpoint", daemon=True)
     thread.start()
     return thread
+
+
+def _live(fragments: list[Fragment]) -> dict[str, Tensor]:
+    return {f"{each.name}|{kind}": tensor for each in fragments for kind, tensor in each.tensors.items()}
 
 
 def _host_buffer(tensor: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write 1-D tensors of the host's memory atomically, synced; returns (bytes, SHA-256) of the file."""
+    """Write 1-D tensors of any device atomically, synced; returns (bytes, SHA-256) of the file."""
     header, offset = {}, 0
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes
@@ -63,8 +63,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
 def _blocks(head: Iterable[bytes], tensors: Iterable[Tensor]) -> Iterable[memoryview]:
     yield from (memoryview(part) for part in head)
     for tensor in tensors:
-        data = _bytes_of(tensor)
-        yield from (data[first : first + _CHUNK] for first in range(0, len(data), _CHUNK))
+        yield from (_bytes_of(part.cpu()) for part in tensor.split(_CHUNK // tensor.element_size()))
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -1,0 +1,315 @@
+"""Notice a rank that has died or stands still, name it, and end the job: no rank waits for another without end.
+
+Each rank writes beats into the process group's store and looks at those of a few others, all of it in one thread. A second
+thread judges; it touches neither store nor device, which may be what hangs. A beat has two clocks: the thread's, which goes on
+as long as the process does, and the main loop's (phase, step, since when). So there are four verdicts:
+
+    died           a process of this machine is gone (seen within seconds)
+    silent         a process gives no beat: it was stopped, or its machine is unreachable
+    stands still   a main loop has been in one phase for longer than the phase's patience
+    no store       the store does not answer: the first rank's process, which holds it, stands still
+
+The first rank to see one publishes it. Each surviving rank prints it once, with the stacks of its threads, and exits with
+`EXIT_HANG`. A silent process of this machine is killed; one that is alone on its machine is its launcher's to end.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pipeline.runtime.distributed import World, gather_over_ranks
+
+EXIT_HANG = 4
+"""Exit code of the ranks that survive a dead or hanging one."""
+
+LONG_PHASES = ("starting", "validating", "scoring", "saving")
+"""Phases that take longer than a step: their patience is four times `run.hang_timeout`."""
+
+WITHOUT_LIMIT = ("preparing", "ending")
+"""Phases in which the main loop may take any time; its process is watched all the same."""
+
+_LONGER = 4
+_WATCHED = 4
+_VERDICT = "verdict"
+_ENDED = -1
+_SECONDS_TO_TELL = 5.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank tells of itself.
+
+    pid, started: of its process, which together name it. since: seconds in this phase. where: the main thread's function.
+    waits: true if that waits in a collective for other ranks.
+    """
+
+    host: str
+    pid: int
+    started: int
+    phase: str
+    step: int
+    since: float
+    where: str
+    waits: bool
+    number: int
+
+
+class Heartbeat:
+    """This rank's beats, and its watch over others; from `start` to `stop`.
+
+    store: the process group's, of which a clone is used: a client is one lock, and a call may wait in it.
+    timeout: seconds; `run.hang_timeout`.
+
+    Collective: who the others are is known from the beginning.
+    """
+
+    def __init__(self, world: World, store: Any, timeout: float):
+        self._world = world
+        self._store = store.clone()
+        self._timeout = timeout
+        self._interval = min(1.0, timeout / 10)
+        self._host, self._pid = socket.gethostname(), os.getpid()
+        self._started = _start_time(self._pid)
+        self._loop = ("starting", 0, time.monotonic())
+        peers: list[Beat] = gather_over_ranks(self._own(0))
+        # The first, which holds the store, the next few, and all of this machine, whose processes can be looked at.
+        near = [rank for rank, beat in enumerate(peers) if beat.host == self._host]
+        watched = {0, *((world.rank + ahead) % world.size for ahead in range(1, _WATCHED + 1)), *near} - {world.rank}
+        self._beats = {rank: (peers[rank], time.monotonic()) for rank in sorted(watched)}
+        self._gone: dict[int, float] = {}
+        self._store_answered = time.monotonic()
+        self._verdict: str | None = None
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Begin to beat and to watch."""
+        for work in (self._exchange, self._judge):
+            threading.Thread(target=work, name=f"heartbeat {work.__name__}", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop watching; the others are told that this rank has ended well."""
+        self.enter("ending")
+        self._stopped.set()
+        # The first rank, which holds the store, may have ended before.
+        with suppress(Exception):
+            self._beat(_ENDED)
+
+    def enter(self, phase: str, step: int = 0) -> None:
+        """Say what the main loop begins to do."""
+        self._loop = (phase, step, time.monotonic())
+
+    @property
+    def phase(self) -> tuple[str, int]:
+        return self._loop[:2]
+
+    def wait_for_verdict(self) -> None:
+        time.sleep(max(15.0, 5 * self._interval))
+
+    def _exchange(self) -> None:
+        """Thread: beat, read the beats of the ranks that this one watches, and the verdict."""
+        number = 1
+        while not self._stopped.wait(self._interval):
+            try:
+                self._beat(number)
+                for other in self._beats:
+                    if self._store.check([_key(other)]):
+                        self._see(other, Beat(**json.loads(self._store.get(_key(other)))))
+                if self._store.check([_VERDICT]):
+                    self._verdict = self._store.get(_VERDICT).decode()
+                self._store_answered = time.monotonic()
+            except Exception as error:
+                # The store's process is gone, or this thread was cut off from it: the judge sees how long ago it answered.
+                if "Broken pipe" in str(error) or "Connection" in str(error):
+                    self._store_answered = min(self._store_answered, time.monotonic() - self._timeout + 3 * self._interval)
+            number += 1
+
+    def _beat(self, number: int) -> None:
+        self._store.set(_key(self._world.rank), json.dumps(asdict(self._own(number))))
+
+    def _own(self, number: int) -> Beat:
+        phase, step, since = self._loop
+        where, waits = _main_thread()
+        return Beat(self._host, self._pid, self._started, phase, step, time.monotonic() - since, where, waits, number)
+
+    def _see(self, rank: int, beat: Beat) -> None:
+        if self._beats[rank][0].number != beat.number:
+            self._beats[rank] = (beat, time.monotonic())
+
+    def _judge(self) -> None:
+        """Thread: look at the clocks, and end this process where one says that the job cannot go on."""
+        looked = time.monotonic()
+        while not self._stopped.wait(self._interval):
+            # A process that was suspended itself, as Slurm suspends whole jobs, knows nothing of the time between.
+            late = time.monotonic() - looked - self._interval
+            looked = time.monotonic()
+            if late > self._timeout / 2:
+                self._begin_anew(looked)
+            verdict = self._verdict or self._own_verdict()
+            if verdict is not None and not self._stopped.is_set():
+                self._end(verdict)
+
+    def _begin_anew(self, now: float) -> None:
+        self._loop = (*self._loop[:2], now)
+        self._store_answered = now
+        self._beats = {rank: (beat, now) for rank, (beat, _) in self._beats.items()}
+
+    def _own_verdict(self) -> str | None:
+        return self._of_peers() or self._of_this_rank() or self._of_the_store()
+
+    def _of_peers(self) -> str | None:
+        for rank, (beat, seen) in self._beats.items():
+            if beat.number == _ENDED:
+                continue
+            if beat.host == self._host and _start_time(beat.pid) != beat.started and self._is_dead(rank):
+                return f"{_named(rank, beat)} died in {_doing(beat)}"
+            # Only a store that answers can tell that a beat is missing.
+            silence = self._store_answered - seen
+            if silence > self._timeout:
+                return self._silent(rank, beat, silence)
+        return None
+
+    def _is_dead(self, rank: int) -> bool:
+        """True if a process that is gone has had the time to have told that it ends well."""
+        gone = self._gone.setdefault(rank, time.monotonic())
+        return self._store_answered > gone + self._interval or time.monotonic() - gone > _SECONDS_TO_TELL
+
+    def _of_this_rank(self) -> str | None:
+        own = self._own(0)
+        patience = self._timeout * (_LONGER if own.phase in LONG_PHASES else 1)
+        # Who waits for others leaves it to them to say that it is they who stand still.
+        patience += 5 * self._interval if own.waits else 0
+        if own.phase in WITHOUT_LIMIT or own.since < patience:
+            return None
+        why = "; it waits for other ranks, none of which is known to stand still" if own.waits else ""
+        named = _named(self._world.rank, own)
+        return f"{named} has stood still for {own.since:.0f} s in {_doing(own)}, in {own.where}{why}"
+
+    def _of_the_store(self) -> str | None:
+        silence = time.monotonic() - self._store_answered
+        if silence < self._timeout:
+            return None
+        if self._world.is_first:
+            return f"the store of the process group has not answered for {silence:.0f} s"
+        return self._silent(0, self._beats[0][0], silence)
+
+    def _silent(self, rank: int, beat: Beat, silence: float) -> str:
+        if beat.host == self._host:
+            _kill(beat)
+        return f"{_named(rank, beat)} has been silent for {silence:.0f} s in {_doing(beat)}: stopped, or unreachable"
+
+    def _end(self, verdict: str) -> None:
+        """Print the verdict and all stacks, tell the others, and end this process."""
+        sys.stdout.flush()
+        message = f"rank {self._world.rank} on {self._host}: the job cannot go on: {verdict}"
+        print(f"{message}\nstacks of this rank's threads:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+
+        # The store may be what hangs: another thread tells the others, and is not waited for long.
+        teller = threading.Thread(target=lambda: self._store.set(_VERDICT, verdict), daemon=True)
+        teller.start()
+        teller.join(timeout=2)
+        # Who holds the store ends last, so that the others can read it.
+        time.sleep(3 * self._interval if self._world.is_first else 0)
+        os._exit(EXIT_HANG)
+
+
+_current: Heartbeat | None = None
+
+
+def begin(world: World, timeout: float) -> None:
+    """Start this process's heartbeat, once the process group is there. timeout: `run.hang_timeout`."""
+    global _current
+    _current = Heartbeat(world, dist.distributed_c10d._get_default_store(), timeout)
+    _current.start()
+
+
+def stop() -> None:
+    """Stop this process's heartbeat, if there is one."""
+    global _current
+    if _current is not None:
+        _current.stop()
+    _current = None
+
+
+def wait_for_verdict() -> None:
+    """After a collective that failed: wait a little for what is known of the peers, which ends this process.
+
+    Returns if nothing is.
+    """
+    if _current is not None:
+        _current.wait_for_verdict()
+
+
+def enter(phase: str, step: int = 0) -> None:
+    """Say what the main loop of this process begins to do; without effect where nothing watches."""
+    if _current is not None:
+        _current.enter(phase, step)
+
+
+@contextmanager
+def during(phase: str) -> Iterator[None]:
+    """Be in a phase for the length of a `with`, and after it in the one before, begun anew."""
+    before = _current.phase if _current is not None else ("", 0)
+    enter(phase)
+    try:
+        yield
+    finally:
+        enter(*before)
+
+
+def longest_patience(timeout: float) -> float:
+    """Seconds after which any phase with a limit ends: the process group's own timeout must be longer."""
+    return _LONGER * timeout
+
+
+def _key(rank: int) -> str:
+    return f"beat/{rank}"
+
+
+def _named(rank: int, beat: Beat) -> str:
+    return f"rank {rank} on {beat.host} (process {beat.pid})"
+
+
+def _doing(beat: Beat) -> str:
+    return f"{beat.phase} step {beat.step}" if beat.phase == "training" else f"phase {beat.phase!r}"
+
+
+def _main_thread() -> tuple[str, bool]:
+    """(function of the main thread, true if it waits in a collective)."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "no function", False
+    code = frame.f_code
+    where = f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
+    while frame is not None:
+        if "/torch/distributed/" in frame.f_code.co_filename or "/deepspeed/comm/" in frame.f_code.co_filename:
+            return where, True
+        frame = frame.f_back
+    return where, False
+
+
+def _start_time(pid: int) -> int:
+    """When a process of this machine began, in clock ticks since the machine's start; 0 where there is none, or a dead one."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] == "Z" else int(fields[19])
+
+
+def _kill(beat: Beat) -> None:
+    """Kill a silent process of this machine, if it is still the one that gave the beat."""
+    if _start_time(beat.pid) == beat.started:
+        os.kill(beat.pid, signal.SIGKILL)

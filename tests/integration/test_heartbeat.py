@@ -1,0 +1,122 @@
+"""A rank that dies or stands still is named, and the job ends on all ranks; real processes, gloo."""
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.runtime import heartbeat
+from pipeline.runtime.distributed import find_world
+from pipeline.runtime.heartbeat import EXIT_HANG
+from tests.forked import CAN_FORK, call, forking
+
+pytestmark = pytest.mark.skipif(not CAN_FORK, reason="forks its ranks")
+
+RANKS, TIMEOUT = 3, 10.0
+
+
+def run_rank(rank: int, case: str, victim: int, folder: Path) -> None:
+    """Step after step; in step 20 something happens to the victim. The process ends as a rank's does."""
+    for name, descriptor in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
+    world = find_world()
+    dist.init_process_group("gloo", f"file://{folder}/meet", timedelta(seconds=300), RANKS, rank)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True) if rank == 0 else None
+    address: list[Any] = [store.port if store is not None else None]
+    dist.broadcast_object_list(address)
+    store = store or dist.TCPStore("127.0.0.1", address[0], is_master=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+        heartbeat.begin(world, TIMEOUT)
+
+    try:
+        for step in range(1, 20 if case == "ends" else 10_000):
+            heartbeat.enter("training", step)
+            if (step, rank) == (20, victim):
+                HAPPENS[case]()
+            dist.all_reduce(torch.ones(1))
+            time.sleep(0.02)
+    except RuntimeError:
+        heartbeat.wait_for_verdict()
+    dist.barrier()
+    heartbeat.stop()
+    sys.stdout.write("ended\n")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def stand_still() -> None:
+    time.sleep(1000)
+
+
+HAPPENS = {
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stands still": stand_still,
+}
+NAMED = {
+    "stopped": "has been silent for ",
+    "killed": "died in ",
+    "stands still": "has stood still for ",
+}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[list[int], list[str], float]]:
+    """{(what happens, to which rank): (exit codes, what each rank wrote to stderr, seconds)}; all jobs side by side."""
+    jobs = {}
+    for case, victim in [("stopped", 0), ("stopped", 1), ("killed", 0), ("killed", 1), ("stands still", 1), ("ends", -1)]:
+        folder = tmp_path_factory.mktemp("job")
+        ranks = [forking().Process(target=call, args=(run_rank, rank, case, victim, folder)) for rank in range(RANKS)]
+        for process in ranks:
+            process.start()
+        jobs[case, victim] = (ranks, folder, time.monotonic())
+
+    found = {}
+    for key, (ranks, folder, started) in jobs.items():
+        for process in ranks:
+            process.join(200)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        codes = [process.exitcode if process.exitcode is not None else 999 for process in ranks]
+        errors = [(folder / f"{rank}.err").read_text() for rank in range(RANKS)]
+        found[key] = (codes, errors, time.monotonic() - started)
+    return found
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("case", ["stopped", "killed"])
+def test_survivors_name_a_rank_that_was_killed_or_stopped_and_exit(cases: Any, case: str, victim: int) -> None:
+    codes, errors, _ = cases[case, victim]
+    assert codes[victim] == -signal.SIGKILL, codes
+    for rank in {0, 1, 2} - {victim}:
+        assert codes[rank] == EXIT_HANG, (codes, errors)
+        assert f"the job cannot go on: rank {victim} on " in errors[rank], errors
+        assert errors[rank].count("the job cannot go on") == 1
+        assert "stacks of this rank's threads:" in errors[rank]
+        assert "run_rank" in errors[rank]
+    # Who is stopped is silent, and killed by the first to notice; the other may then see it dead.
+    assert any(NAMED[case] in errors[rank] for rank in {0, 1, 2} - {victim}), errors
+
+
+def test_a_rank_that_stands_still_is_named_with_the_function_it_is_in(cases: Any) -> None:
+    codes, errors, _ = cases["stands still", 1]
+    assert codes == [EXIT_HANG] * 3
+    for text in errors:
+        assert "the job cannot go on: rank 1 on " in text
+        assert "in training step 20, in stand_still (test_heartbeat.py:" in text
+
+
+def test_a_job_that_ends_is_left_in_peace(cases: Any) -> None:
+    codes, errors, _ = cases["ends", -1]
+    assert codes == [0, 0, 0], errors
+    assert not any("cannot go on" in text for text in errors)
