@@ -137,8 +137,12 @@ def test_a_prepared_folder_and_a_folder_of_prepared_splits_are_tokenizers_with_t
     assert prepared(tmp_path, "turned", "--tokenizer", model, "--bos", "never", "--end-of-document", TURN) == 0
     found = special_tokens(load_tokenizer(tmp_path / "turned"), tmp_path / "turned")
     assert (found.end_of_document, found.bos) == (TURN, None)
+
+    # A folder of folders that do not go together.
+    with pytest.raises(DataError, match="documents that begin or end with different tokens; name one of"):
+        find_tokenizer(tmp_path)
     train_bpe(["others"], 290).save(str(tmp_path / "both" / "train" / "tokenizer.json"))
-    with pytest.raises(DataError, match="have different tokenizers; name one of"):
+    with pytest.raises(DataError, match="have different tokenizers, or documents that"):
         find_tokenizer(tmp_path / "both")
 
 
@@ -246,7 +250,7 @@ def test_what_preparing_turns_off_and_the_files_layout_are_no_part_of_the_identi
 
 def prepare_here(tmp_path, name, made, **changes):
     (tmp_path / "in.txt").write_text(" ".join([*TEXTS, name]))
-    settings = PrepareSettings(8, end_of_document=END, **changes)
+    settings = PrepareSettings(8, **{"end_of_document": END, **changes})
     return prepare_files([Input("", str(tmp_path / "in.txt"))], tmp_path / name, made, settings)
 
 
@@ -259,6 +263,24 @@ def test_folders_with_and_without_bos_do_not_mix_and_older_manifests_are_compare
     assert tokenizer_difference(read_manifest(tmp_path / "a"), second) is None
     (merged,) = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged").values()
     assert (merged.bos, merged.tokenizer_identity) == (None, None)
+
+    # One that does not tell hides no difference between two others.
+    prepare_here(tmp_path, "c", tokenizer())
+    names = ("a", "b", "c")
+    with pytest.raises(DataError, match=r"b and .*c do not belong together: the BOS token's id is 270 in one and None"):
+        merge([tmp_path / name for name in names], tmp_path / "again")
+    with pytest.raises(DataError, match=r"c was prepared with another tokenizer than .*b \(the BOS token's id"):
+        join([read_manifest(tmp_path / name) for name in names], [DataSet(tmp_path / name, 1.0, name) for name in names])
+
+
+def test_folders_whose_documents_end_with_different_tokens_do_not_mix(tmp_path):
+    for name, end in (("a", END), ("b", TURN)):
+        prepare_here(tmp_path, name, tokenizer(), end_of_document=end)
+    manifests = [read_manifest(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(DataError, match="do not belong together: documents end with id 271 in one and 272 in the other"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    with pytest.raises(DataError, match=r"prepared with another tokenizer than .*documents end with id 271"):
+        join(manifests, [DataSet(tmp_path / name, 1.0, name) for name in ("a", "b")])
 
 
 @pytest.mark.parametrize(
