@@ -1,11 +1,14 @@
 """The tokens around documents are those that a tokenizer's folder declares; a tokenizer's identity is all that decides ids."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from pipeline.checks import check_data
 from pipeline.config import ConfigError, Settings
@@ -20,7 +23,7 @@ from pipeline.data.shards.merging import merge
 from pipeline.data.shards.reader import ShardReader
 from pipeline.data.special_tokens import declaration, declared_bos_id, special_tokens
 from pipeline.data.tokenizer import find_tokenizer, fingerprint, identity, load_tokenizer, train_bpe
-from tests.unit.test_data_command_lines import run
+from tests.unit.test_data_command_lines import ROOT, run
 
 BEGIN, END, TURN = "<s>", "</s>", "<|im_end|>"
 TEXTS = ["the cat sat", "the dog sat on the mat", "a bird"]
@@ -338,6 +341,21 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_named_by_file_and_place(tmp_
     assert "2 documents; 1 undecodable left out" in output.out
     assert f"left out: {place}" in output.err
     assert sorted(documents(tmp_path / "lenient")) == [[1, 0], [2, 0]]
+
+
+def test_the_stack_of_a_tokenizer_that_panics_is_not_shown(tmp_path):
+    made = train_bpe(TEXTS, 270)
+    split = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, made.pre_tokenizer])
+    made.save(str(tmp_path / "panicking.json"))
+    (tmp_path / "in.txt").write_text("a" * 40 + "b")
+    options = ["--input", "in.txt", "--tokenizer", "panicking.json", "--sequence-length", "16", "--output", "out"]
+    command = [sys.executable, str(ROOT / "launch" / "prepare.py"), *options, "--processes", "1", "--on-undecodable", "error"]
+    environment = os.environ | {"RUST_BACKTRACE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: in.txt: the tokenizer cannot encode it: Onig: Regex search error")
+    assert "stack backtrace" not in done.stderr
 
 
 def test_what_has_no_token_or_is_the_string_of_one_is_counted_in_summary_and_manifest(tmp_path, capsys):
