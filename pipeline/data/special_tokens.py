@@ -67,7 +67,7 @@ def special_tokens(
             token as asked for; or BOS and end of document would be the same token.
     """
     declared = None if end_of_document is not None or folder is None else declared_end_of_document(tokenizer, folder)
-    end_id = end_of_document_id(tokenizer, end_of_document or (declared[0] if declared else None))
+    end_id = end_of_document_id(tokenizer, declared[0] if declared else end_of_document)
     bos = None if bos_rule == "never" else _bos_token(tokenizer, folder, bos_rule)
     bos_id = None if bos is None else _token_id(tokenizer, bos, "the BOS token")
     if bos_id == end_id:

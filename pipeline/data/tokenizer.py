@@ -196,13 +196,14 @@ def end_of_document_id(tokenizer: Tokenizer, token: str | None = None) -> int:
     Raises:
         DataError: the tokenizer has no such token.
     """
-    names = _END_OF_DOCUMENT_NAMES if token is None else (token,)
     name = usual_end_of_document(tokenizer) if token is None else token
     token_id = None if name is None else tokenizer.token_to_id(name)
     if token_id is not None:
         return token_id
+    if token is not None:
+        raise DataError(f"the tokenizer has no token {token!r} to end documents with; name one that it has")
     raise DataError(
-        f"the tokenizer has no end-of-document token: expected one of {', '.join(names)}; name its own with "
+        f"the tokenizer has no end-of-document token: expected one of {', '.join(_END_OF_DOCUMENT_NAMES)}; name its own with "
         f"--end-of-document, or add {END_OF_DOCUMENT} to it"
     )
 

@@ -116,6 +116,13 @@ def test_declarations_that_contradict_or_cannot_be_are_errors_unless_a_token_is_
     assert special_tokens(tokenizer(), model, TURN, "never").end_of_document_id == 272
 
 
+def test_a_named_end_is_never_replaced_by_another(tmp_path):
+    model = folder(tmp_path / "model", tokenizer_config={"eos_token": END})
+    for named in ("<halt>", ""):
+        with pytest.raises(DataError, match=f"the tokenizer has no token '{named}' to end documents with"):
+            special_tokens(tokenizer(), model, named)
+
+
 def test_prepare_and_index_take_the_declared_end_however_the_tokenizer_is_given_and_print_it(tmp_path, capsys):
     model = folder(tmp_path / "model", tokenizer_config={"eos_token": END})
     for number, given in enumerate((model, model / "tokenizer.json")):
