@@ -37,6 +37,8 @@ from pipeline.data.tokenizer import BYTES, END_OF_DOCUMENT, byte_tokenizer, find
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
+    # A text on which the tokenizer's code panics is one message or counted; the stack of that code helps no user.
+    os.environ["RUST_BACKTRACE"] = "0"
     interrupted = "interrupted; the same command goes on where it was"
     return guarded("error", lambda: _prepare(options), (DataError,), interrupted=interrupted)
 

@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pipeline.data.errors import DataError
-from pipeline.data.tokenizer import describe, end_of_document_id
+from pipeline.data.tokenizer import describe, end_of_document_id, read_json
 
 BOS_RULES = ("auto", "never", "always")
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -67,7 +67,7 @@ def special_tokens(
             token as asked for; or BOS and end of document would be the same token.
     """
     declared = None if end_of_document is not None or folder is None else declared_end_of_document(tokenizer, folder)
-    end_id = end_of_document_id(tokenizer, end_of_document or (declared[0] if declared else None))
+    end_id = end_of_document_id(tokenizer, declared[0] if declared else end_of_document)
     bos = None if bos_rule == "never" else _bos_token(tokenizer, folder, bos_rule)
     bos_id = None if bos is None else _token_id(tokenizer, bos, "the BOS token")
     if bos_id == end_id:
@@ -101,7 +101,7 @@ def adds_bos(tokenizer: Tokenizer, folder: Path | None) -> bool:
     if folder is not None:
         if (prepared := _prepared_bos(folder)) is not None:
             return "id" in prepared
-        declared = _read_json(folder / TOKENIZER_CONFIG).get("add_bos_token")
+        declared = read_json(folder / TOKENIZER_CONFIG).get("add_bos_token")
         if isinstance(declared, bool):
             return declared
     return bool(_leading_tokens(tokenizer))
@@ -166,17 +166,17 @@ def _bos_token(tokenizer: Tokenizer, folder: Path | None, bos_rule: str) -> str 
 
 def _prepared_bos(folder: Path) -> dict[str, Any] | None:
     """Read what a prepared folder's manifest says of its BOS token; None if it says nothing, or there is no manifest."""
-    declared = _read_json(folder / _MANIFEST).get("bos")
+    declared = read_json(folder / _MANIFEST).get("bos")
     return declared if isinstance(declared, dict) else None
 
 
 def _named_bos(tokenizer: Tokenizer, folder: Path) -> list[str]:
     """List the BOS token that the folder names; the ids of the model's configurations count only if no token is named."""
-    token = _text(_read_json(folder / TOKENIZER_CONFIG).get("bos_token"), folder / TOKENIZER_CONFIG, "bos_token")
+    token = _text(read_json(folder / TOKENIZER_CONFIG).get("bos_token"), folder / TOKENIZER_CONFIG, "bos_token")
     if token is not None:
         return [token]
     for name in _MODEL_CONFIGS:
-        if (token_id := _read_json(folder / name).get("bos_token_id")) is not None:
+        if (token_id := read_json(folder / name).get("bos_token_id")) is not None:
             return [_token_of(tokenizer, token_id, folder / name)]
     return []
 
@@ -208,17 +208,17 @@ def _processors(processor: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 def _end_declarations(tokenizer: Tokenizer, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each file that declares the end of a document, and the tokens that it allows."""
     # A prepared folder says what its documents do end with.
-    if (prepared := _read_json(folder / _MANIFEST).get("end_of_document_id")) is not None:
+    if (prepared := read_json(folder / _MANIFEST).get("end_of_document_id")) is not None:
         yield _MANIFEST, [_token_of(tokenizer, prepared, folder / _MANIFEST)]
         return
 
     # A model's folder.
-    token = _text(_read_json(folder / TOKENIZER_CONFIG).get("eos_token"), folder / TOKENIZER_CONFIG, "eos_token")
+    token = _text(read_json(folder / TOKENIZER_CONFIG).get("eos_token"), folder / TOKENIZER_CONFIG, "eos_token")
     if token is not None:
         _token_id(tokenizer, token, f"{folder / TOKENIZER_CONFIG}: eos_token")
         yield TOKENIZER_CONFIG, [token]
     for name in _MODEL_CONFIGS:
-        declared = _read_json(folder / name).get("eos_token_id")
+        declared = read_json(folder / name).get("eos_token_id")
         if declared is not None:
             ids = declared if isinstance(declared, list) else [declared]
             yield name, [_token_of(tokenizer, token_id, folder / name) for token_id in ids]
@@ -250,16 +250,3 @@ def _text(declared: Any, file: Path, key: str) -> str | None:
     if declared is not None and not isinstance(token, str):
         raise DataError(f"{file}: expected a token in {key}, got {json.dumps(declared)[:80]}; correct the file")
     return token
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one if there is no such file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read: {error}; correct it, or copy it again") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: expected a JSON object, got {type(content).__name__}; correct it, or copy it again")
-    return content

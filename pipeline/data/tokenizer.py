@@ -90,7 +90,7 @@ def find_tokenizer(path: Path) -> Path:
     """Find the file of a tokenizer: a `tokenizer.json`, or that of a folder.
 
     A folder may be a Hugging Face model's, a prepared one, or a folder of prepared ones (train, validation), which must have
-    the same tokenizer.
+    the same tokenizer, and the same tokens around their documents.
 
     Raises:
         DataError: there is no such file, or there are several different ones.
@@ -105,9 +105,20 @@ def find_tokenizer(path: Path) -> Path:
     found = [each for each in found if each.is_file()]
     if not found:
         raise DataError(f"expected a tokenizer at {file}, but there is no such file; give a tokenizer.json or its folder")
-    if len(found) > 1 and len({identity(load_tokenizer(each)) for each in found}) > 1:
-        raise DataError(f"the folders of {path} have different tokenizers; name one of {', '.join(map(str, found))}")
+    if len(found) > 1 and len({_with_ends(each) for each in found}) > 1:
+        raise DataError(
+            f"the folders of {path} have different tokenizers, or documents that begin or end with different tokens; name one "
+            f"of {', '.join(map(str, found))}"
+        )
     return found[0]
+
+
+def _with_ends(file: Path) -> tuple[str, str]:
+    """Identify the tokenizer of a prepared folder, together with the tokens around its documents."""
+    manifest = read_json(file.with_name("manifest.json"))
+    bos = manifest.get("bos")
+    ends = [manifest.get("end_of_document_id"), {"id": bos.get("id")} if isinstance(bos, dict) else bos]
+    return identity(load_tokenizer(file)), json.dumps(ends)
 
 
 def for_documents(tokenizer: Tokenizer, control_tokens: Iterable[str] = ()) -> Tokenizer:
@@ -131,6 +142,23 @@ def for_documents(tokenizer: Tokenizer, control_tokens: Iterable[str] = ()) -> T
     copy = Tokenizer.from_str(json.dumps(description))
     copy.encode_special_tokens = True
     return copy
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object that says something of a tokenizer; an empty one if there is no such file.
+
+    Raises:
+        DataError: it cannot be read, or is no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read: {error}; correct it, or copy it again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected a JSON object, got {type(content).__name__}; correct it, or copy it again")
+    return content
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -168,13 +196,14 @@ def end_of_document_id(tokenizer: Tokenizer, token: str | None = None) -> int:
     Raises:
         DataError: the tokenizer has no such token.
     """
-    names = _END_OF_DOCUMENT_NAMES if token is None else (token,)
     name = usual_end_of_document(tokenizer) if token is None else token
     token_id = None if name is None else tokenizer.token_to_id(name)
     if token_id is not None:
         return token_id
+    if token is not None:
+        raise DataError(f"the tokenizer has no token {token!r} to end documents with; name one that it has")
     raise DataError(
-        f"the tokenizer has no end-of-document token: expected one of {', '.join(names)}; name its own with "
+        f"the tokenizer has no end-of-document token: expected one of {', '.join(_END_OF_DOCUMENT_NAMES)}; name its own with "
         f"--end-of-document, or add {END_OF_DOCUMENT} to it"
     )
 

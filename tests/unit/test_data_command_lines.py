@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.shards.manifest import read_manifest, write_manifest
+from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.tokenizer import byte_tokenizer
 from tests.data_sets import numbered_data
 
@@ -132,11 +132,11 @@ def test_a_tilde_is_the_home_folder_behind_any_option_and_a_folder_of_prepared_f
 
 
 def test_prepared_folders_of_two_tokenizers_are_no_tokenizer(tmp_path, capsys):
-    for name in ("a", "b"):
-        folder = numbered_data(tmp_path / "data" / name, 24)
-        manifest = read_manifest(folder, check_files=False)
-        write_manifest(folder, manifest.model_copy(update={"tokenizer_sha256": name * 64}))
     (tmp_path / "a.txt").write_text("text")
-    arguments = ["--input", tmp_path / "a.txt", "--sequence-length", 8, "--output", tmp_path / "out"]
-    assert run("prepare", *arguments, "--tokenizer", tmp_path / "data") == 2
-    assert "its folders were prepared with different tokenizers; name one of them" in capsys.readouterr().err
+    arguments = ["--input", tmp_path / "a.txt", "--sequence-length", 8, "--processes", 1]
+    assert run("prepare", *arguments, "--output", tmp_path / "data" / "a", "--tokenizer", "bytes") == 0
+    assert run("prepare", *arguments, "--output", tmp_path / "data" / "b", "--train-bpe", 257) == 0
+    assert run("prepare", *arguments, "--output", tmp_path / "out", "--tokenizer", tmp_path / "data") == 2
+    named = f"name one of {tmp_path / 'data' / 'a' / 'tokenizer.json'}, {tmp_path / 'data' / 'b' / 'tokenizer.json'}"
+    message = f"the folders of {tmp_path / 'data'} have different tokenizers, or documents that begin or end with different"
+    assert capsys.readouterr().err.endswith(f"error: {message} tokens; {named}\n")

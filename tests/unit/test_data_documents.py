@@ -282,6 +282,36 @@ def test_a_folder_of_the_datasets_library_may_have_views_and_nulls(tmp_path):
         assert (len(documents), counts.empty) == ((1, 1) if name == "views" else (0, 2))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_folder_of_the_datasets_library_is_an_error_that_says_what_is_wrong(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.table.InMemoryTable.from_pydict({"text": TEXTS})
+    for name, content, message in (
+        ("data-00000-of-00001.arrow", LFS_POINTER, r"00001\.arrow is a pointer of Git LFS and not the file itself"),
+        ("dataset_info.json", b"<html>502</html>", r"dataset_info\.json is a page of HTML or XML"),
+        ("state.json", b"[]", r"^hf:.* cannot be read by datasets: .*; copy it again$"),
+    ):
+        datasets.Dataset(table, fingerprint="texts").save_to_disk(tmp_path / name)
+        (tmp_path / name / name).unlink()
+        (tmp_path / name / name).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            read(f"hf:{tmp_path / name}")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_of_the_datasets_library_that_is_not_utf8_is_undecodable(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.table.InMemoryTable.from_pydict({"text": [f"text {number:03d}" for number in range(300)]})
+    datasets.Dataset(table, fingerprint="texts").save_to_disk(tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    data = file.read_bytes().replace(b"text 123", b"te\xfft 123")
+    file.unlink()
+    file.write_bytes(data)
+    documents, counts = read_counted(f"hf:{tmp_path / 'set'}", on_undecodable="skip")
+    assert (len(documents), counts.undecodable) == (299, 1)
+    assert counts.notes == [f"{tmp_path / 'set'}, row 123: byte 2 of the text is not UTF-8 (invalid start byte)"]
+
+
 def test_a_folder_that_datasets_did_not_write_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"save_to_disk at .*, but it has no state\.json"):
         read(f"hf:{tmp_path}")
@@ -570,6 +600,13 @@ def test_a_file_under_a_wrong_name_is_an_error_that_says_what_it_is(tmp_path, na
         DataError, match=rf"{name} is {what}, and not what its suffix says; convert it or give it its right name"
     ):
         read(tmp_path, on_undecodable="skip")
+
+
+@pytest.mark.parametrize("name", ["A.JSONL.GZ", "A.PARQUET"])
+def test_a_damaged_file_with_a_suffix_in_capitals_is_not_called_something_else(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(as_json_lines())[:-9] if name.endswith("GZ") else b"PAR1" + b"." * 50)
+    with pytest.raises(DataError, match=rf"{name} is (damaged|not a parquet file that can be read): "):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("slice_bytes", [1 << 20, 100])

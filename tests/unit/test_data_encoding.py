@@ -14,7 +14,7 @@ from pipeline.data.corpus.documents import Document
 from pipeline.data.corpus.encoding import Encoder
 from pipeline.data.corpus.tokenization import encode_documents
 from pipeline.data.errors import DataError
-from pipeline.data.tokenizer import byte_tokenizer, for_documents, train_bpe
+from pipeline.data.tokenizer import byte_tokenizer, end_of_document_id, for_documents, train_bpe
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LETTERS = list("abcdestx0A</>|[]_CLSEPUNKim ▁")
@@ -101,11 +101,18 @@ def test_ordinary_text_has_the_ids_of_the_tokenizer_itself():
     assert tokenizer.token_to_id("    ") in found[1]
 
 
-@pytest.mark.parametrize("text", ["<0x0A>", "one</s>two", "<unk>"])
-def test_text_with_the_string_of_a_special_token_is_counted(text):
+@pytest.mark.parametrize(
+    ("tokenizer", "text"),
+    [
+        *((unigram(), text) for text in ("<0x0A>", "one</s>two", "<unk>")),
+        # Declared special, so that it never comes of a text.
+        (byte_tokenizer(), "one<|endoftext|>two"),
+    ],
+)
+def test_text_with_the_string_of_a_special_token_is_counted(tokenizer, text):
     counts = Counts(documents=2)
     documents = [Document("a\n", ""), Document(text, "")]
-    list(encode_documents(Encoder(unigram(), 2), documents, counts, "error", str))
+    list(encode_documents(Encoder(tokenizer, end_of_document_id(tokenizer)), documents, counts, "error", str))
     assert (counts.special_text, counts.without_token, counts.documents) == (1, 0, 2)
 
 
@@ -150,10 +157,26 @@ def dropping():
     return Tokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
 
 
+def dropping_in_words():
+    """A BPE that has some letters at the end of a word only, and drops all others in silence."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "a.": 1, "b.": 2, "</s>": 3}, [], end_of_word_suffix="."))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def dropping_after_a_space():
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "▁": 2, "</s>": 3}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "text", "lost"),
     [
         (dropping(), "aéb", "é"),
+        (dropping_after_a_space(), "aéb", "é"),
+        (dropping_in_words(), "aba", "b"),
+        (dropping_in_words(), "aab", ""),
         (dropping(), "ab \n", ""),
         (Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("</s>", -1.0)], unk_id=0)), "aéa", "<unk>"),
         (byte_tokenizer(), "aé漢😀\x00", ""),

@@ -160,6 +160,30 @@ def test_a_folder_that_cannot_be_read_is_an_error_and_not_an_empty_one(tmp_path,
         input_files([Input("", str(tmp_path))])
 
 
+@pytest.mark.parametrize(
+    ("pattern", "is_read"),
+    [("*/a.txt", False), ("[c]*/*.txt", False), ("closed/*", False), ("*/**", False), ("**/*.txt", False), ("open/*", True)],
+)
+def test_a_glob_that_cannot_look_into_a_folder_is_an_error(tmp_path, monkeypatch, pattern, is_read):
+    for name in ("closed", "open"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("text")
+
+    def listing(path, scandir=os.scandir):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    # root may look into every folder
+    monkeypatch.setattr(os, "scandir", listing)
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("closed"))
+    if is_read:
+        assert len(input_files([Input("", str(tmp_path / pattern))])) == 1
+        return
+    with pytest.raises(DataError, match=r"cannot read .*closed: Permission denied"):
+        input_files([Input("", str(tmp_path / pattern))])
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"cannot read .*a\.jsonl: it is a pipe or device, and no file"):

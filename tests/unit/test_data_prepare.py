@@ -196,7 +196,7 @@ def test_the_byte_tokenizers_ids_are_the_bytes():
 def test_the_end_of_a_document_may_be_named():
     unusual = Tokenizer(models.WordLevel({"a": 0, "[END]": 1, "[STOP]": 2}, unk_token="a"))
     assert end_of_document_id(unusual, "[STOP]") == 2
-    with pytest.raises(DataError, match=r"expected one of \[HALT\]; name its own with --end-of-document"):
+    with pytest.raises(DataError, match=r"the tokenizer has no token '\[HALT\]' to end documents with"):
         end_of_document_id(unusual, "[HALT]")
 
 
@@ -245,7 +245,7 @@ def test_the_command_lines_of_parts_merge_verify_inspect_and_index_work_together
     for part in ("1/2", "2/2"):
         done = command_line(*arguments, "--part", part, "--output", f"parts/{part[0]}", "--weight", "web=1.5", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert "left out: web.jsonl, line 2401: expected one JSON object a line" in done.stderr
+    assert "left out: web.jsonl, the line at byte 211,680: expected one JSON object a line" in done.stderr
     assert " documents; 1 undecodable left out" in done.stdout
     assert "packing best_fit: 0.00% of " in done.stdout
     assert ", weight 1.5" in done.stdout

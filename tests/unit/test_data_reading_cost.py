@@ -123,6 +123,29 @@ def test_preparing_and_going_on_read_no_more_than_there_is(tmp_path, kind):
     assert resumed[0] <= 1.15 * size + 2 * written + 300_000  # a slice was read twice
 
 
+def test_the_parts_of_an_input_read_it_once_together(tmp_path):
+    data = lines_of("empty") + b'{broken\n{"text": "a"}\n' * (SIZE // 100)
+    (tmp_path / "a.jsonl").write_bytes(data)
+    source, quiet = [Input("", str(tmp_path / "a.jsonl"))], Display(Console(file=StringIO()))
+
+    def prepare(name):
+        """Prepare one part after the other; returns the notes on the lines left out, and the bytes of all shards."""
+        notes, written = [], 0
+        for number in range(1, 4):
+            settings = PrepareSettings(sequence_length=64, part=(number, 3), rules=Rules(on_undecodable="skip"))
+            folder = tmp_path / f"{name}{number}"
+            notes += prepare_files(source, folder, byte_tokenizer(), settings, display=quiet).counts.notes
+            written += sum(file.stat().st_size for file in folder.rglob("*.tar"))
+        return notes, written
+
+    prepare("first")
+    with bytes_read() as found:
+        notes, written = prepare("second")
+    assert found[0] <= 1.1 * len(data) + 2 * written + 300_000
+    assert len(notes) == 15
+    assert all("a.jsonl, the line at byte" in note for note in notes)
+
+
 @pytest.mark.parametrize("size", [100, 3_000, 100_000])
 def test_a_byte_of_a_tar_is_read_once(tmp_path, size):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

@@ -1,11 +1,14 @@
 """The tokens around documents are those that a tokenizer's folder declares; a tokenizer's identity is all that decides ids."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from pipeline.checks import check_data
 from pipeline.config import ConfigError, Settings
@@ -20,7 +23,7 @@ from pipeline.data.shards.merging import merge
 from pipeline.data.shards.reader import ShardReader
 from pipeline.data.special_tokens import declaration, declared_bos_id, special_tokens
 from pipeline.data.tokenizer import find_tokenizer, fingerprint, identity, load_tokenizer, train_bpe
-from tests.unit.test_data_command_lines import run
+from tests.unit.test_data_command_lines import ROOT, run
 
 BEGIN, END, TURN = "<s>", "</s>", "<|im_end|>"
 TEXTS = ["the cat sat", "the dog sat on the mat", "a bird"]
@@ -113,6 +116,13 @@ def test_declarations_that_contradict_or_cannot_be_are_errors_unless_a_token_is_
     assert special_tokens(tokenizer(), model, TURN, "never").end_of_document_id == 272
 
 
+def test_a_named_end_is_never_replaced_by_another(tmp_path):
+    model = folder(tmp_path / "model", tokenizer_config={"eos_token": END})
+    for named in ("<halt>", ""):
+        with pytest.raises(DataError, match=f"the tokenizer has no token '{named}' to end documents with"):
+            special_tokens(tokenizer(), model, named)
+
+
 def test_prepare_and_index_take_the_declared_end_however_the_tokenizer_is_given_and_print_it(tmp_path, capsys):
     model = folder(tmp_path / "model", tokenizer_config={"eos_token": END})
     for number, given in enumerate((model, model / "tokenizer.json")):
@@ -137,8 +147,12 @@ def test_a_prepared_folder_and_a_folder_of_prepared_splits_are_tokenizers_with_t
     assert prepared(tmp_path, "turned", "--tokenizer", model, "--bos", "never", "--end-of-document", TURN) == 0
     found = special_tokens(load_tokenizer(tmp_path / "turned"), tmp_path / "turned")
     assert (found.end_of_document, found.bos) == (TURN, None)
+
+    # A folder of folders that do not go together.
+    with pytest.raises(DataError, match="documents that begin or end with different tokens; name one of"):
+        find_tokenizer(tmp_path)
     train_bpe(["others"], 290).save(str(tmp_path / "both" / "train" / "tokenizer.json"))
-    with pytest.raises(DataError, match="have different tokenizers; name one of"):
+    with pytest.raises(DataError, match="have different tokenizers, or documents that"):
         find_tokenizer(tmp_path / "both")
 
 
@@ -246,7 +260,7 @@ def test_what_preparing_turns_off_and_the_files_layout_are_no_part_of_the_identi
 
 def prepare_here(tmp_path, name, made, **changes):
     (tmp_path / "in.txt").write_text(" ".join([*TEXTS, name]))
-    settings = PrepareSettings(8, end_of_document=END, **changes)
+    settings = PrepareSettings(8, **{"end_of_document": END, **changes})
     return prepare_files([Input("", str(tmp_path / "in.txt"))], tmp_path / name, made, settings)
 
 
@@ -259,6 +273,24 @@ def test_folders_with_and_without_bos_do_not_mix_and_older_manifests_are_compare
     assert tokenizer_difference(read_manifest(tmp_path / "a"), second) is None
     (merged,) = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged").values()
     assert (merged.bos, merged.tokenizer_identity) == (None, None)
+
+    # One that does not tell hides no difference between two others.
+    prepare_here(tmp_path, "c", tokenizer())
+    names = ("a", "b", "c")
+    with pytest.raises(DataError, match=r"b and .*c do not belong together: the BOS token's id is 270 in one and None"):
+        merge([tmp_path / name for name in names], tmp_path / "again")
+    with pytest.raises(DataError, match=r"c was prepared with another tokenizer than .*b \(the BOS token's id"):
+        join([read_manifest(tmp_path / name) for name in names], [DataSet(tmp_path / name, 1.0, name) for name in names])
+
+
+def test_folders_whose_documents_end_with_different_tokens_do_not_mix(tmp_path):
+    for name, end in (("a", END), ("b", TURN)):
+        prepare_here(tmp_path, name, tokenizer(), end_of_document=end)
+    manifests = [read_manifest(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(DataError, match="do not belong together: documents end with id 271 in one and 272 in the other"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    with pytest.raises(DataError, match=r"prepared with another tokenizer than .*documents end with id 271"):
+        join(manifests, [DataSet(tmp_path / name, 1.0, name) for name in ("a", "b")])
 
 
 @pytest.mark.parametrize(
@@ -316,6 +348,21 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_named_by_file_and_place(tmp_
     assert "2 documents; 1 undecodable left out" in output.out
     assert f"left out: {place}" in output.err
     assert sorted(documents(tmp_path / "lenient")) == [[1, 0], [2, 0]]
+
+
+def test_the_stack_of_a_tokenizer_that_panics_is_not_shown(tmp_path):
+    made = train_bpe(TEXTS, 270)
+    split = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, made.pre_tokenizer])
+    made.save(str(tmp_path / "panicking.json"))
+    (tmp_path / "in.txt").write_text("a" * 40 + "b")
+    options = ["--input", "in.txt", "--tokenizer", "panicking.json", "--sequence-length", "16", "--output", "out"]
+    command = [sys.executable, str(ROOT / "launch" / "prepare.py"), *options, "--processes", "1", "--on-undecodable", "error"]
+    environment = os.environ | {"RUST_BACKTRACE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: in.txt: the tokenizer cannot encode it: Onig: Regex search error")
+    assert "stack backtrace" not in done.stderr
 
 
 def test_what_has_no_token_or_is_the_string_of_one_is_counted_in_summary_and_manifest(tmp_path, capsys):

@@ -16,7 +16,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from pipeline.data.corpus.decoding import damaged
+from pipeline.data.corpus.decoding import damaged, recognised
 from pipeline.data.errors import DataError
 
 _DATASET_ROWS_AT_ONCE = 256
@@ -98,12 +98,24 @@ def dataset_values(folder: str, field: str, first: int, last: int, limit: int) -
         raise _not_text(f"hf:{folder}", field, kind)
     dataset = dataset.select_columns([field])
     for start in range(first, last, _DATASET_ROWS_AT_ONCE):
-        for row, value in enumerate(dataset[start : min(start + _DATASET_ROWS_AT_ONCE, last)][field], start):
+        for row, value in enumerate(_read_rows(dataset, folder, field, start, min(start + _DATASET_ROWS_AT_ONCE, last)), start):
             if isinstance(value, str | bytes):
                 size = len(value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else len(value)
                 yield row, ... if size > limit else value
             else:
                 yield row, value
+
+
+def _read_rows(dataset: Any, folder: str, field: str, start: int, end: int) -> list[Any]:
+    try:
+        return list(dataset[start:end][field])
+    except UnicodeDecodeError as error:
+        # Row by row, to find the one.
+        if end - start == 1:
+            return [_not_utf8(error)]
+        return [value for row in range(start, end) for value in _read_rows(dataset, folder, field, row, row + 1)]
+    except (OSError, ValueError, LookupError) as error:
+        raise DataError(f"hf:{folder} is damaged in the rows {start} to {end - 1}: {error}; copy it again") from None
 
 
 def _open_parquet(path: str, metadata: Any = None) -> Any:
@@ -131,8 +143,10 @@ def _open_dataset(folder: str) -> Any:
     try:
         # A format that was saved with it, such as torch or pandas, would change the values and hide columns.
         return datasets.load_from_disk(folder).with_format(None)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"hf:{folder} cannot be read by datasets: {error}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        found = (recognised(path, is_json=path.endswith(".json")) for path in dataset_files(folder))
+        message = f"hf:{folder} cannot be read by datasets: {error}; copy it again"
+        raise next(filter(None, found), DataError(message)) from None
 
 
 def _stored_bytes(group: Any) -> int:
@@ -168,4 +182,8 @@ def _value(value: Any) -> Any:
     try:
         return value.as_py()
     except UnicodeDecodeError as error:
-        return DataError(f"byte {error.start} of the text is not UTF-8 ({error.reason})")
+        return _not_utf8(error)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> DataError:
+    return DataError(f"byte {error.start} of the text is not UTF-8 ({error.reason})")

@@ -91,7 +91,9 @@ def something_else(path: str, head: bytes, *, is_text: bool = False, is_json: bo
         )
 
     # Perhaps all is well but the name.
-    kinds = [what for start, (what, suffix) in _OTHER_KINDS.items() if head.startswith(start) and not path.endswith(suffix)]
+    kinds = [
+        what for start, (what, suffix) in _OTHER_KINDS.items() if head.startswith(start) and not path.lower().endswith(suffix)
+    ]
     if head.startswith(b"{") and not is_json:
         kinds.append("plain JSON")
     if kinds:
@@ -99,11 +101,16 @@ def something_else(path: str, head: bytes, *, is_text: bool = False, is_json: bo
     return None
 
 
-def damaged(path: str, error: object, otherwise: str = "{path} is damaged: {error}; copy it again") -> DataError:
-    """Make the error to raise where a file cannot be read as what its suffix says: it may be something else."""
+def recognised(path: str, *, is_json: bool = False) -> DataError | None:
+    """Recognise a file that cannot be read as what its suffix says, by its first bytes; None if it may be that, and damaged."""
     with open(path, "rb", buffering=0) as file:
         head = file.read(_HEAD)
-    return something_else(path, head) or DataError(otherwise.format(path=path, error=error))
+    return something_else(path, head, is_json=is_json)
+
+
+def damaged(path: str, error: object, otherwise: str = "{path} is damaged: {error}; copy it again") -> DataError:
+    """Make the error to raise where a file cannot be read as what its suffix says: it may be something else."""
+    return recognised(path) or DataError(otherwise.format(path=path, error=error))
 
 
 def _json_object(line: bytes) -> dict[str, Any]:

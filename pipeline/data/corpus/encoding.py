@@ -50,7 +50,7 @@ class Encoded:
     ids: uint16 or uint32 [n], by the size of the vocabulary, with the tokens around the document; None if `problem` says why
         the tokenizer cannot encode it.
     is_empty: there is no token but those around the document.
-    has_special_text: the text had the string of a special token, which was encoded as text.
+    has_special_text: the text, as it is or once it is normalised, had the string of a special token, which was encoded as text.
     lost: characters, or pieces of text, without a token: the first few of them.
     """
 
@@ -76,6 +76,7 @@ class Encoder:
             self._kinds[tokenizer.token_to_id(token)] = kind
         unknown = _unknown_token(self._description)
         self._unknown = None if unknown is None else tokenizer.token_to_id(unknown)
+        self._strings = re.compile("|".join(map(re.escape, self._special)))
         self._markers = ["<0x"] if any(map(_BYTE.fullmatch, self._special)) else []
         self._markers += [unknown] if self._special.get(unknown or "") == _AMBIGUOUS and unknown else []
 
@@ -97,7 +98,7 @@ class Encoder:
             yield self._checked(text, encoding.ids)
 
     def _checked(self, text: str, found: list[int]) -> Encoded:
-        ids, has_special_text = self._with_ends(found), False
+        ids, has_special_text = self._with_ends(found), self._strings.search(text) is not None
         kind = self._kind(ids)
 
         # As text, where special tokens came of it.
@@ -108,7 +109,7 @@ class Encoder:
                 if not _is_of_the_tokenizer(error):
                     raise
                 return Encoded(None, _sentence(error))
-            has_special_text = again != found
+            has_special_text = has_special_text or again != found  # a normaliser makes such strings too
             ids = self._with_ends(again)
             if self._kind(ids) == _RESERVED:
                 inner = self._inner(ids)
@@ -146,10 +147,21 @@ class Encoder:
 
     def _lost(self, text: str, ids: np.ndarray) -> str:
         """List what of a text has no token: characters that are dropped, or the unknown token if it stands for some."""
-        lost = "" if self._keeps_all else "".join(sorted(c for c in set(text) if not self._is_kept(c)))
+        lost = "" if self._keeps_all else self._dropped(text)
         if not lost and self._unknown is not None and (self._inner(ids) == self._unknown).any():
             lost = str(self._plain.id_to_token(self._unknown))
         return lost[:_SHOWN]
+
+    def _dropped(self, text: str) -> str:
+        suspects = "".join(sorted(character for character in set(text) if not self._is_kept(character)))
+        # Some have a token at some places in a word only. If every place is covered, these have theirs.
+        return suspects if suspects and self._num_covered(text) < len(text) else ""
+
+    def _num_covered(self, text: str) -> int:
+        """Count the characters of a text that a token stands for."""
+        # A BPE that drops characters moves the offsets of what follows, so only their number is right.
+        offsets = self._plain.encode(text, add_special_tokens=False).offsets
+        return len({place for start, end in offsets for place in range(start, end)})
 
     def _is_kept(self, character: str) -> bool:
         kept = self._has_token.get(character)
@@ -162,10 +174,13 @@ class Encoder:
         if character.isspace():
             return True
         normalizer = self._plain.normalizer
-        if normalizer is not None and not normalizer.normalize_str(character):
-            return unicodedata.category(character) in ("Mn", "Cc", "Cf")
+        normalized = character if normalizer is None else normalizer.normalize_str(character)
+        if not normalized.strip():
+            return bool(normalized) or unicodedata.category(character) in ("Mn", "Cc", "Cf")
+        # At the beginning, in the middle and at the end of a word, which may have tokens of their own. A token alone would say
+        # nothing: some tokenizers put one for a space before any text.
         try:
-            return bool(self._plain.encode(character, add_special_tokens=False).ids)
+            return self._num_covered(3 * character) == 3
         except BaseException as error:
             if not _is_of_the_tokenizer(error):
                 raise

@@ -3,7 +3,9 @@
 Links are followed, and every folder is entered once, whatever links lead to it. Names that begin with a dot are left out.
 """
 
+import errno
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -39,18 +41,30 @@ def _matches(pattern: str) -> Iterator[str]:
     would go 2 ** 40 ways."""
     stars = _EVERY_FOLDER_BELOW.search(pattern)
     if stars is None:
+        _check_folders(pattern)
         yield from glob.iglob(pattern)
         return
 
     # The folders before `**`; those below them, each once; in these what follows `**`.
     head = pattern[: stars.start()] or (os.sep if pattern[0] == os.sep else os.curdir)
     rest = pattern[stars.end() :]
+    _check_folders(head)
     for folder in filter(os.path.isdir, glob.glob(head)):
         if not rest:
             yield folder
             continue
         for below, _ in _walk(folder):
             yield from _matches(os.path.join(glob.escape(below), rest))
+
+
+def _check_folders(pattern: str) -> None:
+    """Check that the folders in which a glob looks can be read: `glob` itself takes others for empty."""
+    ends = [place for place, character in enumerate(pattern) if character == os.sep] + [len(pattern)]
+    for slash, end in itertools.pairwise(ends):
+        right = os.R_OK | os.X_OK if glob.has_magic(pattern[slash:end]) else os.X_OK
+        for folder in filter(os.path.isdir, glob.glob(pattern[:slash] or os.sep)):
+            if not os.access(folder, right):
+                raise DataError(f"cannot read {folder}: {os.strerror(errno.EACCES)}")
 
 
 def _files_below(folder: str) -> list[Path]:

@@ -165,14 +165,13 @@ class _ZstdStream(io.RawIOBase):
             self._input, self._frame = self._frame.unused_data, None
 
 
-def numbered(note: Note, quick: int | None = None) -> Note:
-    """Number the line of a note by counting those before it, which are read once more: for the few that a message names.
+def numbered(note: Note) -> Note:
+    """Number the line of a note by counting those before it, which are read once more: for the one that ends the work.
 
     Args:
         note: about a line of a .jsonl, or anything else, which is left as it is.
-        quick: bytes; if more than so many are before the line, its byte remains its name. None for no limit.
     """
-    if note.line is None or not note.lines_from or (quick is not None and note.position > quick):
+    if note.line is None or not note.lines_from:
         return note
     newlines, left = 0, note.position
     with open(note.what, "rb") as file:

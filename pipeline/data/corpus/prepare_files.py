@@ -25,7 +25,6 @@ from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import DocumentReader
 from pipeline.data.corpus.inputs import Input, InputFile, Span, input_files, slice_size, slices, source_names
-from pipeline.data.corpus.lines import numbered
 from pipeline.data.corpus.prepare import PrepareSettings, pack_split, tokenization_settings
 from pipeline.data.corpus.request import begin_or_continue, describe, request_sha256, whole_sha256
 from pipeline.data.corpus.tokenization import SliceRecord, is_held_out, read_record, tokenize_slice
@@ -39,8 +38,6 @@ from pipeline.storage.whole_file import publish, write_file
 
 # A BPE is trained on slices evenly spread over the input, about so many bytes. More text would change it little.
 _TRAINING_BYTES = 1 << 30
-# Of a part, whose slices are read without those before them: a line that is further on, in bytes, is named by its byte.
-_QUICKLY_COUNTED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,6 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
     counts = Counts()
     for record in records:
         counts.add(record.counts)
-    counts.left_out = [numbered(note, _QUICKLY_COUNTED) for note in counts.left_out]
     tokens = {
         "train": sum(record.train_tokens for record in records),
         "validation": sum(record.validation_tokens for record in records),

@@ -24,6 +24,7 @@ the same lane of the set, from where it left off.
 """
 
 import heapq
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -230,9 +231,11 @@ def join(manifests: Sequence[Manifest], sets: Sequence[DataSet]) -> tuple[Manife
                 f"data.mixture: {each.location} was prepared with rows of another length than {sets[0].location} "
                 f"({manifest.sequence_length}, {first.sequence_length}); prepare both alike"
             )
-        if (difference := tokenizer_difference(manifest, first)) is not None:
+    # Each with every other one: what one manifest does not tell, two others may tell differently.
+    for (each, manifest), (other, other_manifest) in itertools.combinations(zip(sets, manifests, strict=True), 2):
+        if (difference := tokenizer_difference(manifest, other_manifest)) is not None:
             raise DataError(
-                f"data.mixture: {each.location} was prepared with another tokenizer than {sets[0].location} ({difference}); "
+                f"data.mixture: {other.location} was prepared with another tokenizer than {each.location} ({difference}); "
                 "prepare both alike"
             )
 

@@ -182,7 +182,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def tokenizer_difference(first: Manifest, second: Manifest) -> str | None:
     """Say how the tokenizers of two folders differ, as far as both manifests tell; None if they do not.
 
-    Two folders have the same tokenizer if their ids mean the same, a text becomes the same ids, and documents begin alike.
+    Two folders have the same tokenizer if their ids mean the same, a text becomes the same ids, and documents begin and end
+    alike.
     """
     if first.tokenizer_sha256 != second.tokenizer_sha256:
         return f"tokenizer_sha256 is {first.tokenizer_sha256} in one and {second.tokenizer_sha256} in the other"
@@ -192,6 +193,8 @@ def tokenizer_difference(first: Manifest, second: Manifest) -> str | None:
             f"tokenizer_identity is {identities[0]} in one and {identities[1]} in the other: the ids mean the same, but a text "
             "becomes other ids (normaliser, pre-tokeniser, merges or added tokens)"
         )
+    if first.end_of_document_id != second.end_of_document_id:
+        return f"documents end with id {first.end_of_document_id} in one and {second.end_of_document_id} in the other"
     if first.bos is not None and second.bos is not None and first.bos.id != second.bos.id:
         return f"the BOS token's id is {first.bos.id} in one and {second.bos.id} in the other"
     return None

@@ -7,6 +7,7 @@ its rows would come twice in every epoch.
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from pipeline.data.shards.manifest import (
 from pipeline.data.shards.output_folder import atomic_folder
 from pipeline.data.shards.writer import shard_name
 
-_SAME_IN_ALL_PARTS = ("sequence_length", "vocab_size", "end_of_document_id", "source_names")
+_SAME_IN_ALL_PARTS = ("sequence_length", "vocab_size", "source_names")
 _SAME_IN_ONE_REQUEST = ("seed", "packing", "samples_per_shard", "validation", "weights", "whole_sha256")
 
 
@@ -79,8 +80,11 @@ def _check(parts: Sequence[Path], folders: Sequence[str], manifests: Sequence[Ma
                 raise DataError(
                     f"{parts[0]} and {part} do not belong together: {name} is {first} in one and {other} in the other"
                 )
-        if (difference := tokenizer_difference(manifests[0], manifest)) is not None:
-            raise DataError(f"{parts[0]} and {part} do not belong together: {difference}")
+
+    # Each with every other one: what one manifest does not tell, two others may tell differently.
+    for (part, manifest), (other_part, other) in itertools.combinations(zip(parts, manifests, strict=True), 2):
+        if (difference := tokenizer_difference(manifest, other)) is not None:
+            raise DataError(f"{part} and {other_part} do not belong together: {difference}")
 
     # Parts that prepare.py made must be complete and of one request.
     numbers = [manifest.preparation.part if manifest.preparation else None for manifest in manifests]
