@@ -532,5 +532,6 @@ def test_a_tilde_is_the_home_folder_in_every_setting_that_is_a_path(monkeypatch)
         assert getattr(getattr(settings, section), key) == Path("/home/somebody/x")
     values = {(section, key) for section, keys in settings for key, value in keys if isinstance(value, Path)}
     assert values == {tuple(path.split(".")) for path in paths}, "name each setting that is a path above"
+    assert read_settings(None, ["data.path=file:~/x"])[0].data.path == Path("/home/somebody/x")
     (problem,) = problems_of("data.path=a", "reference.path=~nobody-at-all/x")
     assert "no home folder is known" in problem
