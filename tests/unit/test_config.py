@@ -324,6 +324,7 @@ def test_a_reference_trained_here_has_no_heads_to_match():
         (["run.name=a/b"], "run.name: got 'a/b'; expected the name of a directory"),
         (["run.name=.."], "run.name: got '..'; expected the name of a directory"),
         (["training.learning_rate=.inf"], "training.learning_rate: got inf"),
+        (["model.dim=1000000000000000000"], "model.dim: got 1000000000000000000; expected at most 1048576"),
         (["training.steps=0"], "training.steps: got 0"),
         (["training.steps=1.5"], "training.steps: got 1.5"),
         (["training.normalize_by=tokens"], "training.normalize_by: got 'tokens'; expected 'valid' or 'selected'"),
