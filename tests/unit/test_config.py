@@ -405,6 +405,12 @@ def test_what_a_runs_position_is_counted_in_and_the_shape_of_its_weights_are_fix
     assert list(FIXED_SETTINGS) == ["data.global_batch", "data.lanes", *shape]
 
 
+def test_pretrained_weights_may_go_in_a_runs_life_but_others_never_come():
+    (gone,) = changed_settings({"pretrained model": "a"}, {"pretrained model": None})
+    (other,) = changed_settings({"pretrained model": None}, {"pretrained model": "a"})
+    assert (gone.is_fixed, other.is_fixed) == (False, True)
+
+
 def test_only_differences_that_change_the_result_matter():
     before = load_settings(None, SOURCES)
     harmless = before.with_values(
