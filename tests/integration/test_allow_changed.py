@@ -4,8 +4,6 @@ All settings that may change a run's result are walked through, from the setting
 with each of them changed alone, and the step must differ from that of the run that changes nothing.
 """
 
-import contextlib
-import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -195,6 +193,9 @@ def test_the_optimizer_of_a_resumed_run_has_the_recipes_values(data, reference, 
 def run_again_with_changes(data: Path, run_dir: Path) -> tuple[list[str], list[str], str]:
     """Train reference and policy, then start again with changed settings; (the problems, those with them allowed, what that
     start printed)."""
+    import contextlib
+    import io
+
     from pipeline.config import ConfigError
     from pipeline.job import run_job
     from pipeline.runtime.preemption import StopRequest
