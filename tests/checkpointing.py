@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import CheckpointSettings, Settings
+from pipeline.progress import Progress
+from pipeline.runtime.checkpoint.commit import step_name
+from pipeline.runtime.checkpoint.state import STATE_FILE, HeldOut, State, encode
 from tests.ranks import run_ranks
 from tests.rows import batch_of, part_of, random_lengths
 from tests.stepping import run_of
@@ -45,7 +48,6 @@ def train_on(layout: Layout, run_dir: Path, first_step: int, num_steps: int, sav
     """Continue from what the run directory has, or begin; on every rank."""
     from pipeline.evaluate import losses_of_batch
     from pipeline.runtime.checkpoint.checkpoints import Checkpoints
-    from pipeline.runtime.checkpoint.state import HeldOut
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
     from pipeline.runtime.distributed import World
     from pipeline.runtime.engine import build_policy, initialize_distributed
@@ -71,7 +73,7 @@ def train_on(layout: Layout, run_dir: Path, first_step: int, num_steps: int, sav
     def losses() -> list[float]:
         return losses_of_batch(engine, fixed, settings.model.num_prediction_heads, device)
 
-    progress = checkpoints.resume(engine, False, lambda: HeldOut(losses=losses()))
+    progress = checkpoints.resume(engine, True, lambda: HeldOut(losses=losses()))
     assert progress.step == first_step
     before = losses()
     run = run_of(settings, engine, None, 1, device)
@@ -103,3 +105,20 @@ def trained(layout: Layout, run_dir: Path, first_step: int, num_steps: int, save
     of_ranks = run_ranks(train_on, layout.ranks, layout, run_dir, first_step, num_steps, save)
     assert all(figures == of_ranks[0] for figures in of_ranks)
     return of_ranks[0]
+
+
+def write_state(run_dir: Path, progress: Progress, identity: dict[str, Any]) -> None:
+    """Write a checkpoint that has a state.json and nothing else: what is compared before anything is loaded."""
+    folder = run_dir / "checkpoints" / step_name(progress.step)
+    folder.mkdir(parents=True)
+    state = State(
+        format=1,
+        world_size=1,
+        progress=progress.to_json(),
+        identity=identity,
+        optimizer_step=0,
+        held_out=HeldOut(),
+        files=[],
+        parameters={},
+    )
+    (folder / STATE_FILE).write_bytes(encode(state))

@@ -4,7 +4,6 @@ All settings that may change a run's result are walked through, from the setting
 with each of them changed alone, and the step must differ from that of the run that changes nothing.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from pipeline.runtime.checkpoint.state import HeldOut
 from pipeline.runtime.distributed import World
 from pipeline.runtime.identity import RESUME_RULES, flatten
 from pipeline.setting_types import ResumeRule
+from tests.checkpointing import write_state
 from tests.ranks import run_ranks
 
 ZERO = Path(__file__).parents[2] / "ds_configs"
@@ -232,14 +232,11 @@ def test_changes_of_reference_and_policy_are_refused_at_once_and_a_changed_shape
 
 def test_what_has_changed_is_said_and_the_leap_of_the_learning_rate(data, reference, tmp_path) -> None:
     settings = settings_of(data, reference, ["training.warmup_steps=0"])
-    state = {"progress": Progress(step=20).to_json(), "world_size": 1, "identity": flatten(settings)}
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000020"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    write_state(tmp_path / "run", Progress(step=20), flatten(settings))
 
     def said(**training: Any) -> list[str]:
         now = settings.with_values(training=training)
-        checkpoints = Checkpoints(tmp_path / "run", World(0, 1, 0, 1), flatten(now), None)
+        checkpoints = Checkpoints(tmp_path / "run", World(0, 1, 0, 1), flatten(now), now.checkpoint)
         return describe_changes(SimpleNamespace(settings=now, checkpoints=checkpoints)).split("\n  ")  # type: ignore[arg-type]
 
     assert said(k_percent=0.5) == ["continuing with changed settings", "training.k_percent: was 0.6, is now 0.5"]

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import ConfigError, Settings
+from pipeline.progress import Progress
+from tests.checkpointing import write_state
 from tests.integration.test_pipeline_rho1 import DEEPSPEED_JSON, job_on_this_rank, settings_for
 from tests.ranks import run_ranks
 
@@ -21,10 +23,8 @@ def resume_after(settings: Settings, run_dir: Path, changed: Path) -> list[str]:
 
     # A checkpoint of the models as they are.
     identity = checkpoints().identity
-    folder = run_dir / "checkpoints" / "step-00000007"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"progress": {"step": 7}, "world_size": 1, "identity": identity}))
-    assert checkpoints().check(allow_changed=False)["progress"] == {"step": 7}
+    write_state(run_dir, Progress(step=7), identity)
+    assert checkpoints().check(allow_changed=False).step == 7
 
     refused = []
     weights, config = changed / "model.safetensors", changed / "config.json"
