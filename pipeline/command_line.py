@@ -302,3 +302,16 @@ def write_json(path: Path, figures: Any) -> None:
     """Write a command's figures as it prints them, at full precision."""
     with naming(path):
         path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def json_problems(path: Path | None) -> list[str]:
+    """List what speaks against writing figures to the --json path, before they are computed."""
+    if path is None:
+        return []
+    if path.is_dir():
+        return [f"--json: {path} is a directory; expected a file to write"]
+    if not path.parent.is_dir():
+        return [f"--json: {path.parent} is not a directory; make it first, or write elsewhere"]
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return [f"--json: {path} cannot be written to; choose another file"]
+    return []
