@@ -12,16 +12,21 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.benchmark.options import ADD_OPTIONS, description_of
-from pipeline.command_line import guarded, path_argument, write_json
+from pipeline.command_line import EXIT_USAGE, fail, guarded, json_problems, path_argument, write_json
+from pipeline.data.errors import DataError
+
+PROG = "benchmark.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    return guarded("benchmark.py: error", lambda: _measure(options), ())
+    return guarded(f"{PROG}: error", lambda: _measure(options), (DataError,))
 
 
 def _measure(options: argparse.Namespace) -> int:
+    for problem in json_problems(options.json):
+        return fail(f"{PROG}: error", problem, EXIT_USAGE, True)
     command = importlib.import_module(f"pipeline.benchmark.{options.command}")
     figures = command.measure(options)
     print(command.table(figures))

@@ -10,12 +10,11 @@ code 0; 1 if it does not fit; 2, with one message, if the arguments must be corr
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.command_line import guarded, path_argument, read_options, read_recipe, recipe_parser, write_json
+from pipeline.command_line import guarded, json_problems, path_argument, read_options, read_recipe, recipe_parser, write_json
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 DOES_NOT_FIT = 1
@@ -58,25 +57,12 @@ def _figures(parser: argparse.ArgumentParser, options: argparse.Namespace, unkno
 
     if options.device_memory is not None and not 0 < options.device_memory < math.inf:
         problems.append(f"--device-memory: got {options.device_memory}; expected a number of GiB above 0")
-    problems += _file_problems(options.json)
+    problems += json_problems(options.json)
     settings, content = check_before_planning(settings, options.deepspeed, options.gpus, problems)
     on_gpu = options.device == "cuda"
     memory = total_bytes() if options.device_memory is None and on_gpu else (options.device_memory or 0) * 2**30 or None
     job, notes = resolve_planned_job(settings, content, options.gpus, on_gpu, memory)
     return document(job, memory, notes)
-
-
-def _file_problems(path: Path | None) -> list[str]:
-    """Problems of the --json path, found before anything is computed."""
-    if path is None:
-        return []
-    if path.is_dir():
-        return [f"--json: {path} is a directory; expected a file to write"]
-    if not path.parent.is_dir():
-        return [f"--json: {path.parent} is not a directory; make it first, or write elsewhere"]
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        return [f"--json: {path} cannot be written to; choose another file"]
-    return []
 
 
 if __name__ == "__main__":

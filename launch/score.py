@@ -27,7 +27,8 @@ def main(arguments: Sequence[str]) -> int:
         default="float32",
         help="of the stored losses; float16 is half the size and rounds a loss by at most one part in 2,048",
     )
-    return run_command(parser, arguments, score)
+    # The recipe may already name the cache that is to be written.
+    return run_command(parser, arguments, score, own_overrides=["reference.cached=null"])
 
 
 def score(job, options: argparse.Namespace, stop) -> int:

@@ -46,10 +46,12 @@ def check_before_start(
     if problems:
         _, unreadable = _read_manifests(settings)
         found += size_problems(settings, world.size) if _sizes_are_meant(problems) else []
-        raise ConfigError([*problems, *found, *unreadable, *_reference_problems(settings, None)])
+        raise ConfigError([*problems, *found, *unreadable, *_folder_problems(settings)])
     found += size_problems(settings, world.size)
     found += _data_problems(settings)
-    if not found:
+    if found:
+        found += _missing_cache(settings)
+    else:
         found += _cache_problems(settings, resolve_deepspeed_json(content, settings, world.size))
     if found:
         raise ConfigError(found)
@@ -105,6 +107,26 @@ def _cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]
         check_alike(found)
     except DataError as error:
         yield f"reference.cached: {error}"
+
+
+def _missing_cache(settings: Settings) -> Iterator[str]:
+    """What can be said of the cached losses where nothing can be compared with them."""
+    cached = settings.reference.cached
+    if cached is not None and not cached.is_dir():
+        yield f"reference.cached: {cached}: no such folder; make it with launch/score.py"
+
+
+def _folder_problems(settings: Settings) -> Iterator[str]:
+    """Problems of the folders of models and of the cache by themselves, compared with no setting."""
+    yield from _reference_problems(settings, None, compared=False)
+    yield from _missing_cache(settings)
+    if settings.model.pretrained is not None:
+        try:
+            found = read_model_settings(settings.model.pretrained)
+        except ModelFilesError as error:
+            yield f"model.pretrained: {error}"
+            return
+        yield from (f"model.pretrained: {problem}" for problem in weight_problems(found, settings.model.pretrained))
 
 
 def data_locations(settings: Settings) -> list[Location]:
@@ -221,7 +243,8 @@ def _model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
     return problems
 
 
-def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterator[str]:
+def _reference_problems(settings: Settings, manifest: Manifest | None, compared: bool = True) -> Iterator[str]:
+    """Problems of the reference. compared: false if settings must not be compared with it, as some hold defaults."""
     directory, num_heads = settings.reference.path, settings.model.num_prediction_heads
     if directory is None:
         return
@@ -235,6 +258,8 @@ def _reference_problems(settings: Settings, manifest: Manifest | None) -> Iterat
     # Its weights, heads and positions.
     needed = shape if settings.reference.horizon == "matched" else next_token_model(shape)
     yield from (f"reference.path: {problem}" for problem in weight_problems(needed, directory))
+    if not compared:
+        return
     yield from (f"reference.path: {problem}" for problem in _length_problems(directory, settings))
     if settings.reference.horizon == "matched" and shape.num_prediction_heads != num_heads:
         yield (

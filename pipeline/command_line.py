@@ -67,9 +67,15 @@ def job_parser(name: str, description: str | None, default_recipe: Path) -> argp
     return parser
 
 
-def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], command: Command) -> int:
-    """Read options and settings, make all checks, start the process group, run `command`; returns the exit code."""
+def run_command(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], command: Command, own_overrides: Sequence[str] = ()
+) -> int:
+    """Read options and settings, make all checks, start the process group, run `command`; returns the exit code.
+
+    own_overrides: `section.key=value` of settings that the command decides itself, whatever recipe and user say.
+    """
     options, unknown = read_options(parser, arguments)
+    options.overrides += own_overrides
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     stop = StopRequest()
     if is_first and not options.print_config:
@@ -168,16 +174,23 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> t
     """Parse the options; returns them, overrides included, and a list of unknown ones, `--option` or `--option=value`."""
     options, left = parser.parse_known_intermixed_args(arguments)
     # argparse also returns the overrides that follow an unknown option as unknown.
-    options.overrides += [argument for argument in left if not argument.startswith("-")]
+    options.overrides += [argument for argument in left if not _is_option(argument)]
 
-    # What follows an unknown option and is no override is its value.
-    unknown = [argument for argument in left if argument.startswith("-")]
-    for number, option in enumerate(unknown):
-        after = arguments[list(arguments).index(option) + 1 :][:1]
+    # What follows an unknown option and is no override is its value; the same option may be there again.
+    unknown, place = [], -1
+    for option in filter(_is_option, left):
+        place = list(arguments).index(option, place + 1)
+        after = arguments[place + 1 :][:1]
         if "=" not in option and after and "=" not in after[0] and after[0] in options.overrides:
             options.overrides.remove(after[0])
-            unknown[number] = f"{option}={after[0]}"
+            option = f"{option}={after[0]}"
+        unknown.append(option)
     return options, unknown
+
+
+def _is_option(argument: str) -> bool:
+    """True for `--option` and `-o`; a negative number is a value."""
+    return argument.startswith("-") and not argument[1:2].isdigit() and argument[1:2] != "."
 
 
 def read_recipe(
@@ -303,3 +316,16 @@ def write_json(path: Path, figures: Any) -> None:
     """Write a command's figures as it prints them, at full precision."""
     with naming(path):
         path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def json_problems(path: Path | None) -> list[str]:
+    """List what speaks against writing figures to the --json path, before they are computed."""
+    if path is None:
+        return []
+    if path.is_dir():
+        return [f"--json: {path} is a directory; expected a file to write"]
+    if not path.parent.is_dir():
+        return [f"--json: {path.parent} is not a directory; make it first, or write elsewhere"]
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return [f"--json: {path} cannot be written to; choose another file"]
+    return []

@@ -28,6 +28,7 @@ from pipeline.setting_types import (
     Positive,
     PositiveFloat,
     Section,
+    Size,
     UserPath,
 )
 from pipeline.storage.files import Access
@@ -124,21 +125,21 @@ class DataSettings(Section):
 class ModelSettings(Section):
     """Section `model`: the policy's shape and initial weights."""
 
-    dim: Fixed[Positive] = 512
+    dim: Fixed[Size] = 512
     """D, width of the hidden states."""
-    num_layers: Fixed[Positive] = 8
+    num_layers: Fixed[Size] = 8
     """Depth of the next-token path: a trunk of num_layers - 1 blocks, then head 0's block."""
-    num_attention_heads: Fixed[Positive] = 8
+    num_attention_heads: Fixed[Size] = 8
     """Attention heads per block."""
-    num_key_value_heads: Fixed[Positive | None] = None
+    num_key_value_heads: Fixed[Size | None] = None
     """Key and value heads (grouped-query attention); null: as many as attention heads."""
-    head_dim: Fixed[Positive | None] = None
+    head_dim: Fixed[Size | None] = None
     """Width of an attention head; null: dim / num_attention_heads."""
-    ffn_dim: Fixed[Positive | None] = None
+    ffn_dim: Fixed[Size | None] = None
     """Width of the SwiGLU layer; null: 8/3 of dim, rounded up to a multiple of 64."""
-    vocab_size: Fixed[Positive | None] = None
+    vocab_size: Fixed[Annotated[int, Field(gt=0, le=2**32)] | None] = None
     """V; null: the data's."""
-    num_prediction_heads: Fixed[Positive] = 4
+    num_prediction_heads: Fixed[Size] = 4
     """H: head h predicts the token h + 1 places ahead. 1 is ordinary next-token training."""
     rope_theta: ChangesResult[PositiveFloat] = 10_000.0
     """Base of the rotary position embedding."""

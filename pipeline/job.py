@@ -179,20 +179,22 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
         exit_code = train_in(job, one_head, directory / "training", stop, export_to=directory)
         if exit_code:
             return settings, exit_code
-    elif not job.allow_changed:
-        _refuse_another_reference(job, one_head, with_reference, directory)
+    else:
+        _check_reference(job, one_head, with_reference, directory)
     return with_reference, 0
 
 
-def _refuse_another_reference(job: Job, one_head: Settings, settings: Settings, directory: Path) -> None:
+def _check_reference(job: Job, one_head: Settings, settings: Settings, directory: Path) -> None:
     """Refuse a reference that was trained with other settings than these, if its checkpoints tell, and say what else of the
-    run has changed."""
+    run has changed; with `--allow-changed` say that it is used as it is."""
     _, _, checkpoints = resolve_settings(job, one_head, directory / "training")
     changed = [f"reference in {directory}: {change}" for change in checkpoints.changed()]
-    if changed:
+    if changed and not job.allow_changed:
         _, _, checkpoints = resolve_settings(job, settings, job.run_dir)
         remedy = f"remove {directory} to train it again, or pass --allow-changed to use it as it is"
         raise ConfigError([*changed, *map(str, checkpoints.changed())], remedy)
+    if changed:
+        _say(job, "\n  ".join(["the reference is used as it was trained before", *changed]))
 
 
 def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, export_to: Path | None = None) -> int:

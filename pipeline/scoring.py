@@ -60,8 +60,7 @@ def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopReque
         )
         raise ConfigError([f"reference.path: not set; name the directory of the reference that is to score the data{trained}"])
 
-    # `reference.cached` may already name the cache that is being written; the model runs live all the same.
-    settings = settings.with_values(reference={"cached": None})
+    assert settings.reference.cached is None, "the command sets it so: the model runs live"
     settings, config, _ = resolve_settings(job, settings, job.run_dir)
     shape = reference_shape(settings)
     if shape is None:

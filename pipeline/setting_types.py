@@ -74,6 +74,8 @@ Fixed = Annotated[Value, ResumeRule.FIXED]
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+# Beyond any model. So the values of a matrix, whose height may be a product of two sizes, still have a number in 64 bits.
+Size = Annotated[int, Field(gt=0, le=2**20)]
 DirectoryName = Annotated[str, AfterValidator(_directory_name)]
 Fraction = Annotated[float, AfterValidator(_fraction)]
 UserPath = Annotated[Path, AfterValidator(user_path)]

@@ -6,6 +6,7 @@ DeepSpeed, for which `--help` need not wait.
 
 import argparse
 import ast
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,33 +33,33 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"of {', '.join(VARIANTS)}; next_token is always measured (default: all)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps, after two that warm up (default: 5)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="measured steps, after two that warm up (default: 5)")
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     _add_sizes(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one that warms up (default: 5)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="measured rounds, after one that warms up (default: 5)")
     parser.add_argument("--directory", type=user_path, metavar="DIR", help="where to write (default: a temporary folder)")
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
     """The options for the sizes of a model and of its step."""
-    parser.add_argument("--layers", type=int, default=8, help="depth of the next-token path (default: 8)")
-    parser.add_argument("--dim", type=int, default=512, metavar="D", help="default: 512")
-    parser.add_argument("--attention-heads", type=int, default=8, help="default: 8")
-    parser.add_argument("--vocabulary", type=int, default=8192, metavar="V", help="default: 8192")
-    parser.add_argument("--sequence-length", type=int, default=512, metavar="T", help="default: 512")
-    parser.add_argument("--rows", type=int, default=4, metavar="B", help="rows of a step (default: 4)")
+    parser.add_argument("--layers", type=_positive, default=8, help="depth of the next-token path (default: 8)")
+    parser.add_argument("--dim", type=_positive, default=512, metavar="D", help="default: 512")
+    parser.add_argument("--attention-heads", type=_positive, default=8, help="default: 8")
+    parser.add_argument("--vocabulary", type=_positive, default=8192, metavar="V", help="default: 8192")
+    parser.add_argument("--sequence-length", type=_positive, default=512, metavar="T", help="default: 512")
+    parser.add_argument("--rows", type=_positive, default=4, metavar="B", help="rows of a step (default: 4)")
     parser.add_argument("--threads", type=int, default=0, help="of each variant on a CPU (default: all cores)")
 
 
 def _add_heads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="positions (default: 2048)")
-    parser.add_argument("--dim", type=int, default=512, metavar="D", help="width of the hidden states (default: 512)")
-    parser.add_argument("--vocabulary", type=int, default=32_000, metavar="V", help="default: 32000")
-    parser.add_argument("--heads", type=int, default=4, metavar="H", help="default: 4")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after two that warm up (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each variant on a CPU (default: 1)")
+    parser.add_argument("--tokens", type=_positive, default=2048, metavar="N", help="positions (default: 2048)")
+    parser.add_argument("--dim", type=_positive, default=512, metavar="D", help="width of the hidden states (default: 512)")
+    parser.add_argument("--vocabulary", type=_positive, default=32_000, metavar="V", help="default: 32000")
+    parser.add_argument("--heads", type=_positive, default=4, metavar="H", help="default: 4")
+    parser.add_argument("--rounds", type=_positive, default=5, help="measured rounds, after two that warm up (default: 5)")
+    parser.add_argument("--threads", type=_positive, default=1, help="threads of each variant on a CPU (default: 1)")
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +71,11 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=_positive, nargs="+", default=[64, 256, 1024, 4096], help="sizes for the model")
     parser.add_argument("--gpu-tokens", type=_positive, default=2**14, help="the model's tokens a GPU and micro-step")
     parser.add_argument("--latency-us", type=float, default=5.0, help="the model's time of a message, microseconds")
-    parser.add_argument("--bandwidth", type=float, default=50.0, help="the model's bandwidth of a GPU, GB/s")
-    parser.add_argument("--parameters", type=float, default=1.1e9, help="of the policy, for the time of a step")
-    parser.add_argument("--flops", type=float, default=4e14, help="FLOP/s that a GPU achieves, for the time of a step")
+    parser.add_argument("--bandwidth", type=_positive_float, default=50.0, help="the model's bandwidth of a GPU, GB/s")
+    parser.add_argument("--parameters", type=_positive_float, default=1.1e9, help="of the policy, for the time of a step")
+    parser.add_argument(
+        "--flops", type=_positive_float, default=4e14, help="FLOP/s that a GPU achieves, for the time of a step"
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -87,25 +90,36 @@ def _add_preparing(parser: argparse._ArgumentGroup) -> None:
         "--text", metavar="PATH", help="what prepare.py takes as input (default: the standard library, 4 times)"
     )
     parser.add_argument("--tokenizer", type=user_path, metavar="FILE|DIR", help="default: a BPE of 32,000 trained on the text")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one a core")
+    parser.add_argument(
+        "--processes", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one a core"
+    )
 
 
 def _add_streaming(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared shards (default: random rows are written)")
-    parser.add_argument("--rows", type=int, default=16_384, help="of the random rows")
-    parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="of the random rows")
-    parser.add_argument("--lanes", type=int, default=64, metavar="L")
-    parser.add_argument("--micro-batch", type=int, default=8, metavar="B")
+    parser.add_argument("--rows", type=_positive, default=16_384, help="of the random rows")
+    parser.add_argument("--sequence-length", type=_positive, default=2048, metavar="T", help="of the random rows")
+    parser.add_argument("--lanes", type=_positive, default=64, metavar="L")
+    parser.add_argument("--micro-batch", type=_positive, default=8, metavar="B")
     parser.add_argument(
-        "--pace", type=float, default=200_000, metavar="TOKENS/S", help="of the training whose waiting is measured"
+        "--pace", type=_positive_float, default=200_000, metavar="TOKENS/S", help="of the training whose waiting is measured"
     )
-    parser.add_argument("--repeat", type=int, default=5, help="turns of each loop")
+    parser.add_argument("--repeat", type=_positive, default=5, help="turns of each loop")
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
 
 

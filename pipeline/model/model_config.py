@@ -25,6 +25,9 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 }
 """transformers' values of keys that are absent; a null means something else."""
 
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
+"""Keys without which no model is meant, whatever transformers' default."""
+
 _ONLY_SUPPORTED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -101,10 +104,11 @@ def settings_from_config(config: dict[str, Any], directory: Path) -> ModelSettin
         raise ModelFilesError(f"{directory}: {problem}")
 
     # The same checks as for a recipe's own model, then those of sizes that must divide one another.
+    missing = next((key for key in _REQUIRED if config.get(key) is None), None)
+    if missing is not None:
+        raise ModelFilesError(f"{directory}: {CONFIG_FILE} lacks '{missing}'")
     try:
         settings = _shape(config, model_type)
-    except KeyError as error:
-        raise ModelFilesError(f"{directory}: {CONFIG_FILE} lacks {error}") from None
     except ValidationError as error:
         problem = "; ".join(f"{detail['loc'][0]}: got {detail['input']!r}; {detail['msg']}" for detail in error.errors())
     else:

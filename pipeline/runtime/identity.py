@@ -36,8 +36,8 @@ class Change(NamedTuple):
 
     @property
     def is_fixed(self) -> bool:
-        """True if a run can never continue with this change."""
-        return self.key in FIXED_SETTINGS
+        """True if a run can never continue with this change. Pretrained weights may go, but others come too late."""
+        return self.key in FIXED_SETTINGS or (self.key == "pretrained model" and self.after is not None)
 
     def __str__(self) -> str:
         return f"{self.key}: was {self.before!r}, is now {self.after!r}"

@@ -90,4 +90,4 @@ def _file_path(value: str) -> Path:
     parts = urlsplit(value)
     if parts.netloc not in ("", "localhost"):
         raise ValueError(f"file://{parts.netloc}/… is a file of another machine; expected file:///PATH")
-    return Path(unquote(parts.path))
+    return user_path(unquote(parts.path))

@@ -190,8 +190,12 @@ def test_the_optimizer_of_a_resumed_run_has_the_recipes_values(data, reference, 
     assert all((group["betas"], group["eps"]) == ((0.5, 0.6), 0.01) for group in resumed["groups"])
 
 
-def run_again_with_changes(data: Path, run_dir: Path) -> tuple[list[str], list[str]]:
-    """Train reference and policy, then start again with changed settings: (the problems, what is left in the run directory)."""
+def run_again_with_changes(data: Path, run_dir: Path) -> tuple[list[str], list[str], str]:
+    """Train reference and policy, then start again with changed settings; (the problems, those with them allowed, what that
+    start printed)."""
+    import contextlib
+    import io
+
     from pipeline.config import ConfigError
     from pipeline.job import run_job
     from pipeline.runtime.preemption import StopRequest
@@ -202,26 +206,28 @@ def run_again_with_changes(data: Path, run_dir: Path) -> tuple[list[str], list[s
     before = (run_dir / "config.yaml").read_bytes()
 
     changes = ["training.beta1=0.8", "training.k_percent=0.5"]
-    problems = []
+    problems, printed = [], io.StringIO()
     for allow_changed, changed in ((False, changes), (True, ["model.dim=32"])):
         job = replace(job_of(settings_of(data, data, [*more, *changed]), run_dir, "zero3.json"), allow_changed=allow_changed)
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError) as caught, contextlib.redirect_stdout(printed):
             run_job(job, stop)
         problems.append(caught.value.problems)
     assert (run_dir / "config.yaml").read_bytes() == before, "nothing may be written before everything is checked"
-    return problems[0], problems[1]
+    return problems[0], problems[1], printed.getvalue()
 
 
 @pytest.mark.slow
 def test_changes_of_reference_and_policy_are_refused_at_once_and_a_changed_shape_always(data, tmp_path) -> None:
     run_dir = tmp_path / "run"
-    ((changed, fixed),) = run_ranks(run_again_with_changes, 1, data, run_dir)
+    ((changed, fixed, printed),) = run_ranks(run_again_with_changes, 1, data, run_dir)
     assert changed == [
         f"reference in {run_dir / 'reference'}: training.beta1: was 0.9, is now 0.8",
         "training.beta1: was 0.9, is now 0.8",
         "training.k_percent: was 0.6, is now 0.5",
     ]
     assert fixed == ["model.dim: was 16, is now 32; it is fixed for the life of a run"]
+    kept = f"reference in {run_dir / 'reference'}: model.dim: was 16, is now 32"
+    assert f"the reference is used as it was trained before\n  {kept}\n" in printed
 
 
 def test_what_has_changed_is_said_and_the_leap_of_the_learning_rate(data, reference, tmp_path) -> None:

@@ -356,11 +356,42 @@ def test_an_unknown_option_is_refused_with_a_suggestion(refused, option, suggest
         ("--resume_from_checkpoint runs/a", "a run continues by itself when it is started again with the same --run-dir"),
         ("--output_dir out", "the folder of a run is --run-dir DIR"),
         ("--num_train_epochs 3", "the length of a run is training.steps: epochs × rows"),
+        ("--lr -1e-4", "settings have no dashes: write training.learning_rate=-1e-4"),
     ],
 )
 def test_words_that_other_trainers_use_are_refused_with_what_does_it_here(refused, given, meant):
     (problem,) = refused(*given.split())
     assert problem.startswith(f"{given.replace(' ', '=')}: unknown option; {meant}")
+
+
+def test_an_unknown_option_that_comes_twice_has_its_own_value_each_time(refused):
+    assert [problem.partition(":")[0] for problem in refused("--lr", "3", "--lr", "4", "--lr")] == ["--lr=3", "--lr=4", "--lr"]
+
+
+def test_folders_are_looked_at_beside_wrong_settings_and_compared_with_none_of_them(refused, tiny_reference, tmp_path):
+    shutil.copytree(tiny_reference, tmp_path / "short")
+    edited(tmp_path / "short" / "config.json", max_position_embeddings=64)
+    wrong = ["data.sequence_length=none", f"reference.path={tmp_path / 'short'}"]
+    problems = refused(*wrong, f"reference.cached={tmp_path / 'cache'}", f"model.pretrained={tmp_path / 'model'}")
+    assert problems == [
+        "data.sequence_length: got 'none'; expected a whole number",
+        f"reference.cached: {tmp_path / 'cache'}: no such folder; make it with launch/score.py",
+        f"model.pretrained: {tmp_path / 'model'}: no such directory; expected a model (config.json, model.safetensors)",
+    ]
+
+
+def test_a_cache_that_is_not_there_is_named_beside_other_problems(refused, tmp_path):
+    data, cache = refused(f"data.path={tmp_path / 'none'}", f"reference.cached={tmp_path / 'cache'}")
+    assert data.startswith("data.path: ")
+    assert cache == f"reference.cached: {tmp_path / 'cache'}: no such folder; make it with launch/score.py"
+
+
+def test_scoring_does_not_ask_for_the_cache_that_it_is_to_write(arguments, tmp_path):
+    cache = ["--output", tmp_path / "cache", f"reference.cached={tmp_path / 'cache'}"]
+    finished = run_script("score.py", *arguments, *cache, "training.steps=0", environment=ENVIRONMENT)
+    assert finished.stderr == (
+        "score.py: error: 1 problem with the settings:\n  - training.steps: got 0; expected more than 0\n"
+    )
 
 
 def test_sizes_that_do_not_fit_are_refused_beside_other_problems_unless_one_is_about_a_size(refused):

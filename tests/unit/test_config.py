@@ -324,6 +324,7 @@ def test_a_reference_trained_here_has_no_heads_to_match():
         (["run.name=a/b"], "run.name: got 'a/b'; expected the name of a directory"),
         (["run.name=.."], "run.name: got '..'; expected the name of a directory"),
         (["training.learning_rate=.inf"], "training.learning_rate: got inf"),
+        (["model.dim=1000000000000000000"], "model.dim: got 1000000000000000000; expected at most 1048576"),
         (["training.steps=0"], "training.steps: got 0"),
         (["training.steps=1.5"], "training.steps: got 1.5"),
         (["training.normalize_by=tokens"], "training.normalize_by: got 'tokens'; expected 'valid' or 'selected'"),
@@ -402,6 +403,12 @@ def test_what_a_runs_position_is_counted_in_and_the_shape_of_its_weights_are_fix
     without_effect_on_the_shape = {"rope_theta", "norm_eps", "pretrained"}
     shape = [f"model.{key}" for key in section_class("model").model_fields if key not in without_effect_on_the_shape]
     assert list(FIXED_SETTINGS) == ["data.global_batch", "data.lanes", *shape]
+
+
+def test_pretrained_weights_may_go_in_a_runs_life_but_others_never_come():
+    (gone,) = changed_settings({"pretrained model": "a"}, {"pretrained model": None})
+    (other,) = changed_settings({"pretrained model": None}, {"pretrained model": "a"})
+    assert (gone.is_fixed, other.is_fixed) == (False, True)
 
 
 def test_only_differences_that_change_the_result_matter():
@@ -532,5 +539,6 @@ def test_a_tilde_is_the_home_folder_in_every_setting_that_is_a_path(monkeypatch)
         assert getattr(getattr(settings, section), key) == Path("/home/somebody/x")
     values = {(section, key) for section, keys in settings for key, value in keys if isinstance(value, Path)}
     assert values == {tuple(path.split(".")) for path in paths}, "name each setting that is a path above"
+    assert read_settings(None, ["data.path=file:~/x"])[0].data.path == Path("/home/somebody/x")
     (problem,) = problems_of("data.path=a", "reference.path=~nobody-at-all/x")
     assert "no home folder is known" in problem

@@ -13,7 +13,7 @@ from pipeline.command_line import guarded
 from pipeline.config import ConfigError
 from pipeline.data.errors import DataError
 from tests.data_sets import numbered_data
-from tests.forked import ROOT
+from tests.forked import ROOT, run_script
 
 DEEP = "[" * 100_000
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
@@ -127,3 +127,19 @@ def test_a_deepspeed_json_that_is_none_is_one_message(tmp_path: Path, content: s
 def test_a_plan_that_cannot_be_written_is_one_message() -> None:
     message = one_message("plan", "--deepspeed", ZERO3, "--gpus", 2, "--json", "/dev/full")
     assert message.startswith("/dev/full: No space left on device; free some of the disk")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["heads", "--tokens", "0"], "argument --tokens: expected a whole number above 0, got '0'"),
+        (["data", "--pace", "-1"], "argument --pace: expected a number above 0, got '-1'"),
+        (["step", "--json", "/no/such/folder/figures.json"], "--json: /no/such/folder is not a directory; make it first"),
+        (["data", "--only", "streaming", "--data", "/no/such/folder"], "expected a folder of prepared shards"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_measured_is_refused_before_it_begins(arguments, said) -> None:
+    finished = run_script("benchmark.py", *arguments, environment=dict(os.environ))
+    assert finished.returncode == 2
+    assert f"error: {said}" in finished.stderr
+    assert "Traceback" not in finished.stderr
