@@ -436,8 +436,10 @@ def test_a_run_goes_back_to_the_step_asked_for_and_later_ones_are_kept_aside(tmp
     ]
     store = checkpoints(tmp_path)
     store.from_step = 4
-    with pytest.raises(ConfigError, match=r"--from-step 4: no checkpoint of that step; there are: 3"):
+    with pytest.raises(ConfigError) as caught:
         store.check(allow_changed=False)
+    assert caught.value.problems == ["--from-step 4: no checkpoint of that step; there are: 3"]
+    assert not caught.value.remedy
 
 
 def saves_without_memory(run_dir: Path) -> int:

@@ -31,7 +31,16 @@ from pipeline.data.corpus.tokenization import SliceRecord, is_held_out, read_rec
 from pipeline.data.corpus.workers import work_on
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import MANIFEST_FILE, InputCounts, Manifest, Preparation, read_manifest, write_manifest
-from pipeline.data.shards.output_folder import LOCK_FILE, is_occupied, locked, make_partial, partial_folder, real_output, remove
+from pipeline.data.shards.output_folder import (
+    FAILED_FILE,
+    LOCK_FILE,
+    is_occupied,
+    locked,
+    make_partial,
+    partial_folder,
+    real_output,
+    remove,
+)
 from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
 from pipeline.storage.whole_file import publish, write_file
@@ -110,6 +119,8 @@ def prepare_files(
             has_trained = isinstance(tokenizer, int) and (partial / TOKENIZER_FILE).exists()
             if not (was_begun or has_trained or job.num_slices_done):
                 remove(partial)
+            elif partial.is_dir():
+                (partial / FAILED_FILE).touch()
             raise
 
 
@@ -189,6 +200,8 @@ def _own_slices(job: _Job) -> list[list[Span]]:
     if not 1 <= number <= count:
         raise DataError(f"expected a part from 1/{count} to {count}/{count}, got {number}/{count}")
     all_slices = slices(job.files, slice_size(job.files, count))
+    if not all_slices:
+        raise DataError(f"every input file is empty: {', '.join(file.path for file in job.files[:3])}")
     if len(all_slices) < count:
         raise DataError(
             f"part {number}/{count}: the input can be cut into {len(all_slices)} slices only, so expected at most that many "
