@@ -561,6 +561,30 @@ def documents_in_prepared(source, output):
     return documents_in(output)
 
 
+@pytest.mark.parametrize("part", [None, (1, 1)])
+def test_finished_data_is_known_by_what_its_input_held_not_by_names_and_sizes(corpus, tmp_path, part):
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    first = prepare_files(inputs(copy), tmp_path / "out", byte_tokenizer(), settings(part=part))
+    (held,) = {manifest.preparation.contents for manifest in first.manifests.values()}
+    # However it is cut, and copied anew.
+    source = inputs(shutil.copytree(corpus, tmp_path / "again"))
+    for processes in (1, 2):
+        again = prepare_files(source, tmp_path / "out", byte_tokenizer(), settings(part=part), processes=processes)
+        assert again.was_complete
+        assert {manifest.preparation.contents for manifest in again.manifests.values()} == {held}
+
+    # One letter of one document.
+    edited = next(path for path in sorted(copy.rglob("*.jsonl")) if path.stat().st_size)
+    times = edited.stat()
+    before, mark, after = edited.read_text().partition('"text": "')
+    letter = next(letter for letter in "etaoin" if letter in after)
+    edited.write_text(before + mark + after.replace(letter, "q", 1))
+    os.utime(edited, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert edited.stat().st_size == times.st_size
+    with pytest.raises(DataError, match="files of these names and sizes that held something else; remove it"):
+        prepare_files(inputs(copy), tmp_path / "out", byte_tokenizer(), settings(part=part))
+
+
 def test_an_output_that_is_a_url_and_an_empty_input_are_refused_by_name(corpus, tmp_path):
     for url in ("s3://bucket/x", "https://host/x"):
         with pytest.raises(DataError, match="expected an output folder of this machine, got the URL"):

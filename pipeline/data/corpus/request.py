@@ -25,8 +25,8 @@ def describe(
 
     Two things are left out on purpose. `on_undecodable`, because work that was finished while undecodable documents were an
     error had none. And the files' times of change, so that input that was copied again, or lies on another machine, is still
-    the same input. An edit that keeps a file's size is therefore not noticed in finished data; unfinished work does check the
-    times (`begin_or_continue`).
+    the same input. An edit that keeps a file's size is noticed in finished data by its contents (`contents`), and in unfinished
+    work by the times (`begin_or_continue`).
     """
     sizes = hashlib.sha256()
     for file in files:
