@@ -154,7 +154,7 @@ def _prepare(options: argparse.Namespace) -> int:
     with Display() as display:
         prepared = prepare_files(inputs, options.output, tokenizer, settings, processes=options.processes, display=display)
     if prepared.was_complete:
-        print(f"{options.output} is complete already, made with the same settings from files of the same names and sizes")
+        print(f"{options.output} is complete already, made with the same settings from the same input")
     print(ends)
     _print_counts(prepared.counts)
     for directory, manifest in prepared.manifests.items():

@@ -151,7 +151,11 @@ def _data_problems(settings: Settings) -> list[str]:
     first = next(iter(manifests.values()), None)
     for path, manifest in manifests.items():
         problems += _manifest_problems(manifest, path, settings, first)
-    return [*problems, *_num_rows_problems(manifests, settings), *_model_problems(settings, first)]
+    # Older manifests do not tell how documents begin, nor the tokenizer's identity: compare models with one that tells most.
+    telling = max(
+        manifests.values(), key=lambda each: (each.bos is not None) + (each.tokenizer_identity is not None), default=None
+    )
+    return [*problems, *_num_rows_problems(manifests, settings), *_model_problems(settings, telling)]
 
 
 def size_problems(settings: Settings, num_ranks: int) -> list[str]:

@@ -97,7 +97,7 @@ def run_command(
         body,
         (ConfigError,),
         is_first,
-        interrupted=f"{parser.prog}: interrupted; the same command continues from what was saved last",
+        interrupted=f"{parser.prog}: interrupted; the same command continues from what was saved last, if anything was",
     )
 
 

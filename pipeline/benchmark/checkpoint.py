@@ -36,6 +36,7 @@ WARM_UP_ROUNDS = 1
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds, and bytes, of each way; medians over the rounds."""
+    step.check_shape(options)
     with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
         rounds = WARM_UP_ROUNDS + options.rounds
         rows = options.rows * _STEPS_A_ROUND * (rounds + 1)

@@ -24,9 +24,11 @@ from pipeline.assembly import Job, build_run
 from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
 from pipeline.benchmark.timing import Round, in_processes, in_turn, medians, timed
 from pipeline.config import ModelSettings, Settings
+from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.prefetch import prefetched
 from pipeline.micro_step import load_micro_batches
+from pipeline.model.model_config import impossible_heads
 from pipeline.model.reference import losses_by_head
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 from pipeline.progress import Progress
@@ -43,7 +45,12 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e1
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds, tokens a second and peak memory of each variant's step, and what they are of next_token's."""
+    """Seconds, tokens a second and peak memory of each variant's step, and what they are of next_token's.
+
+    Raises:
+        DataError: no such model can be built.
+    """
+    check_shape(options)
     with tempfile.TemporaryDirectory() as scratch:
         rounds = WARM_UP_ROUNDS + options.rounds
         directory = random_rows(Path(scratch), options.rows * (rounds + 1), options.sequence_length, options.vocabulary)
@@ -128,6 +135,13 @@ def flops_a_token(variant: str, shape: ModelSettings, keys_a_query: float) -> fl
         "selective": 3 * (trunk + HEADS * block) + (HEADS + 2 + 2 * K_PERCENT * (HEADS - 1)) * logits + reference,
         "origin": 4 * all_heads + reference,
     }[variant]
+
+
+def check_shape(options: argparse.Namespace) -> None:
+    """Refuse sizes of which no model can be made."""
+    problem = impossible_heads(shape_of(vars(options)))
+    if problem is not None:
+        raise DataError(f"--dim {options.dim}, --attention-heads {options.attention_heads}: {problem}")
 
 
 def shape_of(options: dict[str, Any]) -> ModelSettings:

@@ -112,7 +112,7 @@ def settings_from_config(config: dict[str, Any], directory: Path) -> ModelSettin
     except ValidationError as error:
         problem = "; ".join(f"{detail['loc'][0]}: got {detail['input']!r}; {detail['msg']}" for detail in error.errors())
     else:
-        problem = _impossible_heads(settings)
+        problem = impossible_heads(settings)
         if problem is None:
             return settings
     raise ModelFilesError(f"{directory}: {CONFIG_FILE} makes no sense: {problem}")
@@ -185,7 +185,7 @@ def _unsupported(config: dict[str, Any], model_type: str) -> str | None:
     return None
 
 
-def _impossible_heads(settings: ModelSettings) -> str | None:
+def impossible_heads(settings: ModelSettings) -> str | None:
     """Describe why attention heads do not divide the width or one another; None if they do."""
     heads, groups = settings.num_attention_heads, settings.num_key_value_heads or settings.num_attention_heads
     if settings.head_dim is None and settings.dim % heads:

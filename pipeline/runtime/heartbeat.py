@@ -69,7 +69,7 @@ class Beat:
 class Heartbeat:
     """This rank's beats, and its watch over others; from `start` to `stop`.
 
-    store: the process group's, of which a clone is used: a client is one lock, and a call may wait in it.
+    store: the process group's, of which clones are used: a client is one lock, and a call may wait in it.
     timeout: seconds; `run.hang_timeout`.
 
     Collective: who the others are is known from the beginning.
@@ -78,6 +78,7 @@ class Heartbeat:
     def __init__(self, world: World, store: Any, timeout: float):
         self._world = world
         self._store = store.clone()
+        self._verdicts = store.clone()
         self._timeout = timeout
         self._interval = min(1.0, timeout / 10)
         self._host, self._pid = socket.gethostname(), os.getpid()
@@ -205,6 +206,8 @@ class Heartbeat:
         return self._silent(0, self._beats[0][0], silence)
 
     def _silent(self, rank: int, beat: Beat, silence: float) -> str:
+        if beat.host == self._host and _start_time(beat.pid) != beat.started:
+            return f"{_named(rank, beat)} died in {_doing(beat)}"
         if beat.host == self._host:
             _kill(beat)
         return f"{_named(rank, beat)} has been silent for {silence:.0f} s in {_doing(beat)}: stopped, or unreachable"
@@ -217,9 +220,9 @@ class Heartbeat:
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
 
         # The store may be what hangs: another thread tells the others, and is not waited for long.
-        teller = threading.Thread(target=lambda: self._store.set(_VERDICT, verdict), daemon=True)
+        teller = threading.Thread(target=lambda: self._verdicts.set(_VERDICT, verdict), daemon=True)
         teller.start()
-        teller.join(timeout=2)
+        teller.join(timeout=_SECONDS_TO_TELL)
         # Who holds the store ends last, so that the others can read it.
         time.sleep(3 * self._interval if self._world.is_first else 0)
         os._exit(EXIT_HANG)

@@ -433,7 +433,7 @@ def test_work_and_parts_of_other_rules_of_slicing_are_not_gone_on_with(corpus, t
     whole = prepare_files(inputs(corpus), tmp_path / "whole", byte_tokenizer(), settings()).manifests[tmp_path / "whole"]
     part = prepare_files(inputs(corpus), tmp_path / "1", byte_tokenizer(), settings(part=(1, 2))).manifests[tmp_path / "1"]
     monkeypatch.setattr("pipeline.data.corpus.request.SLICING", 99)
-    with pytest.raises(DataError, match=r"begun with another request .slicing: 2 there, 99 now"):
+    with pytest.raises(DataError, match=r"begun with another request \(cut by rules of another version\)"):
         prepare_files(inputs(corpus), tmp_path / "out", byte_tokenizer(), settings())
     other = prepare_files(inputs(corpus), tmp_path / "2", byte_tokenizer(), settings(part=(2, 2))).manifests[tmp_path / "2"]
     assert part.preparation.whole_sha256 != other.preparation.whole_sha256
@@ -534,13 +534,64 @@ def test_going_on_with_changed_input_or_another_tokenizer_is_refused(tmp_path):
             prepare_files(source, tmp_path / "out", byte_tokenizer(), settings(), display=Stopping())
 
     interrupt()
-    with pytest.raises(DataError, match=r"another request \(tokenizer: "):
+    with pytest.raises(DataError, match=r"another request \(another tokenizer\)"):
         prepare_files(source, tmp_path / "out", train_bpe(["x"], 300), settings())
     times = (tmp_path / "a.jsonl").stat()
     write_lines(tmp_path / "a.jsonl", [*PROSE, *PROSE[:-1], PROSE[-1][::-1]])
     os.utime(tmp_path / "a.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns + 1))
-    with pytest.raises(DataError, match=r"another request \(times of change: "):
+    with pytest.raises(DataError, match=r"another request \(.*input files that were changed since\)"):
         prepare_files(source, tmp_path / "out", byte_tokenizer(), settings())
+
+
+def test_work_that_ended_with_an_error_is_not_in_the_way_of_the_mended_request(tmp_path, monkeypatch):
+    """Whatever of it was done: here the first of two slices, before the second meets a document without the field."""
+    monkeypatch.setattr("pipeline.data.corpus.prepare_files.slice_size", lambda files, parts: 1)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text('{"text": "a", "body": "b"}\n')
+    (tmp_path / "in/b.jsonl").write_text('{"text": "a"}\n')
+    source = [Input("", str(tmp_path / "in"))]
+    with pytest.raises(DataError, match="no field 'body'"):
+        prepare_files(source, tmp_path / "out", byte_tokenizer(), settings(rules=Rules("body")), processes=1)
+    assert list((tmp_path / "out.partial/work").glob("slice-*.json"))
+    assert len(documents_in_prepared(source, tmp_path / "out")) == 2
+
+
+def documents_in_prepared(source, output):
+    prepare_files(source, output, byte_tokenizer(), settings())
+    return documents_in(output)
+
+
+@pytest.mark.parametrize("part", [None, (1, 1)])
+def test_finished_data_is_known_by_what_its_input_held_not_by_names_and_sizes(corpus, tmp_path, part):
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    first = prepare_files(inputs(copy), tmp_path / "out", byte_tokenizer(), settings(part=part))
+    (held,) = {manifest.preparation.contents for manifest in first.manifests.values()}
+    # However it is cut, and copied anew.
+    source = inputs(shutil.copytree(corpus, tmp_path / "again"))
+    for processes in (1, 2):
+        again = prepare_files(source, tmp_path / "out", byte_tokenizer(), settings(part=part), processes=processes)
+        assert again.was_complete
+        assert {manifest.preparation.contents for manifest in again.manifests.values()} == {held}
+
+    # One letter of one document.
+    edited = next(path for path in sorted(copy.rglob("*.jsonl")) if path.stat().st_size)
+    times = edited.stat()
+    before, mark, after = edited.read_text().partition('"text": "')
+    letter = next(letter for letter in "etaoin" if letter in after)
+    edited.write_text(before + mark + after.replace(letter, "q", 1))
+    os.utime(edited, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert edited.stat().st_size == times.st_size
+    with pytest.raises(DataError, match="files of these names and sizes that held something else; remove it"):
+        prepare_files(inputs(copy), tmp_path / "out", byte_tokenizer(), settings(part=part))
+
+
+def test_an_output_that_is_a_url_and_an_empty_input_are_refused_by_name(corpus, tmp_path):
+    for url in ("s3://bucket/x", "https://host/x"):
+        with pytest.raises(DataError, match="expected an output folder of this machine, got the URL"):
+            prepare_files(inputs(corpus), Path(url), byte_tokenizer(), settings())
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError, match=r"every input file is empty: .*empty\.jsonl"):
+        prepare_files([Input("", str(tmp_path / "empty.jsonl"))], tmp_path / "out", byte_tokenizer(), settings())
 
 
 def test_an_undecodable_document_may_be_left_out_after_all_without_beginning_anew(corpus, tmp_path):

@@ -327,6 +327,20 @@ def test_the_references_tokenizer_is_compared_with_the_data(
         check_data(settings)
 
 
+def test_an_older_manifest_does_not_hide_how_the_documents_of_another_set_begin(tmp_path, tiny_data, tiny_reference):
+    older = shutil.copytree(tiny_data / "train", tmp_path / "older")
+    write_manifest(older, read_manifest(older).model_copy(update={"bos": None, "tokenizer_identity": None}))
+    reference = shutil.copytree(tiny_reference, tmp_path / "reference")
+    made = load_tokenizer(reference)
+    made.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    folder(reference, made, tokenizer_config={})
+    mixture = [{"path": path, "weight": 1, "name": path.name} for path in (older, tiny_data / "train")]
+    sizes = {"sequence_length": 16, "global_batch": 2, "micro_batch": 1}
+    settings = Settings().with_values(data={"mixture": mixture, **sizes}, reference={"path": reference})
+    with pytest.raises(ConfigError, match="begins a text with"):
+        check_data(settings)
+
+
 def test_an_exported_model_declares_the_ends_that_its_data_has(tmp_path):
     made = with_template(f"{BEGIN} $A")
     for is_known, bos_id, expected in ((True, None, None), (True, 270, 270), (False, None, 270)):

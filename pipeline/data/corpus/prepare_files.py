@@ -21,6 +21,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from pipeline.data.corpus.contents import added, contents_of_slice
 from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import DocumentReader
@@ -31,7 +32,16 @@ from pipeline.data.corpus.tokenization import SliceRecord, is_held_out, read_rec
 from pipeline.data.corpus.workers import work_on
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import MANIFEST_FILE, InputCounts, Manifest, Preparation, read_manifest, write_manifest
-from pipeline.data.shards.output_folder import LOCK_FILE, is_occupied, locked, make_partial, partial_folder, real_output, remove
+from pipeline.data.shards.output_folder import (
+    FAILED_FILE,
+    LOCK_FILE,
+    is_occupied,
+    locked,
+    make_partial,
+    partial_folder,
+    real_output,
+    remove,
+)
 from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe, vocab_size
 from pipeline.storage.whole_file import publish, write_file
@@ -79,10 +89,11 @@ def prepare_files(
     settings.check(names)
     files = input_files(inputs, (target, partial))
     request = describe(files, tokenizer, settings, names)
+    job = _Job(files, names, target, partial, settings, processes, display or Display())
 
     # The output exists: it must be that of the same request.
     if is_occupied(target):
-        prepared = _complete_already(output_dir, request, settings)
+        prepared = _complete_already(job, output_dir, request)
         # Clean up after a process that was killed just before its end. One that still runs holds the lock, and does so itself.
         if (partial / LOCK_FILE).exists():
             with suppress(DataError), locked(partial):
@@ -92,11 +103,10 @@ def prepare_files(
         return prepared
 
     # Begin or resume.
-    job = _Job(files, names, target, partial, settings, processes, display or Display())
     make_partial(partial)
     with locked(partial):
         if is_occupied(target):  # again: the previous holder of the lock may have finished
-            prepared = _complete_already(output_dir, request, settings)
+            prepared = _complete_already(job, output_dir, request)
             remove(partial)
             return prepared
         was_begun = begin_or_continue(partial, files, request)
@@ -110,6 +120,8 @@ def prepare_files(
             has_trained = isinstance(tokenizer, int) and (partial / TOKENIZER_FILE).exists()
             if not (was_begun or has_trained or job.num_slices_done):
                 remove(partial)
+            elif partial.is_dir():
+                (partial / FAILED_FILE).touch()
             raise
 
 
@@ -160,9 +172,11 @@ def _make(job: _Job, tokenizer: Tokenizer | int, request: dict[str, Any], output
         raise DataError(_nothing_found(counts, tokens, job.settings))
 
     # Pack each split, and publish.
+    known = [record.contents for record in records if record.contents is not None]
+    contents = added(known) if len(known) == len(records) else None
     manifests = {}
     for split, folder in job.settings.splits.items():
-        manifests[output_dir / folder] = _pack(job, trained, split, folder, tokens[split], counts, request)
+        manifests[output_dir / folder] = _pack(job, trained, split, folder, tokens[split], counts, contents, request)
     for leftover in job.data.rglob("*.tmp"):
         leftover.unlink()
     publish(job.data, job.target)
@@ -189,12 +203,23 @@ def _own_slices(job: _Job) -> list[list[Span]]:
     if not 1 <= number <= count:
         raise DataError(f"expected a part from 1/{count} to {count}/{count}, got {number}/{count}")
     all_slices = slices(job.files, slice_size(job.files, count))
+    if not all_slices:
+        raise DataError(f"every input file is empty: {', '.join(file.path for file in job.files[:3])}")
     if len(all_slices) < count:
         raise DataError(
             f"part {number}/{count}: the input can be cut into {len(all_slices)} slices only, so expected at most that many "
             "parts; compressed files and tars cannot be cut"
         )
     return all_slices[number - 1 :: count]
+
+
+def _contents_now(job: _Job) -> str:
+    slices_ = _own_slices(job)
+    tasks = [(job.settings.rules, spans) for spans in slices_]
+    job.display.begin("comparing the input with what was prepared", sum(span.size for spans in slices_ for span in spans))
+    contents = added(work_on(contents_of_slice, tasks, min(job.processes, len(tasks)), job.display.advance))
+    job.display.end()
+    return contents
 
 
 def _tokenizer(job: _Job, tokenizer: Tokenizer | int) -> Tokenizer:
@@ -245,7 +270,14 @@ def _tokenize(job: _Job, tokenizer: Tokenizer, slices_: Sequence[Sequence[Span]]
 
 
 def _pack(
-    job: _Job, tokenizer: Tokenizer, split: str, folder: str, expected: int, counts: Counts, request: dict[str, Any]
+    job: _Job,
+    tokenizer: Tokenizer,
+    split: str,
+    folder: str,
+    expected: int,
+    counts: Counts,
+    contents: str | None,
+    request: dict[str, Any],
 ) -> Manifest:
     """Pack one split, check its tokens against the `expected` number, and write the manifest."""
     settings = job.settings
@@ -280,6 +312,7 @@ def _pack(
         weights=settings.weights,
         part=f"{settings.part[0]}/{settings.part[1]}" if settings.part else None,
         whole_sha256=whole_sha256(request),
+        contents=contents,
         documents=sum(record.num_documents for record in records),
         documents_cut=sum(record.documents_cut for record in records),
     )
@@ -288,9 +321,9 @@ def _pack(
     return manifest
 
 
-def _complete_already(output_dir: Path, request: dict[str, Any], settings: PrepareSettings) -> Prepared:
-    """Read an existing output; a DataError if it is not that of this request."""
-    taken = DataError(f"the output {output_dir} exists already; remove it, or choose another one")
+def _complete_already(job: _Job, output_dir: Path, request: dict[str, Any]) -> Prepared:
+    """Read an existing output; a DataError if it is not that of this request, or of this input."""
+    taken, settings = DataError(f"the output {output_dir} exists already; remove it, or choose another one"), job.settings
     manifests = {}
     for folder in settings.splits.values():
         if not (output_dir / folder / MANIFEST_FILE).is_file():
@@ -299,5 +332,13 @@ def _complete_already(output_dir: Path, request: dict[str, Any], settings: Prepa
         if manifest.preparation is None or manifest.preparation.request_sha256 != request_sha256(request):
             raise taken
         manifests[output_dir / folder] = manifest
+
+    # Folders of older versions do not tell what the input held.
+    contents = next(iter(manifests.values())).preparation.contents  # type: ignore[union-attr]
+    if contents is not None and _contents_now(job) != contents:
+        raise DataError(
+            f"the output {output_dir} was made from files of these names and sizes that held something else; remove it, or "
+            "choose another one"
+        )
     counts = Counts(**next(iter(manifests.values())).preparation.input.model_dump())  # type: ignore[union-attr]
     return Prepared(manifests, counts, was_complete=True)

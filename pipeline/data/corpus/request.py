@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from pipeline.data.corpus.inputs import SLICING, InputFile
 from pipeline.data.corpus.prepare import PrepareSettings
 from pipeline.data.errors import DataError
-from pipeline.data.shards.output_folder import REQUEST_FILE, clear
+from pipeline.data.shards.output_folder import FAILED_FILE, REQUEST_FILE, clear
 from pipeline.data.tokenizer import END_OF_DOCUMENT, usual_end_of_document
 from pipeline.storage.whole_file import write_file
 
@@ -25,8 +25,8 @@ def describe(
 
     Two things are left out on purpose. `on_undecodable`, because work that was finished while undecodable documents were an
     error had none. And the files' times of change, so that input that was copied again, or lies on another machine, is still
-    the same input. An edit that keeps a file's size is therefore not noticed in finished data; unfinished work does check the
-    times (`begin_or_continue`).
+    the same input. An edit that keeps a file's size is noticed in finished data by its contents (`contents`), and in unfinished
+    work by the times (`begin_or_continue`).
     """
     sizes = hashlib.sha256()
     for file in files:
@@ -65,7 +65,7 @@ def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[s
     """Write the request into the partial folder, or compare it with the one there; returns true if there was one.
 
     Raises:
-        DataError: the one there is another request, or the input has changed since.
+        DataError: the one there is another request, or the input has changed since, and it did not end with an error.
     """
     changed = [(file.path, file.changed) for file in files]
     requested = {**request, "slicing": SLICING, "times of change": hashlib.sha256(json.dumps(changed).encode()).hexdigest()}
@@ -76,13 +76,32 @@ def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[s
         existing = json.loads(path.read_bytes())
         differences = [name for name in requested if existing.get(name) != requested[name]]
         if differences:
-            listed = "; ".join(f"{name}: {existing.get(name)} there, {requested[name]} now" for name in differences)
+            # Work that ended with an error was for a request that the user has mended since.
+            if (partial / FAILED_FILE).exists():
+                return _begin(partial, requested)
+            listed = "; ".join(
+                _IN_WORDS.get(name, f"{name}: {existing.get(name)} there, {requested[name]} now") for name in differences
+            )
             raise DataError(
                 f"{partial} was begun with another request ({listed}); ask for the same to go on, or remove it to begin anew"
             )
+        (partial / FAILED_FILE).unlink(missing_ok=True)
         return True
 
-    # Begin. Files without a request are from a process that was killed early.
+    # Files without a request are from a process that was killed early.
+    return _begin(partial, requested)
+
+
+def _begin(partial: Path, requested: dict[str, Any]) -> bool:
     clear(partial)
-    write_file(path, json.dumps(requested, indent=2).encode())
+    write_file(partial / REQUEST_FILE, json.dumps(requested, indent=2).encode())
     return False
+
+
+_IN_WORDS = {
+    "input files": "other input files",
+    "times of change": "input files that were changed since",
+    "tokenizer": "another tokenizer",
+    "slicing": "cut by rules of another version",
+}
+"""What to say of differences that are hashes."""

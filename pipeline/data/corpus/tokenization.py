@@ -21,6 +21,7 @@ from threading import Lock
 
 import numpy as np
 
+from pipeline.data.corpus.contents import Contents
 from pipeline.data.corpus.counts import Counts, Note
 from pipeline.data.corpus.documents import Document, DocumentReader, Rules
 from pipeline.data.corpus.encoding import Encoded, Encoder
@@ -71,6 +72,8 @@ class SliceRecord:
     counts: Counts
     train_tokens: int
     validation_tokens: int
+    # None in the work of an older version.
+    contents: str | None = None
 
 
 def encode_documents(
@@ -165,7 +168,8 @@ def tokenize_slice(work: tuple[TokenizationSettings, int, Sequence[Span]], repor
     consumed = 0
     named = _Names(spans)
     rule = settings.rules.on_undecodable
-    for documents, ids in encode_documents(encoder, reader.read(spans), reader.counts, rule, named.of):
+    contents = Contents()
+    for documents, ids in encode_documents(encoder, contents.of(reader.read(spans)), reader.counts, rule, named.of):
         add_documents(documents, ids, settings, train, validation)
         report(len(documents), sum(map(len, ids)), reader.consumed - consumed)
         consumed = reader.consumed
@@ -174,7 +178,7 @@ def tokenize_slice(work: tuple[TokenizationSettings, int, Sequence[Span]], repor
     report(0, 0, sum(span.size for span in spans) - consumed)
 
     # The record, last.
-    record = SliceRecord(reader.counts, train.num_tokens, validation.num_tokens)
+    record = SliceRecord(reader.counts, train.num_tokens, validation.num_tokens, str(contents))
     write_file(_record_file(settings.directory, number), json.dumps(asdict(record)).encode())
 
 

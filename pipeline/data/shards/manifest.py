@@ -67,6 +67,8 @@ class Preparation(Record):
     weights: how often the documents of a named source were taken; 1 for a source that is not listed.
     part: "2/8" for the second of eight parts of the input; None for all of it.
     whole_sha256: `request_sha256` without the part, equal for all parts of one request; None in folders of older versions.
+    contents: of all documents of the input (`corpus.contents`), by which finished data is known to be that of its input; None
+        in folders of older versions, and where parts were merged.
     documents: documents in this folder, copies included.
     documents_cut: documents that lie in more than one row.
     """
@@ -80,6 +82,7 @@ class Preparation(Record):
     weights: dict[str, float]
     part: str | None = None
     whole_sha256: Sha256 | None = None
+    contents: str | None = None
     documents: Count
     documents_cut: Count
 

@@ -189,6 +189,7 @@ def _merged_preparation(preparations: Sequence[Preparation]) -> Preparation:
             "request_sha256": hashlib.sha256("\n".join(each.request_sha256 for each in preparations).encode()).hexdigest(),
             "part": None,
             "whole_sha256": None,
+            "contents": None,
             "documents": sum(each.documents for each in preparations),
             "documents_cut": sum(each.documents_cut for each in preparations),
         }

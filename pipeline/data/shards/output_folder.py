@@ -22,6 +22,8 @@ LOCK_FILE = "lock"
 _PARTIAL = ".partial"
 # The request of a preparation that can be resumed (`corpus.request`), in its partial folder.
 REQUEST_FILE = "request.json"
+# Beside it if the preparation ended with an error about its input or settings.
+FAILED_FILE = "failed"
 
 
 @contextmanager
@@ -65,6 +67,9 @@ def real_output(output_dir: Path) -> Path:
         DataError: the output's path does not end in a name, or it is a mount point.
     """
     output_dir = Path(output_dir)
+    # Path has made one slash of a URL's two.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.\-]+:/", str(output_dir)):
+        raise DataError(f"expected an output folder of this machine, got the URL {output_dir}; write it here and copy it there")
     if output_dir.name in ("", ".."):
         raise DataError(f"expected an output folder with a name of its own, such as {output_dir / 'data'}, got {output_dir}")
     if output_dir.is_symlink():

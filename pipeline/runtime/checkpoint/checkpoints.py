@@ -140,7 +140,7 @@ class Checkpoints:
                 self._say(f"checkpoint not used: {problem}")
             problems += found
         if problems:
-            raise ConfigError([*problems, f"{self.directory}: no checkpoint can be used"], REMEDY)
+            raise self._unusable(problems)
         return Progress()
 
     def check(self, allow_changed: bool) -> State | None:
@@ -155,10 +155,15 @@ class Checkpoints:
         state, problems = self._newest_state()
         if state is None:
             if problems:
-                raise ConfigError([*problems, f"{self.directory}: no checkpoint can be used"], REMEDY)
+                raise self._unusable(problems)
             return None
         self._check_settings(state, allow_changed)
         return state
+
+    def _unusable(self, problems: list[str]) -> ConfigError:
+        if self.from_step is not None:
+            return ConfigError(problems)
+        return ConfigError([*problems, f"{self.directory}: no checkpoint can be used"], REMEDY)
 
     def changed(self) -> list[Change]:
         """List the differences between this run's identity and the newest checkpoint's."""
