@@ -4,12 +4,19 @@ import argparse
 from typing import Any
 
 from pipeline.benchmark import preparing, streaming
+from pipeline.data.shards.manifest import read_manifest
 
 _PARTS = {"preparing": preparing, "streaming": streaming}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of each part."""
+    """Return the figures of each part.
+
+    Raises:
+        DataError: `--data` is no prepared folder; found before the part that does not need it is measured.
+    """
+    if options.data is not None and options.only != "preparing":
+        read_manifest(options.data)
     return {name: part.measure(options) for name, part in _PARTS.items() if options.only in (None, name)}
 
 
