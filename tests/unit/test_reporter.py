@@ -43,6 +43,7 @@ def reporter_for(run_dir: Path, **folders: Path) -> Reporter:
         stream=nothing,
         held_out=[HeldOutRows(DataSet(path, name=name), **sizes) for name, path in folders.items()],  # type: ignore[arg-type]
         checkpoints=nothing,
+        fixed_batch=nothing,
     )
     return Reporter(run, 0)
 
