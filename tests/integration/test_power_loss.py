@@ -35,6 +35,15 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True, capture_output=True)
 
 
+def cut_power(folder: Path) -> None:
+    """Have the file system that is mounted there lose all that was not synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, _SHUTDOWN, struct.pack("I", _WITHOUT_FLUSHING))
+    finally:
+        os.close(descriptor)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> tuple[Path, Path]:
     """(image of a file system, folder to mount it at)."""
@@ -45,7 +54,7 @@ def disk(tmp_path: Path) -> tuple[Path, Path]:
     try:
         subprocess.run(["mkfs.ext4", "-q", image], check=True, capture_output=True)
         with mounted(image, folder):
-            pass
+            cut_power(folder)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"cannot make and mount a file system: {error}")
     return image, folder
@@ -91,9 +100,7 @@ def test_after_a_loss_of_power_a_checkpoint_loads_and_the_records_reach_it(disk:
                 time.sleep(0.01)
             time.sleep(0.037 * trial)
             complete = max(int(path.name[5:]) for path in run_dir.glob("checkpoints/step-*[0-9]"))
-            descriptor = os.open(folder, os.O_RDONLY)
-            fcntl.ioctl(descriptor, _SHUTDOWN, struct.pack("I", _WITHOUT_FLUSHING))
-            os.close(descriptor)
+            cut_power(folder)
             # The rank, a process of that one, ends by itself when its parent is gone.
             writer.kill()
             writer.join()
