@@ -110,7 +110,7 @@ def _cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]
 
 
 def _missing_cache(settings: Settings) -> Iterator[str]:
-    """What can be said of the cached losses where nothing can be compared with them."""
+    """Problems of the cache's folder by itself, where nothing can be compared with it."""
     cached = settings.reference.cached
     if cached is not None and not cached.is_dir():
         yield f"reference.cached: {cached}: no such folder; make it with launch/score.py"

@@ -121,7 +121,7 @@ def dry_run(job: Job) -> int:
 
 
 def _reference_of(run: Run, shape: ModelSettings | None) -> str:
-    """What a dry run says of the reference. shape: the live one's; None without it."""
+    """Describe the reference for a dry run. shape: the live one's; None without it."""
     if shape is None:
         return "none" if run.settings.reference.cached is None else f"cached losses in {run.settings.reference.cached}"
     size = f"{num_parameters(shape):,} parameters"

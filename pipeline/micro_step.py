@@ -89,7 +89,7 @@ def load_micro_batches(
 
 
 class RankFlags(NamedTuple):
-    """What the ranks agree on along with a step's counts.
+    """Flags on which the ranks agree along with a step's counts.
 
     stop_requested, save_due: true if any rank was asked to stop, or finds a checkpoint due. save_written: true if every rank's
     part of the checkpoint in hand is on disk.

@@ -1,4 +1,4 @@
-"""What other trainers call our settings: the answers to `--lr`, `--max_steps`, `--batch_size`, `--resume` and their kind.
+"""Names that other trainers have for our settings: answers to `--lr`, `--max_steps`, `--batch_size`, `--resume` and the like.
 
 Nothing here sets anything. An unknown option or setting is refused all the same, with the setting that does it.
 """

@@ -102,7 +102,7 @@ class _Measure:
 
 
 def _changes_text(parts: dict[str, Any], vocabulary: dict[str, int]) -> str | None:
-    """What a tokenizer does by which its tokens do not say their bytes; None if they do."""
+    """Name the part of a tokenizer that keeps its tokens from saying their bytes; None if there is none."""
     model = parts["model"]
     if model["type"] not in ("BPE", "Unigram"):
         return f"has a model of type {model['type']}, which drops white space or cuts words off"

@@ -1,4 +1,4 @@
-"""What an input holds, as one number: by it a finished output is known to be that of its input.
+"""One number for all that an input holds, by which a finished output is known to be that of its input.
 
 It is the sum, over all documents, of a hash of the document's file, place and text, so it does not depend on how the input was
 cut into slices, and workers add up their own. Names and sizes of files say nothing of an edit that keeps them.

@@ -104,4 +104,4 @@ _IN_WORDS = {
     "tokenizer": "another tokenizer",
     "slicing": "cut by rules of another version",
 }
-"""What to say of differences that are hashes."""
+"""Sentences for the differences that are hashes."""

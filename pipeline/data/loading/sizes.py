@@ -74,7 +74,7 @@ def _rank_problems(lanes: int, global_batch: int, micro_batch: int, world_size: 
 
 
 def _remedy(lanes: int, global_batch: int, micro_batch: int, world_size: int) -> str:
-    """What to write for as many ranks as there are: the largest micro-batch that fits, else a global batch that does."""
+    """Suggest settings for as many ranks as there are: the largest micro-batch that fits, else a global batch that does."""
     fitting = [size for size in _divisors(lanes // world_size) if size <= micro_batch] if lanes % world_size == 0 else []
     if fitting:
         return f"write data.micro_batch={fitting[-1]}"
