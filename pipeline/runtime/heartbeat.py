@@ -189,8 +189,9 @@ class Heartbeat:
     def _of_this_rank(self) -> str | None:
         own = self._own(0)
         patience = self._timeout * (_LONGER if own.phase in LONG_PHASES else 1)
-        # Who waits for others leaves it to them to say that it is they who stand still.
-        patience += 5 * self._interval if own.waits else 0
+        # A peer that fell silent when this phase began is named first; who waits for others leaves it to them to say that it is
+        # they who stand still.
+        patience += (10 if own.waits else 5) * self._interval
         if own.phase in WITHOUT_LIMIT or own.since < patience:
             return None
         why = "; it waits for other ranks, none of which is known to stand still" if own.waits else ""
@@ -223,9 +224,19 @@ class Heartbeat:
         teller = threading.Thread(target=lambda: self._verdicts.set(_VERDICT, verdict), daemon=True)
         teller.start()
         teller.join(timeout=_SECONDS_TO_TELL)
+        self._kill_silent()
         # Who holds the store ends last, so that the others can read it.
         time.sleep(3 * self._interval if self._world.is_first else 0)
         os._exit(EXIT_HANG)
+
+    def _kill_silent(self) -> None:
+        """Kill every process of this machine that has given no beat for long: a stopped one does not end by itself.
+
+        The verdict names one of them; others may have been stopped at about the same time.
+        """
+        for beat, seen in self._beats.values():
+            if beat.host == self._host and beat.number != _ENDED and self._store_answered - seen > self._timeout / 2:
+                _kill(beat)
 
 
 _current: Heartbeat | None = None
@@ -274,7 +285,7 @@ def during(phase: str) -> Iterator[None]:
 
 def longest_patience(timeout: float) -> float:
     """Seconds after which any phase with a limit ends: the process group's own timeout must be longer."""
-    return _LONGER * timeout
+    return (_LONGER + 1) * timeout
 
 
 def _key(rank: int) -> str:
@@ -296,11 +307,12 @@ def _main_thread() -> tuple[str, bool]:
         return "no function", False
     code = frame.f_code
     where = f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
-    while frame is not None:
-        if "/torch/distributed/" in frame.f_code.co_filename or "/deepspeed/comm/" in frame.f_code.co_filename:
-            return where, True
+    # ZeRO waits for its handles itself, in compiled code.
+    waits = "/deepspeed/runtime/zero/" in code.co_filename
+    while frame is not None and not waits:
+        waits = "/torch/distributed/" in frame.f_code.co_filename or "/deepspeed/comm/" in frame.f_code.co_filename
         frame = frame.f_back
-    return where, False
+    return where, waits
 
 
 def _start_time(pid: int) -> int:

@@ -40,7 +40,7 @@ def run_rank(rank: int, case: str, victim: int, folder: Path) -> None:
     try:
         for step in range(1, 20 if case == "ends" else 10_000):
             heartbeat.enter("training", step)
-            if (step, rank) == (20, victim):
+            if step == 20 and (rank == victim or (case == "two stopped" and rank > 0)):
                 HAPPENS[case]()
             dist.all_reduce(torch.ones(1))
             time.sleep(0.02)
@@ -59,6 +59,7 @@ def stand_still() -> None:
 
 HAPPENS = {
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "two stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stands still": stand_still,
 }
@@ -73,7 +74,10 @@ NAMED = {
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[list[int], list[str], float]]:
     """{(what happens, to which rank): (exit codes, what each rank wrote to stderr, seconds)}; all jobs side by side."""
     jobs = {}
-    for case, victim in [("stopped", 0), ("stopped", 1), ("killed", 0), ("killed", 1), ("stands still", 1), ("ends", -1)]:
+    for case, victim in [
+        *(("stopped", 0), ("stopped", 1), ("two stopped", 1), ("killed", 0), ("killed", 1)),
+        *(("stands still", 1), ("ends", -1)),
+    ]:
         folder = tmp_path_factory.mktemp("job")
         ranks = [forking().Process(target=call, args=(run_rank, rank, case, victim, folder)) for rank in range(RANKS)]
         for process in ranks:
@@ -106,6 +110,12 @@ def test_survivors_name_a_rank_that_was_killed_or_stopped_and_exit(cases: Any, c
         assert "run_rank" in errors[rank]
     # Who is stopped is silent, and killed by the first to notice; the other may then see it dead.
     assert any(NAMED[case] in errors[rank] for rank in {0, 1, 2} - {victim}), errors
+
+
+def test_of_several_stopped_ranks_of_a_machine_none_is_left_behind(cases: Any) -> None:
+    codes, errors, _ = cases["two stopped", 1]
+    assert codes == [EXIT_HANG, -signal.SIGKILL, -signal.SIGKILL], errors
+    assert "has been silent for " in errors[0]
 
 
 def test_a_rank_that_stands_still_is_named_with_the_function_it_is_in(cases: Any) -> None:
