@@ -49,6 +49,7 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     """
     training, logging = run.settings.training, run.settings.logging
     progress = run.checkpoints.resume(run.engine, allow_changed, lambda: held_out_losses(run))
+    run.checkpoints.prepare(run.engine)
     reporter = Reporter(run, progress.step)
     if progress.step == 0:
         reporter.validate(progress)

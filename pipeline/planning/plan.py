@@ -21,7 +21,7 @@ from pipeline.planning.planned_job import PlannedJob
 
 PARTS = (
     "parameters", "gathered parameters", "master weights", "optimiser", "gradients", "reduce buckets", "activations",
-    "loss phase", "reference",
+    "loss phase", "reference", "checkpoint copies",
 )  # fmt: skip
 
 
@@ -32,11 +32,13 @@ class Plan:
     at_rest: by part, on the device between two steps.
     moments: by moment and part, on the device, `at_rest` included.
     host: by part, in host memory because it is offloaded.
+    checkpoint_copies: in host memory, kept from the start on, so that checkpoints are written in the background.
     """
 
     at_rest: dict[str, int]
     moments: dict[str, dict[str, int]]
     host: dict[str, int]
+    checkpoint_copies: int
 
     @property
     def peak_moment(self) -> str:
@@ -82,7 +84,7 @@ def plan_memory(job: PlannedJob) -> Plan:
     if job.stage != 3:
         # The model as it was built, and the flat copy that DeepSpeed replaces it with.
         moments["building"] = {"parameters": 2 * states.weights(job)}
-    return Plan(at_rest, moments, host)
+    return Plan(at_rest, moments, host, states.checkpoint_copies(job))
 
 
 def _sum_parts(at_rest: dict[str, int], added: dict[str, int]) -> dict[str, int]:

@@ -11,7 +11,8 @@ from pipeline.runtime.table import aligned
 def summary(plan: Plan) -> str:
     """Format a plan as one line."""
     host = f", {_sized(plan.host_total)} of host memory" if plan.host else ""
-    return f"{_sized(plan.total)} a rank, highest in {plan.peak_moment}{host}"
+    copies = f"; {_sized(plan.checkpoint_copies)} of host memory more to save checkpoints in the background"
+    return f"{_sized(plan.total)} a rank, highest in {plan.peak_moment}{host}{copies}"
 
 
 def document(job: PlannedJob, device_bytes: float | None, notes: list[str]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def document(job: PlannedJob, device_bytes: float | None, notes: list[str]) -> d
         "peak_moment": plan.peak_moment,
         "moments": {moment: sum(parts.values()) for moment, parts in plan.moments.items()},
         "total": plan.total,
-        "host": plan.host,
+        "host": plan.host | {"checkpoint copies": plan.checkpoint_copies},
         # The verdict, if the device's memory is known.
         "device_memory": device_bytes,
         "left_aside": None if device_bytes is None else device_bytes - usable_bytes(job, device_bytes),
@@ -51,7 +52,7 @@ def table(figures: dict[str, Any]) -> str:
     """Format the result of `document` for the terminal."""
     # One row per part, one column per place and time.
     columns = {"between steps": figures["at_rest"], "at the peak": figures["peak"]}
-    columns |= {"on the host": figures["host"]} if figures["host"] else {}
+    columns |= {"on the host": figures["host"]}
     rows = [["GiB a rank", *columns]]
     for part in PARTS:
         if any(part in column for column in columns.values()):

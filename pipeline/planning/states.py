@@ -31,6 +31,11 @@ def optimizer(job: PlannedJob) -> int:
     return ADAM_STATES * FLOAT32 * job.num_local_parameters
 
 
+def checkpoint_copies(job: PlannedJob) -> int:
+    """Host copies of this rank's master weights and moments, which a save in the background writes."""
+    return master_weights(job) + optimizer(job)
+
+
 def gradients_at_rest(job: PlannedJob) -> int:
     """Gradient buffers that exist between steps.
 

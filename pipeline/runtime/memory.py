@@ -1,6 +1,7 @@
 """Measure memory: the allocator's on CUDA, the process's resident set on a CPU."""
 
 import contextlib
+import math
 import re
 from pathlib import Path
 
@@ -51,9 +52,44 @@ def free_bytes(device: torch.device, local_size: int) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return min(_available_bytes(), _bytes_left_by_cgroups()) / local_size
+
+
+def _available_bytes() -> float:
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert found is not None
-    return int(found[1]) * 1024 / local_size
+    return int(found[1]) * 1024
+
+
+def _bytes_left_by_cgroups(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
+    """Memory that the limits of this process's control groups leave, as Slurm and containers set them; infinite without one.
+
+    The kernel gives up clean pages of files before it refuses memory, so these count as left.
+    """
+    left = math.inf
+    for line in membership.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        *names, clean_pages = _CGROUP_FILES[controllers]
+        top = root / controllers
+        group = top / path.lstrip("/")
+        # The limits of the groups above hold too. Inside a container the path may be one of the machine's, which is not there,
+        # and the container's own group is what is mounted.
+        for folder in (above for above in (group, *group.parents) if above.is_relative_to(top)):
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = (int((folder / name).read_text()) for name in names)
+                found = re.search(rf"^{clean_pages} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                left = min(left, limit - used + (int(found[1]) if found else 0))
+    return max(0.0, left)
+
+
+_CGROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""By version, 2 and 1: the files of the limit, which is `max` without one, and of what is used, in bytes, and the name in
+`memory.stat` of what is used by clean pages."""
 
 
 def _resident_bytes(kind: str) -> int:

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(not CAN_FORK, reason="forks its ranks")
 
 RANKS, TIMEOUT = 3, 10.0
 
+LEFT_BEHIND = 999
+
 
 def run_rank(rank: int, case: str, victim: int, folder: Path) -> None:
     """Step after step; in step 20 something happens to the victim. The process ends as a rank's does."""
@@ -70,6 +72,16 @@ NAMED = {
 }
 
 
+def end_of(process: Any) -> int:
+    """The exit code of a rank, or `LEFT_BEHIND`."""
+    process.join(100)
+    if process.exitcode is not None:
+        return int(process.exitcode)
+    process.kill()
+    process.join()
+    return LEFT_BEHIND
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[list[int], list[str], float]]:
     """{(what happens, to which rank): (exit codes, what each rank wrote to stderr, seconds)}; all jobs side by side."""
@@ -86,12 +98,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tup
 
     found = {}
     for key, (ranks, folder, started) in jobs.items():
-        for process in ranks:
-            process.join(200)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-        codes = [process.exitcode if process.exitcode is not None else 999 for process in ranks]
+        codes = [end_of(process) for process in ranks]
         errors = [(folder / f"{rank}.err").read_text() for rank in range(RANKS)]
         found[key] = (codes, errors, time.monotonic() - started)
     return found

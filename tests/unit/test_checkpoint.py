@@ -195,6 +195,7 @@ def test_the_newest_complete_folder_wins_whatever_latest_says(tmp_path: Path, ki
 
 def test_what_a_killed_job_had_begun_is_removed_and_never_loaded(tmp_path: Path) -> None:
     run_ranks(save, 2, tmp_path, 7)
+    shutil.copytree(tmp_path / "checkpoints/step-00000007", tmp_path / "checkpoints/step-00000001.deleted.partial")
     shutil.copytree(tmp_path / "checkpoints/step-00000007", tmp_path / "checkpoints/step-00000009.partial")
     run_ranks(loads_step_7, 2, tmp_path)
     assert not list(tmp_path.glob("checkpoints/*.partial"))

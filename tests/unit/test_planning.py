@@ -248,6 +248,11 @@ def test_offloading_moves_to_the_host_what_it_takes_from_the_device() -> None:
     assert optimizer.host["optimiser"] == nothing.peak["optimiser"]
 
 
+def test_the_copies_for_saves_in_the_background_are_three_numbers_a_value_that_a_rank_owns() -> None:
+    job = case(on_gpu=True, num_ranks=1)
+    assert plan_memory(job).checkpoint_copies == 3 * 4 * job.num_parameters
+
+
 def test_the_total_is_the_highest_moments_sum() -> None:
     plan = plan_memory(case())
     totals = {moment: sum(parts.values()) for moment, parts in plan.moments.items()}
@@ -271,7 +276,7 @@ def test_advice_is_what_the_changed_settings_would_be_planned_to_take() -> None:
 
 
 def test_only_what_fits_with_15_percent_to_spare_is_said_to_fit() -> None:
-    plan = Plan({}, {"a moment": {"parameters": 100}}, {})
+    plan = Plan({}, {"a moment": {"parameters": 100}}, {}, 0)
     assert [verdict(plan, size) for size in (116, 114, 100, 99)] == ["fits", "close", "close", "does not fit"]
 
 

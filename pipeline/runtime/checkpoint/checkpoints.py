@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, step_name
+from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, start_thread, step_name
 from pipeline.runtime.checkpoint.read import checkpoint_names, load, read_state_of
 from pipeline.runtime.checkpoint.state import HeldOut, State
 from pipeline.runtime.distributed import World, broadcast_from_first
@@ -57,6 +57,7 @@ class Checkpoints:
         self._say = say if world.is_first else lambda text: None
         self._failed_in_a_row = 0
         self._last_begun = time.monotonic()
+        self._removal = start_thread(_remove_folders, [])
 
     @property
     def is_due_by_time(self) -> bool:
@@ -68,6 +69,10 @@ class Checkpoints:
     def is_written(self) -> bool:
         """True if this rank has nothing left to write of the save in hand. Not collective: ranks agree before they `go_on`."""
         return self._writer.is_done
+
+    def prepare(self, engine: Any) -> None:
+        """Make the host buffers of saves in the background, or say that this machine has no memory for them. Not collective."""
+        self._writer.prepare(engine)
 
     def save(self, engine: Any, progress: Progress, held_out: HeldOut, *, in_background: bool) -> None:
         """Save a checkpoint: begin it, or have it complete on disk when this returns.
@@ -87,12 +92,9 @@ class Checkpoints:
         except SaveError as error:
             self._failed(error, final=not in_background)
             return
-        if self._writer.note is not None:
-            # Of this rank alone, so it is not left to the first to print.
-            print(self._writer.note, flush=True)
-            self._writer.note = None
         if not in_background:
             self._finish(final=True)
+            self._removal.join()
 
     def go_on(self, final: bool = False) -> None:
         """Take the next step of the save in hand, once all ranks have agreed that they are done with the one before.
@@ -258,20 +260,34 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def _remove_unfinished(self) -> None:
-        """Remove what a killed job has begun to write."""
+        """Remove what a killed job has begun to write, or to delete."""
+        self._removal.join()
         if self.world.is_first:
             for unfinished in self.directory.glob(f"step-*{PARTIAL}"):
                 shutil.rmtree(unfinished)
 
     def _prune(self, current: str) -> None:
-        """Delete all but the newest `keep` checkpoints and every `keep_every`-th step's."""
+        """Delete all but the newest `keep` checkpoints and every `keep_every`-th step's, in the background.
+
+        They are renamed first, so that none is ever found half deleted.
+        """
         keep, every = self.settings.keep, self.settings.keep_every
         if keep is None:
             return
+        doomed = []
         for name in checkpoint_names(self.directory)[keep:]:
             step = int(name.removeprefix("step-"))
             if name != current and not (every is not None and step % every == 0):
-                shutil.rmtree(self.directory / name)
+                doomed.append(self.directory / f"{name}.deleted{PARTIAL}")
+                os.replace(self.directory / name, doomed[-1])
+        self._removal.join()
+        self._removal = start_thread(_remove_folders, doomed)
+
+
+def _remove_folders(folders: list[Path]) -> None:
+    """Run in a thread. What cannot be removed now is when the run is started again."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _changed_pools(state: State, identity: dict[str, Any], world_size: int) -> list[str]:

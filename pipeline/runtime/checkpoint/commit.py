@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,16 +67,12 @@ class _Written:
 
 
 class Writer:
-    """Writes the checkpoints of one run, one at a time. `begin` and `go_on` are collective.
-
-    note: why this rank does not write in the background, once that is known.
-    """
+    """Writes the checkpoints of one run, one at a time. `begin` and `go_on` are collective."""
 
     def __init__(self, directory: Path, world: World):
         self.directory = directory
         self.world = world
         self._buffers: dict[str, Tensor] = {}
-        self.note: str | None = None
         self._shapes: dict[str, tuple[list[int], list[Kind]]] = {}
         self._pending: _Pending | None = None
 
@@ -103,14 +100,13 @@ class Writer:
         partial = self.directory / f"{name}{PARTIAL}"
         self._make_folder(partial, engine)
 
+        self.prepare(engine)
         fragments = fragments_of(engine)
-        if not self._shapes:
-            self._prepare(engine, fragments)
         tensors = self._copied(fragments) if self._buffers else _live(fragments)
         content = content | {"optimizer_step": optimizer_step(engine)}
 
         written = _Written(fragments=[(fragment.name, fragment.start, fragment.numel) for fragment in fragments])
-        thread = _started(self._write, partial, tensors, written)
+        thread = start_thread(self._write, partial, tensors, written)
         if not self._buffers:
             # Without buffers what is written is what training would change.
             thread.join()
@@ -141,7 +137,7 @@ class Writer:
         self._raise_if(problems, pending)
         pending.of_ranks = of_ranks
         if self.world.is_first:
-            pending.thread = _started(self._publish, pending, of_ranks)
+            pending.thread = start_thread(self._publish, pending, of_ranks)
 
     def _end_commit(self, pending: "_Pending") -> None:
         problem = broadcast_from_first(pending.written.problem)
@@ -170,26 +166,34 @@ class Writer:
             self._remove(partial)
             raise SaveError(f"{partial.stem} was not saved: {problem}")
 
-    def _prepare(self, engine: Any, fragments: list[Fragment]) -> None:
-        """At the first save: make the host buffers, if there is memory for them, and note the parameters' shapes."""
+    def prepare(self, engine: Any) -> None:
+        """Make the host buffers, once, if there is memory for them, and note the parameters' shapes."""
+        if self._shapes:
+            return
         self._shapes = {
             name: (list(full_shape(parameter)), [MASTER, *STATES] if parameter.requires_grad else [FROZEN])
             for name, parameter in engine.module.named_parameters()
         }
-        live = _live(fragments)
+        live = _live(fragments_of(engine))
         needed, free = sum(tensor.nbytes for tensor in live.values()), free_bytes(torch.device("cpu"), self.world.local_size)
-        if needed > _SHARE_OF_FREE_MEMORY * free:
-            self.note = (
-                f"rank {self.world.rank}: checkpoints are not written in the background: that takes {needed:,} bytes of "
-            )
-            self.note += f"host memory, and {free:,} are free"
+        if needed <= _SHARE_OF_FREE_MEMORY * free:
+            self._buffers = {name: _host_buffer(tensor) for name, tensor in live.items()}
             return
-        self._buffers = {name: _host_buffer(tensor) for name, tensor in live.items()}
+        # Of this rank's machine alone, so it is not left to the first rank to say.
+        print(
+            f"rank {self.world.rank}: training waits while checkpoints are written: to write them in the background takes "
+            f"{needed:,.0f} bytes of host memory, at most half of what is free, and {free:,.0f} are free",
+            flush=True,
+        )
 
     def _copied(self, fragments: list[Fragment]) -> dict[str, Tensor]:
         """Copy live memory into the kept buffers."""
         for name, tensor in _live(fragments).items():
-            self._buffers[name].copy_(tensor, non_blocking=True)
+            if tensor.device.type == "cpu":
+                # Plain memory copies, which are faster than torch's own for so much: they leave the caches alone.
+                np.copyto(_as_bytes(self._buffers[name]), _as_bytes(tensor))
+            else:
+                self._buffers[name].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return self._buffers
@@ -251,7 +255,8 @@ class _Pending:
     of_ranks: list[_Written] | None = None
 
 
-def _started(work: Callable[..., None], *arguments: Any) -> threading.Thread:
+def start_thread(work: Callable[..., None], *arguments: Any) -> threading.Thread:
+    """Start a thread, which does not keep the process from ending."""
     thread = threading.Thread(target=work, args=arguments, name="checkpoint", daemon=True)
     thread.start()
     return thread
@@ -263,6 +268,10 @@ def _live(fragments: list[Fragment]) -> dict[str, Tensor]:
 
 def _host_buffer(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda")
+
+
+def _as_bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.view(torch.uint8).numpy()
 
 
 def _bytes_needed(engine: Any) -> int:
