@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.benchmark.options import ADD_OPTIONS, description_of
-from pipeline.command_line import EXIT_USAGE, fail, guarded, json_problems, path_argument, write_json
 from pipeline.data.errors import DataError
+from pipeline.failures import EXIT_USAGE, fail, guarded
+from pipeline.options import json_problems, path_argument, write_json
 
 PROG = "benchmark.py"
 

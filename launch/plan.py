@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.command_line import guarded, json_problems, path_argument, read_options, read_recipe, recipe_parser, write_json
+from pipeline.failures import guarded
+from pipeline.options import json_problems, path_argument, read_options, read_recipe, recipe_parser, write_json
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 DOES_NOT_FIT = 1

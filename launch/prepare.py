@@ -20,7 +20,6 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from pipeline.command_line import guarded, path_argument
 from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Rules
@@ -32,6 +31,8 @@ from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.special_tokens import BOS_RULES, SpecialTokens, special_tokens
 from pipeline.data.tokenizer import BYTES, END_OF_DOCUMENT, byte_tokenizer, find_tokenizer, load_tokenizer
+from pipeline.failures import guarded
+from pipeline.options import path_argument
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.command_line import end_process, job_parser, path_argument, run_command
+from pipeline.command_line import end_process, run_command
+from pipeline.options import job_parser, path_argument
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 

@@ -19,8 +19,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.command_line import guarded, path_argument
-from pipeline.config import DataSettings
 from pipeline.data.corpus.display import Display
 from pipeline.data.errors import DataError
 from pipeline.data.loading.order import default_lanes
@@ -31,6 +29,9 @@ from pipeline.data.shards.merging import merge, prepared_folders
 from pipeline.data.shards.verification import verify
 from pipeline.data.special_tokens import special_tokens
 from pipeline.data.tokenizer import find_tokenizer, load_tokenizer
+from pipeline.data_settings import DataSettings
+from pipeline.failures import guarded
+from pipeline.options import path_argument
 from pipeline.storage.location import Url, parse_location
 
 

@@ -14,15 +14,20 @@ reporter.py         metrics, validations and terminal lines, each at its interva
 evaluate.py         held-out losses
 scoring.py          stores a frozen reference's losses beside the data
 
-command_line.py     options, checks, process group and exit codes of the commands
+command_line.py     checks, process group and exit codes of the commands that run on all ranks
+options.py          the options that commands share
+failures.py         turns a failure of a user or a machine into one message and an exit code
 job.py              a job from start to end: prepare what is missing, then train
 assembly.py         builds a run from a job's settings
 config.py           all settings, with defaults and units
+data_settings.py    those of section `data`
 setting_types.py    the types that settings are declared with
 recipe.py           reads settings from YAML and the command line
 other_names.py      what other trainers call our settings
 yaml_text.py        parses YAML that somebody wrote
-checks.py           checks data, sizes and models before any compute is spent
+checks.py           all checks before any compute is spent, as one error
+data_checks.py      those of data sets and cached losses
+model_checks.py     those of reference and pretrained weights
 derived.py          values derived from the settings and the files they name
 
 data/               errors, tokenizer, special tokens, permutations, a bounded cache

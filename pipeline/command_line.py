@@ -1,7 +1,4 @@
-"""The shared part of commands: options, checks, process group, exit codes, and failures as one message.
-
-What a user or a machine can cause ends a command with one message that names the file and what to do, never with a traceback
-(`guarded`). What is left with a traceback is a mistake of the program's.
+"""The shared part of commands that run on all ranks: options, checks, process group, exit codes.
 
 torch and DeepSpeed take seconds to load, so the imports are inside the functions: signal handlers are installed and a first
 line is printed before.
@@ -11,60 +8,27 @@ on request with more to do, 130 interrupted.
 """
 
 import argparse
-import errno
-import json
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from pipeline.failures import EXIT_USAGE, fail, guarded
+from pipeline.options import read_options, read_recipe
 from pipeline.runtime.preemption import StopRequest
-from pipeline.storage.location import user_path
-from pipeline.storage.whole_file import naming
 
 if TYPE_CHECKING:
     from pipeline.assembly import Job
     from pipeline.config import Settings
 
-EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_DIVERGED = 3
+
 
 Command = Callable[["Job", argparse.Namespace, StopRequest], int]
 """The body of a command, run on every rank after all checks, with the process group up; returns the exit code."""
-
-
-def path_argument(text: str) -> Path:
-    """Parse an option that is a path; `~` is expanded, which shells leave alone behind `=` and in quotes."""
-    try:
-        return user_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def recipe_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
-    """The options of every command that reads a recipe and a DeepSpeed JSON; a command adds its own."""
-    parser = argparse.ArgumentParser(
-        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
-    parser.add_argument("--deepspeed", type=path_argument, required=True, metavar="JSON", help="ZeRO, precision, communication")
-    parser.add_argument(
-        "--config", type=path_argument, default=default_recipe, metavar="YAML", help="recipe (default: the demo)"
-    )
-    return parser
-
-
-def job_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
-    """The options of every command that runs on all ranks of a job."""
-    parser = recipe_parser(name, description, default_recipe)
-    parser.add_argument("--run-dir", type=path_argument, metavar="DIR", help="default: runs/ and the recipe's run.name")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
-    # Appended by the deepspeed launcher; LOCAL_RANK in the environment says the same.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser
 
 
 def run_command(
@@ -99,138 +63,6 @@ def run_command(
         is_first,
         interrupted=f"{parser.prog}: interrupted; the same command continues from what was saved last, if anything was",
     )
-
-
-def guarded(
-    prefix: str,
-    body: Callable[[], int],
-    mistakes: tuple[type[Exception], ...],
-    is_first: bool = True,
-    interrupted: str = "interrupted",
-) -> int:
-    """Run the body of a command and return its exit code; a failure that a user or a machine can cause is one message.
-
-    Args:
-        prefix: what the message begins with.
-        mistakes: errors whose message is ready to be shown, and which all ranks raise alike.
-        is_first: true on the rank that speaks for all.
-    """
-    of_threads, threading.excepthook = threading.excepthook, _leave_to_the_main_thread
-    try:
-        return body()
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr) if is_first else None
-        return EXIT_INTERRUPTED
-    except mistakes as error:
-        return fail(prefix, error, EXIT_USAGE, is_first)
-    except (OSError, MemoryError) as error:
-        # Each rank has a machine of its own, so each says what happened there.
-        return fail(prefix, failure_of_machine(error), EXIT_USAGE, True)
-    except BaseException as error:
-        # Libraries written in Rust raise their errors and panics by classes that cannot be imported; a panic is no Exception.
-        if type(error).__name__ not in ("PanicException", "SafetensorError"):
-            raise
-        remedy = "is the disk full, or a regular expression of the tokenizer's one that its library cannot run?"
-        return fail(prefix, f"a library failed: {error}; {remedy}", EXIT_USAGE, True)
-    finally:
-        threading.excepthook = of_threads
-
-
-def _leave_to_the_main_thread(failure: threading.ExceptHookArgs) -> None:
-    """Print no traceback of a thread that could not write: TensorBoard's raises the same error again where the next record is
-    written."""
-    if not isinstance(failure.exc_value, OSError):
-        threading.__excepthook__(failure)
-
-
-_REMEDIES = {
-    errno.ENOSPC: "free some of the disk, or write elsewhere",
-    errno.EDQUOT: "free some of your share of the disk, or write elsewhere",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write elsewhere",
-    errno.EACCES: "have its permissions changed, or name another one",
-    errno.EPERM: "have its permissions changed, or name another one",
-    errno.EROFS: "the file system can only be read: name another one",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "a part of this path is a file, where a folder is expected",
-    errno.EISDIR: "expected a file, and this is a folder",
-    errno.EEXIST: "expected a folder, or nothing yet",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EADDRINUSE: "choose another port",
-}
-
-
-def failure_of_machine(error: OSError | MemoryError) -> str:
-    """One sentence for a failure of files, disks, network or memory: the file, the failure, the remedy."""
-    if isinstance(error, MemoryError):
-        return f"this machine's memory is used up ({error}); use smaller sizes or fewer processes"
-    if error.errno is None or error.strerror is None:
-        return str(error)  # a message of our own
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror}; {_REMEDIES.get(error.errno, 'mend that and start again')}"
-
-
-def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options; returns them, overrides included, and a list of unknown ones, `--option` or `--option=value`."""
-    options, left = parser.parse_known_intermixed_args(arguments)
-    # argparse also returns the overrides that follow an unknown option as unknown.
-    options.overrides += [argument for argument in left if not _is_option(argument)]
-
-    # What follows an unknown option and is no override is its value; the same option may be there again.
-    unknown, place = [], -1
-    for option in filter(_is_option, left):
-        place = list(arguments).index(option, place + 1)
-        after = arguments[place + 1 :][:1]
-        if "=" not in option and after and "=" not in after[0] and after[0] in options.overrides:
-            options.overrides.remove(after[0])
-            option = f"{option}={after[0]}"
-        unknown.append(option)
-    return options, unknown
-
-
-def _is_option(argument: str) -> bool:
-    """True for `--option` and `-o`; a negative number is a value."""
-    return argument.startswith("-") and not argument[1:2].isdigit() and argument[1:2] != "."
-
-
-def read_recipe(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]
-) -> tuple["Settings", list[str]]:
-    """Read the settings that the options ask for; returns them with all problems, one sentence each.
-
-    A refused setting keeps its default.
-    """
-    from pipeline.recipe import read_settings
-
-    settings, found = read_settings(options.config, options.overrides)
-    return settings, [_unknown(option, parser) for option in unknown] + found
-
-
-def _unknown(option: str, parser: argparse.ArgumentParser) -> str:
-    from pipeline.config import did_you_mean
-    from pipeline.recipe import meaning_of, settings_meant
-
-    name, _, value = option.partition("=")
-    word = name.lstrip("-")
-    if settings_meant(word):
-        return f"{option}: unknown option; settings have no dashes: {meaning_of(word, value or 'VALUE')}"
-    known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
-    return f"{option}: unknown option; {meaning_of(word) or did_you_mean(name, known)}"
-
-
-def end_process(exit_code: int) -> NoReturn:
-    """End the process with this exit code.
-
-    Two things would change the code. A launcher that sees one rank fail sends SIGTERM to the others, which are about to end
-    with the same code, so the signal is ignored. And after an error the process group is still open; its threads abort a
-    process that shuts down normally, so the process ends by `os._exit`.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if exit_code == 0:
-        sys.exit(exit_code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
 
 
 def _run_on_all_ranks(
@@ -305,27 +137,16 @@ def _cannot_meet(error: Exception) -> str:
     )
 
 
-def fail(prefix: str, error: Exception | str, exit_code: int, is_first: bool) -> int:
-    """Print an error, on the first rank or wherever it happened, and return the exit code."""
-    if is_first:
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
-    return exit_code
+def end_process(exit_code: int) -> NoReturn:
+    """End the process with this exit code.
 
-
-def write_json(path: Path, figures: Any) -> None:
-    """Write a command's figures as it prints them, at full precision."""
-    with naming(path):
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-
-def json_problems(path: Path | None) -> list[str]:
-    """List what speaks against writing figures to the --json path, before they are computed."""
-    if path is None:
-        return []
-    if path.is_dir():
-        return [f"--json: {path} is a directory; expected a file to write"]
-    if not path.parent.is_dir():
-        return [f"--json: {path.parent} is not a directory; make it first, or write elsewhere"]
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        return [f"--json: {path} cannot be written to; choose another file"]
-    return []
+    Two things would change the code. A launcher that sees one rank fail sends SIGTERM to the others, which are about to end
+    with the same code, so the signal is ignored. And after an error the process group is still open; its threads abort a
+    process that shuts down normally, so the process ends by `os._exit`.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if exit_code == 0:
+        sys.exit(exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

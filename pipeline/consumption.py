@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import DataSettings
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.stream import Stream
+from pipeline.data_settings import DataSettings
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ from pipeline.runtime import heartbeat
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once, max_over_ranks
 from pipeline.runtime.engine import gathered, num_parameters, release
-from pipeline.runtime.logbook import read_records, summary_table
+from pipeline.runtime.logbook import read_records
 from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
+from pipeline.runtime.terminal import summary_table
 from pipeline.schedule import learning_rate
 from pipeline.storage.files import read_whole
 from pipeline.storage.whole_file import publish, write_file

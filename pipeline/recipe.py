@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import ConfigError, MixtureSet, Settings, did_you_mean
+from pipeline.config import ConfigError, Settings, did_you_mean
+from pipeline.data_settings import MixtureSet
 from pipeline.other_names import ADVICE_ON, SETTING_OF
 from pipeline.setting_types import rule_of
 from pipeline.yaml_text import parse_yaml

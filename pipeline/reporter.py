@@ -12,8 +12,9 @@ from pipeline.run import Run, StepResult
 from pipeline.runtime import heartbeat
 from pipeline.runtime.distributed import max_over_ranks
 from pipeline.runtime.engine import gradient_norm
-from pipeline.runtime.logbook import Logbook, held_out_text, progress_line, selection_block, without_non_finite
+from pipeline.runtime.logbook import Logbook, without_non_finite
 from pipeline.runtime.metrics import Record, Totals
+from pipeline.runtime.terminal import held_out_text, progress_line, selection_block
 from pipeline.schedule import objective_at
 
 

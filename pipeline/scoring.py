@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from pipeline.assembly import Job, build_frozen_reference, resolve_settings
-from pipeline.checks import data_locations
 from pipeline.config import ConfigError, Settings
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import collate, targets_and_valid
@@ -25,6 +24,7 @@ from pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
 from pipeline.data.shards.reader import ShardReader
 from pipeline.data.shards.reference_losses import STORED_DTYPES, LossesManifest, data_fingerprint
 from pipeline.data.shards.sample import Sample
+from pipeline.data_checks import data_locations
 from pipeline.derived import reference_shape
 from pipeline.model.reference import Reference, reference_columns
 from pipeline.runtime import heartbeat

@@ -12,7 +12,9 @@ heartbeat       notices a rank that died or stands still, names it, ends the job
 agreement       checks that ranks have not diverged
 non_finite      the rule for numbers that are not finite, and its collective parts
 metrics         the selection's statistics, summed on the device, reduced over ranks at intervals
-logbook         metrics.jsonl, TensorBoard, lines for the terminal
+logbook         writes metrics.jsonl and TensorBoard
+tensorboard     tags, charts and histograms
+terminal        progress lines, selection blocks, the table that closes a run
 table           plain-text tables
 description     config.yaml and environment.json of a run directory
 memory          measures memory in use and at the peak

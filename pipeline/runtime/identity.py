@@ -9,7 +9,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.config import DataSettings, Settings
+from pipeline.config import Settings
+from pipeline.data_settings import DataSettings
 from pipeline.setting_types import ResumeRule
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Location

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import DataSettings
 from pipeline.consumption import Consumed, count, data_metrics, handle_damage
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import blank_batch, collate
 from pipeline.data.loading.mixture import DataSet
 from pipeline.data.loading.stream import Stream
 from pipeline.data.shards.sample import Sample
-from pipeline.runtime.logbook import tensorboard_tag
+from pipeline.data_settings import DataSettings
+from pipeline.runtime.tensorboard import tensorboard_tag
 from tests.data_sets import numbered_data
 from tests.ranks import run_ranks
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from pipeline.command_line import guarded
 from pipeline.config import ConfigError
 from pipeline.data.errors import DataError
+from pipeline.failures import guarded
 from tests.data_sets import numbered_data
 from tests.forked import ROOT, run_script
 

@@ -10,17 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from pipeline.model.mtp import HeadLosses
-from pipeline.runtime.logbook import (
-    Logbook,
-    held_out_text,
-    progress_line,
-    read_records,
-    selection_block,
-    summary_table,
-    tensorboard_tag,
-    without_non_finite,
-)
+from pipeline.runtime.logbook import Logbook, read_records, without_non_finite
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, SelectionSums
+from pipeline.runtime.tensorboard import tensorboard_tag
+from pipeline.runtime.terminal import held_out_text, progress_line, selection_block, summary_table
 from pipeline.weighting.selection import Selection
 
 # The block of the project's plan, to the character.

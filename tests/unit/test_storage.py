@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import DataSettings
 from pipeline.data.errors import DataError
 from pipeline.data.loading.mixture import DataSet
 from pipeline.data.loading.stream import Stream
 from pipeline.data.shards.manifest import read_manifest, write_manifest
 from pipeline.data.shards.reader import ShardReader
+from pipeline.data_settings import DataSettings
 from pipeline.storage.disk_cache import PART, DiskCache
 from pipeline.storage.files import Access, RemoteFile, StorageError, fetch, read_whole
 from pipeline.storage.location import Url, parse_location

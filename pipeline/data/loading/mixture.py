@@ -33,13 +33,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.config import DataSettings
 from pipeline.data.errors import DataError
 from pipeline.data.loading.order import EpochOrder
 from pipeline.data.shards.manifest import Manifest, Source, read_manifest, tokenizer_difference
 from pipeline.data.shards.reference_losses import CachedLosses
 from pipeline.data.shards.table import ShardTable
 from pipeline.data.shards.writer import MAX_SOURCES
+from pipeline.data_settings import DataSettings
 from pipeline.storage.location import Location
 
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -1,0 +1,116 @@
+"""The options that commands share: a recipe with its overrides, paths, and figures as JSON.
+
+Settings load pydantic, which takes a while, so the imports are inside the functions: a signal handler and a first line come
+before.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.storage.location import user_path
+from pipeline.storage.whole_file import naming
+
+if TYPE_CHECKING:
+    from pipeline.config import Settings
+
+
+def path_argument(text: str) -> Path:
+    """Parse an option that is a path; `~` is expanded, which shells leave alone behind `=` and in quotes."""
+    try:
+        return user_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def recipe_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
+    """The options of every command that reads a recipe and a DeepSpeed JSON; a command adds its own."""
+    parser = argparse.ArgumentParser(
+        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    parser.add_argument("--deepspeed", type=path_argument, required=True, metavar="JSON", help="ZeRO, precision, communication")
+    parser.add_argument(
+        "--config", type=path_argument, default=default_recipe, metavar="YAML", help="recipe (default: the demo)"
+    )
+    return parser
+
+
+def job_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
+    """The options of every command that runs on all ranks of a job."""
+    parser = recipe_parser(name, description, default_recipe)
+    parser.add_argument("--run-dir", type=path_argument, metavar="DIR", help="default: runs/ and the recipe's run.name")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    # Appended by the deepspeed launcher; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the options; returns them, overrides included, and a list of unknown ones, `--option` or `--option=value`."""
+    options, left = parser.parse_known_intermixed_args(arguments)
+    # argparse also returns the overrides that follow an unknown option as unknown.
+    options.overrides += [argument for argument in left if not _is_option(argument)]
+
+    # What follows an unknown option and is no override is its value; the same option may be there again.
+    unknown, place = [], -1
+    for option in filter(_is_option, left):
+        place = list(arguments).index(option, place + 1)
+        after = arguments[place + 1 :][:1]
+        if "=" not in option and after and "=" not in after[0] and after[0] in options.overrides:
+            options.overrides.remove(after[0])
+            option = f"{option}={after[0]}"
+        unknown.append(option)
+    return options, unknown
+
+
+def _is_option(argument: str) -> bool:
+    """True for `--option` and `-o`; a negative number is a value."""
+    return argument.startswith("-") and not argument[1:2].isdigit() and argument[1:2] != "."
+
+
+def read_recipe(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]
+) -> tuple["Settings", list[str]]:
+    """Read the settings that the options ask for; returns them with all problems, one sentence each.
+
+    A refused setting keeps its default.
+    """
+    from pipeline.recipe import read_settings
+
+    settings, found = read_settings(options.config, options.overrides)
+    return settings, [_unknown(option, parser) for option in unknown] + found
+
+
+def _unknown(option: str, parser: argparse.ArgumentParser) -> str:
+    from pipeline.config import did_you_mean
+    from pipeline.recipe import meaning_of, settings_meant
+
+    name, _, value = option.partition("=")
+    word = name.lstrip("-")
+    if settings_meant(word):
+        return f"{option}: unknown option; settings have no dashes: {meaning_of(word, value or 'VALUE')}"
+    known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
+    return f"{option}: unknown option; {meaning_of(word) or did_you_mean(name, known)}"
+
+
+def write_json(path: Path, figures: Any) -> None:
+    """Write a command's figures as it prints them, at full precision."""
+    with naming(path):
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def json_problems(path: Path | None) -> list[str]:
+    """List what speaks against writing figures to the --json path, before they are computed."""
+    if path is None:
+        return []
+    if path.is_dir():
+        return [f"--json: {path} is a directory; expected a file to write"]
+    if not path.parent.is_dir():
+        return [f"--json: {path.parent} is not a directory; make it first, or write elsewhere"]
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return [f"--json: {path} cannot be written to; choose another file"]
+    return []
