@@ -227,6 +227,30 @@ def save_eight(run_dir: Path) -> None:
     save(run_dir, *range(1, 9), keep=2, keep_every=3)
 
 
+def saves_among_what_a_user_keeps_there(run_dir: Path, elsewhere: Path) -> None:
+    folder = run_dir / "checkpoints"
+    save(run_dir, 3, 7)
+    for copy in ("step-00000007.bak", "step-00000007 (copy)", "step-best", "step-00000003.old", "my-step-00000009"):
+        shutil.copytree(folder / "step-00000007", folder / copy)
+    # A user has moved one to another disk, and a killed job's rest lies behind such a link, too.
+    shutil.move(folder / "step-00000007", elsewhere / "moved")
+    (folder / "step-00000007").symlink_to(elsewhere / "moved")
+    (folder / "step-00000008.partial").symlink_to(elsewhere)
+    assert resumed(run_dir)[0] == 7
+    save(run_dir, 8, 99_999_999, 100_000_000, keep=2)
+    assert resumed(run_dir)[0] == 100_000_000
+
+
+def test_folders_and_links_of_a_user_are_left_alone_and_steps_are_compared_as_numbers(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    run_ranks(saves_among_what_a_user_keeps_there, 1, tmp_path, tmp_path / "elsewhere")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()) == [
+        "my-step-00000009",
+        *("step-00000003.old", "step-00000007 (copy)", "step-00000007.bak", "step-100000000", "step-99999999", "step-best"),
+    ]
+    assert (tmp_path / "elsewhere/moved/state.json").exists(), "only the link to it was the run's"
+
+
 def fails_to_save(run_dir: Path) -> list[str]:
     """Rank 1's disk is full from the second save on, until the fifth."""
     said: list[str] = []

@@ -9,7 +9,6 @@ The position in the data is one integer, samples consumed. Training draws no ran
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 
 from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, start_thread, step_name
-from pipeline.runtime.checkpoint.read import checkpoint_names, load, read_state_of
+from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, remove, start_thread, step_name
+from pipeline.runtime.checkpoint.read import load, read_state_of, saved_steps
 from pipeline.runtime.checkpoint.state import HeldOut, State
 from pipeline.runtime.distributed import World, broadcast_from_first
 from pipeline.runtime.identity import Change, changed_settings
@@ -111,7 +110,7 @@ class Checkpoints:
             return
         self._failed_in_a_row = 0
         if self.world.is_first:
-            self._prune(saved.name)
+            self._prune(saved.step)
         self._say(_saved_line(saved))
 
     def resume(self, engine: Any, allow_changed: bool, held_out: Callable[[], HeldOut] = HeldOut) -> Progress:
@@ -134,7 +133,7 @@ class Checkpoints:
                 found = load(self.directory / name, state, engine, self.world)
                 found = found or self._other_losses(state, held_out())
                 if not found:
-                    self._retire(name)
+                    self._retire(state.step)
                     for note in _changed_pools(state, self.identity, self.world.size):
                         self._say(note)
                     return Progress.from_json(state.progress)
@@ -201,12 +200,12 @@ class Checkpoints:
 
     def _candidates(self) -> list[str]:
         """The checkpoints that the run may continue from, best first."""
-        names = checkpoint_names(self.directory)
-        return names if self.from_step is None else [name for name in names if name == step_name(self.from_step)]
+        steps = saved_steps(self.directory)
+        return [step_name(step) for step in steps if self.from_step in (None, step)]
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, in order. Not collective."""
-        return sorted(int(name.removeprefix("step-")) for name in checkpoint_names(self.directory))
+        return saved_steps(self.directory)[::-1]
 
     def _trace_of_a_run(self) -> list[str]:
         """Say what tells that there were checkpoints, where there are none: a run never starts anew in silence."""
@@ -248,25 +247,26 @@ class Checkpoints:
             raise error
         self._say(f"{error}; the run goes on ({self._failed_in_a_row} of at most {most} failed saves in a row)")
 
-    def _retire(self, name: str) -> None:
-        """Rename checkpoints later than `name`, so that the newest folder is again the one that the run continues."""
+    def _retire(self, step: int) -> None:
+        """Rename checkpoints later than `step`, so that the newest folder is again the one that the run continues."""
         if not self.world.is_first:
             return
-        for later in checkpoint_names(self.directory):
-            if later > name:
-                shutil.rmtree(self.directory / f"{_ABANDONED}{later}", ignore_errors=True)
-                os.replace(self.directory / later, self.directory / f"{_ABANDONED}{later}")
+        for later in saved_steps(self.directory):
+            if later > step:
+                abandoned = self.directory / f"{_ABANDONED}{step_name(later)}"
+                remove(abandoned)
+                os.replace(self.directory / step_name(later), abandoned)
         for old in sorted(self.directory.glob(f"{_ABANDONED}*"), reverse=True)[_ABANDONED_KEPT:]:
-            shutil.rmtree(old)
+            remove(old)
 
     def _remove_unfinished(self) -> None:
         """Remove what a killed job has begun to write, or to delete."""
         self._removal.join()
         if self.world.is_first:
             for unfinished in self.directory.glob(f"step-*{PARTIAL}"):
-                shutil.rmtree(unfinished)
+                remove(unfinished)
 
-    def _prune(self, current: str) -> None:
+    def _prune(self, current: int) -> None:
         """Delete all but the newest `keep` checkpoints and every `keep_every`-th step's, in the background.
 
         They are renamed first, so that none is ever found half deleted.
@@ -275,19 +275,18 @@ class Checkpoints:
         if keep is None:
             return
         doomed = []
-        for name in checkpoint_names(self.directory)[keep:]:
-            step = int(name.removeprefix("step-"))
-            if name != current and not (every is not None and step % every == 0):
-                doomed.append(self.directory / f"{name}.deleted{PARTIAL}")
-                os.replace(self.directory / name, doomed[-1])
+        for step in saved_steps(self.directory)[keep:]:
+            if step != current and not (every is not None and step % every == 0):
+                doomed.append(self.directory / f"{step_name(step)}.deleted{PARTIAL}")
+                os.replace(self.directory / step_name(step), doomed[-1])
         self._removal.join()
         self._removal = start_thread(_remove_folders, doomed)
 
 
 def _remove_folders(folders: list[Path]) -> None:
-    """Run in a thread. What cannot be removed now is when the run is started again."""
+    """Run in a thread. What cannot be removed now is removed when the run is started again."""
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 def _changed_pools(state: State, identity: dict[str, Any], world_size: int) -> list[str]:
@@ -301,8 +300,7 @@ def _changed_pools(state: State, identity: dict[str, Any], world_size: int) -> l
 
 
 def _saved_line(saved: Saved) -> str:
-    step = int(saved.name.removeprefix("step-"))
-    return f"saved step {step}: {_size(saved.num_bytes)} in {saved.seconds:.1f} s, training waited {saved.waited:.2f} s"
+    return f"saved step {saved.step}: {_size(saved.num_bytes)} in {saved.seconds:.1f} s, training waited {saved.waited:.2f} s"
 
 
 def _size(num_bytes: float) -> str:

@@ -42,7 +42,7 @@ class SaveError(RuntimeError):
 class Saved(NamedTuple):
     """A committed checkpoint. seconds: from its beginning on. waited: seconds of them in which training stood still."""
 
-    name: str
+    step: int
     num_bytes: int
     seconds: float
     waited: float
@@ -51,6 +51,13 @@ class Saved(NamedTuple):
 def step_name(step: int) -> str:
     """The folder name of a step's checkpoint: `step-00000100`."""
     return f"step-{step:08d}"
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, or the link to one that a user has moved elsewhere; what cannot be removed stays."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def rank_file(rank: int) -> str:
@@ -96,8 +103,7 @@ class Writer:
         """
         assert self._pending is None, "the save before this one is not complete"
         started = time.perf_counter()
-        name = step_name(step)
-        partial = self.directory / f"{name}{PARTIAL}"
+        partial = self.directory / f"{step_name(step)}{PARTIAL}"
         self._make_folder(partial, engine)
 
         self.prepare(engine)
@@ -110,7 +116,7 @@ class Writer:
         if not self._buffers:
             # Without buffers what is written is what training would change.
             thread.join()
-        self._pending = _Pending(name, content, written, thread, started, time.perf_counter() - started)
+        self._pending = _Pending(step, content, written, thread, started, time.perf_counter() - started)
 
     def go_on(self) -> Saved | None:
         """Wait for all ranks' threads and take the next step: None once the commit has begun, what was saved once it is done.
@@ -129,7 +135,7 @@ class Writer:
         self._end_commit(pending)
         now = time.perf_counter()
         num_bytes = sum(written.file.bytes for written in pending.of_ranks if written.file is not None)
-        return Saved(pending.name, num_bytes, now - pending.started, pending.waited + now - started)
+        return Saved(pending.step, num_bytes, now - pending.started, pending.waited + now - started)
 
     def _begin_commit(self, pending: "_Pending") -> None:
         of_ranks: list[_Written] = gather_over_ranks(pending.written)
@@ -154,7 +160,7 @@ class Writer:
         problem = None
         if self.world.is_first:
             try:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
                 partial.mkdir(parents=True)
                 needed, free = _bytes_needed(engine), shutil.disk_usage(partial).free
                 if free < needed:
@@ -231,7 +237,7 @@ class Writer:
         partial, final = self.directory / f"{pending.name}{PARTIAL}", self.directory / pending.name
         try:
             write_file(partial / STATE_FILE, encode(state))
-            shutil.rmtree(final, ignore_errors=True)
+            remove(final)
             publish(partial, final)
             write_file(self.directory / POINTER_FILE, f"{pending.name}\n".encode())
         except OSError as error:
@@ -239,20 +245,24 @@ class Writer:
 
     def _remove(self, partial: Path) -> None:
         if self.world.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
 
 
 @dataclass
 class _Pending:
     """The save in hand. of_ranks: once all have written. waited: seconds in which training stood still."""
 
-    name: str
+    step: int
     content: dict[str, Any]
     written: _Written
     thread: threading.Thread
     started: float
     waited: float
     of_ranks: list[_Written] | None = None
+
+    @property
+    def name(self) -> str:
+        return step_name(self.step)
 
 
 def start_thread(work: Callable[..., None], *arguments: Any) -> threading.Thread:

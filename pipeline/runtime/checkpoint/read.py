@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.runtime.checkpoint.commit import PARTIAL, rank_file
+from pipeline.runtime.checkpoint.commit import rank_file, step_name
 from pipeline.runtime.checkpoint.fragment_file import FileError, Piece, read_header, read_pieces, sha256_of
 from pipeline.runtime.checkpoint.fragments import FROZEN, Fragment, fragments_of, refresh_weights, set_optimizer_step
 from pipeline.runtime.checkpoint.state import STATE_FILE, SavedParameter, State, StateError, read_state
@@ -23,10 +23,11 @@ from pipeline.runtime.engine import full_shape
 _OTHER_BYTES = "its bytes are not those that were written (SHA-256)"
 
 
-def checkpoint_names(directory: Path) -> list[str]:
-    """Names of all checkpoint folders, newest first, sound or not; unfinished ones left out."""
-    names = [path.name for path in directory.glob("step-*") if path.suffix != PARTIAL]
-    return sorted(names, reverse=True)
+def saved_steps(directory: Path) -> list[int]:
+    """Steps of all checkpoint folders, newest first, sound or not; unfinished ones, and copies a user has made, left out."""
+    digits = [path.name.removeprefix("step-") for path in directory.glob("step-*")]
+    steps = [int(number) for number in digits if number.isdecimal()]
+    return sorted((step for step in steps if (directory / step_name(step)).exists()), reverse=True)
 
 
 def read_state_of(directory: Path) -> tuple[State | None, str]:
