@@ -81,6 +81,11 @@ def in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     ctypes.CDLL(None).malloc_trim(0)
+    return resident_anonymous()
+
+
+def resident_anonymous() -> int:
+    """Bytes of anonymous memory that this process has touched."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -1,17 +1,25 @@
 """A checkpoint continues on any layout: number of ranks, ZeRO stage, offloading, hpZ, precision."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from pipeline.config import CheckpointSettings, Settings
+from pipeline.progress import Progress
+from pipeline.runtime.checkpoint.state import HeldOut
 from tests.checkpointing import SHAPE, Figures, Layout, trained
+from tests.planned import in_use, resident_anonymous
+from tests.ranks import run_ranks
 
 HPZ = {"zero_hpz_partition_size": 2}
 OTHER_KEYS = {"sub_group_size": 1000, "reduce_bucket_size": 777, "stage3_param_persistence_threshold": 0}
 LAYOUTS = {
     "1 rank": Layout(1),
-    "3 ranks": Layout(4),
+    "4 ranks": Layout(4),
     "stage 1": Layout(2, 1),
     "stage 2": Layout(2, 2),
     "round robin": Layout(2, 2, zero={"round_robin_gradients": True}),
@@ -82,3 +90,46 @@ def test_tied_and_frozen_parameters_continue(tmp_path: Path, stage: int, changes
     elsewhere = trained(layout._replace(ranks=1, stage=4 - stage), tmp_path, 2, 2)
     assert elsewhere.before == pytest.approx(first.after, rel=1e-6)
     assert elsewhere.after == pytest.approx(continued.after, rel=1e-5)
+
+
+LARGE = {"dim": 384, "num_layers": 6, "num_attention_heads": 6, "vocab_size": 8192}
+
+
+def memory_while_loading(run_dir: Path, save: bool) -> float:
+    """Peak while loading ÷ held afterwards, in anonymous memory, what was there before the engine left out."""
+    from pipeline.runtime.checkpoint.checkpoints import Checkpoints
+    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
+    from pipeline.runtime.distributed import World
+    from pipeline.runtime.engine import build_policy, initialize_distributed
+
+    initialize_distributed(torch.device("cpu"), "error")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    settings = Settings.model_validate(
+        {"data": {"global_batch": ranks, "micro_batch": 1, "sequence_length": 64}, "model": LARGE}
+    )
+    before = in_use(torch.device("cpu"))
+    engine = build_policy(settings, resolve_deepspeed_json(Layout(ranks).deepspeed, settings, ranks))
+    checkpoints = Checkpoints(run_dir, World(rank, ranks, rank, ranks), {}, CheckpointSettings(), say=lambda text: None)
+    if save:
+        checkpoints.save(engine, Progress(step=1), HeldOut(), in_background=False)
+        return 0.0
+
+    # What building left behind, freed but kept by the allocator, is not loading's.
+    seen, loaded = [in_use(torch.device("cpu"))], threading.Event()
+
+    def watch() -> None:
+        while not loaded.wait(0.002):
+            seen.append(resident_anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert checkpoints.resume(engine, allow_changed=False).step == 1
+    loaded.set()
+    watcher.join()
+    return (max(seen) - before) / (in_use(torch.device("cpu")) - before)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loading_takes_hardly_more_memory_than_what_is_loaded(tmp_path: Path, ranks: int) -> None:
+    run_ranks(memory_while_loading, 1, tmp_path, True)
+    assert max(run_ranks(memory_while_loading, ranks, tmp_path, False)) < 1.2
