@@ -69,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         "--train-bpe",
         type=int,
         metavar="VOCAB_SIZE",
-        help="train a byte-level BPE on the input, or 1 GiB spread over it, each part the same one; killed meanwhile, it "
-        "begins anew",
+        help="train a byte-level BPE on the input, or 1 GiB spread over it, which is then read twice, each part the same one; "
+        "killed meanwhile, it begins anew",
     )
     parser.add_argument(
         "--end-of-document",

@@ -22,7 +22,7 @@ from threading import Lock
 import numpy as np
 
 from pipeline.data.corpus.contents import Contents
-from pipeline.data.corpus.counts import Counts, Note
+from pipeline.data.corpus.counts import Counts, Lines, Note
 from pipeline.data.corpus.documents import Document, DocumentReader, Rules
 from pipeline.data.corpus.encoding import Encoded, Encoder
 from pipeline.data.corpus.inputs import DATASET, Span
@@ -163,7 +163,7 @@ def tokenize_slice(work: tuple[TokenizationSettings, int, Sequence[Span]], repor
 
     # Read, encode and sort into runs.
     encoder = shared_encoder(settings)
-    reader = DocumentReader(settings.rules)
+    reader = DocumentReader(settings.rules, lambda: _lines_before(settings.directory, number))
     train, validation = (SortedRunWriter(settings.directory / split, name, encoder.dtype) for split in ("train", "validation"))
     consumed = 0
     named = _Names(spans)
@@ -180,6 +180,15 @@ def tokenize_slice(work: tuple[TokenizationSettings, int, Sequence[Span]], repor
     # The record, last.
     record = SliceRecord(reader.counts, train.num_tokens, validation.num_tokens, str(contents))
     write_file(_record_file(settings.directory, number), json.dumps(asdict(record)).encode())
+
+
+def _lines_before(directory: Path, number: int) -> Lines | None:
+    """Count the lines just before slice `number`, as far as the slices before it are finished."""
+    counts = Counts()
+    for earlier in range(number):
+        if (record := read_record(directory, earlier)) is not None:
+            counts.add(record.counts)
+    return counts.lines
 
 
 class _Names:
