@@ -147,6 +147,7 @@ def _prepare(options: argparse.Namespace) -> int:
         end_of_document=ends.end_of_document,
         bos=ends.bos,
         bos_rule=ends.bos_rule,
+        special=ends.declared,
         rules=Rules(options.text_field, options.max_document_bytes, options.on_undecodable),
     )
 

@@ -1,4 +1,4 @@
-"""What reading costs: every byte of an input is read about once, whatever is in it, by the kernel's count; to train a BPE twice."""
+"""What reading costs: each byte of an input is read about once, to train a BPE twice, whatever it holds, as the kernel counts."""
 
 import gzip
 import io

@@ -62,15 +62,20 @@ class Encoded:
 
 
 class Encoder:
-    """Encoder of texts to ids, with a token appended to each and, if there is a BOS token, one before it."""
+    """Encoder of texts to ids, with a token appended to each and, if there is a BOS token, one before it.
 
-    def __init__(self, tokenizer: Tokenizer, end_of_document_id: int, bos_id: int | None = None) -> None:
+    declared: tokens that are special although the tokenizer does not say so.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, end_of_document_id: int, bos_id: int | None = None, declared: Iterable[str] = ()
+    ) -> None:
         self.dtype = token_dtype(vocab_size(tokenizer))
         self._end, self._begin = end_of_document_id, [] if bos_id is None else [bos_id]
         self._description = describe(tokenizer)
 
         # The kind of every id, and of every token that is not ordinary.
-        self._special = _special_tokens(self._description, tokenizer, {end_of_document_id, *self._begin})
+        self._special = _special_tokens(self._description, tokenizer, {end_of_document_id, *self._begin}, declared)
         self._kinds = np.zeros(vocab_size(tokenizer), np.uint8)
         for token, kind in self._special.items():
             self._kinds[tokenizer.token_to_id(token)] = kind
@@ -187,14 +192,16 @@ class Encoder:
             return True
 
 
-def _special_tokens(description: dict[str, Any], tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, int]:
+def _special_tokens(
+    description: dict[str, Any], tokenizer: Tokenizer, ends: Iterable[int], declared: Iterable[str]
+) -> dict[str, int]:
     """Find the tokens that must not come of text, and those that may but not of their own string, by their kinds."""
     model = description["model"]
     added = {token["content"]: token["special"] for token in description["added_tokens"]}
     # A piece that merging makes is one of text, whatever it looks like.
     merged = {"".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in model.get("merges", ())}
 
-    kinds = {}
+    kinds = dict.fromkeys(declared, _RESERVED)
     for token in tokenizer.get_vocab(with_added_tokens=True):
         if token[:1] in "<[" and token not in merged and (_CONTROL.fullmatch(token) or _BYTE.fullmatch(token)):
             kinds[token] = _AMBIGUOUS if _BYTE.fullmatch(token) else _RESERVED

@@ -313,6 +313,7 @@ def _pack(
         part=f"{settings.part[0]}/{settings.part[1]}" if settings.part else None,
         whole_sha256=whole_sha256(request),
         contents=contents,
+        special=settings.special or None,
         documents=sum(record.num_documents for record in records),
         documents_cut=sum(record.documents_cut for record in records),
     )

@@ -46,6 +46,7 @@ class TokenizationSettings:
     directory: folder for the sorted runs and records.
     tokenizer_file, tokenizer_identity: the tokenizer and its identity.
     bos_id: of the token before each document; None for none.
+    special: tokens that are special although the tokenizer does not say so.
     rules: of reading documents.
     seed: of the shuffle.
     source_names: empty if sources have no names.
@@ -58,6 +59,7 @@ class TokenizationSettings:
     tokenizer_identity: str
     end_of_document_id: int
     bos_id: int | None
+    special: tuple[str, ...]
     rules: Rules
     seed: int
     source_names: tuple[str, ...]
@@ -276,10 +278,18 @@ def shared_encoder(settings: TokenizationSettings) -> Encoder:
     """Get the encoder of this process, shared by all its worker threads."""
     # Under a lock, because threads that call this at the same time would each make one.
     with _encoder_lock:
-        return _encoder_of(settings.tokenizer_file, settings.tokenizer_identity, settings.end_of_document_id, settings.bos_id)
+        return _encoder_of(
+            settings.tokenizer_file,
+            settings.tokenizer_identity,
+            settings.end_of_document_id,
+            settings.bos_id,
+            settings.special,
+        )
 
 
 @lru_cache(maxsize=1)
-def _encoder_of(tokenizer_file: Path, tokenizer_identity: str, end_of_document_id: int, bos_id: int | None) -> Encoder:
+def _encoder_of(
+    tokenizer_file: Path, tokenizer_identity: str, end_of_document_id: int, bos_id: int | None, special: tuple[str, ...]
+) -> Encoder:
     # The hash is part of the cache's key: the file may be replaced by another tokenizer.
-    return Encoder(load_tokenizer(tokenizer_file), end_of_document_id, bos_id)
+    return Encoder(load_tokenizer(tokenizer_file), end_of_document_id, bos_id, special)

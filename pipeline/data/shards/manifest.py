@@ -69,6 +69,7 @@ class Preparation(Record):
     whole_sha256: `request_sha256` without the part, equal for all parts of one request; None in folders of older versions.
     contents: of all documents of the input (`corpus.contents`), by which finished data is known to be that of its input; None
         in folders of older versions, and where parts were merged.
+    special: tokens that were special beside those of the tokenizer (`data.declared_tokens`); None if there were none.
     documents: documents in this folder, copies included.
     documents_cut: documents that lie in more than one row.
     """
@@ -83,6 +84,7 @@ class Preparation(Record):
     part: str | None = None
     whole_sha256: Sha256 | None = None
     contents: str | None = None
+    special: tuple[str, ...] | None = None
     documents: Count
     documents_cut: Count
 
