@@ -28,6 +28,7 @@ from pipeline.data.corpus.inputs import DATASET_PREFIX, Input, parse_input, pars
 from pipeline.data.corpus.packing import PACKINGS
 from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
+from pipeline.data.corpus.removed_text import lost_white_space
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.special_tokens import BOS_RULES, SpecialTokens, special_tokens
@@ -157,6 +158,10 @@ def _prepare(options: argparse.Namespace) -> int:
     if prepared.was_complete:
         print(f"{options.output} is complete already, made with the same settings from the same input")
     print(ends)
+    if not isinstance(tokenizer, int) and (lost := lost_white_space(tokenizer)):
+        print(
+            f"warning: the tokenizer does not tell {', '.join(lost)} from one space: a model cannot learn them", file=sys.stderr
+        )
     _print_counts(prepared.counts)
     for directory, manifest in prepared.manifests.items():
         _print_summary(directory, manifest)

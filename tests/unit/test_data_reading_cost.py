@@ -1,4 +1,4 @@
-"""What reading costs: each byte of an input is read about once, to train a BPE twice, whatever it holds, as the kernel counts."""
+"""What reading costs: each byte of an input is read about once, to train a BPE twice, whatever it holds, by the kernel."""
 
 import gzip
 import io

@@ -12,15 +12,15 @@ these ids alone say nothing: the text is searched for their strings.
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Encoding, Regex, Tokenizer, pre_tokenizers
 
+from pipeline.data.corpus.removed_text import RemovedText, is_missed
 from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import describe, for_documents, vocab_size
 
@@ -87,12 +87,16 @@ class Encoder:
 
         self._plain = for_documents(tokenizer, [token for token, kind in self._special.items() if kind == _RESERVED])
         self._keeps_all = _keeps_all(self._description)
+        self._removed = RemovedText(self._description)
+        # The one that does not tell the places of tokens is faster.
+        plain, needs_places = self._plain, self._removed.in_pre_tokenizer
+        self._encode_batch = plain.encode_batch if needs_places else plain.encode_batch_fast
         self._has_token: dict[str, bool] = {}
 
     def encode(self, texts: Sequence[str]) -> Iterator[Encoded]:
         """Encode texts, in order."""
         try:
-            encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+            encodings = self._encode_batch(texts, add_special_tokens=False)
         except BaseException as error:
             if not _is_of_the_tokenizer(error):
                 raise
@@ -100,9 +104,10 @@ class Encoder:
             yield from [Encoded(None, _sentence(error))] if len(texts) == 1 else (e for t in texts for e in self.encode([t]))
             return
         for text, encoding in zip(texts, encodings, strict=True):
-            yield self._checked(text, encoding.ids)
+            yield self._checked(text, encoding)
 
-    def _checked(self, text: str, found: list[int]) -> Encoded:
+    def _checked(self, text: str, encoding: Encoding) -> Encoded:
+        found = encoding.ids
         ids, has_special_text = self._with_ends(found), self._strings.search(text) is not None
         kind = self._kind(ids)
 
@@ -121,7 +126,7 @@ class Encoder:
                 token = self._plain.id_to_token(int(inner[self._kinds[inner] == _RESERVED][0]))
                 return Encoded(None, f"the tokenizer makes the special token {token!r} out of its text")
 
-        return Encoded(ids, "", not len(self._inner(ids)), has_special_text, self._lost(text, ids))
+        return Encoded(ids, "", not len(self._inner(ids)), has_special_text, self._lost(text, ids, encoding))
 
     def _with_ends(self, found: list[int]) -> np.ndarray:
         return np.array([*self._begin, *found, self._end], self.dtype)
@@ -150,9 +155,11 @@ class Encoder:
         guarded.pre_tokenizer = pre_tokenizers.Sequence([*before, boundary])
         return guarded
 
-    def _lost(self, text: str, ids: np.ndarray) -> str:
+    def _lost(self, text: str, ids: np.ndarray, encoding: Encoding) -> str:
         """List what of a text has no token: characters that are dropped, or the unknown token if it stands for some."""
-        lost = "" if self._keeps_all else self._dropped(text)
+        lost = "" if self._keeps_all else self._dropped(text) or self._removed.by_normalizer(text)
+        if not lost and self._removed.in_pre_tokenizer:
+            lost = self._removed.by_pre_tokenizer(text, encoding.offsets)
         if not lost and self._unknown is not None and (self._inner(ids) == self._unknown).any():
             lost = str(self._plain.id_to_token(self._unknown))
         return lost[:_SHOWN]
@@ -175,13 +182,12 @@ class Encoder:
         return kept
 
     def _finds_token(self, character: str) -> bool:
-        # White space, and what a normaliser removes of accents and control characters, is not missed.
         if character.isspace():
             return True
         normalizer = self._plain.normalizer
         normalized = character if normalizer is None else normalizer.normalize_str(character)
-        if not normalized.strip():
-            return bool(normalized) or unicodedata.category(character) in ("Mn", "Cc", "Cf")
+        if not normalized.strip() and not is_missed(character):
+            return True
         # At the beginning, in the middle and at the end of a word, which may have tokens of their own. A token alone would say
         # nothing: some tokenizers put one for a space before any text.
         try:
