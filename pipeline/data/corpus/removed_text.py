@@ -82,7 +82,8 @@ def _components(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The components of a normaliser or pre-tokeniser, in order, those within sequences too."""
     if part is None or part["type"] != "Sequence":
         return [part] if part else []
-    return [each for inner in part.get("normalizers", part.get("pretokenizers")) for each in _components(inner)]
+    inner = part["normalizers"] if "normalizers" in part else part["pretokenizers"]
+    return [component for each in inner for component in _components(each)]
 
 
 def _removes(component: dict[str, Any]) -> bool:
