@@ -163,6 +163,13 @@ def _prepare(options: argparse.Namespace) -> int:
             f"warning: the tokenizer does not tell {', '.join(lost)} from one space: a model cannot learn them", file=sys.stderr
         )
     _print_counts(prepared.counts)
+    vocab_size = next(iter(prepared.manifests.values())).vocab_size
+    if vocab_size < (options.train_bpe or 0):
+        print(
+            f"warning: the BPE has {vocab_size:,} ids and not the {options.train_bpe:,} asked for: the input has no more pairs "
+            "to merge; give more of it, or ask for fewer",
+            file=sys.stderr,
+        )
     for directory, manifest in prepared.manifests.items():
         _print_summary(directory, manifest)
     return 0
@@ -183,7 +190,10 @@ def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, SpecialTok
     if options.tokenizer == BYTES:
         tokenizer = byte_tokenizer()
         return tokenizer, special_tokens(tokenizer, None, options.end_of_document, options.bos)
-    file = find_tokenizer(path_argument(options.tokenizer))
+    given = path_argument(options.tokenizer)
+    file = find_tokenizer(given)
+    if file not in (given, given / file.name):
+        print(f"the tokenizer is {file}")
     tokenizer = load_tokenizer(file)
     return tokenizer, special_tokens(tokenizer, file.parent, options.end_of_document, options.bos)
 
@@ -219,6 +229,13 @@ def _print_summary(directory: Path, manifest: Manifest) -> None:
         f"{directory}: {manifest.num_tokens:,} tokens in {manifest.num_samples:,} rows of {manifest.sequence_length}, "
         f"{len(manifest.shards)} shard(s), {padding:,} positions of padding"
     )
+
+    if 0 < manifest.num_tokens < manifest.sequence_length:
+        print(
+            f"warning: {directory}: its {manifest.num_tokens:,} tokens do not fill one row of {manifest.sequence_length:,}; "
+            "give more input, or a smaller --sequence-length",
+            file=sys.stderr,
+        )
 
     # What packing cost.
     if (preparation := manifest.preparation) and preparation.documents:

@@ -23,12 +23,14 @@ from pipeline.data.errors import DataError
 from pipeline.data.shards.table import Count, FileName, Positive, Record, Sha256, Shard, ShardTable, parse_with_table
 from pipeline.storage.faults import raise_if_machine_fault
 from pipeline.storage.files import DIRECT, Access, StorageError, read_whole
+from pipeline.storage.lfs_pointer import pointer_problem
 from pipeline.storage.location import Location, Url
 from pipeline.storage.whole_file import write_file
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 _MAX_SHARDS_CHECKED = 4096
+_HEAD = 512
 
 
 class Source(Record):
@@ -263,6 +265,8 @@ def _parse(text: str, path: str) -> Manifest:
             )
         return Manifest.model_validate_json(text)
     except ValidationError as error:
+        if (problem := pointer_problem(path, text[:_HEAD].encode())) is not None:
+            raise DataError(problem) from None
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(
@@ -311,7 +315,7 @@ def size_problems(directory: Path, shard: Shard) -> Iterator[str]:
             )
             continue
         if found != size:
-            yield (
+            yield pointer_problem(directory / name) or (
                 f"shard {shard.name}: {directory / name} has {found} bytes, expected {size}; "
                 "the file is cut or not of this data set: copy it again, or prepare again"
             )
