@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.errors import DataError
-from pipeline.data.shards.manifest import Manifest, Shard, raise_machine_fault_as_data_error, read_manifest, size_problems
+from pipeline.data.shards.manifest import Manifest, Shard, read_manifest
 from pipeline.data.shards.reader import DamagedSampleError, ShardReader
 from pipeline.data.shards.sample import Sample
+from pipeline.data.shards.shard_files import raise_machine_fault_as_data_error, size_problems
 from pipeline.data.shards.table import INDEX_CHUNK_SAMPLES, crc32_of_chunks
 from pipeline.data.shards.writer import MAX_SOURCES
 from pipeline.data.tokenizer import fingerprint, identity, load_tokenizer, vocab_size
