@@ -17,6 +17,7 @@ packing        the two packing rules, `concat` and `best_fit`
 
 prepare        prepares documents from anywhere, one by one; the settings of a preparation
 prepare_files  prepares files with many workers, and resumes after a kill
+prepare_stages  the stages of that: tokenise, pack, publish
 contents       what an input holds, as one number
 request        the request that a preparation answers, to recognise its output
 workers        runs tasks on many cores, and reports their progress
