@@ -27,6 +27,7 @@ from pipeline.data.corpus.inputs import DATASET_PREFIX, Input, parse_input, pars
 from pipeline.data.corpus.packing import PACKINGS
 from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
+from pipeline.data.corpus.removed_text import lost_white_space
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.special_tokens import BOS_RULES, SpecialTokens, special_tokens
@@ -70,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         "--train-bpe",
         type=int,
         metavar="VOCAB_SIZE",
-        help="train a byte-level BPE on the input, or 1 GiB spread over it, each part the same one; killed meanwhile, it "
-        "begins anew",
+        help="train a byte-level BPE on the input, or 1 GiB spread over it, which is then read twice, each part the same one; "
+        "killed meanwhile, it begins anew",
     )
     parser.add_argument(
         "--end-of-document",
@@ -148,6 +149,7 @@ def _prepare(options: argparse.Namespace) -> int:
         end_of_document=ends.end_of_document,
         bos=ends.bos,
         bos_rule=ends.bos_rule,
+        special=ends.declared,
         rules=Rules(options.text_field, options.max_document_bytes, options.on_undecodable),
     )
 
@@ -157,7 +159,18 @@ def _prepare(options: argparse.Namespace) -> int:
     if prepared.was_complete:
         print(f"{options.output} is complete already, made with the same settings from the same input")
     print(ends)
+    if not isinstance(tokenizer, int) and (lost := lost_white_space(tokenizer)):
+        print(
+            f"warning: the tokenizer does not tell {', '.join(lost)} from one space: a model cannot learn them", file=sys.stderr
+        )
     _print_counts(prepared.counts)
+    vocab_size = next(iter(prepared.manifests.values())).vocab_size
+    if vocab_size < (options.train_bpe or 0):
+        print(
+            f"warning: the BPE has {vocab_size:,} ids and not the {options.train_bpe:,} asked for: the input has no more pairs "
+            "to merge; give more of it, or ask for fewer",
+            file=sys.stderr,
+        )
     for directory, manifest in prepared.manifests.items():
         _print_summary(directory, manifest)
     return 0
@@ -178,7 +191,10 @@ def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, SpecialTok
     if options.tokenizer == BYTES:
         tokenizer = byte_tokenizer()
         return tokenizer, special_tokens(tokenizer, None, options.end_of_document, options.bos)
-    file = find_tokenizer(path_argument(options.tokenizer))
+    given = path_argument(options.tokenizer)
+    file = find_tokenizer(given)
+    if file not in (given, given / file.name):
+        print(f"the tokenizer is {file}")
     tokenizer = load_tokenizer(file)
     return tokenizer, special_tokens(tokenizer, file.parent, options.end_of_document, options.bos)
 
@@ -214,6 +230,13 @@ def _print_summary(directory: Path, manifest: Manifest) -> None:
         f"{directory}: {manifest.num_tokens:,} tokens in {manifest.num_samples:,} rows of {manifest.sequence_length}, "
         f"{len(manifest.shards)} shard(s), {padding:,} positions of padding"
     )
+
+    if 0 < manifest.num_tokens < manifest.sequence_length:
+        print(
+            f"warning: {directory}: its {manifest.num_tokens:,} tokens do not fill one row of {manifest.sequence_length:,}; "
+            "give more input, or a smaller --sequence-length",
+            file=sys.stderr,
+        )
 
     # What packing cost.
     if (preparation := manifest.preparation) and preparation.documents:

@@ -16,12 +16,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from pipeline.data.declared_tokens import MANIFEST, TOKENIZER_CONFIG, declared_tokens, token_text
 from pipeline.data.errors import DataError
 from pipeline.data.tokenizer import describe, end_of_document_id, read_json
 
 BOS_RULES = ("auto", "never", "always")
-TOKENIZER_CONFIG = "tokenizer_config.json"
-_MANIFEST = "manifest.json"
+_SHOWN = 4
 _MODEL_CONFIGS = ("generation_config.json", "config.json")
 # Names of the BOS token in various model families, for `--bos always` where nothing declares it.
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "[BOS]")  # noqa: RUF001
@@ -34,6 +34,8 @@ class SpecialTokens:
     end_of_document, end_of_document_id: always there. end_from: what declares it, for messages.
     bos, bos_id: None if documents begin with their first real token.
     bos_rule: "auto", "never" or "always", as it was asked for.
+    declared: tokens that are special although the tokenizer does not say so; declared_characters: those that are characters of
+        text too, and stay so (`declared_tokens`).
     """
 
     end_of_document: str
@@ -42,13 +44,22 @@ class SpecialTokens:
     bos: str | None = None
     bos_id: int | None = None
     bos_rule: str = "never"
+    declared: tuple[str, ...] = ()
+    declared_characters: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         begin = "without a BOS token" if self.bos is None else f"with {self.bos!r} (id {self.bos_id})"
         return (
             f"documents end with {self.end_of_document!r} (id {self.end_of_document_id}, {self.end_from}) "
             f"and begin {begin} (--bos {self.bos_rule})"
+            + _listed("; declared special beside the tokenizer: ", self.declared)
+            + _listed("; declared special, but text too: ", self.declared_characters)
         )
+
+
+def _listed(what: str, tokens: tuple[str, ...]) -> str:
+    shown = ", ".join(map(repr, tokens[:_SHOWN])) + (" …" if len(tokens) > _SHOWN else "")
+    return what + shown if tokens else ""
 
 
 def special_tokens(
@@ -76,7 +87,8 @@ def special_tokens(
             "document apart; leave it out with --bos never, or name another end with --end-of-document"
         )
     end_from = "--end-of-document" if end_of_document is not None else declared[1] if declared else "by its usual name"
-    return SpecialTokens(str(tokenizer.id_to_token(end_id)), end_id, end_from, bos, bos_id, bos_rule)
+    others = ((), ()) if folder is None else declared_tokens(tokenizer, folder)
+    return SpecialTokens(str(tokenizer.id_to_token(end_id)), end_id, end_from, bos, bos_id, bos_rule, *others)
 
 
 def declared_end_of_document(tokenizer: Tokenizer, folder: Path) -> tuple[str, str] | None:
@@ -144,7 +156,7 @@ def _bos_token(tokenizer: Tokenizer, folder: Path | None, bos_rule: str) -> str 
     # A prepared folder says what its documents do begin with.
     prepared = None if folder is None else _prepared_bos(folder)
     if folder is not None and prepared is not None and "id" in prepared:
-        return _token_of(tokenizer, prepared["id"], folder / _MANIFEST)
+        return _token_of(tokenizer, prepared["id"], folder / MANIFEST)
 
     # What the post-processor puts and what tokenizer_config.json names must be one token.
     leading = _leading_tokens(tokenizer)
@@ -166,13 +178,13 @@ def _bos_token(tokenizer: Tokenizer, folder: Path | None, bos_rule: str) -> str 
 
 def _prepared_bos(folder: Path) -> dict[str, Any] | None:
     """Read what a prepared folder's manifest says of its BOS token; None if it says nothing, or there is no manifest."""
-    declared = read_json(folder / _MANIFEST).get("bos")
+    declared = read_json(folder / MANIFEST).get("bos")
     return declared if isinstance(declared, dict) else None
 
 
 def _named_bos(tokenizer: Tokenizer, folder: Path) -> list[str]:
     """List the BOS token that the folder names; the ids of the model's configurations count only if no token is named."""
-    token = _text(read_json(folder / TOKENIZER_CONFIG).get("bos_token"), folder / TOKENIZER_CONFIG, "bos_token")
+    token = token_text(read_json(folder / TOKENIZER_CONFIG).get("bos_token"), folder / TOKENIZER_CONFIG, "bos_token")
     if token is not None:
         return [token]
     for name in _MODEL_CONFIGS:
@@ -208,12 +220,12 @@ def _processors(processor: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 def _end_declarations(tokenizer: Tokenizer, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each file that declares the end of a document, and the tokens that it allows."""
     # A prepared folder says what its documents do end with.
-    if (prepared := read_json(folder / _MANIFEST).get("end_of_document_id")) is not None:
-        yield _MANIFEST, [_token_of(tokenizer, prepared, folder / _MANIFEST)]
+    if (prepared := read_json(folder / MANIFEST).get("end_of_document_id")) is not None:
+        yield MANIFEST, [_token_of(tokenizer, prepared, folder / MANIFEST)]
         return
 
     # A model's folder.
-    token = _text(read_json(folder / TOKENIZER_CONFIG).get("eos_token"), folder / TOKENIZER_CONFIG, "eos_token")
+    token = token_text(read_json(folder / TOKENIZER_CONFIG).get("eos_token"), folder / TOKENIZER_CONFIG, "eos_token")
     if token is not None:
         _token_id(tokenizer, token, f"{folder / TOKENIZER_CONFIG}: eos_token")
         yield TOKENIZER_CONFIG, [token]
@@ -243,10 +255,3 @@ def _token_id(tokenizer: Tokenizer, token: str, what: str) -> int:
             "--bos"
         )
     return token_id
-
-
-def _text(declared: Any, file: Path, key: str) -> str | None:
-    token = declared.get("content") if isinstance(declared, dict) else declared
-    if declared is not None and not isinstance(token, str):
-        raise DataError(f"{file}: expected a token in {key}, got {json.dumps(declared)[:80]}; correct the file")
-    return token

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipeline.data.errors import DataError
+from pipeline.storage.lfs_pointer import pointer_problem
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -83,7 +84,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from None
+        problem = f"{file} is not a tokenizer that the tokenizers library can read: {error}"
+        raise DataError(pointer_problem(file) or problem) from None
 
 
 def find_tokenizer(path: Path) -> Path:
@@ -155,7 +157,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read: {error}; correct it, or copy it again") from None
+        raise DataError(pointer_problem(file) or f"{file} cannot be read: {error}; correct it, or copy it again") from None
     if not isinstance(content, dict):
         raise DataError(f"{file}: expected a JSON object, got {type(content).__name__}; correct it, or copy it again")
     return content

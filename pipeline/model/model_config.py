@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.config import ModelSettings
 from pipeline.model.transformer import attention_head_dim, ffn_dim
+from pipeline.storage.lfs_pointer import pointer_problem
 
 CONFIG_FILE = "config.json"
 
@@ -78,7 +79,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelFilesError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ModelFilesError(f"{file}: not valid JSON: {error}") from None
+        raise ModelFilesError(pointer_problem(file) or f"{file}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ModelFilesError(f"{file}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pipeline.model.model_config import CONFIG_FILE, ModelFilesError, read_json
+from pipeline.storage.lfs_pointer import pointer_problem
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -99,6 +100,6 @@ def _tensor_names(file: Path) -> set[str]:
         with safe_open(file, framework="pt") as opened:
             return set(opened.keys())
     except SafetensorError as error:
-        raise ModelFilesError(f"{file}: not a safetensors file: {error}") from None
+        raise ModelFilesError(pointer_problem(file) or f"{file}: not a safetensors file: {error}") from None
     except OSError as error:
         raise ModelFilesError(f"{file}: cannot be read: {error}") from None

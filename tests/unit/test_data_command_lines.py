@@ -131,6 +131,28 @@ def test_a_tilde_is_the_home_folder_behind_any_option_and_a_folder_of_prepared_f
         assert run("shards", "verify", directory) == 0
 
 
+def test_a_tokenizer_taken_from_a_folder_within_is_named(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    arguments = ["--input", tmp_path / "a.txt", "--sequence-length", 4, "--processes", 1]
+    assert run("prepare", *arguments, "--output", tmp_path / "data" / "first", "--tokenizer", "bytes") == 0
+    assert run("prepare", *arguments, "--output", tmp_path / "a", "--tokenizer", tmp_path / "data" / "first") == 0
+    assert "the tokenizer is" not in capsys.readouterr().out
+    assert run("prepare", *arguments, "--output", tmp_path / "b", "--tokenizer", tmp_path / "data") == 0
+    assert f"the tokenizer is {tmp_path / 'data' / 'first' / 'tokenizer.json'}\n" in capsys.readouterr().out
+
+
+def test_too_little_text_for_a_bpe_or_for_one_row_is_warned_of_with_both_numbers(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text " * 20)
+    arguments = ["--input", tmp_path / "a.txt", "--processes", 1]
+    for _ in range(2):  # made, and there already
+        assert run("prepare", *arguments, "--output", tmp_path / "out", "--train-bpe", 400, "--sequence-length", 128) == 0
+        output = capsys.readouterr()
+        assert "warning: the BPE has 261 ids and not the 400 asked for: the input has no more pairs to merge" in output.err
+        assert f"warning: {tmp_path / 'out'}: its 22 tokens do not fill one row of 128; give more input" in output.err
+    assert run("prepare", *arguments, "--output", tmp_path / "fits", "--tokenizer", "bytes", "--sequence-length", 101) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_prepared_folders_of_two_tokenizers_are_no_tokenizer(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
     arguments = ["--input", tmp_path / "a.txt", "--sequence-length", 8, "--processes", 1]

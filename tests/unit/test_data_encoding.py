@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.documents import Document
 from pipeline.data.corpus.encoding import Encoder
+from pipeline.data.corpus.removed_text import WHITE_SPACE, lost_white_space
 from pipeline.data.corpus.tokenization import encode_documents
 from pipeline.data.errors import DataError
 from pipeline.data.tokenizer import byte_tokenizer, end_of_document_id, for_documents, train_bpe
@@ -189,6 +190,76 @@ def test_characters_without_a_token_are_counted_and_named(tokenizer, text, lost)
     list(encode_documents(encoder, [Document(text, "")], counts, "error", lambda document: "here"))
     assert counts.without_token == bool(lost)
     assert counts.warnings == ([f"here: the tokenizer has no token for {lost!r}"] if lost else [])
+
+
+def removing(normalizer=None, pre_tokenizer=None):
+    """A tokenizer that has a token for every character of the tests, and removes some of them."""
+    vocab = [("<unk>", 0.0), ("</s>", -1.0), *((letter, -2.0) for letter in "abcdefx▁1234 ,-\n½é漢字")]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    return tokenizer
+
+
+NUMBERS = Regex("[0-9]+")
+WORDS = Regex(r"\w+|[^\s\w]+")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer", "text", "lost"),
+    [
+        # In context: each of their characters has a token where it stands by itself.
+        (normalizers.Replace("ab", ""), None, "xabc", "ab"),
+        (normalizers.Replace("ab", ""), None, "xa bc", ""),
+        (normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("f", "")]), None, "ﬀ x", "ﬀ"),
+        (None, pre_tokenizers.Split("ab", "removed"), "xabc", "ab"),
+        (None, pre_tokenizers.Split("ab", "removed"), "xbac", ""),
+        (None, pre_tokenizers.Split(Regex("a(?=b)"), "removed"), "ab ac", "a"),
+        (None, pre_tokenizers.Sequence([pre_tokenizers.Split(",", "removed"), pre_tokenizers.Metaspace()]), "a,b -", ","),
+        (None, pre_tokenizers.Split(Regex("a+"), "removed", invert=True), "aabca", "bc"),
+        (None, pre_tokenizers.CharDelimiterSplit("-"), "a-b", "-"),
+        (None, pre_tokenizers.Punctuation("removed"), "a,b", ","),
+        # A character at a time.
+        (normalizers.Replace(NUMBERS, ""), pre_tokenizers.Whitespace(), "a12 34 b", "1234"),
+        (normalizers.Replace(NUMBERS, " "), pre_tokenizers.Whitespace(), "a12 34 b", "1234"),
+        # White space, accents and control characters are removed by intent.
+        (normalizers.Strip(), None, " \n ab \n", ""),
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.NFC()]), None, "ex\u0301 x", ""),
+        (normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), "a\u200b  b\x00\n漢字 é", ""),
+        (normalizers.Replace(Regex(r"\s+"), " "), pre_tokenizers.Split(WORDS, "removed", invert=True), "a  b, c\n", ""),
+        (None, pre_tokenizers.Split(" ", "removed"), "a b", ""),
+        (None, pre_tokenizers.Metaspace(), " a  b", ""),
+    ],
+)
+def test_text_that_is_removed_in_its_context_is_counted_and_named(normalizer, pre_tokenizer, text, lost):
+    (encoded,) = Encoder(removing(normalizer, pre_tokenizer), 1).encode([text])
+    assert encoded.lost == lost
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=st.text("ab-1 é漢\u0301\n▁😀", max_size=12))
+def test_a_tokenizer_that_keeps_all_text_is_never_said_to_remove_some(text):
+    byte_level = byte_tokenizer()
+    split = pre_tokenizers.Split(WORDS, "removed", invert=True)
+    byte_level.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    normalized = unigram(normalizers.Sequence([normalizers.NFC(), normalizers.Replace("zz", "")]), pre_tokenizers.Metaspace())
+    for tokenizer, end in ((byte_level, 256), (normalized, 2)):
+        (encoded,) = Encoder(tokenizer, end).encode([text])
+        assert encoded.lost == ""
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "lost"),
+    [
+        (byte_tokenizer(), []),
+        (llama_bpe(), []),
+        (removing(None, pre_tokenizers.Metaspace()), []),
+        (removing(normalizers.Strip()), ["white space before the first word", "white space after the last word"]),
+        (removing(None, pre_tokenizers.Whitespace()), list(WHITE_SPACE.values())),
+        (removing(normalizers.Replace("\n", " ")), ["line ends"]),
+    ],
+)
+def test_white_space_that_a_tokenizer_does_not_keep_is_listed(tokenizer, lost):
+    assert lost_white_space(tokenizer) == lost
 
 
 def test_a_document_without_any_token_is_left_out_and_counted():

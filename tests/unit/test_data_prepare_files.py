@@ -545,7 +545,7 @@ def test_going_on_with_changed_input_or_another_tokenizer_is_refused(tmp_path):
 
 def test_work_that_ended_with_an_error_is_not_in_the_way_of_the_mended_request(tmp_path, monkeypatch):
     """Whatever of it was done: here the first of two slices, before the second meets a document without the field."""
-    monkeypatch.setattr("pipeline.data.corpus.prepare_files.slice_size", lambda files, parts: 1)
+    monkeypatch.setattr("pipeline.data.corpus.prepare_stages.slice_size", lambda files, parts: 1)
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text('{"text": "a", "body": "b"}\n')
     (tmp_path / "in/b.jsonl").write_text('{"text": "a"}\n')

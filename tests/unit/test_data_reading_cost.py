@@ -1,4 +1,4 @@
-"""What reading costs: every byte of an input is read about once, whatever is in it, by the kernel's count."""
+"""What reading costs: each byte of an input is read about once, to train a BPE twice, whatever it holds, by the kernel."""
 
 import gzip
 import io
@@ -16,6 +16,7 @@ from pipeline.data.corpus.documents import DocumentReader, Rules
 from pipeline.data.corpus.inputs import Input, input_files, slice_size, slices
 from pipeline.data.corpus.prepare import PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
+from pipeline.data.errors import DataError
 from pipeline.data.tokenizer import byte_tokenizer
 
 SIZE = 1_000_000
@@ -121,6 +122,32 @@ def test_preparing_and_going_on_read_no_more_than_there_is(tmp_path, kind):
     written = sum(file.stat().st_size for file in (tmp_path / "second").rglob("*.tar"))
     assert whole[0] <= 1.1 * size + 2 * written + 200_000
     assert resumed[0] <= 1.15 * size + 2 * written + 300_000  # a slice was read twice
+
+
+def prepare_quietly(source, folder, tokenizer=None, **changes):
+    settings = PrepareSettings(sequence_length=64, rules=Rules(**changes))
+    display = Display(Console(file=StringIO()))
+    return prepare_files([Input("", str(source))], folder, tokenizer or byte_tokenizer(), settings, display=display)
+
+
+def test_an_error_reads_nothing_again_and_has_its_lines_number(tmp_path):
+    data = lines_of("good")
+    (tmp_path / "a.jsonl").write_bytes(data + b"{broken\n")
+    expected = rf"a\.jsonl, line {data.count(10) + 1}: expected one JSON object"
+    for name in ("first", "second"):
+        with bytes_read() as found, pytest.raises(DataError, match=expected):
+            prepare_quietly(tmp_path / "a.jsonl", tmp_path / name)
+    assert found[0] <= 1.1 * len(data) + 100_000
+
+
+def test_training_a_bpe_reads_the_input_twice(tmp_path):
+    data = lines_of("good")
+    (tmp_path / "a.jsonl").write_bytes(data)
+    for name in ("first", "second"):
+        with bytes_read() as found:
+            prepare_quietly(tmp_path / "a.jsonl", tmp_path / name, 300)
+    written = sum(file.stat().st_size for file in (tmp_path / "second").rglob("*.tar"))
+    assert found[0] <= 2.1 * len(data) + 2 * written + 200_000
 
 
 def test_the_parts_of_an_input_read_it_once_together(tmp_path):

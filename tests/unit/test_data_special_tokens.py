@@ -105,7 +105,6 @@ def test_the_end_of_documents_is_what_the_folder_declares(tmp_path, files, expec
         ({"config": {"eos_token_id": True}}, "names True as the id"),
         ({"tokenizer_config": {"eos_token": "<halt>"}}, "eos_token is '<halt>', but the tokenizer has no such token"),
         ({"tokenizer_config": {"eos_token": 7}}, "expected a token in eos_token, got 7"),
-        ({"tokenizer_config": "{"}, "tokenizer_config.json cannot be read"),
         ({"generation_config": "[1]"}, "expected a JSON object, got list"),
     ],
 )
@@ -206,6 +205,57 @@ def test_documents_begin_with_bos_once_whatever_their_rows_and_the_manifest_says
     assert prepared(tmp_path, "without", "--tokenizer", model, "--bos", "never") == 0
     assert json.loads((tmp_path / "without" / "manifest.json").read_text())["bos"] == {"rule": "never"}
     assert sorted(documents(tmp_path / "without")) == sorted(document[1:] for document in expected)
+
+
+# Others that the folder declares.
+
+DECLARATIONS = {
+    "tokenizer_config": {
+        "add_bos_token": False,
+        "num_image_token": 256,
+        "pad_token": "cat",
+        "extra_special_tokens": {"image": "dog"},
+        "added_tokens_decoder": {"5": {"content": "bird", "special": True}, "6": {"content": "mat", "special": False}},
+    },
+    "special_tokens_map": {
+        "additional_special_tokens": ["<|endoftext|>", {"content": "\u0120the"}, "not in the tokenizer"],
+        "mask_token": "!",
+    },
+}
+
+
+def test_tokens_that_only_the_folder_declares_special_are_found(tmp_path):
+    made = tokenizer()
+    made.add_tokens(["cat", "dog", "bird", "mat"])
+    model = folder(tmp_path / "model", made, **DECLARATIONS)
+    found = special_tokens(made, model, END)
+    assert found.declared == ("bird", "cat", "dog", "\u0120the")
+    shown = "; declared special beside the tokenizer: 'bird', 'cat', 'dog', '\u0120the'; declared special, but text too: '!'"
+    assert str(found).endswith(shown)
+    assert special_tokens(made, None, END).declared == ()
+    lists = ("additional_special_tokens", "extra_special_tokens")
+    message = r"special_tokens_map\.json(: expected a (list of tokens|token) in| cannot be read)"
+    for wrong in ("{", {lists[0]: "cat"}, {lists[0]: [7]}, {lists[1]: 7}):
+        with pytest.raises(DataError, match=message):
+            special_tokens(made, folder(tmp_path / "wrong", made, special_tokens_map=wrong), END)
+
+
+def test_no_id_of_a_token_that_only_the_folder_declares_comes_of_a_text(tmp_path, capsys):
+    made = tokenizer()
+    made.add_tokens(["cat"])
+    declared = {"pad_token": "cat", "mask_token": "\u0120the"}
+    model = folder(tmp_path / "model", made, tokenizer_config={"eos_token": END, **declared})
+    forbidden = {made.token_to_id(token) for token in declared.values()}
+    assert forbidden <= {token_id for text in TEXTS for token_id in made.encode(text).ids}
+    # From the model's folder, from what was made with it, and from that once it was merged of parts.
+    assert prepared(tmp_path, "first", "--tokenizer", model) == 0
+    assert prepared(tmp_path, "again", "--tokenizer", tmp_path / "first", "--seed", 2) == 0
+    merge([tmp_path / "first", tmp_path / "again"], tmp_path / "merged")
+    assert prepared(tmp_path, "last", "--tokenizer", tmp_path / "merged") == 0
+    assert capsys.readouterr().out.count("2 documents with the string of a special token in their text") == 3
+    for name in ("first", "again", "last"):
+        assert not forbidden & {token_id for document in documents(tmp_path / name) for token_id in document}
+        assert sorted(made.decode(document[:-1]) for document in documents(tmp_path / name)) == sorted(TEXTS)
 
 
 # Identity.

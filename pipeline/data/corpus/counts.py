@@ -2,8 +2,8 @@
 
 A worker that reads the middle of a file does not know the numbers of its lines, and reading all that is before it to count them
 would make the cost quadratic. So a note has the number of its line among those of its span, every span says how many lines it
-had, and adding the counts of neighbouring spans adds the numbers up. Where a span before it is another job's (`--part`), a
-line is named by its byte.
+had, and adding the counts of neighbouring spans adds the numbers up. Where a span before it is another job's (`--part`), or is
+not finished when an error ends the work, a line is named by its byte.
 """
 
 from dataclasses import dataclass, field, replace

@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 from pipeline.data.errors import DataError
+from pipeline.storage.lfs_pointer import pointer_problem
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HEAD = 512
 # First bytes of other kinds of file, and the suffix that such a file should have.
 _OTHER_KINDS = {
@@ -81,8 +81,8 @@ def something_else(path: str, head: bytes, *, is_text: bool = False, is_json: bo
         is_json: true where JSON is expected.
     """
     head = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
-    if head.startswith(_LFS_POINTER):
-        return DataError(f"{path} is a pointer of Git LFS and not the file itself; fetch that with `git lfs pull`")
+    if (problem := pointer_problem(path, head)) is not None:
+        return DataError(problem)
     if is_text:
         return None
     if head.startswith(b"<"):

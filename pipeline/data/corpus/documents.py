@@ -30,7 +30,7 @@ from pipeline.data.corpus.decoding import (
     text_of_value,
 )
 from pipeline.data.corpus.inputs import DATASET, Span
-from pipeline.data.corpus.lines import lines_of, numbered
+from pipeline.data.corpus.lines import lines_of
 from pipeline.data.corpus.tar_texts import text_members
 from pipeline.data.errors import DataError
 from pipeline.data.shards.tars import Member, read_member
@@ -82,12 +82,16 @@ class _Record:
 
 
 class DocumentReader:
-    """Reader of the documents of spans. It updates `counts`, and `consumed`, the bytes read so far, for progress."""
+    """Reader of the documents of spans. It updates `counts`, and `consumed`, the bytes read so far, for progress.
 
-    def __init__(self, rules: Rules | None = None) -> None:
+    lines_before: called for an error's message, tells the lines that others have read before the first span.
+    """
+
+    def __init__(self, rules: Rules | None = None, lines_before: Callable[[], Lines | None] = lambda: None) -> None:
         self.rules = rules or Rules()
         self.counts = Counts()
         self.consumed = 0
+        self._lines_before = lines_before
 
     def read(self, spans: Iterable[Span]) -> Iterator[Document]:
         """Yield the documents in order.
@@ -137,8 +141,7 @@ class DocumentReader:
             self.counts.note(replace(record.where(), reason=reason))
 
     def _place_in_error(self, record: _Record) -> str:
-        # The work ends here, so the lines before may be read once more.
-        return numbered(record.where().after(self.counts.lines)).place
+        return record.where().after(self.counts.lines).after(self._lines_before()).place
 
     def _records(self, span: Span) -> Iterator[_Record]:
         if span.kind == ".txt":

@@ -12,15 +12,15 @@ these ids alone say nothing: the text is searched for their strings.
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Encoding, Regex, Tokenizer, pre_tokenizers
 
+from pipeline.data.corpus.removed_text import RemovedText, is_missed
 from pipeline.data.shards.writer import token_dtype
 from pipeline.data.tokenizer import describe, for_documents, vocab_size
 
@@ -62,15 +62,20 @@ class Encoded:
 
 
 class Encoder:
-    """Encoder of texts to ids, with a token appended to each and, if there is a BOS token, one before it."""
+    """Encoder of texts to ids, with a token appended to each and, if there is a BOS token, one before it.
 
-    def __init__(self, tokenizer: Tokenizer, end_of_document_id: int, bos_id: int | None = None) -> None:
+    declared: tokens that are special although the tokenizer does not say so.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, end_of_document_id: int, bos_id: int | None = None, declared: Iterable[str] = ()
+    ) -> None:
         self.dtype = token_dtype(vocab_size(tokenizer))
         self._end, self._begin = end_of_document_id, [] if bos_id is None else [bos_id]
         self._description = describe(tokenizer)
 
         # The kind of every id, and of every token that is not ordinary.
-        self._special = _special_tokens(self._description, tokenizer, {end_of_document_id, *self._begin})
+        self._special = _special_tokens(self._description, tokenizer, {end_of_document_id, *self._begin}, declared)
         self._kinds = np.zeros(vocab_size(tokenizer), np.uint8)
         for token, kind in self._special.items():
             self._kinds[tokenizer.token_to_id(token)] = kind
@@ -82,12 +87,16 @@ class Encoder:
 
         self._plain = for_documents(tokenizer, [token for token, kind in self._special.items() if kind == _RESERVED])
         self._keeps_all = _keeps_all(self._description)
+        self._removed = RemovedText(self._description)
+        # The one that does not tell the places of tokens is faster.
+        plain, needs_places = self._plain, self._removed.in_pre_tokenizer
+        self._encode_batch = plain.encode_batch if needs_places else plain.encode_batch_fast
         self._has_token: dict[str, bool] = {}
 
     def encode(self, texts: Sequence[str]) -> Iterator[Encoded]:
         """Encode texts, in order."""
         try:
-            encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+            encodings = self._encode_batch(texts, add_special_tokens=False)
         except BaseException as error:
             if not _is_of_the_tokenizer(error):
                 raise
@@ -95,9 +104,10 @@ class Encoder:
             yield from [Encoded(None, _sentence(error))] if len(texts) == 1 else (e for t in texts for e in self.encode([t]))
             return
         for text, encoding in zip(texts, encodings, strict=True):
-            yield self._checked(text, encoding.ids)
+            yield self._checked(text, encoding)
 
-    def _checked(self, text: str, found: list[int]) -> Encoded:
+    def _checked(self, text: str, encoding: Encoding) -> Encoded:
+        found = encoding.ids
         ids, has_special_text = self._with_ends(found), self._strings.search(text) is not None
         kind = self._kind(ids)
 
@@ -116,7 +126,7 @@ class Encoder:
                 token = self._plain.id_to_token(int(inner[self._kinds[inner] == _RESERVED][0]))
                 return Encoded(None, f"the tokenizer makes the special token {token!r} out of its text")
 
-        return Encoded(ids, "", not len(self._inner(ids)), has_special_text, self._lost(text, ids))
+        return Encoded(ids, "", not len(self._inner(ids)), has_special_text, self._lost(text, ids, encoding))
 
     def _with_ends(self, found: list[int]) -> np.ndarray:
         return np.array([*self._begin, *found, self._end], self.dtype)
@@ -145,9 +155,11 @@ class Encoder:
         guarded.pre_tokenizer = pre_tokenizers.Sequence([*before, boundary])
         return guarded
 
-    def _lost(self, text: str, ids: np.ndarray) -> str:
+    def _lost(self, text: str, ids: np.ndarray, encoding: Encoding) -> str:
         """List what of a text has no token: characters that are dropped, or the unknown token if it stands for some."""
-        lost = "" if self._keeps_all else self._dropped(text)
+        lost = "" if self._keeps_all else self._dropped(text) or self._removed.by_normalizer(text)
+        if not lost and self._removed.in_pre_tokenizer:
+            lost = self._removed.by_pre_tokenizer(text, encoding.offsets)
         if not lost and self._unknown is not None and (self._inner(ids) == self._unknown).any():
             lost = str(self._plain.id_to_token(self._unknown))
         return lost[:_SHOWN]
@@ -170,13 +182,12 @@ class Encoder:
         return kept
 
     def _finds_token(self, character: str) -> bool:
-        # White space, and what a normaliser removes of accents and control characters, is not missed.
         if character.isspace():
             return True
         normalizer = self._plain.normalizer
         normalized = character if normalizer is None else normalizer.normalize_str(character)
-        if not normalized.strip():
-            return bool(normalized) or unicodedata.category(character) in ("Mn", "Cc", "Cf")
+        if not normalized.strip() and not is_missed(character):
+            return True
         # At the beginning, in the middle and at the end of a word, which may have tokens of their own. A token alone would say
         # nothing: some tokenizers put one for a space before any text.
         try:
@@ -187,14 +198,16 @@ class Encoder:
             return True
 
 
-def _special_tokens(description: dict[str, Any], tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, int]:
+def _special_tokens(
+    description: dict[str, Any], tokenizer: Tokenizer, ends: Iterable[int], declared: Iterable[str]
+) -> dict[str, int]:
     """Find the tokens that must not come of text, and those that may but not of their own string, by their kinds."""
     model = description["model"]
     added = {token["content"]: token["special"] for token in description["added_tokens"]}
     # A piece that merging makes is one of text, whatever it looks like.
     merged = {"".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in model.get("merges", ())}
 
-    kinds = {}
+    kinds = dict.fromkeys(declared, _RESERVED)
     for token in tokenizer.get_vocab(with_added_tokens=True):
         if token[:1] in "<[" and token not in merged and (_CONTROL.fullmatch(token) or _BYTE.fullmatch(token)):
             kinds[token] = _AMBIGUOUS if _BYTE.fullmatch(token) else _RESERVED

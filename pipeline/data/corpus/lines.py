@@ -8,11 +8,9 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, BinaryIO
 
 from pipeline.data.corpus.columns import require
-from pipeline.data.corpus.counts import Note
 from pipeline.data.corpus.decoding import damaged
 from pipeline.data.corpus.inputs import Span
 
@@ -163,19 +161,3 @@ class _ZstdStream(io.RawIOBase):
         self._input = b""
         if self._frame.eof:
             self._input, self._frame = self._frame.unused_data, None
-
-
-def numbered(note: Note) -> Note:
-    """Number the line of a note by counting those before it, which are read once more: for the one that ends the work.
-
-    Args:
-        note: about a line of a .jsonl, or anything else, which is left as it is.
-    """
-    if note.line is None or not note.lines_from:
-        return note
-    newlines, left = 0, note.position
-    with open(note.what, "rb") as file:
-        while left and (data := file.read(min(_CHUNK, left))):
-            newlines += data.count(b"\n")
-            left -= len(data)
-    return replace(note, line=newlines + 1, lines_from=0)

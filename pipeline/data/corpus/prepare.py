@@ -49,6 +49,7 @@ class PrepareSettings:
     part: (i, N) to prepare the i-th of N parts of the input, i from 1; None for all of it.
     end_of_document: the tokenizer's token that ends a document; None for one of the usual names.
     bos: the token before each document; None for none. bos_rule: how it was chosen, for the manifest.
+    special: tokens that never come of a text, beside those that the tokenizer itself calls special.
     rules: of reading documents.
     """
 
@@ -62,6 +63,7 @@ class PrepareSettings:
     end_of_document: str | None = None
     bos: str | None = None
     bos_rule: str = "auto"
+    special: tuple[str, ...] = ()
     rules: Rules = field(default_factory=Rules)
 
     @property
@@ -195,6 +197,7 @@ def tokenization_settings(
         tokenizer_identity=identity(tokenizer),
         end_of_document_id=end_of_document_id(tokenizer, settings.end_of_document),
         bos_id=None if settings.bos is None else tokenizer.token_to_id(settings.bos),
+        special=settings.special,
         rules=settings.rules,
         seed=settings.seed,
         source_names=tuple(source_names),

@@ -31,8 +31,9 @@ def describe(
     sizes = hashlib.sha256()
     for file in files:
         sizes.update(f"{file.source} {os.path.basename(file.path)} {file.size}\n".encode("utf-8", "surrogateescape"))
-    # Without a BOS token the request is the one it was before there was a choice; a usual end need not be named.
-    left_out = {"rules", "bos_rule"} | ({"bos"} if settings.bos is None else set())
+    # Without a BOS token and declared tokens the request is the one it was before there was a choice; a usual end need not be
+    # named.
+    left_out = {"rules", "bos_rule"} | {name for name in ("bos", "special") if not getattr(settings, name)}
     requested = {name: value for name, value in asdict(settings).items() if name not in left_out}
     usual = END_OF_DOCUMENT if isinstance(tokenizer, int) else usual_end_of_document(tokenizer)
     if requested["end_of_document"] == usual:

@@ -22,7 +22,7 @@ from threading import Lock
 import numpy as np
 
 from pipeline.data.corpus.contents import Contents
-from pipeline.data.corpus.counts import Counts, Note
+from pipeline.data.corpus.counts import Counts, Lines, Note
 from pipeline.data.corpus.documents import Document, DocumentReader, Rules
 from pipeline.data.corpus.encoding import Encoded, Encoder
 from pipeline.data.corpus.inputs import DATASET, Span
@@ -46,6 +46,7 @@ class TokenizationSettings:
     directory: folder for the sorted runs and records.
     tokenizer_file, tokenizer_identity: the tokenizer and its identity.
     bos_id: of the token before each document; None for none.
+    special: tokens that are special although the tokenizer does not say so.
     rules: of reading documents.
     seed: of the shuffle.
     source_names: empty if sources have no names.
@@ -58,6 +59,7 @@ class TokenizationSettings:
     tokenizer_identity: str
     end_of_document_id: int
     bos_id: int | None
+    special: tuple[str, ...]
     rules: Rules
     seed: int
     source_names: tuple[str, ...]
@@ -163,7 +165,7 @@ def tokenize_slice(work: tuple[TokenizationSettings, int, Sequence[Span]], repor
 
     # Read, encode and sort into runs.
     encoder = shared_encoder(settings)
-    reader = DocumentReader(settings.rules)
+    reader = DocumentReader(settings.rules, lambda: _lines_before(settings.directory, number))
     train, validation = (SortedRunWriter(settings.directory / split, name, encoder.dtype) for split in ("train", "validation"))
     consumed = 0
     named = _Names(spans)
@@ -180,6 +182,15 @@ def tokenize_slice(work: tuple[TokenizationSettings, int, Sequence[Span]], repor
     # The record, last.
     record = SliceRecord(reader.counts, train.num_tokens, validation.num_tokens, str(contents))
     write_file(_record_file(settings.directory, number), json.dumps(asdict(record)).encode())
+
+
+def _lines_before(directory: Path, number: int) -> Lines | None:
+    """Count the lines just before slice `number`, as far as the slices before it are finished."""
+    counts = Counts()
+    for earlier in range(number):
+        if (record := read_record(directory, earlier)) is not None:
+            counts.add(record.counts)
+    return counts.lines
 
 
 class _Names:
@@ -267,10 +278,18 @@ def shared_encoder(settings: TokenizationSettings) -> Encoder:
     """Get the encoder of this process, shared by all its worker threads."""
     # Under a lock, because threads that call this at the same time would each make one.
     with _encoder_lock:
-        return _encoder_of(settings.tokenizer_file, settings.tokenizer_identity, settings.end_of_document_id, settings.bos_id)
+        return _encoder_of(
+            settings.tokenizer_file,
+            settings.tokenizer_identity,
+            settings.end_of_document_id,
+            settings.bos_id,
+            settings.special,
+        )
 
 
 @lru_cache(maxsize=1)
-def _encoder_of(tokenizer_file: Path, tokenizer_identity: str, end_of_document_id: int, bos_id: int | None) -> Encoder:
+def _encoder_of(
+    tokenizer_file: Path, tokenizer_identity: str, end_of_document_id: int, bos_id: int | None, special: tuple[str, ...]
+) -> Encoder:
     # The hash is part of the cache's key: the file may be replaced by another tokenizer.
-    return Encoder(load_tokenizer(tokenizer_file), end_of_document_id, bos_id)
+    return Encoder(load_tokenizer(tokenizer_file), end_of_document_id, bos_id, special)

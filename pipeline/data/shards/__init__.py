@@ -3,6 +3,7 @@
 Writing
     writer            tars of packed rows, with the offsets and checksums of their samples
     manifest          manifest.json: every count, size and hash of a prepared folder
+    shard_files       the files of a shard, checked by their sizes
     table             the shards of a manifest as columns, for a million of them
     output_folder     the folder that a command writes: appears complete, one writer at a time
     losses_writer     cached losses of a frozen reference, by many processes, resumable
@@ -10,6 +11,7 @@ Writing
 Reading
     reader            samples by shard and sample index, each checked
     index             the index files of a shard: offsets and checksums, read in chunks
+    open_shards       the open files of shards, a bounded number of them
     sample            the bytes of one sample, decoded to arrays
     reference_losses  cached losses of a frozen reference: their files, read beside the samples
 

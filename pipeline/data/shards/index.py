@@ -1,14 +1,23 @@
-"""The index of a shard: offsets (`.idx`) and checksums (`.crc32`) of its samples, read in chunks of 1,024 samples."""
+"""The index of a shard: offsets (`.idx`) and checksums (`.crc32`) of its samples, read in chunks of 1,024 samples.
 
-from collections.abc import Sequence
+The `.crc32` file itself is checked too, or else a shard that was replaced by another one, together with both its index files,
+would pass. The manifest has a CRC-32 for each chunk of 1,024 samples of that file. A chunk is checked when it is first read,
+so that a reader of few samples reads little more than these.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from pipeline.data.shards.table import INDEX_CHUNK_SAMPLES, Shard
+from pipeline.data.lru_cache import LRUCache
+from pipeline.data.shards.open_shards import OpenShards
+from pipeline.data.shards.sample import DamageError
+from pipeline.data.shards.table import INDEX_CHUNK_SAMPLES, ShardTable
 from pipeline.data.shards.writer import CRC, OFFSET
-from pipeline.storage.files import Access, OpenFile, open_file
-from pipeline.storage.location import Location
+from pipeline.storage.files import OpenFile
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,9 @@ class ReadRange:
 # of few samples reads little, as when many readers share a block, and a reader of many reads them about once.
 _MAX_SINGLE_READS = 160
 _UNKNOWN = np.uint64(2**64 - 1)
+_MAX_CHUNKS = 1024
+
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 class IndexChunk:
@@ -81,23 +93,77 @@ class IndexChunk:
         return start, end, int(self.checksums[within])
 
 
-class OpenShard:
-    """The three open files of a shard: tar, offsets and checksums, in this order."""
+class IndexChunks:
+    """The index chunks of a folder's shards, read as they are wanted; those that were used last are kept."""
 
-    def __init__(self, location: Location, shard: Shard, access: Access) -> None:
-        self.files: list[OpenFile] = []
-        indices = {"tar.idx": OFFSET.itemsize * (shard.samples + 1), "tar.crc32": CRC.itemsize * shard.samples}
+    def __init__(self, table: ShardTable, shards: OpenShards) -> None:
+        self._table = table
+        self._shards = shards
+        self._kept: LRUCache[tuple[int, int], IndexChunk] = LRUCache(_MAX_CHUNKS)
+
+    def of(self, samples_by_shard: dict[int, list[int]], map_: Map) -> dict[tuple[int, int], IndexChunk | Exception]:
+        """Get the index chunks of the wanted samples, by (shard, number of the chunk), from the cache or from their files.
+
+        map_: calls a function with each of several items, perhaps in parallel.
+        """
+        # The wanted samples of each chunk.
+        by_chunk: dict[tuple[int, int], list[int]] = {}
+        for shard, samples in samples_by_shard.items():
+            for sample in samples:
+                by_chunk.setdefault((shard, sample // INDEX_CHUNK_SAMPLES), []).append(sample)
+
+        # Chunks in the cache that have all wanted offsets.
+        known = {name: self._kept.find(name) for name in sorted(by_chunk)}
+        chunks: dict[tuple[int, int], IndexChunk | Exception]
+        chunks = {name: chunk for name, chunk in known.items() if chunk is not None and not chunk.unread(by_chunk[name])}
+
+        # All others are read.
+        unread = [name for name in known if name not in chunks]
+        read = map_(lambda name: self._read(name, known[name], by_chunk[name]), unread)
+        for name, chunk in zip(unread, read, strict=True):
+            if not isinstance(chunk, Exception):
+                self._kept.put(name, chunk)
+            chunks[name] = chunk
+        return chunks
+
+    def invalidate(self, shard: int, chunk: int) -> bool:
+        """Forget a chunk, and drop its copies in the disk cache; returns true if there were some."""
+        self._kept.drop((shard, chunk))
+        if not self._shards.is_remote:  # local files and pipes have no cached copies, and opening a pipe would run its command
+            return False
+        _, idx, crc32 = self._shards.files(shard)
+        offsets, checksums = self._extents(shard, chunk)
+        had_offsets = idx.invalidate(*offsets)
+        return crc32.invalidate(*checksums) or had_offsets
+
+    def _read(
+        self, name: tuple[int, int], chunk: IndexChunk | None, samples: Sequence[int]
+    ) -> IndexChunk | DamageError | OSError:
         try:
-            for suffix, size in ({"tar": shard.bytes} | indices).items():
-                self.files.append(open_file(location / f"{shard.name}.{suffix}", size, access))
-        except OSError:
-            self.close()
-            raise
+            _, idx, crc32 = self._shards.files(name[0])
 
-    def close(self) -> None:
-        """Close all files."""
-        while self.files:
-            self.files.pop().close()
+            # The checksums of a new chunk, held against the manifest.
+            if chunk is None:
+                checksums = crc32.read(*self._extents(*name)[1])
+                expected, found = self._table.chunk_crc32(*name), zlib.crc32(checksums)
+                if expected is not None and found != expected:
+                    return DamageError(
+                        f"the CRC-32 of its piece of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the "
+                        "file is damaged, or the shard was exchanged for another"
+                    )
+                chunk = IndexChunk(name[1], int(self._table.samples[name[0]]), checksums)
+
+            chunk.read_offsets(idx, samples, one_by_one=not self._shards.is_remote)
+        except OSError as error:
+            self._shards.raise_if_machine_fault(error)
+            return error
+        return chunk
+
+    def _extents(self, shard: int, chunk: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Locate a chunk in its shard's `.idx` and `.crc32`: (start, size) in bytes of each."""
+        first = chunk * INDEX_CHUNK_SAMPLES
+        count = min(INDEX_CHUNK_SAMPLES, int(self._table.samples[shard]) - first)
+        return (OFFSET.itemsize * first, OFFSET.itemsize * (count + 1)), (CRC.itemsize * first, CRC.itemsize * count)
 
 
 def _whole_items(data: bytes, dtype: np.dtype) -> np.ndarray:

@@ -6,7 +6,7 @@ sample is checked when the sample is read (`reader`), the sha256 of a shard by `
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,15 +20,16 @@ from pydantic import (
 )
 
 from pipeline.data.errors import DataError
+from pipeline.data.shards.shard_files import MANIFEST_FILE, raise_machine_fault_as_data_error, size_problems
 from pipeline.data.shards.table import Count, FileName, Positive, Record, Sha256, Shard, ShardTable, parse_with_table
-from pipeline.storage.faults import raise_if_machine_fault
 from pipeline.storage.files import DIRECT, Access, StorageError, read_whole
+from pipeline.storage.lfs_pointer import pointer_problem
 from pipeline.storage.location import Location, Url
 from pipeline.storage.whole_file import write_file
 
 FORMAT_VERSION = 1
-MANIFEST_FILE = "manifest.json"
 _MAX_SHARDS_CHECKED = 4096
+_HEAD = 512
 
 
 class Source(Record):
@@ -69,6 +70,7 @@ class Preparation(Record):
     whole_sha256: `request_sha256` without the part, equal for all parts of one request; None in folders of older versions.
     contents: of all documents of the input (`corpus.contents`), by which finished data is known to be that of its input; None
         in folders of older versions, and where parts were merged.
+    special: tokens that were special beside those of the tokenizer (`data.declared_tokens`); None if there were none.
     documents: documents in this folder, copies included.
     documents_cut: documents that lie in more than one row.
     """
@@ -83,6 +85,7 @@ class Preparation(Record):
     part: str | None = None
     whole_sha256: Sha256 | None = None
     contents: str | None = None
+    special: tuple[str, ...] | None = None
     documents: Count
     documents_cut: Count
 
@@ -261,6 +264,8 @@ def _parse(text: str, path: str) -> Manifest:
             )
         return Manifest.model_validate_json(text)
     except ValidationError as error:
+        if (problem := pointer_problem(path, text[:_HEAD].encode())) is not None:
+            raise DataError(problem) from None
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(
@@ -272,44 +277,3 @@ def _parse(text: str, path: str) -> Manifest:
 class _Version(BaseModel):
     # Validated first and alone, because another version may have other fields.
     format_version: int
-
-
-def raise_machine_fault_as_data_error(error: OSError, folder: Path) -> None:
-    """Return if `error` means that a file of `folder` is missing or cut; otherwise the machine is at fault, and it is raised.
-
-    Raises:
-        DataError: the machine cannot read the file.
-    """
-    try:
-        raise_if_machine_fault(error, folder, MANIFEST_FILE)
-    except StorageError as fault:
-        raise DataError(str(fault)) from None
-
-
-def size_problems(directory: Path, shard: Shard) -> Iterator[str]:
-    """Check a shard's files: yields a message for each that is missing or has another size than the manifest says.
-
-    Raises:
-        DataError: the machine cannot read the folder.
-    """
-    expected = {
-        f"{shard.name}.tar": shard.bytes,
-        f"{shard.name}.tar.idx": 8 * (shard.samples + 1),
-        f"{shard.name}.tar.crc32": 4 * shard.samples,
-    }
-
-    for name, size in expected.items():
-        try:
-            found = (directory / name).stat().st_size
-        except OSError as error:
-            raise_machine_fault_as_data_error(error, directory)
-            yield (
-                f"shard {shard.name}: {directory / name} cannot be found, but the manifest lists it; "
-                "copy it again from where the data was prepared, or prepare again"
-            )
-            continue
-        if found != size:
-            yield (
-                f"shard {shard.name}: {directory / name} has {found} bytes, expected {size}; "
-                "the file is cut or not of this data set: copy it again, or prepare again"
-            )

@@ -4,15 +4,12 @@ Tar readers silently ignore a cut between members and a flipped bit. Here the by
 offsets of the shard's `.idx`, and must have the CRC-32 that was written when the shard was made. Only then are they decoded
 and checked against the manifest.
 
-The `.crc32` file itself is checked too, or else a shard that was replaced by another one, together with both its index files,
-would pass. The manifest has a CRC-32 for each chunk of 1,024 samples of that file. A chunk is checked when it is first read,
-so that a reader of few samples reads little more than these.
+The index files themselves are held against the manifest (`index`).
 
 Samples are requested many at a time: neighbours in a shard are read by one read, remote shards by parallel requests. Only so
 many index chunks and open shards are kept, so memory and open files do not grow with the size or number of shards.
 """
 
-import errno
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,18 +18,15 @@ from dataclasses import replace
 from typing import TypeVar
 
 from pipeline.data.errors import DataError
-from pipeline.data.lru_cache import LRUCache
-from pipeline.data.shards.index import IndexChunk, OpenShard, ReadRange
-from pipeline.data.shards.manifest import MANIFEST_FILE, Manifest
+from pipeline.data.shards.index import IndexChunk, IndexChunks, ReadRange
+from pipeline.data.shards.manifest import Manifest
+from pipeline.data.shards.open_shards import OpenShards
 from pipeline.data.shards.sample import DamageError, Sample, SampleDecoder
 from pipeline.data.shards.table import INDEX_CHUNK_SAMPLES, ShardTable
-from pipeline.data.shards.writer import CRC, OFFSET
-from pipeline.storage.faults import raise_if_folder_unreachable, raise_if_machine_fault
-from pipeline.storage.files import DIRECT, Access, OpenFile, StorageError
-from pipeline.storage.location import Location, Url
+from pipeline.storage.files import DIRECT, Access, StorageError
+from pipeline.storage.location import Location
 
 MAX_OPEN_SHARDS = 64
-_MAX_INDEX_CHUNKS = 1024
 _MAX_RANGE_BYTES = 8 * 2**20
 _REQUESTS_AT_ONCE = 32
 
@@ -54,12 +48,9 @@ class ShardReader:
         self.manifest = manifest
         self._table = ShardTable.of(manifest.shards)
         self._closed = threading.Event()
-        self._access = replace(access, cancelled=self._closed)
         self._decoder = SampleDecoder(manifest)
-        self._open: LRUCache[int, OpenShard] = LRUCache(max_open_shards, OpenShard.close)
-        self._indices: LRUCache[tuple[int, int], IndexChunk] = LRUCache(_MAX_INDEX_CHUNKS)
-        self._open_lock = threading.Lock()
-        self._is_remote = isinstance(directory, Url) and not directory.is_pipe
+        self._shards = OpenShards(directory, manifest, replace(access, cancelled=self._closed), max_open_shards)
+        self._index = IndexChunks(self._table, self._shards)
         self._pool: ThreadPoolExecutor | None = None
 
     def read(self, shard_index: int, sample_index: int) -> Sample:
@@ -105,7 +96,7 @@ class ShardReader:
     def close(self) -> None:
         """Close all files and stop all threads and retries. The reader cannot be used afterwards."""
         self._closed.set()
-        self._open.clear()
+        self._shards.close()
         if self._pool is not None:
             # Do not wait: the garbage collector may close a reader in the very thread for which its requests wait.
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -118,7 +109,7 @@ class ShardReader:
         samples_by_shard = {
             shard: [samples[position] for position in positions] for shard, positions in positions_by_shard.items()
         }
-        ranges = list(self._ranges(positions_by_shard, samples_by_shard, self._index_chunks(samples_by_shard), found))
+        ranges = list(self._ranges(positions_by_shard, samples_by_shard, self._index.of(samples_by_shard, self._map), found))
         for range_, read in zip(ranges, self._map(self._read_range, ranges), strict=True):
             for position, sample in zip(range_.positions, read, strict=True):
                 found[position] = sample
@@ -131,19 +122,10 @@ class ShardReader:
         for shard, positions in positions_by_shard.items():
             damaged = [at for at in positions if (sample := found[at]) is not None and sample.damage is not None]
             chunks = {samples[at] // INDEX_CHUNK_SAMPLES for at in damaged}
-            invalidated = {chunk for chunk in chunks if self._invalidate_index(shard, chunk)}
+            invalidated = {chunk for chunk in chunks if self._index.invalidate(shard, chunk)}
             if again := [at for at in damaged if samples[at] // INDEX_CHUNK_SAMPLES in invalidated]:
                 retried[shard] = again
         return retried
-
-    def _invalidate_index(self, shard: int, chunk: int) -> bool:
-        self._indices.drop((shard, chunk))
-        if not self._is_remote:  # local files and pipes have no cached copies, and opening a pipe would run its command
-            return False
-        _, idx, crc32 = self._files(shard)
-        offsets, checksums = self._chunk_extents(shard, chunk)
-        had_offsets = idx.invalidate(*offsets)
-        return crc32.invalidate(*checksums) or had_offsets
 
     def _grouped_by_shard(self, shards: Sequence[int]) -> Iterator[dict[int, list[int]]]:
         """Group positions in the caller's list by shard. Yields remote shards in one group, to read them in parallel, and
@@ -151,76 +133,19 @@ class ShardReader:
         positions: dict[int, list[int]] = {}
         for position, shard in enumerate(shards):
             positions.setdefault(int(shard), []).append(position)
-        if self._is_remote:
+        if self._shards.is_remote:
             yield positions
         else:
             yield from ({shard: of_shard} for shard, of_shard in positions.items())
 
     def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterable[Result]:
-        if not self._is_remote or len(items) < 2:
+        if not self._shards.is_remote or len(items) < 2:
             return map(function, items)
         if self._closed.is_set():  # by another thread; nobody would shut down a new pool
             raise StorageError(f"{self.directory}: not read; its reader was closed meanwhile")
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         return self._pool.map(function, items)
-
-    def _index_chunks(self, samples_by_shard: dict[int, list[int]]) -> dict[tuple[int, int], IndexChunk | Exception]:
-        """Get the index chunks of the wanted samples, by (shard, number of the chunk), from the cache or from their files."""
-        # The wanted samples of each chunk.
-        by_chunk: dict[tuple[int, int], list[int]] = {}
-        for shard, samples in samples_by_shard.items():
-            for sample in samples:
-                by_chunk.setdefault((shard, sample // INDEX_CHUNK_SAMPLES), []).append(sample)
-
-        # Chunks in the cache that have all wanted offsets.
-        known = {name: self._indices.find(name) for name in sorted(by_chunk)}
-        chunks: dict[tuple[int, int], IndexChunk | Exception]
-        chunks = {name: chunk for name, chunk in known.items() if chunk is not None and not chunk.unread(by_chunk[name])}
-
-        # All others are read.
-        unread = [name for name in known if name not in chunks]
-        read = self._map(lambda name: self._read_index(name, known[name], by_chunk[name]), unread)
-        for name, chunk in zip(unread, read, strict=True):
-            if not isinstance(chunk, Exception):
-                self._indices.put(name, chunk)
-            chunks[name] = chunk
-        return chunks
-
-    def _read_index(
-        self, name: tuple[int, int], chunk: IndexChunk | None, samples: Sequence[int]
-    ) -> IndexChunk | DamageError | OSError:
-        try:
-            _, idx, crc32 = self._files(name[0])
-
-            # The checksums of a new chunk, held against the manifest.
-            if chunk is None:
-                checksums = crc32.read(*self._chunk_extents(*name)[1])
-                expected, found = self._table.chunk_crc32(*name), zlib.crc32(checksums)
-                if expected is not None and found != expected:
-                    return DamageError(
-                        f"the CRC-32 of its piece of its shard's .crc32 is {found:08x}, the manifest has {expected:08x}: the "
-                        "file is damaged, or the shard was exchanged for another"
-                    )
-                chunk = IndexChunk(name[1], int(self._table.samples[name[0]]), checksums)
-
-            chunk.read_offsets(idx, samples, one_by_one=not self._is_remote)
-        except OSError as error:
-            self._raise_if_machine_fault(error)
-            return error
-        return chunk
-
-    def _chunk_extents(self, shard: int, chunk: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Locate a chunk in its shard's `.idx` and `.crc32`: (start, size) in bytes of each."""
-        first = chunk * INDEX_CHUNK_SAMPLES
-        count = min(INDEX_CHUNK_SAMPLES, int(self._table.samples[shard]) - first)
-        return (OFFSET.itemsize * first, OFFSET.itemsize * (count + 1)), (CRC.itemsize * first, CRC.itemsize * count)
-
-    def _files(self, shard: int) -> list[OpenFile]:
-        with self._open_lock:  # of parallel requests
-            opened = self._open.get(shard, lambda: OpenShard(self.directory, self.manifest.shards[shard], self._access))
-            # A copy, because the next request may evict and close the shard; a closed remote file can still be read.
-            return list(opened.files)
 
     def _ranges(
         self,
@@ -269,20 +194,15 @@ class ShardReader:
     def _read_range(self, range_: ReadRange) -> list[Sample]:
         start, size = range_.offsets[0], range_.offsets[-1] - range_.offsets[0]
         try:
-            tar = self._files(range_.shard)[0]
+            tar = self._shards.files(range_.shard)[0]
             read = self._decode_all(tar.read(start, size), range_)
             # The damage may be in a copy in the disk cache: drop it and read again.
             if any(sample.damage is not None for sample in read) and tar.invalidate(start, size):
                 read = self._decode_all(tar.read(start, size), range_)
             return read
         except OSError as error:
-            self._raise_if_machine_fault(error)
+            self._shards.raise_if_machine_fault(error)
             return [self._blank(range_.shard, sample, error) for sample in range_.samples]
-
-    def _raise_if_machine_fault(self, error: OSError) -> None:
-        raise_if_machine_fault(error, self.directory, MANIFEST_FILE)
-        if isinstance(self.directory, Url) and error.errno == errno.ENOENT:
-            raise_if_folder_unreachable(self.directory / MANIFEST_FILE, self._access)
 
     def _decode_all(self, data: bytes, range_: ReadRange) -> list[Sample]:
         return [self._decode(data, range_, index) for index in range(len(range_.samples))]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.data.errors import DataError
+from pipeline.storage.lfs_pointer import pointer_problem
 
 _BLOCK = 512
 _CHUNK = 1 << 20
@@ -63,7 +64,8 @@ def members(path: Path, file: BinaryIO | None = None) -> Iterator[Member]:
                 end = member.end
                 yield member
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} is damaged: {error} at byte {end} or after it; copy it again") from None
+        problem = f"{path} is damaged: {error} at byte {end} or after it; copy it again"
+        raise DataError(pointer_problem(path) or problem) from None
     _check_end(path, end)
 
 

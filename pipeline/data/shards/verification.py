@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.errors import DataError
-from pipeline.data.shards.manifest import Manifest, Shard, raise_machine_fault_as_data_error, read_manifest, size_problems
+from pipeline.data.shards.manifest import Manifest, Shard, read_manifest
 from pipeline.data.shards.reader import DamagedSampleError, ShardReader
 from pipeline.data.shards.sample import Sample
+from pipeline.data.shards.shard_files import raise_machine_fault_as_data_error, size_problems
 from pipeline.data.shards.table import INDEX_CHUNK_SAMPLES, crc32_of_chunks
 from pipeline.data.shards.writer import MAX_SOURCES
 from pipeline.data.tokenizer import fingerprint, identity, load_tokenizer, vocab_size
+from pipeline.storage.lfs_pointer import pointer_problem
 
 _CHUNK = 1 << 20
 _MAX_SAMPLES_LISTED = 5
@@ -80,6 +82,8 @@ def _shard_problems(
 
     # The files as a whole.
     yield from size_problems(directory, shard)
+    if any(pointer_problem(directory / f"{shard.name}.{suffix}") for suffix in ("tar", "tar.idx", "tar.crc32")):
+        return
     if not all((directory / f"{shard.name}.{suffix}").is_file() for suffix in ("tar", "tar.idx", "tar.crc32")):
         return
     found = file_sha256(directory / f"{shard.name}.tar")
