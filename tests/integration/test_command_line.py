@@ -515,16 +515,14 @@ def test_a_dry_run_reports_memory_and_token_budget_and_leaves_nothing(arguments,
     (tmp_path / "bare.json").write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
     finished = run(*arguments, "training.k_percent=0.6", f"reference.path={tiny_reference}", "--dry-run")
     assert finished.returncode == 0, finished.stderr
-    assert re.search(r"peak memory of the step +[1-9][\d,]* MiB", finished.stdout)
+    assert re.search(r"time +\d+\.\d s a step, \d+\.\d s for the first", finished.stdout)
     assert re.search(r"memory plan +\d+\.\d MiB a rank, highest in ", finished.stdout)
     assert re.search(r"parameters +[\d,]+ of the policy", finished.stdout)
     assert re.search(rf"reference +[\d,]+ parameters, {tiny_reference}\n", finished.stdout)
     assert re.search(r"a step +4 rows = 2 micro-step\(s\) × 1 rank\(s\) × 2 rows", finished.stdout)
-    # Both without what Python and libraries take, hundreds of MiB.
-    peak, plan = (
-        float(re.search(rf"{what} +([\d.]+) MiB", finished.stdout)[1]) for what in ("peak memory of the step", "plan")
-    )
-    assert plan < peak < plan + 200
+    # Both without what Python and libraries take: hundreds of MiB, of which 70 are loaded by the first step.
+    peak, plan = (float(re.search(rf"{what} +([\d.]+) MiB", finished.stdout)[1]) for what in ("peak memory of a step", "plan"))
+    assert plan < peak < plan + 40
     tokens = int(re.search(r"40 steps × ([\d,]+) tokens", finished.stdout)[1].replace(",", ""))
     in_epoch = read_manifest(tiny_data / "train").num_tokens
     assert 0 < tokens <= 4 * 16

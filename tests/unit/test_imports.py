@@ -85,6 +85,7 @@ ALLOWED = {
         "runtime",
         "storage",
     },
+    "dry_run": {"assembly", "config", "job", "planning", "progress", "run", "runtime", "train"},
     "job": {
         "assembly",
         "checks",
@@ -94,7 +95,6 @@ ALLOWED = {
         "data.loading",
         "derived",
         "model",
-        "planning",
         "progress",
         "run",
         "runtime",
