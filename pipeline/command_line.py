@@ -56,23 +56,23 @@ def run_command(
         print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
 
     def body() -> int:
-        settings, problems = read_recipe(parser, read)
-        if not options.print_config:
-            return _run_on_all_ranks(parser.prog, options, settings, problems, stop, command, own_checks)
-        if problems:
-            raise ConfigError(problems)
+        from pipeline.config import ConfigError
+
+        try:
+            settings, problems = read_recipe(parser, read)
+            if not options.print_config:
+                return _run_on_all_ranks(parser.prog, options, settings, problems, stop, command, own_checks)
+            if problems:
+                raise ConfigError(problems)
+        except ConfigError as error:
+            return fail(prefix, error, EXIT_USAGE, is_first)
         print(settings.to_yaml(), end="") if is_first else None
         return 0
 
-    from pipeline.config import ConfigError
-
-    return guarded(
-        f"{parser.prog}: error",
-        body,
-        (ConfigError,),
-        is_first,
-        interrupted=f"{parser.prog}: interrupted; the same command continues from what was saved last, if anything was",
-    )
+    # Whatever takes time is imported inside, where an interruption is one line.
+    prefix = f"{parser.prog}: error"
+    saved = "the same command continues from what was saved last, if anything was"
+    return guarded(prefix, body, (), is_first, interrupted=f"{parser.prog}: interrupted; {saved}")
 
 
 def _run_on_all_ranks(
