@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pipeline.benchmark.options import ADD_OPTIONS, description_of
 from pipeline.data.errors import DataError
 from pipeline.failures import EXIT_USAGE, fail, guarded
+from pipeline.option_parser import OptionParser, OptionsError
 from pipeline.options import json_problems, path_argument, write_json
 
 PROG = "benchmark.py"
@@ -21,8 +22,7 @@ PROG = "benchmark.py"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    return guarded(f"{PROG}: error", lambda: _measure(options), (DataError,))
+    return guarded(f"{PROG}: error", lambda: _measure(_parser().read_or_refuse(arguments)), (OptionsError, DataError))
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -36,22 +36,14 @@ def _measure(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def _parser() -> OptionParser:
+    parser = OptionParser(prog=PROG, description=__doc__)
 
     # A subcommand for each module, with its docstring as help.
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(ADD_OPTIONS))
     for name, add_options in ADD_OPTIONS.items():
         description = description_of(name)
-        command = commands.add_parser(
-            name,
-            help=description.partition("\n")[0],
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        command = commands.add_parser(name, help=description.partition("\n")[0], description=description)
         add_options(command)
         command.add_argument("--json", type=path_argument, metavar="FILE", help="write the figures there")
     return parser

@@ -8,13 +8,13 @@ which memory is highest, what it consists of, whether it fits, and how much each
 code 0; 1 if it does not fit; 2, with one message, if the arguments must be corrected.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.failures import guarded
+from pipeline.option_parser import OptionParser, Read
 from pipeline.options import json_problems, path_argument, read_options, read_recipe, recipe_parser, write_json
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
@@ -30,15 +30,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what the ranks run on (default: cuda)")
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the figures there, in bytes")
-    options, unknown = read_options(parser, arguments)
+    read = read_options(parser, arguments)
 
     from pipeline.config import ConfigError
 
-    return guarded(f"{parser.prog}: error", lambda: _plan(parser, options, unknown), (ConfigError,))
+    return guarded(f"{parser.prog}: error", lambda: _plan(parser, read), (ConfigError,))
 
 
-def _plan(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]) -> int:
-    figures = _figures(parser, options, unknown)
+def _plan(parser: OptionParser, read: Read) -> int:
+    options, figures = read.options, _figures(parser, read)
 
     from pipeline.planning.report import table
 
@@ -48,8 +48,9 @@ def _plan(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown:
     return DOES_NOT_FIT if figures["verdict"] == "does not fit" else 0
 
 
-def _figures(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]):
-    settings, problems = read_recipe(parser, options, unknown)
+def _figures(parser: OptionParser, read: Read):
+    options = read.options
+    settings, problems = read_recipe(parser, read)
 
     from pipeline.checks import check_before_planning
     from pipeline.planning.report import document

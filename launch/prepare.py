@@ -14,16 +14,17 @@ Exit code 0 if the folder is complete; 2, with one message, if the arguments or 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from pipeline.data.corpus.counts import Counts
 from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Rules
-from pipeline.data.corpus.inputs import DATASET_PREFIX, Input, parse_input, parse_weights, source_names
+from pipeline.data.corpus.inputs import DATASET_PREFIX, Input, input_files, parse_input, parse_weights, source_names
 from pipeline.data.corpus.packing import PACKINGS
 from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
@@ -33,22 +34,20 @@ from pipeline.data.shards.manifest import Manifest
 from pipeline.data.special_tokens import BOS_RULES, SpecialTokens, special_tokens
 from pipeline.data.tokenizer import BYTES, END_OF_DOCUMENT, byte_tokenizer, find_tokenizer, load_tokenizer
 from pipeline.failures import guarded
+from pipeline.option_parser import OptionParser, OptionsError, at_least
 from pipeline.options import path_argument
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
     # A text on which the tokenizer's code panics is one message or counted; the stack of that code helps no user.
     os.environ["RUST_BACKTRACE"] = "0"
     interrupted = "interrupted; the same command goes on where it was"
-    return guarded("error", lambda: _prepare(options), (DataError,), interrupted=interrupted)
+    return guarded("error", lambda: _prepare(_parser(), arguments), (OptionsError, DataError), interrupted=interrupted)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="prepare.py", description=__doc__)
     parser.add_argument(
         "--input",
         metavar="PATH",
@@ -61,18 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=path_argument, required=True, help="the folder to make")
 
     # Tokens.
-    tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument(
+    parser.add_argument(
         "--tokenizer",
         metavar="FILE|DIR|bytes",
-        help="a tokenizer.json, its folder (a Hugging Face model's, or prepared data), or the bytes of UTF-8",
+        help="either this: a tokenizer.json, its folder (a Hugging Face model's, or prepared data), or the bytes of UTF-8",
     )
-    tokenizer.add_argument(
+    parser.add_argument(
         "--train-bpe",
         type=int,
         metavar="VOCAB_SIZE",
-        help="train a byte-level BPE on the input, or 1 GiB spread over it, which is then read twice, each part the same one; "
-        "killed meanwhile, it begins anew",
+        help="or this: train a byte-level BPE on the input, or 1 GiB spread over it, which is then read twice, each part the "
+        "same one; killed meanwhile, it begins anew",
     )
     parser.add_argument(
         "--end-of-document",
@@ -126,32 +124,38 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     # The work.
-    parser.add_argument("--processes", type=int, default=_cores(), metavar="N", help="default: one a core")
+    parser.add_argument("--processes", type=at_least(1), default=_cores(), metavar="N", help="default: one a core")
     parser.add_argument("--part", type=_part, metavar="i/N", help="prepare the i-th (from 1) of N parts of the input")
     return parser
 
 
-def _prepare(options: argparse.Namespace) -> int:
-    if options.processes < 1:
-        raise DataError(f"expected at least 1 process, got {options.processes}")
+def _prepare(parser: OptionParser, arguments: Sequence[str] | None) -> int:
+    options, unknown, problems = parser.read(arguments)
+    problems += [parser.unknown_option(argument) for argument in unknown]
 
     # The request.
-    inputs = [_with_home(parse_input(argument)) for argument in options.input]
-    tokenizer, ends = _tokenizer(options)
+    inputs = [_with_home(parse_input(argument)) for argument in options.input or ()]
+    names = _noted(problems, source_names, inputs) or []
+    weights = _noted(problems, parse_weights, options.weight, names) or {}
+    tokenizer, ends = _noted(problems, _tokenizer, options) or (None, None)
     settings = PrepareSettings(
-        sequence_length=options.sequence_length,
+        sequence_length=2 if options.sequence_length is None else options.sequence_length,
         seed=options.seed,
         packing=options.packing,
         samples_per_shard=options.samples_per_shard,
         validation_fraction=options.validation,
-        weights=parse_weights(options.weight, source_names(inputs)),
+        weights=weights,
         part=options.part,
-        end_of_document=ends.end_of_document,
-        bos=ends.bos,
-        bos_rule=ends.bos_rule,
-        special=ends.declared,
+        end_of_document=ends and ends.end_of_document,
+        bos=ends and ends.bos,
+        bos_rule=ends.bos_rule if ends else options.bos,
+        special=ends.declared if ends else (),
         rules=Rules(options.text_field, options.max_document_bytes, options.on_undecodable),
     )
+    problems += settings.problems(names)
+    if problems:
+        _noted(problems, input_files, inputs)
+        raise OptionsError(problems)
 
     # The work, and its result.
     with Display() as display:
@@ -176,6 +180,15 @@ def _prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _noted(problems: list[str], function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result; None if it raised a DataError, which joins the problems, a line each."""
+    try:
+        return function(*arguments)
+    except DataError as error:
+        problems += str(error).splitlines()
+        return None
+
+
 def _with_home(entry: Input) -> Input:
     """Expand the `~` of an input's path, which shells leave alone behind `NAME=` and `hf:`."""
     prefix = DATASET_PREFIX if entry.path.startswith(DATASET_PREFIX) else ""
@@ -184,6 +197,8 @@ def _with_home(entry: Input) -> Input:
 
 def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer | int, SpecialTokens]:
     """Choose the tokenizer, or the vocabulary size of the BPE to train, and the tokens around each document."""
+    if (options.train_bpe is None) == (options.tokenizer is None):
+        raise DataError("expected either --tokenizer, the one to use, or --train-bpe, the size of the one to train")
     if options.train_bpe is not None:
         if options.bos == "always" or options.end_of_document not in (None, END_OF_DOCUMENT):
             raise DataError(f"a BPE trained here has no other special token than {END_OF_DOCUMENT}, which ends documents")

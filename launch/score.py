@@ -29,7 +29,16 @@ def main(arguments: Sequence[str]) -> int:
         help="of the stored losses; float16 is half the size and rounds a loss by at most one part in 2,048",
     )
     # The recipe may already name the cache that is to be written.
-    return run_command(parser, arguments, score, own_overrides=["reference.cached=null"])
+    return run_command(parser, arguments, score, own_overrides=["reference.cached=null"], own_checks=check)
+
+
+def check(settings, options: argparse.Namespace, run_dir: Path) -> list[str]:
+    """What scoring alone needs (`command_line.OwnChecks`)."""
+    from pipeline.checks import folder_problems
+    from pipeline.scoring import scoring_problems
+
+    output = [] if options.output is None else folder_problems("--output", options.output)
+    return [*scoring_problems(settings, run_dir), *output]
 
 
 def score(job, options: argparse.Namespace, stop) -> int:

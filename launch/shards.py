@@ -31,15 +31,16 @@ from pipeline.data.special_tokens import special_tokens
 from pipeline.data.tokenizer import find_tokenizer, load_tokenizer
 from pipeline.data_settings import DataSettings
 from pipeline.failures import guarded
+from pipeline.option_parser import OptionParser, at_least
 from pipeline.options import path_argument
 from pipeline.storage.location import Url, parse_location
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
 
     def body() -> int:
+        options = _parser().read_or_refuse(arguments)
         try:
             return options.command(options)
         except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
@@ -49,27 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded("error", body, (ValueError,))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="shards.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    joined = commands.add_parser("merge", help="join parts", allow_abbrev=False)
+    joined = commands.add_parser("merge", help="join parts")
     joined.add_argument("parts", type=path_argument, nargs="+", metavar="PART")
     joined.add_argument("--output", type=path_argument, required=True, help="the folder to make")
     joined.set_defaults(command=_merge)
 
-    verified = commands.add_parser("verify", help="check every byte against the manifest", allow_abbrev=False)
+    verified = commands.add_parser("verify", help="check every byte against the manifest")
     verified.add_argument("directory", type=path_argument, metavar="DIR")
     verified.set_defaults(command=_verify)
 
-    inspected = commands.add_parser("inspect", help="totals, lengths, and some rows as text", allow_abbrev=False)
+    inspected = commands.add_parser("inspect", help="totals, lengths, and some rows as text")
     inspected.add_argument("directory", type=path_argument, metavar="DIR")
-    inspected.add_argument("--rows", type=int, default=2, metavar="N", help="rows to show, spread over the folder")
+    inspected.add_argument("--rows", type=at_least(0), default=2, metavar="N", help="rows to show, spread over the folder")
     inspected.set_defaults(command=_inspect)
 
-    indexed = commands.add_parser("index", help="adopt token tars that others wrote", allow_abbrev=False)
+    indexed = commands.add_parser("index", help="adopt token tars that others wrote")
     indexed.add_argument("directory", type=path_argument, metavar="DIR")
     indexed.add_argument(
         "--tokenizer", type=path_argument, metavar="FILE|DIR", help="with which the ids were made; default: DIR's own"
@@ -84,29 +83,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     indexed.set_defaults(command=_index)
 
-    order = commands.add_parser("order", help="print what reaches which rank in which step", allow_abbrev=False)
+    order = commands.add_parser("order", help="print what reaches which rank in which step")
     order.add_argument("directory", metavar="DIR", help="prepared shards: a folder or a URL")
-    order.add_argument("--global-batch", type=int, required=True, metavar="G", help="rows a step over all ranks")
-    order.add_argument("--ranks", type=int, default=1, metavar="R")
-    order.add_argument("--steps", type=int, required=True, metavar="N")
-    order.add_argument("--lanes", type=int, metavar="L", help="default: that of training")
+    order.add_argument("--global-batch", type=at_least(1), required=True, metavar="G", help="rows a step over all ranks")
+    order.add_argument("--ranks", type=at_least(1), default=1, metavar="R")
+    order.add_argument("--steps", type=at_least(0), required=True, metavar="N")
+    order.add_argument("--lanes", type=at_least(1), metavar="L", help="default: that of training")
     order.add_argument("--seed", type=int, default=0, metavar="S")
-    order.add_argument("--micro-batch", type=int, default=1, metavar="B", help="rows a rank and micro-step")
-    order.add_argument("--workers", type=int, default=0, metavar="W", help="loader processes a rank")
-    order.add_argument("--start", type=int, default=0, metavar="SAMPLES", help="rows consumed before; a multiple of G")
-    order.add_argument("--shuffle-block", type=int, default=DataSettings().shuffle_block, metavar="SAMPLES")
+    order.add_argument("--micro-batch", type=at_least(1), default=1, metavar="B", help="rows a rank and micro-step")
+    order.add_argument("--workers", type=at_least(0), default=0, metavar="W", help="loader processes a rank")
+    order.add_argument("--start", type=at_least(0), default=0, metavar="SAMPLES", help="rows consumed before; a multiple of G")
+    order.add_argument("--shuffle-block", type=at_least(1), default=DataSettings().shuffle_block, metavar="SAMPLES")
     order.set_defaults(command=_order)
     return parser
 
 
 def _order(options: argparse.Namespace) -> int:
-    # The smallest value of each option.
-    at_least_one = dict.fromkeys(("ranks", "global_batch", "micro_batch", "lanes", "shuffle_block"), 1)
-    at_least_zero = dict.fromkeys(("steps", "workers", "start"), 0)
-    for name, least in (at_least_one | at_least_zero).items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise DataError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
     location = parse_location(options.directory)
     if isinstance(location, Url) and location.is_pipe:
         raise DataError(f"order runs no command of a pipe, as in {location}; name a folder or another URL")
@@ -153,8 +145,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    if options.rows < 0:
-        raise DataError(f"expected at least 0 rows, got {options.rows}")
     for folder in prepared_folders(options.directory):
         for line in inspect(options.directory / folder, options.rows):
             print(line)

@@ -21,7 +21,7 @@ DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     parser = job_parser("train.py", __doc__, DEMO)
-    parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, report, stop")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, make two steps, report, stop")
     parser.add_argument("--allow-changed", action="store_true", help="continue a run with settings that change its result")
     parser.add_argument(
         "--from-step", type=int, metavar="N", help="go back to the checkpoint of step N; later ones are retired"
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(job, options: argparse.Namespace, stop) -> int:
     """The command on every rank (`command_line.Command`)."""
-    from pipeline.job import dry_run, run_job
+    from pipeline.dry_run import dry_run
+    from pipeline.job import run_job
 
     return dry_run(job) if options.dry_run else run_job(job, stop)
 

@@ -16,8 +16,10 @@ scoring.py          stores a frozen reference's losses beside the data
 
 command_line.py     checks, process group and exit codes of the commands that run on all ranks
 options.py          the options that commands share
+option_parser.py    parses options and reports all mistakes at once
 failures.py         turns a failure of a user or a machine into one message and an exit code
 job.py              a job from start to end: prepare what is missing, then train
+dry_run.py          two steps under measurement, beside the memory plan
 assembly.py         builds a run from a job's settings
 config.py           all settings, with defaults and units
 data_settings.py    those of section `data`

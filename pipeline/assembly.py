@@ -139,11 +139,10 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
 
     # What the models are, by content; a reference that nothing is compared with is not read.
     selects = has_selecting_heads(settings)
-    models = {
-        "reference": job.fingerprints.of(settings.reference.path if selects else None),
-        "pretrained": job.fingerprints.of(settings.model.pretrained),
-    }
-    found = [cached_losses(settings, each.location, config, models["reference"]) for each in sets_of(settings.data) if selects]
+    folders = {"reference": settings.reference.path if selects else None, "pretrained": settings.model.pretrained}
+    models = {name: None if folder is None else job.fingerprints.content(folder) for name, folder in folders.items()}
+    reference_sha256 = None if models["reference"] is None else models["reference"].sha256
+    found = [cached_losses(settings, each.location, config, reference_sha256) for each in sets_of(settings.data) if selects]
     cached = [each for each in found if each is not None]
     check_alike(cached)
     identity = identity_of(settings, config, models, [each.manifest for each in cached])

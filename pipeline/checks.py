@@ -21,37 +21,46 @@ from pipeline.runtime.distributed import World
 
 
 def check_before_start(
-    settings: Settings, deepspeed_json: Path, run_dir: Path, world: World, problems: Sequence[str] = ()
+    settings: Settings,
+    deepspeed_json: Path | None,
+    run_dir: Path,
+    world: World,
+    problems: Sequence[str] = (),
+    own: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make every check that needs no process group; returns the JSON's content.
 
-    problems: those already found in the settings. If there are any, the refused settings hold defaults, so checks that would
-    compare them are left out: files are looked at, and sizes where no problem is about one.
+    deepspeed_json: None if the option is missing or was refused, which is then one of the problems.
+    problems: those already found in options and settings. A refused setting holds its default, so checks that might compare it
+        are left out: data and models are then looked at by themselves, and sizes where no problem is about one.
+    own: those that the command found by checks of its own, of settings that were not refused.
 
     Raises:
         ConfigError: all problems of settings, DeepSpeed JSON, sizes, data and reference at once.
     """
-    content, found = read_deepspeed_json(deepspeed_json, settings)
-    found += _run_dir_problems(run_dir)
-    if problems:
-        _, unreadable = read_manifests(settings)
-        found += size_problems(settings, world.size) if _sizes_are_meant(problems) else []
-        raise ConfigError([*problems, *found, *unreadable, *_folder_problems(settings)])
-    found += size_problems(settings, world.size)
-    found += data_problems(settings)
-    if found:
-        found += missing_cache(settings)
+    content, found = _read_json(deepspeed_json, settings)
+    found += folder_problems("--run-dir", run_dir)
+    if _are_meant(_SIZES, problems):
+        found += size_problems(settings, world.size)
+    if _are_meant(_COMPARED, problems):
+        found += data_problems(settings)
     else:
+        found += [*read_manifests(settings)[1], *_problems_of_folders(settings)]
+    found = [*problems, *own, *found]
+    if not found:
         found += cache_problems(settings, resolve_deepspeed_json(content, settings, world.size))
+    elif _are_meant(_COMPARED, problems):
+        found += missing_cache(settings)
     if found:
         raise ConfigError(found)
     return content
 
 
 def check_before_planning(
-    settings: Settings, deepspeed_json: Path, num_ranks: int, problems: Sequence[str] = ()
+    settings: Settings, deepspeed_json: Path | None, num_ranks: int | None, problems: Sequence[str] = ()
 ) -> tuple[Settings, dict[str, Any]]:
-    """Make the checks that need neither data nor reference, for `launch/plan.py`.
+    """Make the checks that need neither data nor reference, for `launch/plan.py`. None stands for an option that is missing or
+    was refused, which is then one of the problems.
 
     Returns:
         The settings with vocab_size filled in, and the JSON's content.
@@ -59,13 +68,13 @@ def check_before_planning(
     Raises:
         ConfigError: all problems of settings, DeepSpeed JSON and sizes at once, among them an unknown vocabulary.
     """
-    content, found = read_deepspeed_json(deepspeed_json, settings)
-    if _sizes_are_meant(problems):
+    content, found = _read_json(deepspeed_json, settings)
+    if num_ranks is not None and _are_meant(_SIZES, problems):
         found += size_problems(settings, num_ranks)
 
     # The vocabulary: set, the built-in corpus's, or the data's if it is here.
     vocab_size = settings.model.vocab_size or (VOCAB_SIZE if settings.data.builtin else None)
-    if vocab_size is None and not problems:
+    if vocab_size is None and _are_meant(_COMPARED, problems):
         manifests, unreadable = read_manifests(settings)
         vocab_size = next((manifest.vocab_size for manifest in manifests.values()), None)
         if vocab_size is None:
@@ -97,22 +106,32 @@ def size_problems(settings: Settings, num_ranks: int) -> list[str]:
     )
 
 
-def _sizes_are_meant(problems: Sequence[str]) -> bool:
-    """True if no problem can have put a default in the place of a size: one that names it, or a text that could not be read."""
-    sizes = ("data.global_batch", "data.micro_batch", "data.lanes", "data.num_workers")
-    unread = ("--config: ", "data: ", "'")
-    return not any(problem.startswith(unread) or any(size in problem for size in sizes) for problem in problems)
+def _read_json(path: Path | None, settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    return ({}, []) if path is None else read_deepspeed_json(path, settings)
 
 
-def _run_dir_problems(run_dir: Path) -> Iterator[str]:
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+# Settings that are compared with each other and the number of ranks, and those that are with data and models.
+_SIZES = ("data.global_batch", "data.micro_batch", "data.lanes", "data.num_workers")
+_COMPARED = ("data.", "model.", "reference.", "logging.validation_samples")
+
+
+def _are_meant(settings: Sequence[str], problems: Sequence[str]) -> bool:
+    """True if no problem can have put a default in the place of one of these settings: one that names it, or a text that could
+    not be read."""
+    unread = ("--config: ", "data: ", "model: ", "reference: ", "'")
+    return not any(problem.startswith(unread) or any(name in problem for name in settings) for problem in problems)
+
+
+def folder_problems(option: str, folder: Path) -> Iterator[str]:
+    """Problems of a folder that is to be made or written to, as an option names it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        yield f"--run-dir: {existing} is a file; expected a directory, or none yet"
+        yield f"{option}: {existing} is a file; expected a directory, or none yet"
     elif not os.access(existing, os.W_OK | os.X_OK):
-        yield f"--run-dir: {existing} cannot be written to; choose another one"
+        yield f"{option}: {existing} cannot be written to; choose another one"
 
 
-def _folder_problems(settings: Settings) -> Iterator[str]:
+def _problems_of_folders(settings: Settings) -> Iterator[str]:
     """Problems of the folders of models and of the cache by themselves, compared with no setting."""
     yield from reference_problems(settings, None, compared=False)
     yield from missing_cache(settings)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.failures import EXIT_USAGE, fail, guarded
+from pipeline.option_parser import OptionParser
 from pipeline.options import read_options, read_recipe
 from pipeline.runtime.preemption import StopRequest
 
@@ -30,15 +31,24 @@ EXIT_DIVERGED = 3
 Command = Callable[["Job", argparse.Namespace, StopRequest], int]
 """The body of a command, run on every rank after all checks, with the process group up; returns the exit code."""
 
+OwnChecks = Callable[["Settings", argparse.Namespace, Path], list[str]]
+"""What one command alone checks before its start, by settings, options and run directory; lists the problems."""
+
 
 def run_command(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], command: Command, own_overrides: Sequence[str] = ()
+    parser: OptionParser,
+    arguments: Sequence[str],
+    command: Command,
+    own_overrides: Sequence[str] = (),
+    own_checks: OwnChecks | None = None,
 ) -> int:
     """Read options and settings, make all checks, start the process group, run `command`; returns the exit code.
 
     own_overrides: `section.key=value` of settings that the command decides itself, whatever recipe and user say.
+    own_checks: what the command checks beside what all do.
     """
-    options, unknown = read_options(parser, arguments)
+    read = read_options(parser, arguments)
+    options = read.options
     options.overrides += own_overrides
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     stop = StopRequest()
@@ -46,27 +56,33 @@ def run_command(
         print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
 
     def body() -> int:
-        settings, problems = read_recipe(parser, options, unknown)
-        if not options.print_config:
-            return _run_on_all_ranks(parser.prog, options, settings, problems, stop, command)
-        if problems:
-            raise ConfigError(problems)
+        from pipeline.config import ConfigError
+
+        try:
+            settings, problems = read_recipe(parser, read)
+            if not options.print_config:
+                return _run_on_all_ranks(parser.prog, options, settings, problems, stop, command, own_checks)
+            if problems:
+                raise ConfigError(problems)
+        except ConfigError as error:
+            return fail(prefix, error, EXIT_USAGE, is_first)
         print(settings.to_yaml(), end="") if is_first else None
         return 0
 
-    from pipeline.config import ConfigError
-
-    return guarded(
-        f"{parser.prog}: error",
-        body,
-        (ConfigError,),
-        is_first,
-        interrupted=f"{parser.prog}: interrupted; the same command continues from what was saved last, if anything was",
-    )
+    # Whatever takes time is imported inside, where an interruption is one line.
+    prefix = f"{parser.prog}: error"
+    saved = "the same command continues from what was saved last, if anything was"
+    return guarded(prefix, body, (), is_first, interrupted=f"{parser.prog}: interrupted; {saved}")
 
 
 def _run_on_all_ranks(
-    prog: str, options: argparse.Namespace, settings: "Settings", problems: list[str], stop: StopRequest, command: Command
+    prog: str,
+    options: argparse.Namespace,
+    settings: "Settings",
+    problems: list[str],
+    stop: StopRequest,
+    command: Command,
+    own_checks: OwnChecks | None,
 ) -> int:
     import torch
     import torch.distributed as dist
@@ -89,7 +105,8 @@ def _run_on_all_ranks(
             f"{prog}: error", f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, all or none set: {error}", EXIT_USAGE, True
         )
     run_dir = options.run_dir or Path("runs") / settings.run.name
-    content = check_before_start(settings, options.deepspeed, run_dir, world, problems)
+    own = [] if own_checks is None else own_checks(settings, options, run_dir)
+    content = check_before_start(settings, options.deepspeed, run_dir, world, problems, own)
     device = device_of(world)
     share_cores(world)
     try:

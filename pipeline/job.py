@@ -4,16 +4,13 @@ A job may first prepare the built-in corpus and train a reference. Both are kept
 appears by a rename, so one that exists is complete.
 """
 
-import math
-import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from pipeline.assembly import Job, build_run, resolve_settings
 from pipeline.checks import check_data
-from pipeline.config import ConfigError, ModelSettings, Settings, TrainingSettings
+from pipeline.config import ConfigError, Settings, TrainingSettings
 from pipeline.data.corpus.builtin import CORPUS_FILE, prepare_builtin
 from pipeline.data.loading.mixture import read_joined
 from pipeline.data.special_tokens import TOKENIZER_CONFIG, declaration
@@ -21,24 +18,20 @@ from pipeline.data.tokenizer import TOKENIZER_FILE
 from pipeline.derived import has_selecting_heads
 from pipeline.model.huggingface import save_model
 from pipeline.model.mtp import MTPModel
-from pipeline.planning.plan import plan_memory
-from pipeline.planning.report import summary
-from pipeline.planning.resolve import resolve_planned_job
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.runtime import heartbeat
 from pipeline.runtime.description import describe_run
-from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once, max_over_ranks
-from pipeline.runtime.engine import gathered, num_parameters, release
+from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once
+from pipeline.runtime.engine import gathered, release
 from pipeline.runtime.logbook import read_records
-from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak, total_bytes
 from pipeline.runtime.preemption import StopRequest
 from pipeline.runtime.run_lock import RunLock
 from pipeline.runtime.terminal import summary_table
 from pipeline.schedule import learning_rate
 from pipeline.storage.files import read_whole
 from pipeline.storage.whole_file import publish, write_file
-from pipeline.train import advance, fetch_step, train, train_step
+from pipeline.train import train
 
 # The reference has one head and selects nothing. With these settings at their defaults, a change of the policy's selection does
 # not count as a change of the reference.
@@ -69,7 +62,7 @@ def run_job(job: Job, stop: StopRequest) -> int:
 
 
 def _make_and_train(job: Job, stop: StopRequest) -> int:
-    _say(job, f"run directory {job.run_dir}; {job.world.size} rank{'s' if job.world.size > 1 else ''} on {job.device.type}")
+    say(job, f"run directory {job.run_dir}; {job.world.size} rank{'s' if job.world.size > 1 else ''} on {job.device.type}")
     settings = with_builtin_data(job)
 
     # First the reference, if this job trains one.
@@ -78,57 +71,12 @@ def _make_and_train(job: Job, stop: StopRequest) -> int:
         if exit_code:
             return exit_code
 
-    _say(job, f"training the policy for {settings.training.steps} steps")
+    say(job, f"training the policy for {settings.training.steps} steps")
     exit_code = train_in(job, settings, job.run_dir, stop)
     if exit_code == 0 and job.world.is_first:
         names = read_joined(settings.data).source_names
         print("\n" + summary_table(read_records(job.run_dir), job.run_dir, names), flush=True)
     return exit_code
-
-
-def dry_run(job: Job) -> int:
-    """Build everything, run one step, report its peak memory and the token budget. Writes nothing but built-in data."""
-    # Build, then one step under measurement. The plan knows nothing of what Python and libraries take, so that is left out.
-    settings = with_builtin_data(job)
-    libraries = current_bytes(job.device)
-    run = build_run(job, settings, job.run_dir, dry=True)
-    progress = Progress()
-    reset_peak(job.device)
-    started = time.perf_counter()
-    result = train_step(run, fetch_step(run, run.stream.iterate(0), step=0, first_sample=0), progress)
-    advance(progress, result, settings)
-    peak = max_over_ranks(peak_bytes(job.device) - libraries, job.device)
-    record = result.sums.record(result.counts.scale_H, run.stream.manifest.source_names or ("",), run.models.group)
-    seconds = time.perf_counter() - started
-
-    # Report.
-    planned, _ = resolve_planned_job(run.settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
-    steps, epoch, data = settings.training.steps, run.stream.manifest.num_tokens, settings.data
-    budget = progress.tokens * steps
-    _say(
-        job,
-        f"dry run: one step on {job.world.size} rank(s), loss {math.nan if record['loss'] is None else record['loss']:.4f}\n"
-        f"  parameters                {num_parameters(run.settings.model):,} of the policy\n"
-        f"  reference                 {_reference_of(run, planned.reference)}\n"
-        f"  a step                    {data.global_batch} rows = {run.stream.micro_steps} micro-step(s) × "
-        f"{job.world.size} rank(s) × {data.micro_batch} rows\n"
-        f"  peak memory of the step   {peak / 2**20:,.0f} MiB on the fullest rank ({_memory_source(job.device)})\n"
-        f"  memory plan               {summary(plan_memory(planned))}; what libraries take is in neither\n"
-        f"  token budget              {steps} steps × {progress.tokens:,} tokens = {budget:,} tokens, "
-        f"{budget / epoch:.2f} epochs of {epoch:,}\n"
-        f"  time                      {seconds:.1f} s for this first step, the warm-up included",
-    )
-    return 0
-
-
-def _reference_of(run: Run, shape: ModelSettings | None) -> str:
-    """Describe the reference for a dry run. shape: the live one's; None without it."""
-    if shape is None:
-        return "none" if run.settings.reference.cached is None else f"cached losses in {run.settings.reference.cached}"
-    size = f"{num_parameters(shape):,} parameters"
-    if run.settings.reference.path is None:
-        return f"{size} of random weights, a stand-in: the reference is yet to be trained, so losses and selection mean nothing"
-    return f"{size}, {run.settings.reference.path}"
 
 
 def with_builtin_data(job: Job) -> Settings:
@@ -139,7 +87,7 @@ def with_builtin_data(job: Job) -> Settings:
     directory = job.run_dir / "data"
 
     def make() -> None:
-        prepare_builtin(directory, settings.data.sequence_length, settings.data.seed, progress=lambda m: _say(job, m))
+        prepare_builtin(directory, settings.data.sequence_length, settings.data.seed, progress=lambda m: say(job, m))
 
     # Called even if the corpus exists: it prepares anew if the seed or the sequence length has changed.
     with heartbeat.during("preparing"):
@@ -176,7 +124,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
 
     # The ranks agree, because training is collective and a shared file system shows a new file to some ranks before others.
     if any_rank(not (directory / "config.json").exists(), job.device):
-        _say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
+        say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
         exit_code = train_in(job, one_head, directory / "training", stop, export_to=directory)
         if exit_code:
             return settings, exit_code
@@ -195,7 +143,7 @@ def _check_reference(job: Job, one_head: Settings, settings: Settings, directory
         remedy = f"remove {directory} to train it again, or pass --allow-changed to use it as it is"
         raise ConfigError([*changed, *map(str, checkpoints.changed())], remedy)
     if changed:
-        _say(job, "\n  ".join(["the reference is used as it was trained before", *changed]))
+        say(job, "\n  ".join(["the reference is used as it was trained before", *changed]))
 
 
 def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, export_to: Path | None = None) -> int:
@@ -203,7 +151,7 @@ def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, exp
     heartbeat.enter("starting")
     run = build_run(job, settings, run_dir)
     if job.allow_changed:
-        _say(job, describe_changes(run))
+        say(job, describe_changes(run))
     describe(job, run)
     exit_code = train(run, stop, job.allow_changed)
     if exit_code == 0 and export_to is not None:
@@ -236,7 +184,7 @@ def describe(job: Job, run: Run) -> None:
     stream, settings = run.stream, run.settings
     if job.world.is_first:
         describe_run(run.run_dir, settings, job.deepspeed, job.world, job.device)
-    _say(
+    say(
         job,
         f"{stream.samples_per_epoch} rows of {settings.data.sequence_length} tokens an epoch ({stream.dropped_per_epoch} left "
         f"over), {settings.training.steps} steps of {settings.data.global_batch} rows",
@@ -267,10 +215,6 @@ def export(run: Run, directory: Path) -> None:
     dist.barrier()
 
 
-def _memory_source(device: torch.device) -> str:
-    return "the allocator's peak" if device.type == "cuda" else "resident memory, less what it was before the models were built"
-
-
-def _say(job: Job, text: str) -> None:
+def say(job: Job, text: str) -> None:
     if job.world.is_first:
         print(text, flush=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.option_parser import OptionParser, Read
 from pipeline.storage.location import user_path
 from pipeline.storage.whole_file import naming
 
@@ -26,11 +27,9 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def recipe_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
+def recipe_parser(name: str, description: str | None, default_recipe: Path) -> OptionParser:
     """The options of every command that reads a recipe and a DeepSpeed JSON; a command adds its own."""
-    parser = argparse.ArgumentParser(
-        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser(prog=name, description=description)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     parser.add_argument("--deepspeed", type=path_argument, required=True, metavar="JSON", help="ZeRO, precision, communication")
     parser.add_argument(
@@ -39,7 +38,7 @@ def recipe_parser(name: str, description: str | None, default_recipe: Path) -> a
     return parser
 
 
-def job_parser(name: str, description: str | None, default_recipe: Path) -> argparse.ArgumentParser:
+def job_parser(name: str, description: str | None, default_recipe: Path) -> OptionParser:
     """The options of every command that runs on all ranks of a job."""
     parser = recipe_parser(name, description, default_recipe)
     parser.add_argument("--run-dir", type=path_argument, metavar="DIR", help="default: runs/ and the recipe's run.name")
@@ -49,9 +48,9 @@ def job_parser(name: str, description: str | None, default_recipe: Path) -> argp
     return parser
 
 
-def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options; returns them, overrides included, and a list of unknown ones, `--option` or `--option=value`."""
-    options, left = parser.parse_known_intermixed_args(arguments)
+def read_options(parser: OptionParser, arguments: Sequence[str]) -> Read:
+    """Parse the options, overrides included; the unknown ones are `--option` or `--option=value`."""
+    options, left, problems = parser.read(arguments)
     # argparse also returns the overrides that follow an unknown option as unknown.
     options.overrides += [argument for argument in left if not _is_option(argument)]
 
@@ -64,7 +63,7 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> t
             options.overrides.remove(after[0])
             option = f"{option}={after[0]}"
         unknown.append(option)
-    return options, unknown
+    return Read(options, unknown, problems)
 
 
 def _is_option(argument: str) -> bool:
@@ -72,29 +71,28 @@ def _is_option(argument: str) -> bool:
     return argument.startswith("-") and not argument[1:2].isdigit() and argument[1:2] != "."
 
 
-def read_recipe(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]
-) -> tuple["Settings", list[str]]:
-    """Read the settings that the options ask for; returns them with all problems, one sentence each.
+def read_recipe(parser: OptionParser, read: Read) -> tuple["Settings", list[str]]:
+    """Read the settings that the options ask for; returns them with all problems, one sentence each, those of the options
+    first.
 
     A refused setting keeps its default.
     """
     from pipeline.recipe import read_settings
 
-    settings, found = read_settings(options.config, options.overrides)
-    return settings, [_unknown(option, parser) for option in unknown] + found
+    is_named = not any(problem.startswith("--config: ") for problem in read.problems)
+    settings, found = read_settings(read.options.config if is_named else None, read.options.overrides, is_known=is_named)
+    return settings, [*read.problems, *(_unknown(option, parser) for option in read.unknown), *found]
 
 
-def _unknown(option: str, parser: argparse.ArgumentParser) -> str:
-    from pipeline.config import did_you_mean
+def _unknown(option: str, parser: OptionParser) -> str:
     from pipeline.recipe import meaning_of, settings_meant
 
     name, _, value = option.partition("=")
     word = name.lstrip("-")
     if settings_meant(word):
         return f"{option}: unknown option; settings have no dashes: {meaning_of(word, value or 'VALUE')}"
-    known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
-    return f"{option}: unknown option; {meaning_of(word) or did_you_mean(name, known)}"
+    meaning = meaning_of(word)
+    return f"{option}: unknown option; {meaning}" if meaning else parser.unknown_option(option)
 
 
 def write_json(path: Path, figures: Any) -> None:

@@ -36,11 +36,13 @@ def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> 
     return settings
 
 
-def read_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Settings, list[str]]:
+def read_settings(
+    recipe: Path | None = None, overrides: Sequence[str] = (), is_known: bool = True
+) -> tuple[Settings, list[str]]:
     """Read the settings and return them with all problems, one sentence each. A refused value is replaced by its default; of a
-    recipe that cannot be read, all are."""
+    recipe that cannot be read, all are. is_known: false if there is a recipe and its name was refused."""
     values, problems = _read_recipe(recipe) if recipe is not None else ({}, [])
-    is_read = not problems
+    is_read = is_known and not problems
     problems += [problem for override in overrides for problem in _apply_override(values, override)]
     problems += list(_removed_settings(values))
     refused: set[str] = set()

@@ -25,7 +25,7 @@ from pipeline.data.shards.reader import ShardReader
 from pipeline.data.shards.reference_losses import STORED_DTYPES, LossesManifest, data_fingerprint
 from pipeline.data.shards.sample import Sample
 from pipeline.data_checks import data_locations
-from pipeline.derived import reference_shape
+from pipeline.derived import has_selecting_heads, reference_shape
 from pipeline.model.reference import Reference, reference_columns
 from pipeline.runtime import heartbeat
 from pipeline.runtime.deepspeed_json import precision_of
@@ -51,26 +51,31 @@ def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopReque
         ConfigError: no reference is set, or the model has no heads that select.
         DataError: data is damaged, or `cache` holds losses of another reference.
     """
-    if settings.reference.path is None:
-        trained = (
-            ""
-            if settings.reference.training_steps is None
-            else f"; the one that this recipe trains is in {job.run_dir / 'reference'} when it is done: "
-            f"reference.path={job.run_dir / 'reference'} reference.training_steps=null reference.training_data=null"
-        )
-        raise ConfigError([f"reference.path: not set; name the directory of the reference that is to score the data{trained}"])
-
-    assert settings.reference.cached is None, "the command sets it so: the model runs live"
+    problems = scoring_problems(settings, job.run_dir)
+    if problems:
+        raise ConfigError(problems)
     settings, config, _ = resolve_settings(job, settings, job.run_dir)
     shape = reference_shape(settings)
-    if shape is None:
-        raise ConfigError(["model.num_prediction_heads: 1, so nothing selects and there is nothing to score for"])
+    assert shape is not None, "there are heads that select, and nothing is cached: the model runs live"
 
     reference = build_frozen_reference(job, settings, config, shape)
     for location in data_locations(settings):
         if not _score_data_set(job, settings, location, reference, cache, precision_of(config), dtype, stop):
             return EXIT_TRY_AGAIN
     return 0
+
+
+def scoring_problems(settings: Settings, run_dir: Path) -> list[str]:
+    """List what a recipe lacks for scoring, though it may do for training."""
+    if not has_selecting_heads(settings):
+        return ["model.num_prediction_heads: 1, so nothing selects and there is nothing to score for"]
+    if settings.reference.path is not None:
+        return []
+    problem = "reference.path: not set; name the directory of the reference that is to score the data"
+    if settings.reference.training_steps is None:
+        return [problem]
+    trained = f"reference.path={run_dir / 'reference'} reference.training_steps=null reference.training_data=null"
+    return [f"{problem}; the one that this recipe trains is in {run_dir / 'reference'} when it is done: {trained}"]
 
 
 def _score_data_set(

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.option_parser import at_least
 from pipeline.storage.location import user_path
 
 VARIANTS = ("next_token", "mtp", "selective", "origin")
@@ -33,43 +34,43 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"of {', '.join(VARIANTS)}; next_token is always measured (default: all)",
     )
-    parser.add_argument("--rounds", type=_positive, default=5, help="measured steps, after two that warm up (default: 5)")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="measured steps, after two that warm up (default: 5)")
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     _add_sizes(parser)
-    parser.add_argument("--rounds", type=_positive, default=5, help="measured rounds, after one that warms up (default: 5)")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="measured rounds, after one that warms up (default: 5)")
     parser.add_argument("--directory", type=user_path, metavar="DIR", help="where to write (default: a temporary folder)")
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
     """The options for the sizes of a model and of its step."""
-    parser.add_argument("--layers", type=_positive, default=8, help="depth of the next-token path (default: 8)")
-    parser.add_argument("--dim", type=_positive, default=512, metavar="D", help="default: 512")
-    parser.add_argument("--attention-heads", type=_positive, default=8, help="default: 8")
-    parser.add_argument("--vocabulary", type=_positive, default=8192, metavar="V", help="default: 8192")
-    parser.add_argument("--sequence-length", type=_positive, default=512, metavar="T", help="default: 512")
-    parser.add_argument("--rows", type=_positive, default=4, metavar="B", help="rows of a step (default: 4)")
-    parser.add_argument("--threads", type=int, default=0, help="of each variant on a CPU (default: all cores)")
+    parser.add_argument("--layers", type=at_least(1), default=8, help="depth of the next-token path (default: 8)")
+    parser.add_argument("--dim", type=at_least(1), default=512, metavar="D", help="default: 512")
+    parser.add_argument("--attention-heads", type=at_least(1), default=8, help="default: 8")
+    parser.add_argument("--vocabulary", type=at_least(1), default=8192, metavar="V", help="default: 8192")
+    parser.add_argument("--sequence-length", type=at_least(1), default=512, metavar="T", help="default: 512")
+    parser.add_argument("--rows", type=at_least(1), default=4, metavar="B", help="rows of a step (default: 4)")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="of each variant on a CPU (default: all cores)")
 
 
 def _add_heads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=_positive, default=2048, metavar="N", help="positions (default: 2048)")
-    parser.add_argument("--dim", type=_positive, default=512, metavar="D", help="width of the hidden states (default: 512)")
-    parser.add_argument("--vocabulary", type=_positive, default=32_000, metavar="V", help="default: 32000")
-    parser.add_argument("--heads", type=_positive, default=4, metavar="H", help="default: 4")
-    parser.add_argument("--rounds", type=_positive, default=5, help="measured rounds, after two that warm up (default: 5)")
-    parser.add_argument("--threads", type=_positive, default=1, help="threads of each variant on a CPU (default: 1)")
+    parser.add_argument("--tokens", type=at_least(1), default=2048, metavar="N", help="positions (default: 2048)")
+    parser.add_argument("--dim", type=at_least(1), default=512, metavar="D", help="width of the hidden states (default: 512)")
+    parser.add_argument("--vocabulary", type=at_least(1), default=32_000, metavar="V", help="default: 32000")
+    parser.add_argument("--heads", type=at_least(1), default=4, metavar="H", help="default: 4")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="measured rounds, after two that warm up (default: 5)")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="threads of each variant on a CPU (default: 1)")
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     sizes = [2**12, 2**14, 2**16, 2**18, 2**20]
-    parser.add_argument("--tokens", type=_positive, nargs="+", default=sizes, help="tokens a rank and micro-step")
-    parser.add_argument("--ranks", type=_positive, nargs="+", default=[1, 2, 4, 8], help="gloo processes")
-    parser.add_argument("--heads", type=_positive, default=3, help="heads that select")
-    parser.add_argument("--runs", type=_positive, default=5, help="runs of which the median is taken")
-    parser.add_argument("--gpus", type=_positive, nargs="+", default=[64, 256, 1024, 4096], help="sizes for the model")
-    parser.add_argument("--gpu-tokens", type=_positive, default=2**14, help="the model's tokens a GPU and micro-step")
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=sizes, help="tokens a rank and micro-step")
+    parser.add_argument("--ranks", type=at_least(1), nargs="+", default=[1, 2, 4, 8], help="gloo processes")
+    parser.add_argument("--heads", type=at_least(1), default=3, help="heads that select")
+    parser.add_argument("--runs", type=at_least(1), default=5, help="runs of which the median is taken")
+    parser.add_argument("--gpus", type=at_least(1), nargs="+", default=[64, 256, 1024, 4096], help="sizes for the model")
+    parser.add_argument("--gpu-tokens", type=at_least(1), default=2**14, help="the model's tokens a GPU and micro-step")
     parser.add_argument("--latency-us", type=float, default=5.0, help="the model's time of a message, microseconds")
     parser.add_argument("--bandwidth", type=_positive_float, default=50.0, help="the model's bandwidth of a GPU, GB/s")
     parser.add_argument("--parameters", type=_positive_float, default=1.1e9, help="of the policy, for the time of a step")
@@ -91,26 +92,20 @@ def _add_preparing(parser: argparse._ArgumentGroup) -> None:
     )
     parser.add_argument("--tokenizer", type=user_path, metavar="FILE|DIR", help="default: a BPE of 32,000 trained on the text")
     parser.add_argument(
-        "--processes", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one a core"
+        "--processes", type=at_least(1), default=len(os.sched_getaffinity(0)), metavar="N", help="default: one a core"
     )
 
 
 def _add_streaming(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared shards (default: random rows are written)")
-    parser.add_argument("--rows", type=_positive, default=16_384, help="of the random rows")
-    parser.add_argument("--sequence-length", type=_positive, default=2048, metavar="T", help="of the random rows")
-    parser.add_argument("--lanes", type=_positive, default=64, metavar="L")
-    parser.add_argument("--micro-batch", type=_positive, default=8, metavar="B")
+    parser.add_argument("--rows", type=at_least(1), default=16_384, help="of the random rows")
+    parser.add_argument("--sequence-length", type=at_least(1), default=2048, metavar="T", help="of the random rows")
+    parser.add_argument("--lanes", type=at_least(1), default=64, metavar="L")
+    parser.add_argument("--micro-batch", type=at_least(1), default=8, metavar="B")
     parser.add_argument(
         "--pace", type=_positive_float, default=200_000, metavar="TOKENS/S", help="of the training whose waiting is measured"
     )
-    parser.add_argument("--repeat", type=_positive, default=5, help="turns of each loop")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
+    parser.add_argument("--repeat", type=at_least(1), default=5, help="turns of each loop")
 
 
 def _positive_float(text: str) -> float:

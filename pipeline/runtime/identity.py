@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pipeline.config import Settings
 from pipeline.data_settings import DataSettings
+from pipeline.runtime.model_content import ModelContent
 from pipeline.setting_types import ResumeRule
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Location
@@ -34,6 +35,7 @@ class Change(NamedTuple):
     key: str
     before: Any
     after: Any
+    details: str = ""
 
     @property
     def is_fixed(self) -> bool:
@@ -41,7 +43,7 @@ class Change(NamedTuple):
         return self.key in FIXED_SETTINGS or (self.key == "pretrained model" and self.after is not None)
 
     def __str__(self) -> str:
-        return f"{self.key}: was {self.before!r}, is now {self.after!r}"
+        return f"{self.key}: was {self.before!r}, is now {self.after!r}{self.details}"
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
@@ -50,8 +52,40 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     An older program's identity lacks settings that it did not know: it ran with what is now their default.
     """
     keys = dict.fromkeys([*before, *after])
-    changes = [Change(key, before.get(key, _DEFAULTS.get(key)), after.get(key)) for key in keys]
+    changes = [
+        Change(
+            key, before.get(key, _DEFAULTS.get(key)), after.get(key), _details(before.get(_parts(key)), after.get(_parts(key)))
+        )
+        for key in keys
+        if not key.endswith(_PARTS)
+    ]
     return [change for change in changes if change.before != change.after and not _may_change(change.key)]
+
+
+def _parts(model: str) -> str:
+    """The key of what is remembered of a model beside its fingerprint."""
+    return f"{model}{_PARTS}"
+
+
+def _details(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+    """Say in what two models differ, if both are remembered; "" otherwise."""
+    if not before or not after:
+        return ""
+    values = [f"config.json {key}: {was} → {now}" for key, was, now in _differing(before["config"], after["config"])]
+    files = [
+        f"{name} {'is new' if was is None else 'is gone' if now is None else 'has other bytes'}"
+        for name, was, now in _differing(before["files"], after["files"])
+        if name != "config.json" or not values
+    ]
+    said = [*values, *files]
+    more = [f"and {len(said) - _MOST_DETAILS} more"] if len(said) > _MOST_DETAILS else []
+    return f" ({'; '.join([*said[:_MOST_DETAILS], *more])})" if said else ""
+
+
+def _differing(before: Mapping[str, str], after: Mapping[str, str]) -> list[tuple[str, str | None, str | None]]:
+    """(name, value before, value after) of each entry that differs; None where it is missing."""
+    pairs = [(name, before.get(name), after.get(name)) for name in dict.fromkeys([*before, *after])]
+    return [(name, was, now) for name, was, now in pairs if was != now]
 
 
 def _may_change(key: str) -> bool:
@@ -68,21 +102,28 @@ def flatten(settings: Settings) -> dict[str, Any]:
 def identity_of(
     settings: Settings,
     deepspeed: dict[str, Any],
-    models: Mapping[str, str | None],
+    models: Mapping[str, ModelContent | None],
     cached: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Collect the identity that a resumed run must share: settings, data, models and precision.
 
     Args:
         deepspeed: the resolved DeepSpeed configuration.
-        models: fingerprints (`model_content`) of the `reference` and the `pretrained` model; None of one that is not read.
+        models: content of the `reference` and of the `pretrained` model; None of one that is not read.
         cached: manifests of the reference's cached losses, if any. In float32 they select exactly what the live reference
             does, so both have the same identity.
     """
+    sha256 = {name: None if content is None else content.sha256 for name, content in models.items()}
+    parts = {
+        _parts(f"{name} model"): {"files": content.files, "config": content.config}
+        for name, content in models.items()
+        if content is not None
+    }
     return flatten(settings) | {
         "data": _data_fingerprint(settings.data),
-        "reference model": cached[0].reference_sha256 if cached else models["reference"],
-        "pretrained model": models["pretrained"],
+        "reference model": cached[0].reference_sha256 if cached else sha256["reference"],
+        "pretrained model": sha256["pretrained"],
+        **parts,
         "reference losses": cached[0].dtype if cached else "float32",
         "deepspeed bf16": deepspeed.get("bf16", {}).get("enabled", False),
         "deepspeed communication_data_type": deepspeed.get("communication_data_type"),
@@ -103,4 +144,6 @@ def _data_fingerprint(data: DataSettings) -> str | list[Any]:
 
 
 _DEFAULTS = flatten(Settings())
+_PARTS = ", parts"
+_MOST_DETAILS = 4
 _FREE_SECTIONS = ("run.", "logging.", "checkpoint.")

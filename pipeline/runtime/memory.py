@@ -1,6 +1,8 @@
 """Measure memory: the allocator's on CUDA, the process's resident set on a CPU."""
 
 import contextlib
+import ctypes
+import gc
 import math
 import re
 from pathlib import Path
@@ -38,6 +40,13 @@ def current_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _resident_bytes("VmRSS")
+
+
+def give_back_freed() -> None:
+    """Return to the system what was freed, of which a CPU's allocator keeps a part, so that what is resident is in use."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc has this function, other C libraries have not
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def total_bytes() -> int | None:

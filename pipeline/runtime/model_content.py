@@ -4,25 +4,39 @@ Sizes, dates and samples of the bytes are not enough: `rope_theta` is a few byte
 a tensor changes every loss. So each start of a job reads a model it depends on in full, once a node: the ranks of a node
 share the pieces of its files, each hashing with several threads, and all ranks learn all digests. Nodes whose files differ
 are found by that too. The result is remembered for the rest of the start, and never longer.
+
+Beside the fingerprint stands a little of what it was made from, for a message that says what in a changed model differs.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from pipeline.model.huggingface import ModelFilesError, model_files
+from pipeline.model.model_config import CONFIG_FILE, read_json
 from pipeline.runtime.distributed import World, gather_over_ranks
 
 PIECE_BYTES = 64 * 2**20
 """Size of the pieces of a file that are hashed side by side; part of the fingerprint."""
 _BLOCK_BYTES = 2**20
+_LONG, _SHORT = 60, 16
+"""Characters of a value that is kept as it is, and of a hash that only tells two from each other."""
 
 Piece = tuple[str, int, int]
 """(file's name, first byte, bytes)."""
+
+
+class ModelContent(NamedTuple):
+    """The content of a model folder: its fingerprint, hashes of its files, and the values of its config.json, by name."""
+
+    sha256: str
+    files: dict[str, str]
+    config: dict[str, str]
 
 
 class ModelFingerprints:
@@ -30,7 +44,7 @@ class ModelFingerprints:
 
     def __init__(self, world: World):
         self._world = world
-        self._known: dict[Path, str] = {}
+        self._known: dict[Path, ModelContent] = {}
 
     def of(self, directory: Path | None) -> str | None:
         """Return the fingerprint of a folder, None of None. Collective: all ranks ask for the same folders in one order.
@@ -38,14 +52,16 @@ class ModelFingerprints:
         Raises:
             ModelFilesError: on all ranks alike, if a rank cannot read the files, or nodes have different ones.
         """
-        if directory is None:
-            return None
+        return None if directory is None else self.content(directory).sha256
+
+    def content(self, directory: Path) -> ModelContent:
+        """Return the content of a folder; as `of`."""
         if directory.absolute() not in self._known:
-            self._known[directory.absolute()] = model_fingerprint(directory, self._world)
+            self._known[directory.absolute()] = read_model_content(directory, self._world)
         return self._known[directory.absolute()]
 
 
-def model_fingerprint(directory: Path, world: World) -> str:
+def read_model_content(directory: Path, world: World) -> ModelContent:
     """Hash a model folder, the ranks of each node together; arguments and errors as `ModelFingerprints.of`."""
     by_rank = gather_over_ranks(_hash_share(directory, world))
     failure = next((failure for _, _, failure in by_rank if failure is not None), None)
@@ -60,7 +76,25 @@ def model_fingerprint(directory: Path, world: World) -> str:
             name = (differing or sorted({*found} ^ {*pieces}))[0][0]
             raise agreed(f"{directory}: {name} is another file for rank {rank} than for those before it; copy the folder again")
     assert digests.keys() == set(pieces), "the ranks' places on their nodes leave parts of the model to nobody"
-    return hashlib.sha256(json.dumps([[*piece, digests[piece].hex()] for piece in pieces]).encode()).hexdigest()
+    whole = hashlib.sha256(json.dumps([[*piece, digests[piece].hex()] for piece in pieces]).encode()).hexdigest()
+    return ModelContent(whole, _hashes(digests), _values(read_json(directory / CONFIG_FILE)))
+
+
+def _hashes(digests: Mapping[Piece, bytes]) -> dict[str, str]:
+    """The beginning of each file's hash."""
+    files: dict[str, Any] = {}
+    for (name, _, _), digest in sorted(digests.items()):
+        files.setdefault(name, hashlib.sha256()).update(digest)
+    return {name: digest.hexdigest()[:_SHORT] for name, digest in files.items()}
+
+
+def _values(config: Mapping[str, Any]) -> dict[str, str]:
+    """The values of a config.json as text; of a long one the beginning of its hash."""
+    texts = {key: json.dumps(value, sort_keys=True) for key, value in config.items()}
+    return {
+        key: text if len(text) <= _LONG else f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:_SHORT]}"
+        for key, text in texts.items()
+    }
 
 
 def agreed(message: str) -> ModelFilesError:

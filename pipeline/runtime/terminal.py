@@ -1,6 +1,6 @@
 """Format metrics for the terminal: progress lines, blocks of selection statistics, the table that closes a run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.runtime.metrics import Record, ratio
@@ -55,46 +55,59 @@ def summary_table(records: Sequence[Record], run_dir: Path, source_names: Sequen
     """Format the table that closes a run.
 
     Rows: held-out loss per head at the start and the end, for each set; the share selected per head over the last quarter of
-    the steps; and for each named source its share in the data and among the selected pairs.
+    the steps; and for each named source its share in the data and among the selected pairs. What is selected is known of the
+    logged steps; tokens are counted over all.
     """
     trained = [record for record in records if "split" not in record]
     if not trained:
         return ""
-    heads = _heads(trained[-1])
-    last_quarter = [record for record in trained if record["step"] > 0.75 * trained[-1]["step"]]
+    heads, last = _heads(trained[-1]), trained[-1]["step"]
+    last_quarter = [record for record in trained if record["step"] > 0.75 * last]
+    before = next((record for record in reversed(trained) if record["step"] <= 0.75 * last), {"step": 0})
 
-    # Held-out losses, of the first validation of each set and of the last.
+    # Selected over the last quarter: sum counts over its logged steps, then divide once.
+    counts = {key: sum(record.get(key) or 0 for record in last_quarter) for key in trained[-1] if "_count_" in key}
+    selected = [_percent(ratio(counts[f"selected_count_head_{h}"], counts[f"valid_count_head_{h}"])) for h in heads]
+    rows = [["", *(f"head {head} (t+{head + 1})" for head in heads)], *_held_out_rows(records, heads), ["selected", *selected]]
+    note = f"selection: of {_logged(last_quarter)}"
+    if len(source_names) > 1:
+        tokens = {name: _tokens(trained[-1], name) - _tokens(before, name) for name in source_names}
+        rows += _source_rows(tokens, counts, heads)
+        note = f"data: all tokens of steps {before['step'] + 1} to {last}; {note}"
+
+    where = [f"run directory:  {run_dir}", f"look at it:     tensorboard --logdir {run_dir.parent}"]
+    return "\n".join([aligned(rows), f"({note})", "", *where])
+
+
+def _held_out_rows(records: Sequence[Record], heads: Sequence[int]) -> Iterator[list[str]]:
+    """Losses of the first validation of each set and of the last."""
     held_out: dict[str | None, list[Record]] = {}
     for record in records:
         if record.get("split") == "validation":
             held_out.setdefault(record.get("set"), []).append(record)
-    rows = [["", *(f"head {head} (t+{head + 1})" for head in heads)]]
     for name, of_set in held_out.items():
         for when, record in (("start", of_set[0]), ("end", of_set[-1])):
             losses = [_number(record[f"loss_head_{head}"], 3) for head in heads]
-            rows.append([f"held-out loss{f' of {name}' if name else ''}, {when} (step {record['step']})", *losses])
+            yield [f"held-out loss{f' of {name}' if name else ''}, {when} (step {record['step']})", *losses]
 
-    # Shares over the last quarter: sum counts over its steps, then divide once.
-    counts = {key: sum(record.get(key) or 0 for record in last_quarter) for key in trained[-1] if "_count_" in key}
-    rows.append(
-        ["selected", *(_percent(ratio(counts[f"selected_count_head_{h}"], counts[f"valid_count_head_{h}"])) for h in heads)]
-    )
-    if len(source_names) > 1:
-        for name in source_names:
-            for label, kind in (("in the data", "valid"), ("among selected", "selected")):
-                parts = [(counts[f"{kind}_count_head_{h}_source_{name}"], counts[f"{kind}_count_head_{h}"]) for h in heads]
-                rows.append([f"share of {name} {label}", *(_percent(ratio(part, whole)) for part, whole in parts)])
 
-    first, last = last_quarter[0]["step"], last_quarter[-1]["step"]
-    return "\n".join(
-        [
-            aligned(rows),
-            f"(selection and shares: over the {len(last_quarter)} logged steps from {first} to {last})",
-            "",
-            f"run directory:  {run_dir}",
-            f"look at it:     tensorboard --logdir {run_dir.parent}",
-        ]
-    )
+def _source_rows(tokens: Mapping[str, int], counts: Mapping[str, int], heads: Sequence[int]) -> Iterator[list[str]]:
+    """Shares of each source in the data, by its tokens, and among the selected pairs."""
+    for name in tokens:
+        of_data = _percent(ratio(tokens[name], sum(tokens.values())))
+        parts = [(counts[f"selected_count_head_{h}_source_{name}"], counts[f"selected_count_head_{h}"]) for h in heads]
+        yield [f"share of {name} in the data", *([of_data] * len(heads))]
+        yield [f"share of {name} among selected", *(_percent(ratio(part, whole)) for part, whole in parts)]
+
+
+def _tokens(record: Record, source: str) -> int:
+    """Tokens of a source that the run has consumed up to a record; 0 of one that does not tell."""
+    return int(record.get(f"data_tokens_source_{source}") or 0)
+
+
+def _logged(records: Sequence[Record]) -> str:
+    first, last = records[0]["step"], records[-1]["step"]
+    return f"the {len(records)} logged steps from {first} to {last}" if len(records) > 1 else f"the logged step {last} alone"
 
 
 def _heads(record: Record) -> list[int]:

@@ -45,6 +45,9 @@ def test_a_run_is_not_resumed_with_a_changed_reference(tiny_data: Path, tiny_ref
     reference = shutil.copytree(tiny_reference, tmp_path / "reference")
     (refused,) = run_ranks(resume_after, 1, settings_for(tiny_data, reference), tmp_path / "run", reference)
     assert [problem.partition(": was '")[0] for problem in refused] == ["reference model"] * 2
+    weights, config = (problem.partition(" (")[2] for problem in refused)
+    assert weights == "model.safetensors has other bytes) (step-00000007 was trained with the former)"
+    assert config == "config.json rope_theta: 10000.0 → 20000.0) (step-00000007 was trained with the former)"
 
 
 def problems_of(settings: Settings, run_dir: Path) -> list[str]:

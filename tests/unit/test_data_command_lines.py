@@ -39,7 +39,7 @@ def test_an_order_that_cannot_be_is_refused_by_the_name_of_its_option(tmp_path, 
     pairs = [each for pair in arguments.items() for each in pair]
     assert run("shards", "order", folder, *pairs) == 2
     output = capsys.readouterr()
-    assert (output.out, output.err) == ("", f"error: expected {option} of at least {least}, got {value}\n")
+    assert (output.out, output.err) == ("", f"error: {option}: expected a whole number of at least {least}, got '{value}'\n")
 
 
 def test_no_steps_are_no_lines(tmp_path, capsys):
@@ -162,3 +162,37 @@ def test_prepared_folders_of_two_tokenizers_are_no_tokenizer(tmp_path, capsys):
     named = f"name one of {tmp_path / 'data' / 'a' / 'tokenizer.json'}, {tmp_path / 'data' / 'b' / 'tokenizer.json'}"
     message = f"the folders of {tmp_path / 'data'} have different tokenizers, or documents that begin or end with different"
     assert capsys.readouterr().err.endswith(f"error: {message} tokens; {named}\n")
+
+
+def test_all_that_is_wrong_with_the_options_of_preparing_is_said_at_once(tmp_path, capsys):
+    paths = ["--input", f"a={tmp_path / 'none'}", "--input", f"b={tmp_path / 'nothing'}"]
+    sizes = ["--sequence-length", 1, "--processes", 0, "--samples-per-shard", "x", "--weight", "c=1", "--weight", "a=0"]
+    assert run("prepare", *paths, *sizes, "--packin", "concat", "--train-bpe", 300, "--tokenizer", "bytes") == 2
+    head, *problems = capsys.readouterr().err.rstrip("\n").split("\n  - ")
+    assert head == f"error: {len(problems)} problems with the options:"
+    beginnings = [
+        "--processes: expected a whole number of at least 1, got '0'",
+        "--samples-per-shard: expected a whole number, got 'x'",
+        "the following arguments are required: --output",
+        "--packin: unknown option; did you mean '--packing'?",
+        "'concat': not expected here",
+        "--weight c=1: there is no input named 'c'",
+        "--weight a=0: expected a number above 0",
+        "expected either --tokenizer, the one to use, or --train-bpe",
+        "expected a sequence length of at least 2 tokens, got 1",
+        f"no files at '{tmp_path / 'none'}'",
+        f"no files at '{tmp_path / 'nothing'}'",
+    ]
+    assert len(problems) == len(beginnings)
+    for problem, beginning in zip(problems, beginnings, strict=True):
+        assert problem.startswith(beginning)
+
+
+def test_all_that_is_wrong_with_the_options_of_an_order_is_said_at_once(capsys):
+    assert run("shards", "order", "--ranks", 0, "--steps", "x", "--step") == 2
+    assert capsys.readouterr().err.split("\n  - ")[1:] == [
+        "--ranks: expected a whole number of at least 1, got '0'",
+        "--steps: expected a whole number of at least 0, got 'x'",
+        "the following arguments are required: DIR, --global-batch; shards.py --help says more",
+        "--step: unknown option; did you mean '--steps'?\n",
+    ]

@@ -132,8 +132,8 @@ def test_a_plan_that_cannot_be_written_is_one_message() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["heads", "--tokens", "0"], "argument --tokens: expected a whole number above 0, got '0'"),
-        (["data", "--pace", "-1"], "argument --pace: expected a number above 0, got '-1'"),
+        (["heads", "--tokens", "0"], "--tokens: expected a whole number of at least 1, got '0'"),
+        (["data", "--pace", "-1"], "--pace: expected a number above 0, got '-1'"),
         (["step", "--json", "/no/such/folder/figures.json"], "--json: /no/such/folder is not a directory; make it first"),
         (["data", "--only", "streaming", "--data", "/no/such/folder"], "expected a folder of prepared shards"),
     ],

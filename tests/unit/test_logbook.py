@@ -107,20 +107,25 @@ def cells(table, label):
 
 
 def test_the_closing_tables_shares_are_sums_over_the_last_quarter_divided_once(tmp_path):
-    # Steps 1 to 75 must not count: their noise would be 100 %.
+    # Steps 1 to 75 must not count: their noise would be 100 %. Tokens are counted in the steps that are not logged, too.
     early = [with_sources(step, {"prose": (0, 0), "noise": (9, 9)}, {"prose": (0, 0), "noise": (9, 9)}) for step in (1, 75)]
     late = [
         with_sources(80, {"prose": (60, 50), "noise": (40, 30)}, {"prose": (60, 40), "noise": (40, 8)}),
         with_sources(100, {"prose": (10, 10), "noise": (10, 10)}, {"prose": (10, 9), "noise": (10, 3)}),
     ]
+    consumed = [(0, 10), (0, 700), (60, 800), (750, 950)]
+    for record, (prose, noise) in zip([*early, *late], consumed, strict=True):
+        record |= {"data_tokens_source_prose": prose, "data_tokens_source_noise": noise}
     table = summary_table([*early, *late], tmp_path / "demo", ("prose", "noise"))
+    # The data: 750 tokens of prose in steps 76 to 100, 250 of noise.
+    assert cells(table, "share of noise in the data") == ["25.0%", "25.0%"]
+    assert cells(table, "share of prose in the data") == ["75.0%", "75.0%"]
     # Head 0: all 120 pairs selected, noise 50 of them. Head 1: 60 of 100 selected, noise 40 of 100 valid, 11 of 60 selected.
     assert cells(table, "selected") == ["100.0%", "60.0%"]
-    assert cells(table, "share of noise in the data") == ["41.7%", "40.0%"]
     assert cells(table, "share of noise among selected") == ["41.7%", "18.3%"]
-    assert cells(table, "share of prose in the data") == ["58.3%", "60.0%"]
     assert cells(table, "share of prose among selected") == ["58.3%", "81.7%"]
-    assert "(selection and shares: over the 2 logged steps from 80 to 100)" in table
+    assert "\n(data: all tokens of steps 76 to 100; selection: of the 2 logged steps from 80 to 100)\n" in table
+    assert "(selection: of the logged step 1 alone)" in summary_table(early[:1], tmp_path, ())
 
 
 def test_the_closing_table_has_held_out_losses_and_where_to_look(tmp_path):

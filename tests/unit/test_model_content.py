@@ -11,7 +11,7 @@ import torch.distributed as dist
 import pipeline.runtime.model_content as model_content
 from pipeline.model.huggingface import ModelFilesError, save_model
 from pipeline.runtime.distributed import World
-from pipeline.runtime.model_content import ModelFingerprints, model_fingerprint
+from pipeline.runtime.model_content import ModelFingerprints, read_model_content
 from tests.ranks import run_ranks
 from tests.unit.test_model import initialized, small
 
@@ -35,16 +35,16 @@ def flip(file: Path, position: int) -> None:
 
 
 def test_one_byte_anywhere_or_one_setting_makes_another_model(model: Path, tmp_path: Path) -> None:
-    fingerprint = model_fingerprint(model, ALONE)
-    assert model_fingerprint(shutil.copytree(model, tmp_path / "moved"), ALONE) == fingerprint
+    fingerprint = read_model_content(model, ALONE).sha256
+    assert read_model_content(shutil.copytree(model, tmp_path / "moved"), ALONE).sha256 == fingerprint
     weights = model / "model.safetensors"
     found = {fingerprint}
     for position in (weights.stat().st_size // 2, -1):
         flip(weights, position)
-        found.add(model_fingerprint(model, ALONE))
+        found.add(read_model_content(model, ALONE).sha256)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rope_theta": 10_001.0}))
-    assert len(found | {model_fingerprint(model, ALONE)}) == 4
+    assert len(found | {read_model_content(model, ALONE).sha256}) == 4
 
 
 def test_a_fingerprint_is_remembered_for_one_start_alone(model: Path) -> None:
@@ -63,7 +63,7 @@ def fingerprint_on_ranks(directories: list[Path], local_size: int) -> tuple[str,
     world, directory = World(rank, size, rank % local_size, local_size), directories[rank // local_size]
     _, hashed, _ = model_content._hash_share(directory, world)
     try:
-        answer = model_fingerprint(directory, world)
+        answer = read_model_content(directory, world).sha256
     except ModelFilesError as error:
         answer = f"{error}, agreed: {error.agreed}"
     return answer, sum(size for _, _, size in hashed)

@@ -12,6 +12,7 @@ folder; for all other kinds, which can only be read from the beginning, the whol
 spans. It is the unit of work of a worker, and of resuming after a kill. The slices do not depend on the number of workers.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,25 +102,32 @@ def parse_weights(arguments: Iterable[str], names: Sequence[str]) -> dict[str, f
     """Parse `NAME=WEIGHT` arguments for the sources `names`.
 
     Raises:
-        DataError: there is no such source, it has two weights, or a weight is not a positive number.
+        DataError: there is no such source, it has two weights, or a weight is not a positive number; a line for each.
     """
     weights: dict[str, float] = {}
+    problems = []
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name not in names:
             known = f"the named inputs are {', '.join(names)}" if names else "no input has a name (--input NAME=PATH)"
-            raise DataError(f"--weight {argument}: there is no input named {name!r}; {known}")
-        if name in weights:
-            raise DataError(f"--weight {argument}: {name} has a weight already ({weights[name]})")
-
-        # The value; what is no number fails the check of the range.
-        try:
-            weights[name] = float(value)
-        except ValueError:
-            weights[name] = 0.0
-        if not 0 < weights[name] <= 1000:
-            raise DataError(f"--weight {argument}: expected a number above 0 and at most 1000 after the equals sign")
+            problems.append(f"--weight {argument}: there is no input named {name!r}; {known}")
+        elif name in weights:
+            problems.append(f"--weight {argument}: {name} has a weight already ({weights[name]})")
+        else:
+            weights[name] = _number(value)
+            if not 0 < weights[name] <= 1000:
+                problems.append(f"--weight {argument}: expected a number above 0 and at most 1000 after the equals sign")
+    if problems:
+        raise DataError("\n".join(problems))
     return weights
+
+
+def _number(text: str) -> float:
+    """The number that a text is; NaN if it is none, which is in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def input_files(inputs: Iterable[Input], written: Sequence[Path] = ()) -> list[InputFile]:
@@ -130,10 +138,20 @@ def input_files(inputs: Iterable[Input], written: Sequence[Path] = ()) -> list[I
         written: folders that the preparation writes; what lies in them is left out.
 
     Raises:
-        DataError: there are no files at a path, a file is of an unknown kind, or it is given as two kinds or to two sources.
+        DataError: there are no files at a path, a file is of an unknown kind, or it is given as two kinds or to two sources;
+            of several inputs that cannot be read, all are named.
     """
+    found, problems = [], []
+    for entry in inputs:
+        try:
+            found += _files_of(entry, written)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+
     files: dict[Identity | frozenset[Identity], InputFile] = {}
-    for key, file in (found for entry in inputs for found in _files_of(entry, written)):
+    for key, file in found:
         first = files.get(key)
         if first is None:
             files[key] = file

@@ -77,18 +77,23 @@ class PrepareSettings:
         Raises:
             DataError: a value is out of its range.
         """
+        for problem in self.problems(source_names):
+            raise DataError(problem)
+
+    def problems(self, source_names: Sequence[str]) -> Iterator[str]:
+        """List the values that are out of their ranges, a sentence each."""
         if self.sequence_length < 2:
-            raise DataError(f"expected a sequence length of at least 2 tokens, got {self.sequence_length}")
+            yield f"expected a sequence length of at least 2 tokens, got {self.sequence_length}"
         if self.samples_per_shard < 1:
-            raise DataError(f"expected at least 1 sample a shard, got {self.samples_per_shard}")
+            yield f"expected at least 1 sample a shard, got {self.samples_per_shard}"
         if not 0 <= self.validation_fraction < 1:
-            raise DataError(f"expected a validation fraction of at least 0 and below 1, got {self.validation_fraction}")
+            yield f"expected a validation fraction of at least 0 and below 1, got {self.validation_fraction}"
         if self.packing not in PACKINGS:
-            raise DataError(f"expected a packing among {', '.join(PACKINGS)}, got {self.packing!r}")
+            yield f"expected a packing among {', '.join(PACKINGS)}, got {self.packing!r}"
         if self.rules.max_document_bytes < 1:
-            raise DataError(f"expected at least 1 byte a document, got {self.rules.max_document_bytes}")
+            yield f"expected at least 1 byte a document, got {self.rules.max_document_bytes}"
         if len(source_names) > MAX_SOURCES:
-            raise DataError(f"expected at most {MAX_SOURCES} named sources, got {len(source_names)}")
+            yield f"expected at most {MAX_SOURCES} named sources, got {len(source_names)}"
 
 
 class TokenizedDocument(NamedTuple):
