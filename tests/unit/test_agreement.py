@@ -20,6 +20,7 @@ def compare() -> tuple[str, str, str]:
     for own in (
         {"step": 7, "learning rate": 1e-3 if rank != 2 else math.nextafter(1e-3, 1)},
         {"step": rank // 2, "learning rate": 1},
+        {"step": rank % 3},
     ):
         with pytest.raises(RanksDisagreeError) as caught:
             check_ranks_agree(own, CPU)
@@ -29,13 +30,14 @@ def compare() -> tuple[str, str, str]:
     of_reference = torch.zeros(2, 3, dtype=torch.bool)
     of_reference[0, 1] = rank == 2
     keys, spoilt = [("a", "b"), ("c", "d")], [torch.ones(2, dtype=torch.bool)] * 2
+    assert said[2].startswith("ranks that must hold the same values do not: step: rank(s) 1, 2 differ from rank(s) 0. Continue")
     return said[0], said[1], describe_bad_numbers([(bad & False, bad & False), (bad, of_reference)], spoilt, keys)
 
 
 def test_every_rank_learns_which_ranks_differ_and_in_what() -> None:
     for one, several, bad in run_ranks(compare, 3):
-        assert one.endswith("do not: learning rate: rank(s) 2 differ from the others")
-        assert several.endswith("do not: step: rank(s) 2 differ from the others")
+        assert "do not: learning rate: rank(s) 2 differ from the others. Continue from the last checkpoint" in one
+        assert "do not: step: rank(s) 2 differ from the others. Continue" in several
         assert bad == "rank 1, policy loss of head 2: d; rank 2, reference loss of head 1: c"
 
 
