@@ -73,7 +73,7 @@ class Checkpoints:
     ) -> None:
         """Save a checkpoint: begin it, or have it complete on disk when this returns.
 
-        return_to: the step to which a rollback may have to return; the newest checkpoint of it, or from before it, is kept.
+        return_to: the first step to which a rollback may have to return; what it may need is kept (`retention.prune`).
 
         Raises:
             SaveError: it failed, and it was the last of `checkpoint.max_failed_saves` in a row or not to be in the background.

@@ -28,17 +28,19 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def prune(directory: Path, current: str, settings: CheckpointSettings, return_to: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints, every `keep_every`-th step's, and the one that a rollback may need.
+    """Delete all but the newest `keep` checkpoints, every `keep_every`-th step's, and those that a rollback may need.
 
-    return_to: a rollback before the next save returns to a checkpoint of this step or before, or to a later one; None: there
-    are no rollbacks.
+    return_to: the first step to which a rollback may have to return before the next save; None: there are no rollbacks. It
+    loads the newest checkpoint that is no later, and rollbacks after it the ones that follow.
     """
     keep, every = settings.keep, settings.keep_every
     if keep is None:
         return
     names = checkpoint_names(directory)
-    needed = [name for name in names if return_to is not None and name <= step_name(return_to)][:1]
+    if return_to is not None:
+        early = [name for name in names if name <= step_name(return_to)]
+        keep = max(keep, len(names) - len(early[1:]))
     for name in names[keep:]:
         step = int(name.removeprefix("step-"))
-        if name not in (current, *needed) and not (every is not None and step % every == 0):
+        if name != current and not (every is not None and step % every == 0):
             shutil.rmtree(directory / name)
