@@ -9,7 +9,10 @@ micro_step.py       one micro-batch: reference, policy losses, selection, loss
 run.py              everything a training run works with, and the result of a step
 schedule.py         the learning rate, and the settings of the objective in each step
 progress.py         the counters of a run, which checkpoints save
+loss_spikes.py      how far a loss lies above those before it
 consumption.py      counts the data of a step over all ranks, and reacts to damaged samples
+rollback.py         the answer to a loss spike: back to a checkpoint, and on without the samples round it
+rank_checks.py      what all ranks must hold alike, and compare at intervals
 reporter.py         metrics, validations and terminal lines, each at its interval
 evaluate.py         held-out losses
 scoring.py          stores a frozen reference's losses beside the data

@@ -170,6 +170,15 @@ class TrainingSettings(Section):
     """Steps between checks that all ranks hold equal values; null: never."""
     max_skipped_steps: Free[Positive] = 10
     """Non-finite steps in a row after which the job stops."""
+    rollback_on_spike: ChangesResult[PositiveFloat | None] = None
+    """Loss-spike score (standard deviations above the steps before) beyond which the run goes back to a checkpoint from before
+    the spike and leaves out the samples around it, as PaLM's training did by hand (arXiv 2204.02311); null: never."""
+    rollback_steps: ChangesResult[Positive] = 100
+    """Steps before a spike, itself among them, with which the samples that are left out begin."""
+    rollback_skip_steps: ChangesResult[Positive] = 300
+    """Steps whose samples are left out, those of `rollback_steps` among them."""
+    max_rollbacks: Free[NonNegative] = 3
+    """Times that a run goes back; with one more spike it stops."""
 
 
 class LoggingSettings(Section):

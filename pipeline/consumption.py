@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import Batch
+from pipeline.data.loading.skipping import position_of
 from pipeline.data.loading.stream import Stream
 from pipeline.data_settings import DataSettings
 
@@ -98,18 +99,29 @@ def data_metrics(stream: Stream, samples: int, progress: Any, consumed: Consumed
 
     samples: samples consumed so far. progress: the run's counters. consumed: the counts of the last step.
     """
+    # An epoch is over when its rows are, also those that were left out.
+    position = position_of(samples, progress.skipped)
     record: dict[str, float | int] = {
-        "data_epoch": samples / stream.samples_per_epoch,
+        "data_epoch": position / stream.samples_per_epoch,
         "data_padding_share": 1 - consumed.tokens / consumed.positions,
         "corrupt_samples": progress.corrupt_samples,
     }
     if len(stream.sets) > 1:
-        for each, order, rows in zip(stream.sets, stream.order.orders, stream.order.consumed(samples), strict=True):
-            record |= {f"data_epoch_set_{each.name}": rows / order.samples_per_epoch, f"data_samples_set_{each.name}": rows}
+        counted = zip(stream.sets, stream.order.orders, stream.order.consumed(position), strict=True)
+        for number, (each, order, rows) in enumerate(counted):
+            left_out = _left_out(stream, number, position, progress.skipped)
+            record[f"data_epoch_set_{each.name}"] = rows / order.samples_per_epoch
+            record[f"data_samples_set_{each.name}"] = rows - left_out
     for number, name in enumerate(stream.manifest.source_names):
         record[f"data_tokens_source_{name}"] = progress.tokens_by_source[number]
         record[f"data_samples_source_{name}"] = progress.samples_by_source[number]
     return record
+
+
+def _left_out(stream: Stream, number: int, position: int, skipped: Sequence[Sequence[int]]) -> int:
+    """Count the rows of a set that were left out before `position`."""
+    before = [stretch for stretch in skipped if stretch[0] < position]
+    return sum(stream.order.consumed(end)[number] - stream.order.consumed(start)[number] for start, end in before)
 
 
 def _agreed(message: str) -> DataError:

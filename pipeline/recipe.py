@@ -181,6 +181,13 @@ def _inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
     yield from _model_inconsistencies(settings)
     yield from _head_inconsistencies(settings)
     yield from _source_inconsistencies(settings)
+    training = settings.training
+    if training.rollback_on_spike is not None and training.rollback_skip_steps < training.rollback_steps:
+        yield (
+            {"training.rollback_on_spike", "training.rollback_steps", "training.rollback_skip_steps"},
+            f"training.rollback_skip_steps: {training.rollback_skip_steps} steps do not reach the spike; expected at least "
+            f"training.rollback_steps, {training.rollback_steps}",
+        )
 
 
 def _model_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:

@@ -163,6 +163,10 @@ class Reporter:
             "grad_norm": gradient_norm(self.run.engine),
             "tokens_per_second": tokens / seconds,
             "skipped_steps": progress.skipped_steps,
+            "loss_spike_score": progress.losses.score() if result.applied else None,
+            "grad_norm_spike_score": progress.gradient_norms.score() if result.applied else None,
+            "rollbacks": progress.rollbacks,
+            "samples_skipped": progress.samples_skipped,
         }
         data = data_metrics(self.run.stream, progress.samples, progress, result.consumed)
         return without_non_finite(position | record | more | data)

@@ -1,10 +1,11 @@
 """The parts of a training run, and the outcome of a step."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.config import Settings
 from pipeline.consumption import Consumed
@@ -49,13 +50,18 @@ class FetchedStep:
 @dataclass(frozen=True)
 class StepResult:
     """The outcome of a step. consumed: its data, over all ranks. replaced: the damaged samples that rows of padding replaced,
-    a sentence each. sums: this rank's. applied: False where all ranks discarded the step; `bad` then names the rank, head and
+    a sentence each. sums: this rank's. loss: the objective, over all ranks, a scalar on the device. gradient_norm: of the whole
+    gradient, before clipping; None where there is none. checksums: of this rank's copies of weights, by name, if they are to be
+    compared after this step. applied: False where all ranks discarded the step; `bad` then names the rank, head and
     samples."""
 
     counts: StepCounts
     consumed: Consumed
     replaced: list[str]
     sums: SelectionSums
+    loss: Tensor
+    gradient_norm: Tensor | float | None
     learning_rate: float
     applied: bool
     bad: str | None
+    checksums: Mapping[str, Tensor] = field(default_factory=dict)

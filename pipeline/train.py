@@ -11,8 +11,9 @@ they are needed. The host waits for the device once a micro-batch, to size the l
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+
+import torch
 
 from pipeline.config import Settings
 from pipeline.consumption import Consumed, handle_damage
@@ -21,7 +22,9 @@ from pipeline.data.loading.prefetch import prefetched, training_depth
 from pipeline.evaluate import losses_of_batch
 from pipeline.micro_step import NO_FLAGS, RankFlags, comparisons, count_step, load_micro_batches, policy_losses, selectors_of
 from pipeline.progress import Progress
+from pipeline.rank_checks import checksums_of, common_values, is_check_due
 from pipeline.reporter import Reporter
+from pipeline.rollback import first_to_skip, go_back, has_spiked, ways_back
 from pipeline.run import FetchedStep, Run, StepResult
 from pipeline.runtime import heartbeat
 from pipeline.runtime.agreement import check_ranks_agree
@@ -30,12 +33,10 @@ from pipeline.runtime.engine import (
     backward,
     end_micro_step,
     give_up_gathered,
-    gradient_norm,
-    sample_parameter,
     set_learning_rate,
 )
 from pipeline.runtime.metrics import SelectionSums
-from pipeline.runtime.non_finite import TrainingDivergedError, all_finite_or_nan, describe_bad_numbers
+from pipeline.runtime.non_finite import TrainingDivergedError, describe_bad_numbers, finite_and_loss
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 from pipeline.schedule import learning_rate, objective_at
 from pipeline.weighting.pools import SHARED_POOLS
@@ -47,15 +48,36 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     Raises:
         TrainingDivergedError: after `training.max_skipped_steps` in a row; the last checkpoint stays as it was.
     """
-    training, logging = run.settings.training, run.settings.logging
     progress = run.checkpoints.resume(run.engine, allow_changed, lambda: held_out_losses(run))
     run.checkpoints.prepare(run.engine)
-    reporter = Reporter(run, progress.step)
-    if progress.step == 0:
-        reporter.validate(progress)
+    gone_back_to: Progress | None = progress
+    while gone_back_to is not None:
+        progress = gone_back_to
+        reporter = Reporter(run, progress.step)
+        if progress.step == 0:
+            reporter.validate(progress)
+        gone_back_to = train_on(run, progress, reporter, stop)
+        reporter.close()
+
+    if progress.step < run.settings.training.steps:
+        reporter.say(f"stopped on request after step {progress.step}; run the same command again to continue")
+        return EXIT_TRY_AGAIN
+    return 0
+
+
+def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest) -> Progress | None:
+    """Train from where `progress` stands, and advance it, until the last step or a request to stop; returns None then.
+
+    Where a loss spike is answered by going back, it ends as well, and returns the progress of the checkpoint that was loaded.
+    """
+    training, logging = run.settings.training, run.settings.logging
+    if progress.step == 0 and training.rollback_on_spike is not None:
+        # A spike before the first periodic checkpoint goes back to the beginning.
+        save(run, progress, in_background=True)
 
     save_due = False
-    for fetched, following in fetched_ahead(run, progress, stop):
+    steps = fetched_ahead(run, progress, stop)
+    for fetched, following in steps:
         # One optimiser step.
         result = train_step(run, fetched, progress)
         try:
@@ -67,8 +89,17 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
 
         # Metrics, and the check that ranks still agree.
         reporter.step(progress, result, 0.0 if following is None else following.waited)
-        if training.check_ranks_every and progress.step % training.check_ranks_every == 0:
+        if is_check_due(training, progress.step):
             check_ranks_agree(common_values(run, progress, result), run.device)
+
+        # A loss spike: what was fetched ahead is given up, once its counts have arrived.
+        if has_spiked(progress, result, training):
+            if following is not None:
+                following.pending.read()
+            returned = go_back(run, progress, reporter.say, lambda: held_out_losses(run))
+            if returned is not None:
+                steps.close()
+                return returned
 
         # Validation.
         is_last = following is None
@@ -84,27 +115,32 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         if is_last or flags.stop_requested or (save_due and result.applied):
             at_once = is_last or flags.stop_requested
             reporter.sync()
-            with heartbeat.during("saving"):
-                run.checkpoints.save(run.engine, progress, held_out_losses(run), in_background=not at_once)
+            save(run, progress, in_background=not at_once)
             save_due = False
             reporter.restart_clock()
         if flags.stop_requested:
             break
-
-    reporter.close()
-    if progress.step < training.steps:
-        reporter.say(f"stopped on request after step {progress.step}; run the same command again to continue")
-        return EXIT_TRY_AGAIN
-    return 0
+    return None
 
 
-def fetched_ahead(run: Run, progress: Progress, stop: StopRequest) -> Iterator[tuple[FetchedStep, FetchedStep | None]]:
+def save(run: Run, progress: Progress, *, in_background: bool) -> None:
+    """Save a checkpoint, or begin to."""
+    can_return = run.settings.training.rollback_on_spike is not None
+    return_to = first_to_skip(progress, run.settings.training) if can_return else None
+    with heartbeat.during("saving"):
+        run.checkpoints.save(run.engine, progress, held_out_losses(run), in_background=in_background, return_to=return_to)
+
+
+def fetched_ahead(
+    run: Run, progress: Progress, stop: StopRequest
+) -> Generator[tuple[FetchedStep, FetchedStep | None], None, None]:
     """Yield each step that is left with the one after it, None after the last.
 
     The following step is fetched first: its counts are summed over ranks behind the current step's work, and have arrived
     long before they are needed.
     """
-    batches = prefetched(run.stream.iterate(progress.samples), run.device, depth=training_depth(run.stream.micro_steps))
+    rows = run.stream.iterate(progress.samples, skipped=progress.skipped)
+    batches = prefetched(rows, run.device, depth=training_depth(run.stream.micro_steps))
     num_rows = run.settings.data.global_batch
     positions = zip(
         range(progress.step, run.settings.training.steps), itertools.count(progress.samples, num_rows), strict=False
@@ -169,18 +205,25 @@ def train_step(run: Run, fetched: FetchedStep, progress: Progress) -> StepResult
     compared = comparisons(run.models, micro_batches, training)
     selectors = selectors_of(run.models, micro_batches, compared, counts, training, progress.prediction)
     losses_of_each = policy_losses(run.models, micro_batches, selectors, counts, training)
-    applied = False
+    applied, checksums = False, {}
+    loss = torch.zeros((), dtype=torch.float64, device=run.device)
     for micro, losses in zip(micro_batches, losses_of_each, strict=True):
         sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
-        is_last = micro is micro_batches[-1]
-        # A loss that was not finite on any rank makes the step's last gradient NaN, and the engine discards the step.
-        backward(run.engine, losses.loss * all_finite_or_nan(sums.finite) if is_last else losses.loss)
+        loss = loss + losses.loss.detach()
+        if micro is not micro_batches[-1]:
+            backward(run.engine, losses.loss)
+        else:
+            # A loss that was not finite on any rank makes the step's last gradient NaN, and the engine discards the step.
+            finite_or_nan, loss = finite_and_loss(sums.finite, loss)
+            backward(run.engine, losses.loss * finite_or_nan)
+            checksums = checksums_of(run) if is_check_due(training, progress.step + 1) else {}
         applied = end_micro_step(run.engine)
 
     # A step that was discarded says why.
     keys = [batch.keys for batch in batches]
     bad = None if applied else describe_bad_numbers(sums.bad_rows, run.engine.module.bad_gradient_rows, keys)
-    return StepResult(counts, consumed, replaced, sums, rate, applied, bad)
+    norm = run.engine.get_global_grad_norm()
+    return StepResult(counts, consumed, replaced, sums, loss, norm, rate, applied, bad, checksums)
 
 
 def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
@@ -195,19 +238,17 @@ def advance(progress: Progress, result: StepResult, settings: Settings) -> None:
     if result.applied and settings.training.selection_pool in SHARED_POOLS:
         progress.prediction = progress.prediction.after(result.sums.thresholds)
 
+    # So do the windows of loss spikes.
+    if result.applied:
+        progress.losses.add(result.loss)
+    if result.applied and result.gradient_norm is not None:
+        progress.gradient_norms.add(result.gradient_norm)
+
     if progress.skipped_in_a_row >= settings.training.max_skipped_steps:
         raise TrainingDivergedError(
             f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, met numbers that were not finite; in the "
             f"last of them {result.bad}. Lower training.learning_rate where it is the policy's, and look at the samples"
         )
-
-
-def ways_back(steps: list[int]) -> str:
-    """Say which checkpoints are sound after a divergence, and how to go on from one."""
-    if not steps:
-        return "There is no checkpoint yet"
-    there = ", ".join(map(str, steps))
-    return f"Checkpoints hold finite numbers alone: there are steps {there}; continue with --from-step N to go back to one"
 
 
 def count_consumed(progress: Progress, consumed: Consumed) -> None:
@@ -220,17 +261,3 @@ def count_consumed(progress: Progress, consumed: Consumed) -> None:
 def add_up(before: list[int], more: list[int]) -> list[int]:
     """Add two lists of sums; `before` is empty at the start of a run."""
     return [sum(pair) for pair in itertools.zip_longest(before, more, fillvalue=0)]
-
-
-def common_values(run: Run, progress: Progress, result: StepResult) -> dict[str, Any]:
-    """Collect the values that all ranks must hold alike after a step, with a sample of one parameter, another each time."""
-    training = run.settings.training
-    values: dict[str, Any] = {
-        "progress": progress.to_json(),
-        "learning rate": result.learning_rate,
-        "gradient norm": gradient_norm(run.engine),
-    }
-    if training.selection_pool in SHARED_POOLS:
-        values["thresholds"] = [threshold_K.tolist() for threshold_K in result.sums.thresholds]
-    name, sample = sample_parameter(run.engine, progress.step // (training.check_ranks_every or 1))
-    return values | {f"parameter {name}": sample}

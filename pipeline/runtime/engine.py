@@ -88,13 +88,13 @@ def gathered(parameter: nn.Parameter) -> Iterator[bool]:
         yield dist.get_rank() == 0
 
 
-def sample_parameter(engine: Engine, turn: int, num_values: int = 4096) -> tuple[str, bytes]:
-    """(name, bytes of at most `num_values` of its values) of parameter number `turn`, modulo their count; collective."""
-    parameters = list(engine.module.named_parameters())
-    name, parameter = parameters[turn % len(parameters)]
-    with gathered(parameter):
-        values = parameter.detach().flatten()
-        return name, values[:: -(-values.numel() // num_values)].float().cpu().numpy().tobytes()
+def whole_parameters(engine: Engine) -> dict[str, Tensor]:
+    """The parameters of which this rank holds all values, as every other rank does, by name.
+
+    They are all but those that ZeRO-3 has partitioned; of these the small ones, which it keeps gathered, are whole as well.
+    """
+    parameters: Iterator[tuple[str, Any]] = engine.module.named_parameters()
+    return {name: each.detach() for name, each in parameters if not hasattr(each, "ds_id") or each.ds_persist}
 
 
 def num_parameters(settings: ModelSettings) -> int:

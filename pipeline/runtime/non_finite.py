@@ -4,8 +4,8 @@ A loss, an excess or a gradient that is NaN or infinite on any rank must not rea
 
 1. A policy or reference loss that is not finite gets the lowest key of the selection, never becomes a threshold
    (`weighting.selection`), and adds 0 to the objective (`weighting.loss_phase`).
-2. `SelectionSums.finite` (`runtime.metrics`) notes it on the device. `all_finite_or_nan` tells all ranks, at the last
-   micro-step, by making that micro-step's gradient NaN.
+2. `SelectionSums.finite` (`runtime.metrics`) notes it on the device. `finite_and_loss` tells all ranks, at the last micro-step,
+   by making that micro-step's gradient NaN.
 3. DeepSpeed finds a gradient that is not finite on any rank, whatever its cause, and all ranks discard the step
    (`runtime.engine.end_micro_step`). Samples and `step` advance; the learning-rate schedule does not.
 4. `describe_bad_numbers` says which rank, model, head and samples it was; `train.advance` counts such steps in a row, and
@@ -13,7 +13,7 @@ A loss, an excess or a gradient that is NaN or infinite on any rank must not rea
 
 So bad losses and bad gradients take one way, with one collective a step and no wait for the device.
 
-Shapes: B rows, H heads.
+Shapes: B rows, H heads, R ranks.
 """
 
 import math
@@ -29,11 +29,22 @@ class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
-def all_finite_or_nan(finite: Tensor) -> Tensor:
-    """Return 1, or NaN where `finite` (bool scalar) is false on any rank; a factor for the step's last loss."""
-    all_finite = finite.float()
-    dist.all_reduce(all_finite, op=dist.ReduceOp.MIN)
-    return torch.where(all_finite > 0, 1.0, math.nan)
+def finite_and_loss(finite: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Agree on a step over ranks, with one all-reduce.
+
+    Args:
+        finite: bool scalar, false where this rank met a number that is not finite.
+        loss: scalar, this rank's part of the step's objective.
+
+    Returns:
+        1, or NaN where `finite` is false on any rank: a factor for the step's last loss.
+        The sum of `loss` over ranks, float64. Each rank adds its number to zeros of the others, and all sum up the same row, so
+        that every rank has the same bits.
+    """
+    numbers_R2 = torch.zeros(dist.get_world_size(), 2, dtype=torch.float64, device=loss.device)
+    numbers_R2[dist.get_rank()] = torch.stack([(~finite).double(), loss.double()])
+    dist.all_reduce(numbers_R2)
+    return torch.where(numbers_R2[:, 0].sum() > 0, math.nan, 1.0), numbers_R2[:, 1].sum()
 
 
 def describe_bad_numbers(

@@ -76,8 +76,14 @@ OTHER: dict[str, tuple[str, tuple[str, ...]]] = {
     "training.loss_phase": ("dense", ()),
     "training.head_weights": ("[1, 2, 1, 1]", ()),
 }
-# Read from the settings in each step; without effect where no sample is damaged, and on a CPU.
-WITHOUT_EFFECT_HERE = {"data.max_corrupt", "training.compile"}
+# Read from the settings in each step; without effect where no sample is damaged, on a CPU, and where no loss spikes.
+WITHOUT_EFFECT_HERE = {
+    "data.max_corrupt",
+    "training.compile",
+    "training.rollback_on_spike",
+    "training.rollback_steps",
+    "training.rollback_skip_steps",
+}
 
 
 def settings_of(data: Path, reference: Path, overrides: Sequence[str]) -> Settings:
@@ -102,7 +108,7 @@ def job_of(settings: Settings, run_dir: Path, json_name: str) -> Any:
 def one_step(settings: Settings, run_dir: Path, json_name: str, save: bool = False) -> dict[str, Any]:
     """Resume if there is a checkpoint, and make one step; returns what it came to, and what the optimizer works with."""
     from pipeline.assembly import build_run
-    from pipeline.runtime.engine import release, sample_parameter
+    from pipeline.runtime.engine import gathered, release
     from pipeline.train import advance, fetch_step, train_step
 
     job = job_of(settings, run_dir, json_name)
@@ -114,10 +120,14 @@ def one_step(settings: Settings, run_dir: Path, json_name: str, save: bool = Fal
     if save:
         run.checkpoints.save(run.engine, progress, HeldOut(), in_background=False)
 
+    parameters = []
+    for parameter in run.engine.module.parameters():
+        with gathered(parameter):
+            parameters.append(parameter.detach().numpy().tobytes())
     optimizer: Any = run.engine.optimizer
     names = ("weight_decay", "betas", "eps", "lr")
     came_to = {
-        "parameters": [sample_parameter(run.engine, turn)[1] for turn in range(len(list(run.engine.module.parameters())))],
+        "parameters": parameters,
         "groups": [{name: group[name] for name in names} for group in optimizer.param_groups],
         "clipping": optimizer.clip_grad,
     }

@@ -467,6 +467,66 @@ def test_a_run_goes_back_to_the_step_asked_for_and_later_ones_are_kept_aside(tmp
     assert not caught.value.remedy
 
 
+def names_of(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir())
+
+
+def goes_back_while_it_runs(run_dir: Path, damaged: bool) -> list[str]:
+    said: list[str] = []
+    store = checkpoints(run_dir, said=said, keep=None)
+    for step in (3, 5, 7):
+        # The last one is still being written.
+        store.save(StandIn(step, step), Progress(step), HeldOut(), in_background=step == 7)
+    if damaged and dist.get_rank() == 0:
+        (run_dir / "checkpoints" / "step-00000005" / "state.json").write_text("{}")
+    dist.barrier()
+
+    engine = StandIn(9, 9)
+    assert store.go_back(engine, 2) is None, "before the first of them"
+    assert engine.values == StandIn(9, 9).values
+    to = 3 if damaged else 5
+    progress = store.go_back(engine, 6)
+    assert progress is not None
+    assert (progress.step, engine.values) == (to, StandIn(to, to).values)
+
+    # It goes on as if it had never been further.
+    store.save(StandIn(6, 6), Progress(6), HeldOut(), in_background=False)
+    dist.barrier()
+    return [line for line in said if not line.startswith("saved step")]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_running_run_goes_back_to_the_newest_sound_checkpoint_that_is_early_enough(tmp_path: Path, damaged: bool) -> None:
+    said, _ = run_ranks(goes_back_while_it_runs, 2, tmp_path, damaged)
+    left = ["step-00000003"] if damaged else ["step-00000003", "step-00000005"]
+    abandoned = ["abandoned-step-00000005", "abandoned-step-00000007"] if damaged else ["abandoned-step-00000007"]
+    assert names_of(tmp_path) == sorted([*left, *abandoned, "step-00000006"])
+    assert [line.startswith("checkpoint not used: step-00000005: state.json: ") for line in said] == [True] * damaged
+
+
+def saves_and_may_go_back(run_dir: Path, back: int | None) -> list[str]:
+    store, there = checkpoints(run_dir, keep=2), []
+    for step in range(0, 70, 10):
+        return_to = None if back is None else max(step - back, 0)
+        store.save(StandIn(step, step), Progress(step), HeldOut(), in_background=False, return_to=return_to)
+        there.append(" ".join(name.removeprefix("step-000000") for name in names_of(run_dir)))
+    return there
+
+
+@pytest.mark.parametrize(
+    ("back", "expected"),
+    [
+        (None, ["00", "00 10", "10 20", "20 30", "30 40", "40 50", "50 60"]),
+        (15, ["00", "00 10", "00 10 20", "10 20 30", "20 30 40", "30 40 50", "40 50 60"]),
+        (35, ["00", "00 10", "00 10 20", "00 10 20 30", "00 10 20 30 40", "10 20 30 40 50", "20 30 40 50 60"]),
+    ],
+)
+def test_the_checkpoints_that_rollbacks_may_need_outlive_newer_ones(
+    tmp_path: Path, back: int | None, expected: list[str]
+) -> None:
+    assert run_ranks(saves_and_may_go_back, 1, tmp_path, back) == [expected]
+
+
 def saves_without_memory(run_dir: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commit, "free_bytes", lambda device, local_size: 10)

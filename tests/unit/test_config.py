@@ -326,6 +326,10 @@ def test_a_reference_trained_here_has_no_heads_to_match():
         (["training.learning_rate=.inf"], "training.learning_rate: got inf"),
         (["model.dim=1000000000000000000"], "model.dim: got 1000000000000000000; expected at most 1048576"),
         (["training.steps=0"], "training.steps: got 0"),
+        (
+            ["training.rollback_on_spike=6", "training.rollback_skip_steps=99"],
+            "training.rollback_skip_steps: 99 steps do not reach the spike; expected at least training.rollback_steps, 100",
+        ),
         (["training.steps=1.5"], "training.steps: got 1.5"),
         (["training.normalize_by=tokens"], "training.normalize_by: got 'tokens'; expected 'valid' or 'selected'"),
         (["training.schedule=linear"], "training.schedule: got 'linear'; expected 'cosine' or 'wsd'"),

@@ -102,7 +102,7 @@ def test_curves_have_regular_names_and_follow_each_set_and_source(tmp_path):
     ]
     sizes = {"lanes": 4, "global_batch": 8, "micro_batch": 2, "rank": 0, "world_size": 1, "seed": 0, "shuffle_block": 8}
     stream = Stream(sets, **sizes)
-    progress = types.SimpleNamespace(corrupt_samples=3, tokens_by_source=[10, 20, 30], samples_by_source=[4, 5, 6])
+    progress = types.SimpleNamespace(corrupt_samples=3, tokens_by_source=[10, 20, 30], samples_by_source=[4, 5, 6], skipped=())
     consumed = Consumed(tokens=24, positions=32, damaged=0, failed=0, tokens_by_source=[], samples_by_source=[])
     record = data_metrics(stream, 80, progress, consumed)
     assert record == {
@@ -119,6 +119,15 @@ def test_curves_have_regular_names_and_follow_each_set_and_source(tmp_path):
         "data_samples_source_even": 4,
         "data_samples_source_odd": 5,
         "data_samples_source_code": 6,
+    }
+    # Rows 16 to 32 were left out: 12 of the first set, 4 of the second.
+    progress.skipped = [(16, 32)]
+    counted = {key: value for key, value in data_metrics(stream, 64, progress, consumed).items() if "set_" in key}
+    assert counted == {
+        "data_samples_set_prose": 48,
+        "data_epoch_set_prose": 1.5,
+        "data_samples_set_code": 16,
+        "data_epoch_set_code": 1.0,
     }
     assert [tensorboard_tag(key) for key in ("data_epoch", "data_wait", "corrupt_samples")] == [
         "data/epoch",

@@ -10,7 +10,8 @@ UNIT_TESTS = Path(__file__).parent
 # What a room may import of the package. Of data, corpus and loading never meet; both stand on shards, and shards on what lies
 # in `data` itself. Among the middle rooms: the model computes its losses with the weighting's functions and knows how a batch
 # lays out its documents, the runtime carries models. `progress` lies at the bottom beside config, above nothing but the
-# weighting (whose thresholds it predicts), so that the runtime keeps what training counts and imports nothing above itself.
+# weighting (whose thresholds it predicts) and the windows of loss spikes, so that the runtime keeps what training counts and
+# imports nothing above itself.
 ALLOWED = {
     "storage": set(),
     "setting_types": {"storage"},
@@ -20,7 +21,8 @@ ALLOWED = {
     "yaml_text": set(),
     "recipe": {"config", "data_settings", "other_names", "setting_types", "yaml_text"},
     "schedule": {"config", "weighting"},
-    "progress": {"weighting"},
+    "loss_spikes": set(),
+    "progress": {"loss_spikes", "weighting"},
     "data": {"storage"},
     "data.corpus": {"data", "data.shards", "storage"},
     "data.shards": {"data", "storage"},
@@ -54,6 +56,8 @@ ALLOWED = {
     "evaluate": {"config", "consumption", "data", "data.loading", "micro_step", "runtime", "weighting"},
     "run": {"config", "consumption", "data.loading", "micro_step", "runtime", "weighting"},
     "reporter": {"consumption", "data.loading", "evaluate", "progress", "run", "runtime", "schedule"},
+    "rank_checks": {"config", "progress", "run", "runtime", "weighting"},
+    "rollback": {"config", "data.loading", "progress", "run", "runtime"},
     "train": {
         "config",
         "consumption",
@@ -61,7 +65,9 @@ ALLOWED = {
         "evaluate",
         "micro_step",
         "progress",
+        "rank_checks",
         "reporter",
+        "rollback",
         "run",
         "runtime",
         "schedule",

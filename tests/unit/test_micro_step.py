@@ -15,7 +15,7 @@ from pipeline.data.loading.batch import targets_and_valid
 from pipeline.micro_step import Models, count_step, load_micro_batches
 from pipeline.model.mtp import MTPModel
 from pipeline.runtime.metrics import EXCESS_BINS, SelectionSums
-from pipeline.runtime.non_finite import all_finite_or_nan
+from pipeline.runtime.non_finite import finite_and_loss
 from pipeline.weighting.prediction import Prediction
 from pipeline.weighting.score import random_scores
 from tests.dense import (
@@ -87,19 +87,24 @@ def test_a_step_runs_one_count_one_exchange_a_pool_and_one_reduction_of_metrics(
         assert 0 < metrics.payload - 8 * 2 * SELECTING * EXCESS_BINS < 1000
 
 
-def agreed_on_finite() -> tuple[list[Collective], float, float]:
-    sums = SelectionSums(HEADS, 1, torch.device("cpu"))
+PARTS_OF_A_LOSS = (1e16, 1.0, -1e16)
+
+
+def agreed_on_a_step() -> tuple[list[Collective], list[float], list[float]]:
+    sums, part = SelectionSums(HEADS, 1, torch.device("cpu")), torch.tensor(PARTS_OF_A_LOSS[dist.get_rank()])
     with CollectiveRecorder() as recorder:
-        before = all_finite_or_nan(sums.finite)
+        before = finite_and_loss(sums.finite, part)
     sums.finite &= dist.get_rank() == 0
-    return recorder.collectives, before.item(), all_finite_or_nan(sums.finite).item()
+    after = finite_and_loss(sums.finite, part * math.nan if dist.get_rank() else part)
+    return recorder.collectives, [each.item() for each in before], [each.item() for each in after]
 
 
-def test_one_flag_a_step_says_whether_every_rank_met_finite_numbers_alone() -> None:
-    for collectives, before, after in run_ranks(agreed_on_finite, 2):
-        assert collectives == [Collective("all_reduce", 4)]
-        assert before == 1.0
-        assert math.isnan(after)
+def test_one_exchange_a_step_tells_every_rank_the_loss_and_whether_all_met_finite_numbers_alone() -> None:
+    in_order = torch.tensor(PARTS_OF_A_LOSS).double().sum().item()
+    for collectives, before, after in run_ranks(agreed_on_a_step, 3):
+        assert collectives == [Collective("all_reduce", 8 * 2 * 3)]
+        assert before == [1.0, in_order]
+        assert [math.isnan(number) for number in after] == [True, True]
 
 
 SETTINGS = list(

@@ -3,6 +3,7 @@
     order         the order of rows in an epoch, and the lanes it is cut into; a pure function of samples consumed
     shard_order   the order of shards in an epoch, grouped where there are very many
     mixture       several data sets as one: the set of each row, the joined manifest
+    skipping      stretches of rows that a run leaves out
     sizes         checks that lanes, batches, ranks, workers and data fit together
     lane_reader   reads a worker's lanes, round by round, as chunks of a few rounds
     stream        one rank's micro-batches from any position of the run

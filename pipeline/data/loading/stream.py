@@ -30,10 +30,11 @@ from torch.utils.data import DataLoader
 
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import Batch, blank_batch, collate
-from pipeline.data.loading.lane_reader import LaneRounds, RoundsChunk, merge_chunks, rank_lanes
+from pipeline.data.loading.lane_reader import LaneRounds, RoundsChunk, RowOrder, merge_chunks, rank_lanes
 from pipeline.data.loading.mixture import DataSet, join, order_of
 from pipeline.data.loading.order import default_lanes
 from pipeline.data.loading.sizes import check_sizes
+from pipeline.data.loading.skipping import SkippingOrder, Stretch
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.shards.sample import Sample
 from pipeline.storage.files import DIRECT, Access
@@ -137,12 +138,15 @@ class Stream:
         """Micro-batches of this rank in a step, A = G / (R·B)."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
-    def iterate(self, start_sample: int = 0, *, end_sample: int | None = None) -> Iterator[Batch]:
+    def iterate(
+        self, start_sample: int = 0, *, end_sample: int | None = None, skipped: Iterable[Sequence[int]] = ()
+    ) -> Iterator[Batch]:
         """Iterate over this rank's micro-batches of the rows [start_sample, end_sample), in order.
 
         Args:
             start_sample: the position of the job, in samples over all ranks; a multiple of G.
             end_sample: a multiple of R·B; None to iterate without end.
+            skipped: stretches [start, end) of rows to leave out (`skipping`), multiples of G; the other two count what is left.
 
         Raises:
             DataError: a sample is damaged (the message names it) or data cannot be reached; only if `raises`.
@@ -151,8 +155,10 @@ class Stream:
         micro_step = self.micro_batch * self.world_size
         if start_sample < 0 or start_sample % self.global_batch:
             raise ValueError(f"expected start_sample to be a multiple of {self.global_batch} (G), got {start_sample}")
+        rounds = [Stretch(start // self.lanes, end // self.lanes) for start, end in skipped]
+        order = SkippingOrder(self.order, rounds) if rounds else self.order
         if end_sample is None:
-            return self._micro_batches(start_sample // self.lanes, None)
+            return self._micro_batches(order, start_sample // self.lanes, None)
         if end_sample < start_sample or end_sample % micro_step:
             raise ValueError(
                 f"expected end_sample to be a multiple of {micro_step} (ranks × micro-batch) and at least {start_sample}, "
@@ -160,19 +166,19 @@ class Stream:
             )
         num_micro_batches = (end_sample - start_sample) // micro_step
         end_round = -(-end_sample // self.lanes)
-        return itertools.islice(self._micro_batches(start_sample // self.lanes, end_round), num_micro_batches)
+        return itertools.islice(self._micro_batches(order, start_sample // self.lanes, end_round), num_micro_batches)
 
-    def _micro_batches(self, start_round: int, end_round: int | None) -> Iterator[Batch]:
-        rounds = self._rounds(start_round, end_round)
+    def _micro_batches(self, order: RowOrder, start_round: int, end_round: int | None) -> Iterator[Batch]:
+        rounds = self._rounds(order, start_round, end_round)
         return micro_batches(rounds, self.micro_batch, self.manifest.sequence_length, self.raises)
 
-    def _rounds(self, start_round: int, end_round: int | None) -> Rounds:
+    def _rounds(self, order: RowOrder, start_round: int, end_round: int | None) -> Rounds:
         """Yield this rank's samples, a few rounds at a time, in the order of the rows."""
         dataset = LaneRounds(
             self.sets,
             self.manifests,
             self.source_maps,
-            self.order,
+            order,
             self.access,
             lanes=rank_lanes(self.lanes, self.micro_batch, self.rank, self.world_size),
             start_round=start_round,

@@ -8,23 +8,22 @@ The position in the data is one integer, samples consumed. Training draws no ran
 """
 
 import json
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, remove, start_thread, step_name
+from pipeline.runtime.checkpoint.commit import Saved, SaveError, Writer, start_thread, step_name
 from pipeline.runtime.checkpoint.read import load, read_state_of, saved_steps
+from pipeline.runtime.checkpoint.retention import remove_all, remove_unfinished, retire_later, set_old_aside
 from pipeline.runtime.checkpoint.state import HeldOut, State
 from pipeline.runtime.distributed import World, broadcast_from_first
 from pipeline.runtime.identity import Change, changed_settings
 from pipeline.runtime.logbook import read_records
 
 REMEDY = "repair or remove what is there, or choose another --run-dir to start anew"
-_ABANDONED, _ABANDONED_KEPT = "abandoned-", 3
 # Relative, of a mean loss: another layout or device sums in another order.
 _TOLERANCE, _TOLERANCE_BF16 = 1e-3, 0.02
 
@@ -56,7 +55,8 @@ class Checkpoints:
         self._say = say if world.is_first else lambda text: None
         self._failed_in_a_row = 0
         self._last_begun = time.monotonic()
-        self._removal = start_thread(_remove_folders, [])
+        self._return_to: int | None = None
+        self._removal = start_thread(remove_all, [])
 
     @property
     def is_due_by_time(self) -> bool:
@@ -73,14 +73,19 @@ class Checkpoints:
         """Make the host buffers of saves in the background, or say that this machine has no memory for them. Not collective."""
         self._writer.prepare(engine)
 
-    def save(self, engine: Any, progress: Progress, held_out: HeldOut, *, in_background: bool) -> None:
+    def save(
+        self, engine: Any, progress: Progress, held_out: HeldOut, *, in_background: bool, return_to: int | None = None
+    ) -> None:
         """Save a checkpoint: begin it, or have it complete on disk when this returns.
+
+        return_to: the first step to which a rollback may have to return; what it may need is kept (`retention.prune`).
 
         Raises:
             SaveError: it failed, and it was the last of `checkpoint.max_failed_saves` in a row or not to be in the background.
         """
         self._last_begun = time.monotonic()
         self._finish(final=False)
+        self._return_to = return_to
         content = {
             "progress": progress.to_json(),
             "identity": self.identity,
@@ -110,7 +115,9 @@ class Checkpoints:
             return
         self._failed_in_a_row = 0
         if self.world.is_first:
-            self._prune(saved.step)
+            old = set_old_aside(self.directory, saved.step, self.settings, self._return_to)
+            self._removal.join()
+            self._removal = start_thread(remove_all, old)
         self._say(_saved_line(saved))
 
     def resume(self, engine: Any, allow_changed: bool, held_out: Callable[[], HeldOut] = HeldOut) -> Progress:
@@ -124,16 +131,44 @@ class Checkpoints:
         Raises:
             ConfigError: there are checkpoints but none can be used, or they were written under other settings.
         """
+        self._removal.join()
+        if self.world.is_first:
+            remove_unfinished(self.directory)
+        names = broadcast_from_first(self._candidates() if self.world.is_first else [])
+        return self._load_first_sound(names, engine, allow_changed, held_out) or Progress()
+
+    def go_back(self, engine: Any, step: int, held_out: Callable[[], HeldOut] = HeldOut) -> Progress | None:
+        """Load the newest sound checkpoint of `step`, or from before it, and retire the later ones; returns its progress.
+
+        None, and nothing is done, where there is no such checkpoint.
+
+        Raises:
+            ConfigError: none of them can be used; `engine` is then spoilt.
+        """
+        self._finish(final=False)
+        steps = saved_steps(self.directory) if self.world.is_first else []
+        # The settings are those of this very run, or were allowed to differ when it was continued.
+        names = [step_name(saved) for saved in steps if saved <= step]
+        return self._load_first_sound(broadcast_from_first(names), engine, True, held_out)
+
+    def _load_first_sound(
+        self, names: Sequence[str], engine: Any, allow_changed: bool, held_out: Callable[[], HeldOut]
+    ) -> Progress | None:
+        """Load the first of these checkpoints that is sound; None if there are no names.
+
+        Raises:
+            ConfigError: as `resume`.
+        """
         problems: list[str] = []
-        self._remove_unfinished()
-        for name in broadcast_from_first(self._candidates() if self.world.is_first else []):
+        for name in names:
             state, found = self._state_of(name)
             if state is not None:
                 self._check_settings(state, allow_changed)
                 found = load(self.directory / name, state, engine, self.world)
                 found = found or self._other_losses(state, held_out())
                 if not found:
-                    self._retire(state.step)
+                    if self.world.is_first:
+                        retire_later(self.directory, state.step)
                     for note in _changed_pools(state, self.identity, self.world.size):
                         self._say(note)
                     return Progress.from_json(state.progress)
@@ -142,7 +177,7 @@ class Checkpoints:
             problems += found
         if problems:
             raise self._unusable(problems)
-        return Progress()
+        return None
 
     def check(self, allow_changed: bool) -> State | None:
         """Return the newest readable `state.json` if this run may resume from it; None for a run without a checkpoint.
@@ -246,47 +281,6 @@ class Checkpoints:
         if final or self._failed_in_a_row > most:
             raise error
         self._say(f"{error}; the run goes on ({self._failed_in_a_row} of at most {most} failed saves in a row)")
-
-    def _retire(self, step: int) -> None:
-        """Rename checkpoints later than `step`, so that the newest folder is again the one that the run continues."""
-        if not self.world.is_first:
-            return
-        for later in saved_steps(self.directory):
-            if later > step:
-                abandoned = self.directory / f"{_ABANDONED}{step_name(later)}"
-                remove(abandoned)
-                os.replace(self.directory / step_name(later), abandoned)
-        for old in sorted(self.directory.glob(f"{_ABANDONED}*"), reverse=True)[_ABANDONED_KEPT:]:
-            remove(old)
-
-    def _remove_unfinished(self) -> None:
-        """Remove what a killed job has begun to write, or to delete."""
-        self._removal.join()
-        if self.world.is_first:
-            for unfinished in self.directory.glob(f"step-*{PARTIAL}"):
-                remove(unfinished)
-
-    def _prune(self, current: int) -> None:
-        """Delete all but the newest `keep` checkpoints and every `keep_every`-th step's, in the background.
-
-        They are renamed first, so that none is ever found half deleted.
-        """
-        keep, every = self.settings.keep, self.settings.keep_every
-        if keep is None:
-            return
-        doomed = []
-        for step in saved_steps(self.directory)[keep:]:
-            if step != current and not (every is not None and step % every == 0):
-                doomed.append(self.directory / f"{step_name(step)}.deleted{PARTIAL}")
-                os.replace(self.directory / step_name(step), doomed[-1])
-        self._removal.join()
-        self._removal = start_thread(_remove_folders, doomed)
-
-
-def _remove_folders(folders: list[Path]) -> None:
-    """Run in a thread. What cannot be removed now is removed when the run is started again."""
-    for folder in folders:
-        remove(folder)
 
 
 def _changed_pools(state: State, identity: dict[str, Any], world_size: int) -> list[str]:
