@@ -22,7 +22,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.runtime.preemption import StopRequest
+from pipeline.runtime import launcher
+from pipeline.runtime.preemption import (
+    EXIT_INTERRUPTED,
+    EXIT_TRY_AGAIN,
+    STOPPING_SIGNALS,
+    StoppedError,
+    StopRequest,
+    interrupt_once,
+)
 from pipeline.storage.location import user_path
 from pipeline.storage.whole_file import naming
 
@@ -30,7 +38,7 @@ if TYPE_CHECKING:
     from pipeline.assembly import Job
     from pipeline.config import Settings
 
-EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_USAGE, EXIT_DIVERGED = 2, 3
 
 Command = Callable[["Job", argparse.Namespace, StopRequest], int]
 """The body of a command, run on every rank after all checks, with the process group up; returns the exit code."""
@@ -77,7 +85,10 @@ def run_command(
     options, unknown = read_options(parser, arguments)
     options.overrides += own_overrides
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    interrupt_once()
     stop = StopRequest()
+    stop.end_at_once()
+    launcher.watch(stop)
     if is_first and not options.print_config:
         print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
 
@@ -222,10 +233,11 @@ def end_process(exit_code: int) -> NoReturn:
     """End the process with this exit code.
 
     Two things would change the code. A launcher that sees one rank fail sends SIGTERM to the others, which are about to end
-    with the same code, so the signal is ignored. And after an error the process group is still open; its threads abort a
-    process that shuts down normally, so the process ends by `os._exit`.
+    with the same code, and a scheduler may send one signal after another, so both are ignored. And after an error the process
+    group is still open; its threads abort a process that shuts down normally, so the process ends by `os._exit`.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if exit_code == 0:
         sys.exit(exit_code)
     sys.stdout.flush()
@@ -269,10 +281,11 @@ def _run_on_all_ranks(
     # A job that Slurm requeued went back in its first life, and continues from there.
     from_step = None if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else getattr(options, "from_step", None)
     job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False), from_step)
+    stop.wait_for_agreement()
     if patience is not None:
-        heartbeat.begin(world, patience)
+        heartbeat.begin(world, patience, run_dir)
     try:
-        exit_code = command(job, options, stop)
+        exit_code = _stopped_or(command, job, options, stop)
         heartbeat.enter("ending")
         dist.barrier()
     except (DataError, ModelFilesError) as error:
@@ -294,6 +307,16 @@ def _run_on_all_ranks(
         heartbeat.stop()
     dist.destroy_process_group()
     return exit_code
+
+
+def _stopped_or(command: Command, job: "Job", options: argparse.Namespace, stop: StopRequest) -> int:
+    """Run a command's body; a request to stop that came where nothing is to be saved is its exit code too."""
+    try:
+        return command(job, options, stop)
+    except StoppedError:
+        if job.world.is_first:
+            print("stopped on request; nothing was to be saved; run the same command again to continue", flush=True)
+        return EXIT_TRY_AGAIN
 
 
 def _cannot_meet(error: Exception) -> str:

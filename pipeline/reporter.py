@@ -10,10 +10,11 @@ from pipeline.evaluate import evaluate
 from pipeline.progress import Progress
 from pipeline.run import Run, StepResult
 from pipeline.runtime import heartbeat
-from pipeline.runtime.distributed import max_over_ranks
+from pipeline.runtime.distributed import broadcast_from_first, max_over_ranks
 from pipeline.runtime.engine import gradient_norm
 from pipeline.runtime.logbook import Logbook, held_out_text, progress_line, selection_block, without_non_finite
 from pipeline.runtime.metrics import Record, Totals
+from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.schedule import objective_at
 
 
@@ -29,6 +30,9 @@ class Reporter:
         if run.world.is_first:
             sets = [each.name for each in run.held_out]
             self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads, sets)
+        # Held-out folders that were evaluated at this step before, by a start that was then asked to stop.
+        self.first_step = first_step
+        self.validated: set[str] = broadcast_from_first(set() if self.logbook is None else self.logbook.validated)
         # The last 20 steps: tokens, seconds since the end of the step before, and the part of these spent waiting for data.
         self.recent: deque[tuple[int, float, float]] = deque(maxlen=20)
         self.last_end = time.perf_counter()
@@ -82,25 +86,38 @@ class Reporter:
         if selection_due and step % logging.selection_every == 0 and self.run.settings.model.num_prediction_heads > 1:
             self.say(selection_block(record))
 
-    def validate(self, progress: Progress) -> None:
-        """Evaluate on each held-out folder, if there is any. Collective."""
+    def is_validation_due(self, step: int) -> bool:
+        """True at the first step and the last one, and at the interval between."""
+        return step in (0, self.run.settings.training.steps) or step % self.run.settings.logging.validation_every == 0
+
+    def validate(self, progress: Progress, stop: StopRequest | None = None) -> bool:
+        """Evaluate on each held-out folder, if there is any, of which there is no record of this step yet. Collective.
+
+        Returns:
+            False if a signal to stop came meanwhile: the next start evaluates what is left.
+        """
         run = self.run
-        if not run.held_out:
-            return
-
+        done = self.validated if progress.step == self.first_step else set()
         run.engine.eval()
-        for held_out in run.held_out:
-            with heartbeat.during("validating"):
-                self._report_validation(progress, held_out, *self._evaluate(progress, held_out))
-        run.engine.train()
-        self.restart_clock()
+        try:
+            for held_out in run.held_out:
+                if held_out.name not in done:
+                    with heartbeat.during("validating"):
+                        self._report_validation(progress, held_out, *self._evaluate(progress, held_out, stop))
+        except StoppedError:
+            self.say(f"step {progress.step}: the validation was broken off on request; the next start makes up for it")
+            return False
+        finally:
+            run.engine.train()
+            self.restart_clock()
+        return True
 
-    def _evaluate(self, progress: Progress, held_out: HeldOutRows) -> tuple[Record, list[str]]:
+    def _evaluate(self, progress: Progress, held_out: HeldOutRows, stop: StopRequest | None) -> tuple[Record, list[str]]:
         run = self.run
         batches = prefetched(held_out.batches(), run.device, depth=EVALUATION_BATCHES_AHEAD)
         names = held_out.manifest.source_names or ("",)
         objective = objective_at(run.settings, progress.step)
-        return evaluate(run.models, batches, run.settings, objective, names, held_out.token_bytes, run.world, run.device)
+        return evaluate(run.models, batches, run.settings, objective, names, held_out.token_bytes, run.world, run.device, stop)
 
     def _report_validation(self, progress: Progress, held_out: HeldOutRows, metrics: Record, replaced: list[str]) -> None:
         """Log and print one folder's metrics. replaced: its damaged rows, a sentence each."""

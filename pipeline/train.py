@@ -36,7 +36,7 @@ from pipeline.runtime.engine import (
 )
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.runtime.non_finite import TrainingDivergedError, all_finite_or_nan, describe_bad_numbers
-from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
+from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StoppedError, StopRequest
 from pipeline.schedule import learning_rate, objective_at
 from pipeline.weighting.pools import SHARED_POOLS
 
@@ -46,12 +46,14 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
 
     Raises:
         TrainingDivergedError: after `training.max_skipped_steps` in a row; the last checkpoint stays as it was.
+        StoppedError: a signal to stop came before the first step, when there is nothing to save.
     """
-    training, logging = run.settings.training, run.settings.logging
+    training = run.settings.training
     progress = run.checkpoints.resume(run.engine, allow_changed, lambda: held_out_losses(run))
     reporter = Reporter(run, progress.step)
-    if progress.step == 0:
-        reporter.validate(progress)
+    validated = not reporter.is_validation_due(progress.step) or reporter.validate(progress, stop)
+    if not validated:
+        raise StoppedError
 
     save_due = False
     for fetched, following in fetched_ahead(run, progress, stop):
@@ -71,27 +73,27 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
 
         # Validation.
         is_last = following is None
-        if progress.step % logging.validation_every == 0 or is_last:
-            reporter.validate(progress)
+        validated = not reporter.is_validation_due(progress.step) or reporter.validate(progress, stop)
 
         # Checkpoint: in the background at its interval, but not after a step that was discarded; at once at the end and
         # before a stop.
         flags = NO_FLAGS if following is None else following.pending.read().flags
+        is_stopped = flags.stop_requested or not validated
         save_due |= progress.step % run.settings.checkpoint.every == 0 or flags.save_due
         if flags.save_written:
             run.checkpoints.go_on()
-        if is_last or flags.stop_requested or (save_due and result.applied):
-            at_once = is_last or flags.stop_requested
+        if is_last or is_stopped or (save_due and result.applied):
+            at_once = is_last or is_stopped
             reporter.sync()
             with heartbeat.during("saving"):
                 run.checkpoints.save(run.engine, progress, held_out_losses(run), in_background=not at_once)
             save_due = False
             reporter.restart_clock()
-        if flags.stop_requested:
+        if is_stopped:
             break
 
     reporter.close()
-    if progress.step < training.steps:
+    if progress.step < training.steps or not validated:
         reporter.say(f"stopped on request after step {progress.step}; run the same command again to continue")
         return EXIT_TRY_AGAIN
     return 0

@@ -1,4 +1,4 @@
-"""A check that ranks still hold the same state, run by all of them together at intervals.
+"""Check that ranks still hold the same state, and agree on requests to stop; run by all of them together.
 
 Shapes: R ranks.
 """
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from pipeline.runtime.distributed import any_rank
+from pipeline.runtime.preemption import StoppedError, StopRequest
 
 
 class RanksDisagreeError(RuntimeError):
@@ -33,3 +36,13 @@ def check_ranks_agree(values: dict[str, Any], device: torch.device) -> None:
             problems.append(f"{name}: rank(s) {', '.join(map(str, others))} differ from the others")
     if problems:
         raise RanksDisagreeError("ranks that must hold the same values do not: " + "; ".join(problems))
+
+
+def end_if_signalled(stop: StopRequest, device: torch.device) -> None:
+    """End the job where nothing has to be saved, if any rank has had a signal to stop; collective.
+
+    Raises:
+        StoppedError: on all ranks, if one has.
+    """
+    if any_rank(stop.is_signalled, device):
+        raise StoppedError

@@ -10,13 +10,14 @@ as long as the process does, and the main loop's (phase, step, since when). So t
     no store       the store does not answer: the first rank's process, which holds it, stands still
 
 The first rank to see one publishes it. Each surviving rank prints it once, with the stacks of its threads, and exits with
-`EXIT_HANG`. A silent process of this machine is killed; one that is alone on its machine is its launcher's to end.
+`EXIT_HANG`; what torch knows of its last collectives it leaves in the run directory (`flight_recorder`). A silent process of
+this machine is killed; one that is alone on its machine is its launcher's to end. Where the launcher itself is gone, `launcher`
+ends the process, and nothing is judged any more.
 """
 
 import faulthandler
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -29,10 +30,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.runtime import flight_recorder, launcher, processes
 from pipeline.runtime.distributed import World, gather_over_ranks
-
-EXIT_HANG = 4
-"""Exit code of the ranks that survive a dead or hanging one."""
+from pipeline.runtime.preemption import EXIT_HANG
+from pipeline.runtime.processes import Process
 
 LONG_PHASES = ("starting", "validating", "scoring", "saving")
 """Phases that take longer than a step: their patience is four times `run.hang_timeout`."""
@@ -65,24 +66,29 @@ class Beat:
     waits: bool
     number: int
 
+    @property
+    def process(self) -> Process:
+        return Process(self.pid, self.started)
+
 
 class Heartbeat:
     """This rank's beats, and its watch over others; from `start` to `stop`.
 
     store: the process group's, of which clones are used: a client is one lock, and a call may wait in it.
     timeout: seconds; `run.hang_timeout`.
+    run_dir: where the last collectives are written to; None: nowhere.
 
     Collective: who the others are is known from the beginning.
     """
 
-    def __init__(self, world: World, store: Any, timeout: float):
+    def __init__(self, world: World, store: Any, timeout: float, run_dir: Path | None = None):
         self._world = world
+        self._run_dir = run_dir
         self._store = store.clone()
         self._verdicts = store.clone()
         self._timeout = timeout
         self._interval = min(1.0, timeout / 10)
-        self._host, self._pid = socket.gethostname(), os.getpid()
-        self._started = _start_time(self._pid)
+        self._host, self._process = socket.gethostname(), processes.find(os.getpid())
         self._loop = ("starting", 0, time.monotonic())
         peers: list[Beat] = gather_over_ranks(self._own(0))
         # The first, which holds the store, the next few, and all of this machine, whose processes can be looked at.
@@ -142,7 +148,8 @@ class Heartbeat:
     def _own(self, number: int) -> Beat:
         phase, step, since = self._loop
         where, waits = _main_thread()
-        return Beat(self._host, self._pid, self._started, phase, step, time.monotonic() - since, where, waits, number)
+        pid, started = self._process.pid, self._process.started
+        return Beat(self._host, pid, started, phase, step, time.monotonic() - since, where, waits, number)
 
     def _see(self, rank: int, beat: Beat) -> None:
         if self._beats[rank][0].number != beat.number:
@@ -158,7 +165,7 @@ class Heartbeat:
             if late > self._timeout / 2:
                 self._begin_anew(looked)
             verdict = self._verdict or self._own_verdict()
-            if verdict is not None and not self._stopped.is_set():
+            if verdict is not None and not self._stopped.is_set() and not launcher.is_gone():
                 self._end(verdict)
 
     def _begin_anew(self, now: float) -> None:
@@ -173,7 +180,7 @@ class Heartbeat:
         for rank, (beat, seen) in self._beats.items():
             if beat.number == _ENDED:
                 continue
-            if beat.host == self._host and _start_time(beat.pid) != beat.started and self._is_dead(rank):
+            if beat.host == self._host and not beat.process.is_alive and self._is_dead(rank):
                 return f"{_named(rank, beat)} died in {_doing(beat)}"
             # Only a store that answers can tell that a beat is missing.
             silence = self._store_answered - seen
@@ -207,10 +214,10 @@ class Heartbeat:
         return self._silent(0, self._beats[0][0], silence)
 
     def _silent(self, rank: int, beat: Beat, silence: float) -> str:
-        if beat.host == self._host and _start_time(beat.pid) != beat.started:
+        if beat.host == self._host and not beat.process.is_alive:
             return f"{_named(rank, beat)} died in {_doing(beat)}"
         if beat.host == self._host:
-            _kill(beat)
+            beat.process.kill()
         return f"{_named(rank, beat)} has been silent for {silence:.0f} s in {_doing(beat)}: stopped, or unreachable"
 
     def _end(self, verdict: str) -> None:
@@ -225,6 +232,8 @@ class Heartbeat:
         teller.start()
         teller.join(timeout=_SECONDS_TO_TELL)
         self._kill_silent()
+        if self._run_dir is not None:
+            flight_recorder.write(self._run_dir, self._world.rank, _SECONDS_TO_TELL)
         # Who holds the store ends last, so that the others can read it.
         time.sleep(3 * self._interval if self._world.is_first else 0)
         os._exit(EXIT_HANG)
@@ -236,16 +245,16 @@ class Heartbeat:
         """
         for beat, seen in self._beats.values():
             if beat.host == self._host and beat.number != _ENDED and self._store_answered - seen > self._timeout / 2:
-                _kill(beat)
+                beat.process.kill()
 
 
 _current: Heartbeat | None = None
 
 
-def begin(world: World, timeout: float) -> None:
+def begin(world: World, timeout: float, run_dir: Path | None = None) -> None:
     """Start this process's heartbeat, once the process group is there. timeout: `run.hang_timeout`."""
     global _current
-    _current = Heartbeat(world, dist.distributed_c10d._get_default_store(), timeout)
+    _current = Heartbeat(world, dist.distributed_c10d._get_default_store(), timeout, run_dir)
     _current.start()
 
 
@@ -313,18 +322,3 @@ def _main_thread() -> tuple[str, bool]:
         waits = "/torch/distributed/" in frame.f_code.co_filename or "/deepspeed/comm/" in frame.f_code.co_filename
         frame = frame.f_back
     return where, waits
-
-
-def _start_time(pid: int) -> int:
-    """When a process of this machine began, in clock ticks since the machine's start; 0 where there is none, or a dead one."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] == "Z" else int(fields[19])
-
-
-def _kill(beat: Beat) -> None:
-    """Kill a silent process of this machine, if it is still the one that gave the beat."""
-    if _start_time(beat.pid) == beat.started:
-        os.kill(beat.pid, signal.SIGKILL)
