@@ -13,7 +13,6 @@ If one is gone, the rank asks itself to stop, as a signal would: the ranks save 
 
 import itertools
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -88,6 +87,6 @@ def _watch(chain: Sequence[Process], stop: StopRequest) -> None:
 
 
 def _say(text: str) -> None:
-    # Whoever read this may be gone too.
+    # One write, so that the lines of two ranks stay two; whoever read them may be gone too.
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        os.write(2, f"{text}\n".encode())

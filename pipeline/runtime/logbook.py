@@ -37,7 +37,7 @@ class Logbook:
         kept = [record for record in records if 0 < first_step >= record["step"]]
         self.notes = _notes(records, num_damaged, first_step)
         of_step = [record for record in kept if record["step"] == first_step and record.get("split") == "validation"]
-        self.validated = {record.get("set", "") for record in of_step}
+        self.validated = {str(record.get("set", "")) for record in of_step}
         write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.file: TextIO = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
