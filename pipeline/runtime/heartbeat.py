@@ -35,11 +35,8 @@ from pipeline.runtime.distributed import World, gather_over_ranks
 from pipeline.runtime.preemption import EXIT_HANG
 from pipeline.runtime.processes import Process
 
-LONG_PHASES = ("starting", "validating", "scoring", "saving")
+LONG_PHASES = ("starting", "preparing", "validating", "scoring", "saving", "ending")
 """Phases that take longer than a step: their patience is four times `run.hang_timeout`."""
-
-WITHOUT_LIMIT = ("preparing", "ending")
-"""Phases in which the main loop may take any time; its process is watched all the same."""
 
 _LONGER = 4
 _WATCHED = 4
@@ -199,7 +196,7 @@ class Heartbeat:
         # A peer that fell silent when this phase began is named first; who waits for others leaves it to them to say that it is
         # they who stand still.
         patience += (10 if own.waits else 5) * self._interval
-        if own.phase in WITHOUT_LIMIT or own.since < patience:
+        if own.since < patience:
             return None
         why = "; it waits for other ranks, none of which is known to stand still" if own.waits else ""
         named = _named(self._world.rank, own)

@@ -76,13 +76,12 @@ def _watch(chain: Sequence[Process], stop: StopRequest) -> None:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     _gone.set()
-    gone = next((process for process in chain if not process.is_alive), chain[0])
-    _say(
-        f"the launcher of rank {os.environ.get('RANK', '0')} is gone (process {gone.pid}): the job saves what it has, and ends"
-    )
+    rank = f"rank {os.environ.get('RANK', '0')}"
+    gone = next((process.pid for process in chain if not process.is_alive), 0)
+    _say(f"{rank}: its launcher is gone (process {gone}); the job saves what it has, and ends")
     stop.request()
     time.sleep(SECONDS_TO_STOP)
-    _say(f"rank {os.environ.get('RANK', '0')} could not stop within {SECONDS_TO_STOP:g} s: it ends as it is")
+    _say(f"{rank}: could not stop within {SECONDS_TO_STOP:g} s after its launcher was gone; it ends as it stands")
     os._exit(EXIT_HANG)
 
 
