@@ -87,7 +87,7 @@ def run_command(
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     interrupt_once()
     stop = StopRequest()
-    stop.end_at_once()
+    stop.end_at_once(is_first)
     launcher.watch(stop)
     if is_first and not options.print_config:
         print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
@@ -103,13 +103,16 @@ def run_command(
 
     from pipeline.config import ConfigError
 
-    return guarded(
-        f"{parser.prog}: error",
-        body,
-        (ConfigError,),
-        is_first,
-        interrupted=f"{parser.prog}: interrupted; the same command continues from what was saved last, if anything was",
-    )
+    try:
+        return guarded(
+            f"{parser.prog}: error",
+            body,
+            (ConfigError,),
+            is_first,
+            interrupted=f"{parser.prog}: interrupted; the same command continues from what was saved last, if anything was",
+        )
+    finally:
+        stop.wait_for_agreement()
 
 
 def guarded(

@@ -30,6 +30,7 @@ from pipeline.micro_step import (
     policy_losses,
     selectors_of,
 )
+from pipeline.runtime import heartbeat
 from pipeline.runtime.distributed import World
 from pipeline.runtime.metrics import Record, SelectionSums
 from pipeline.runtime.preemption import StoppedError, StopRequest
@@ -75,6 +76,8 @@ def evaluate(
     # Not inference_mode: after it the trained engine's next step raises.
     with torch.no_grad():
         for batch in batches:
+            heartbeat.go_on()
+
             # Data: on the device, counted, damage agreed.
             micro_batches = load_micro_batches([batch], first_sample, num_heads, world.size, world.rank, device)
             first_sample += len(batch.tokens_BT) * world.size

@@ -130,6 +130,7 @@ def _score_data_set(
         scored = []
         for losses_BTC in _score_rows(reference, horizon, num_heads, settings.data.micro_batch, job.device, samples, num_rows):
             scored.append(losses_BTC)
+            heartbeat.go_on()
             if any_rank(stop.is_overdue, job.device):
                 _say(job, f"{location}: stopped on request within a piece; the same command continues from what was saved")
                 return False

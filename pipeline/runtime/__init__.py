@@ -7,6 +7,7 @@ checkpoint      checkpoints in a format of our own: saved in the background, ver
 identity        settings and fingerprints that a resumed run must share with its checkpoint
 model_content   fingerprints of model folders, of every byte, read by the ranks of a node together
 preemption      requests to stop: SIGTERM, SIGUSR1, a file STOP
+beat            what a rank tells the others of itself
 launcher        ends a rank whose launcher is gone
 processes       processes of this machine, known by number and start time
 run_lock        one job per run directory

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 SECONDS_TO_APPEAR = 120.0
 """Time in which a shared file system has to show a new file to all machines."""
 
@@ -100,8 +99,8 @@ def make_once(path: Path, make: Callable[[], None], world: World, again: bool = 
     while not path.exists():
         if time.monotonic() > ends:
             raise OSError(
-                f"{path}: the first rank has made it, and {socket.gethostname()} does not see it after {SECONDS_TO_APPEAR:g} s; the "
-                "folder must be on a file system that all machines share"
+                f"{path}: the first rank has made it, but {socket.gethostname()} does not see it in {SECONDS_TO_APPEAR:g} s; "
+                "the folder must be on a file system that all machines share"
             )
         time.sleep(0.2)
 

@@ -24,16 +24,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from pipeline.runtime import flight_recorder, launcher, processes
+from pipeline.runtime.beat import Beat, doing, main_thread, named
 from pipeline.runtime.distributed import World, gather_over_ranks
 from pipeline.runtime.preemption import EXIT_HANG
-from pipeline.runtime.processes import Process
 
 LONG_PHASES = ("starting", "preparing", "validating", "scoring", "saving", "ending")
 """Phases that take longer than a step: their patience is four times `run.hang_timeout`."""
@@ -43,29 +43,6 @@ _WATCHED = 4
 _VERDICT = "verdict"
 _ENDED = -1
 _SECONDS_TO_TELL = 5.0
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a rank tells of itself.
-
-    pid, started: of its process, which together name it. since: seconds in this phase. where: the main thread's function.
-    waits: true if that waits in a collective for other ranks.
-    """
-
-    host: str
-    pid: int
-    started: int
-    phase: str
-    step: int
-    since: float
-    where: str
-    waits: bool
-    number: int
-
-    @property
-    def process(self) -> Process:
-        return Process(self.pid, self.started)
 
 
 class Heartbeat:
@@ -144,7 +121,7 @@ class Heartbeat:
 
     def _own(self, number: int) -> Beat:
         phase, step, since = self._loop
-        where, waits = _main_thread()
+        where, waits = main_thread()
         pid, started = self._process.pid, self._process.started
         return Beat(self._host, pid, started, phase, step, time.monotonic() - since, where, waits, number)
 
@@ -161,8 +138,11 @@ class Heartbeat:
             looked = time.monotonic()
             if late > self._timeout / 2:
                 self._begin_anew(looked)
+            if launcher.is_gone():
+                self._kill_stopped()
+                continue
             verdict = self._verdict or self._own_verdict()
-            if verdict is not None and not self._stopped.is_set() and not launcher.is_gone():
+            if verdict is not None and not self._stopped.is_set():
                 self._end(verdict)
 
     def _begin_anew(self, now: float) -> None:
@@ -178,7 +158,7 @@ class Heartbeat:
             if beat.number == _ENDED:
                 continue
             if beat.host == self._host and not beat.process.is_alive and self._is_dead(rank):
-                return f"{_named(rank, beat)} died in {_doing(beat)}"
+                return f"{named(rank, beat)} died in {doing(beat)}"
             # Only a store that answers can tell that a beat is missing.
             silence = self._store_answered - seen
             if silence > self._timeout:
@@ -199,8 +179,8 @@ class Heartbeat:
         if own.since < patience:
             return None
         why = "; it waits for other ranks, none of which is known to stand still" if own.waits else ""
-        named = _named(self._world.rank, own)
-        return f"{named} has stood still for {own.since:.0f} s in {_doing(own)}, in {own.where}{why}"
+        rank = named(self._world.rank, own)
+        return f"{rank} has stood still for {own.since:.0f} s in {doing(own)}, in {own.where}{why}"
 
     def _of_the_store(self) -> str | None:
         silence = time.monotonic() - self._store_answered
@@ -212,10 +192,10 @@ class Heartbeat:
 
     def _silent(self, rank: int, beat: Beat, silence: float) -> str:
         if beat.host == self._host and not beat.process.is_alive:
-            return f"{_named(rank, beat)} died in {_doing(beat)}"
+            return f"{named(rank, beat)} died in {doing(beat)}"
         if beat.host == self._host:
             beat.process.kill()
-        return f"{_named(rank, beat)} has been silent for {silence:.0f} s in {_doing(beat)}: stopped, or unreachable"
+        return f"{named(rank, beat)} has been silent for {silence:.0f} s in {doing(beat)}: stopped, or unreachable"
 
     def _end(self, verdict: str) -> None:
         """Print the verdict and all stacks, tell the others, and end this process."""
@@ -234,6 +214,12 @@ class Heartbeat:
         # Who holds the store ends last, so that the others can read it.
         time.sleep(3 * self._interval if self._world.is_first else 0)
         os._exit(EXIT_HANG)
+
+    def _kill_stopped(self) -> None:
+        """Kill every suspended process of this machine: it does not notice that the launcher is gone."""
+        for beat, _ in self._beats.values():
+            if beat.host == self._host and beat.process.is_stopped:
+                beat.process.kill()
 
     def _kill_silent(self) -> None:
         """Kill every process of this machine that has given no beat for long: a stopped one does not end by itself.
@@ -278,6 +264,12 @@ def enter(phase: str, step: int = 0) -> None:
         _current.enter(phase, step)
 
 
+def go_on() -> None:
+    """Say that the main loop gets on in the phase that it is in, which may take as long as there is something to do."""
+    if _current is not None:
+        _current.enter(*_current.phase)
+
+
 @contextmanager
 def during(phase: str) -> Iterator[None]:
     """Be in a phase for the length of a `with`, and after it in the one before, begun anew."""
@@ -296,26 +288,3 @@ def longest_patience(timeout: float) -> float:
 
 def _key(rank: int) -> str:
     return f"beat/{rank}"
-
-
-def _named(rank: int, beat: Beat) -> str:
-    return f"rank {rank} on {beat.host} (process {beat.pid})"
-
-
-def _doing(beat: Beat) -> str:
-    return f"{beat.phase} step {beat.step}" if beat.phase == "training" else f"phase {beat.phase!r}"
-
-
-def _main_thread() -> tuple[str, bool]:
-    """(function of the main thread, true if it waits in a collective)."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    if frame is None:
-        return "no function", False
-    code = frame.f_code
-    where = f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
-    # ZeRO waits for its handles itself, in compiled code.
-    waits = "/deepspeed/runtime/zero/" in code.co_filename
-    while frame is not None and not waits:
-        waits = "/torch/distributed/" in frame.f_code.co_filename or "/deepspeed/comm/" in frame.f_code.co_filename
-        frame = frame.f_back
-    return where, waits

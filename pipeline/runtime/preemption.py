@@ -19,7 +19,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 EXIT_TRY_AGAIN = 75
 """Exit code EX_TEMPFAIL of sysexits.h: stopped on request; run the same command again to continue."""
@@ -49,11 +48,14 @@ class StopRequest:
         self._signalled_at: float | None = None
         self._file: Path | None = None
         self._woken: socket.socket | None = None
+        self._says = True
+        self._ending = threading.Lock()
         for number in STOPPING_SIGNALS:
             signal.signal(number, self._on_signal)
 
-    def end_at_once(self) -> None:
-        """End the process at the first signal, until `wait_for_agreement`."""
+    def end_at_once(self, is_first: bool = True) -> None:
+        """End the process at the first signal, until `wait_for_agreement`. is_first: true on the rank that speaks for all."""
+        self._says = is_first
         # Python's handlers wait until the main thread comes out of what it calls, such as a meeting of ranks of which one is
         # late; the byte that a signal writes here does not.
         here, self._woken = socket.socketpair()
@@ -72,19 +74,27 @@ class StopRequest:
         """Ask this process to stop, as a signal does."""
         self._signalled_at = self._signalled_at or time.monotonic()
         if self._woken is not None:
-            _end(b"stopped on request before anything was begun; run the same command again\n", EXIT_TRY_AGAIN)
+            self._end("stopped on request before anything was begun; run the same command again\n", EXIT_TRY_AGAIN)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.request()
 
     def _listen(self, here: socket.socket) -> None:
-        while numbers := here.recv(64):
-            if any(number in STOPPING_SIGNALS for number in numbers):
-                self.request()
-            if signal.SIGINT in numbers:
-                # The main thread ends by itself, unless what it waits for takes no notice of Ctrl-C.
-                time.sleep(_SECONDS_TO_INTERRUPT)
-                _end(b"interrupted\n", EXIT_INTERRUPTED)
+        with here:
+            while numbers := here.recv(64):
+                if any(number in STOPPING_SIGNALS for number in numbers):
+                    self.request()
+                if signal.SIGINT in numbers:
+                    # The main thread ends by itself, unless what it waits for takes no notice of Ctrl-C.
+                    time.sleep(_SECONDS_TO_INTERRUPT)
+                    self._end("interrupted\n", EXIT_INTERRUPTED)
+
+    def _end(self, message: str, exit_code: int) -> None:
+        # Of the signal's handler and the thread one comes first, and the other says no more.
+        if self._ending.acquire(blocking=False):
+            with suppress(OSError):
+                os.write(2, message.encode() if self._says else b"")
+            os._exit(exit_code)
 
     def watch(self, run_dir: Path) -> None:
         """Also look for a file STOP in `run_dir`."""
@@ -121,9 +131,3 @@ def interrupt_once() -> None:
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
     raise KeyboardInterrupt
-
-
-def _end(message: bytes, exit_code: int) -> NoReturn:
-    with suppress(OSError):
-        os.write(2, message)
-    os._exit(exit_code)

@@ -22,6 +22,12 @@ class Process:
         return self.started == 0 or find(self.pid) == self
 
     @property
+    def is_stopped(self) -> bool:
+        """True while it is suspended (SIGSTOP, SIGTSTP), and so takes no notice of anything but SIGKILL and SIGCONT."""
+        fields = _fields(self.pid)
+        return fields is not None and fields[0] in ("T", "t") and self.is_alive
+
+    @property
     def parent(self) -> "Process | None":
         """The process that started it, or has adopted it; None if that is not of this machine's or container's view."""
         fields = _fields(self.pid)

@@ -17,6 +17,7 @@ from pipeline.runtime import heartbeat
 from pipeline.runtime.distributed import find_world
 from pipeline.runtime.heartbeat import EXIT_HANG
 from tests.forked import CAN_FORK, call, forking
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="forks its ranks")
 
@@ -139,3 +140,24 @@ def test_a_job_that_ends_is_left_in_peace(cases: Any) -> None:
     codes, errors, _ = cases["ends", -1]
     assert codes == [0, 0, 0], errors
     assert not any("cannot go on" in text for text in errors)
+
+
+def waits_in_a_phase() -> list[float]:
+    """Seconds for which a validation seems to be in its phase, before and after one of its micro-batches."""
+    heartbeat.begin(find_world(), 1000.0)
+    found = []
+    with heartbeat.during("validating"):
+        for _ in range(2):
+            time.sleep(1.0)
+            assert heartbeat._current is not None
+            found.append(heartbeat._current._own(0).since)
+            heartbeat.go_on()
+        assert heartbeat._current.phase == ("validating", 0)
+    heartbeat.stop()
+    return found
+
+
+def test_a_validation_may_take_as_long_as_it_gets_on() -> None:
+    ((before, after),) = run_ranks(waits_in_a_phase, 1)
+    assert before >= 1.0
+    assert 1.0 <= after < before + 1.0

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.config import Settings
 from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.held_out import HeldOutRows
 from pipeline.runtime import preemption, processes
+from pipeline.runtime.heartbeat import EXIT_HANG
 from pipeline.runtime.logbook import read_records
 from tests.integration.test_command_line import ENVIRONMENT, SCRIPT, ZERO3, checkpoints
 from tests.integration.test_interrupted_runs import Ranks, recipe
@@ -150,48 +151,81 @@ def ranks_below(pid: int) -> list[processes.Process]:
     return found
 
 
+class Launched:
+    """A job of two ranks under a launcher, which has made some steps; ended with all its processes at the end of a `with`."""
+
+    def __init__(self, launcher: str, recipe: Path, folder: Path) -> None:
+        self.run_dir, self._log = folder / "run", folder / "log"
+        program, *options = LAUNCHERS[launcher]
+        start = ["-m", program] if "." in program else [str(Path(sys.executable).with_name(program))]
+        job = [SCRIPT, "--deepspeed", ZERO3, "--config", recipe, "--run-dir", self.run_dir, "data.micro_batch=4"]
+        job += ["training.steps=100000", "checkpoint.every=100000"]
+        command = [sys.executable, *start, *options, free_port(), *map(str, job)]
+        with self._log.open("w") as file:
+            self.runner = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
+            )
+        self.ranks: dict[int, processes.Process] = {}
+
+    def __enter__(self) -> "Launched":
+        self._wait(lambda: re.search(r"^step +3/", self.said, re.MULTILINE) or self.runner.poll() is not None, 300)
+        for process in ranks_below(self.runner.pid):
+            variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+            self.ranks[next(int(each[5:]) for each in variables if each.startswith(b"RANK="))] = process
+        assert sorted(self.ranks) == [0, 1], self.said
+        # A beat is a second old at most: after two, each rank's last one tells of a step.
+        time.sleep(2)
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.runner.kill()
+        for rank in self.ranks.values():
+            rank.kill()
+        self.runner.wait()
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def wait_for_the_ranks_end(self) -> None:
+        self._wait(lambda: not any(rank.is_alive for rank in self.ranks.values()), 120)
+
+    def _wait(self, condition: Callable[[], object], seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < ends, self.said
+            time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_ranks_save_and_end_when_their_launcher_is_killed(launcher: str, recipe: Path, tmp_path: Path) -> None:
-    program, *options = LAUNCHERS[launcher]
-    start = ["-m", program] if "." in program else [str(Path(sys.executable).with_name(program))]
-    job = [SCRIPT, "--deepspeed", ZERO3, "--config", recipe, "--run-dir", tmp_path / "run", "data.micro_batch=4"]
-    job += ["training.steps=100000", "checkpoint.every=100000"]
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        runner = subprocess.Popen(
-            [sys.executable, *start, *options, free_port(), *map(str, job)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=ENVIRONMENT,
-            start_new_session=True,
-        )
-    try:
-        ends = time.monotonic() + 300
-        while not re.search(r"^step +3/", log.read_text(), re.MULTILINE):
-            assert time.monotonic() < ends
-            assert runner.poll() is None, log.read_text()
-            time.sleep(0.05)
-        ranks = ranks_below(runner.pid)
-        assert len(ranks) == 2, log.read_text()
-
-        runner.kill()
-        runner.wait()
-        ends = time.monotonic() + 120
-        while any(rank.is_alive for rank in ranks):
-            assert time.monotonic() < ends, log.read_text()
-            time.sleep(0.05)
+    with Launched(launcher, recipe, tmp_path) as job:
+        job.runner.kill()
+        job.runner.wait()
+        job.wait_for_the_ranks_end()
         # Whichever looked first; then they agreed.
-        assert f": its launcher is gone (process {runner.pid})" in log.read_text(), log.read_text()
-        (step,) = re.findall(r"^stopped on request after step (\d+)", log.read_text(), re.MULTILINE)
-        assert checkpoints(tmp_path / "run") == [f"step-{int(step):08d}"]
-    finally:
-        with_all_its_processes(runner)
+        assert f": its launcher is gone (process {job.runner.pid})" in job.said, job.said
+        (step,) = re.findall(r"^stopped on request after step (\d+)", job.said, re.MULTILINE)
+        assert checkpoints(job.run_dir) == [f"step-{int(step):08d}"]
 
 
-def with_all_its_processes(runner: "subprocess.Popen[bytes]") -> None:
-    """End what a failed test has left of a job, which has a process group of its own."""
-    try:
-        os.killpg(runner.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+@pytest.mark.slow
+def test_not_even_a_suspended_rank_is_left_behind_by_its_launcher(recipe: Path, tmp_path: Path) -> None:
+    with Launched("deepspeed", recipe, tmp_path) as job:
+        os.kill(job.ranks[1].pid, signal.SIGSTOP)
+        job.runner.kill()
+        job.runner.wait()
+        job.wait_for_the_ranks_end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "codes"), [("deepspeed", (247, EXIT_HANG)), ("torchrun", (1,))])
+def test_a_rank_that_is_killed_is_named_and_the_launcher_ends_as_readme_says(
+    launcher: str, codes: tuple[int, ...], recipe: Path, tmp_path: Path
+) -> None:
+    with Launched(launcher, recipe, tmp_path) as job:
+        job.ranks[1].kill()
+        job.wait_for_the_ranks_end()
+        assert job.runner.wait(120) in codes
+        assert re.search(r"the job cannot go on: rank 1 on \S+ \(process \d+\) died in training step", job.said), job.said

@@ -99,7 +99,7 @@ def make_elsewhere(path: Path) -> str:
 
 def test_what_is_made_where_this_machine_does_not_see_it_is_not_waited_for_without_end(tmp_path: Path) -> None:
     for said in run_ranks(make_elsewhere, 2, tmp_path / "it"):
-        assert said.startswith(f"{tmp_path / 'it'}: the first rank has made it, and ")
+        assert said.startswith(f"{tmp_path / 'it'}: the first rank has made it, but ")
         assert said.endswith("must be on a file system that all machines share")
 
 

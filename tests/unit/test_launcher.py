@@ -58,6 +58,10 @@ def test_a_process_is_known_by_its_start_too_and_a_dead_one_is_dead_before_it_is
     assert not other.is_alive
     other.kill()
     os.kill(child.pid, signal.SIGSTOP)
+    ends = time.monotonic() + 60
+    while not found.is_stopped:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
     assert found.is_alive
 
     found.kill()
