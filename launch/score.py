@@ -46,7 +46,7 @@ def score(job, options: argparse.Namespace, stop) -> int:
     from pipeline.job import with_builtin_data
     from pipeline.scoring import score
 
-    return score(job, with_builtin_data(job), options.output, options.dtype, stop)
+    return score(job, with_builtin_data(job, stop), options.output, options.dtype, stop)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NoReturn
 from pipeline.failures import EXIT_USAGE, fail, guarded
 from pipeline.option_parser import OptionParser
 from pipeline.options import read_options, read_recipe
-from pipeline.runtime.preemption import StopRequest
+from pipeline.runtime import launcher
+from pipeline.runtime.preemption import EXIT_TRY_AGAIN, STOPPING_SIGNALS, StoppedError, StopRequest, interrupt_once
 
 if TYPE_CHECKING:
     from pipeline.assembly import Job
@@ -51,7 +52,10 @@ def run_command(
     options = read.options
     options.overrides += own_overrides
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    interrupt_once()
     stop = StopRequest()
+    stop.end_at_once(is_first)
+    launcher.watch(stop)
     if is_first and not options.print_config:
         print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
 
@@ -72,7 +76,10 @@ def run_command(
     # Whatever takes time is imported inside, where an interruption is one line.
     prefix = f"{parser.prog}: error"
     saved = "the same command continues from what was saved last, if anything was"
-    return guarded(prefix, body, (), is_first, interrupted=f"{parser.prog}: interrupted; {saved}")
+    try:
+        return guarded(prefix, body, (), is_first, interrupted=f"{parser.prog}: interrupted; {saved}")
+    finally:
+        stop.wait_for_agreement()
 
 
 def _run_on_all_ranks(
@@ -118,10 +125,11 @@ def _run_on_all_ranks(
     # A job that Slurm requeued went back in its first life, and continues from there.
     from_step = None if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else getattr(options, "from_step", None)
     job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False), from_step)
+    stop.wait_for_agreement()
     if patience is not None:
-        heartbeat.begin(world, patience)
+        heartbeat.begin(world, patience, run_dir)
     try:
-        exit_code = command(job, options, stop)
+        exit_code = _stopped_or(command, job, options, stop)
         heartbeat.enter("ending")
         dist.barrier()
     except (DataError, ModelFilesError) as error:
@@ -145,6 +153,16 @@ def _run_on_all_ranks(
     return exit_code
 
 
+def _stopped_or(command: Command, job: "Job", options: argparse.Namespace, stop: StopRequest) -> int:
+    """Run a command's body; a request to stop that came where nothing is to be saved is its exit code too."""
+    try:
+        return command(job, options, stop)
+    except StoppedError:
+        if job.world.is_first:
+            print("stopped on request; nothing was to be saved; run the same command again to continue", flush=True)
+        return EXIT_TRY_AGAIN
+
+
 def _cannot_meet(error: Exception) -> str:
     address, port = (os.environ.get(name, "not set") for name in ("MASTER_ADDR", "MASTER_PORT"))
     reason = str(error).partition("\n")[0]
@@ -158,10 +176,11 @@ def end_process(exit_code: int) -> NoReturn:
     """End the process with this exit code.
 
     Two things would change the code. A launcher that sees one rank fail sends SIGTERM to the others, which are about to end
-    with the same code, so the signal is ignored. And after an error the process group is still open; its threads abort a
-    process that shuts down normally, so the process ends by `os._exit`.
+    with the same code, and a scheduler may send one signal after another, so both are ignored. And after an error the process
+    group is still open; its threads abort a process that shuts down normally, so the process ends by `os._exit`.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if exit_code == 0:
         sys.exit(exit_code)
     sys.stdout.flush()

@@ -20,9 +20,20 @@ from pipeline.config import Settings
 from pipeline.consumption import handle_damage
 from pipeline.data.loading.batch import Batch
 from pipeline.data.token_bytes import NO_TEXT, UNKNOWN, TokenBytes
-from pipeline.micro_step import MicroBatch, Models, comparisons, count_step, load_micro_batches, policy_losses, selectors_of
+from pipeline.micro_step import (
+    MicroBatch,
+    Models,
+    RankFlags,
+    comparisons,
+    count_step,
+    load_micro_batches,
+    policy_losses,
+    selectors_of,
+)
+from pipeline.runtime import heartbeat
 from pipeline.runtime.distributed import World
 from pipeline.runtime.metrics import Record, SelectionSums
+from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.weighting.exchange import Group, all_reduce_sum
 from pipeline.weighting.loss_phase import HeadLosses
 from pipeline.weighting.objective import ObjectiveSettings, loss_scale
@@ -38,8 +49,11 @@ def evaluate(
     token_bytes: TokenBytes,
     world: World,
     device: torch.device,
+    stop: StopRequest | None = None,
 ) -> tuple[Record, list[str]]:
     """Compute held-out losses over all batches of all ranks; collective, and every rank must have equally many batches.
+
+    stop: whose signals end the evaluation, agreed micro-batch by micro-batch.
 
     Returns:
         A record of metrics. `loss_head_h` is the mean over every valid pair; `loss` is the training objective, with all the
@@ -50,6 +64,7 @@ def evaluate(
     Raises:
         DataError: on all ranks alike, if rows are damaged and `data.on_corrupt` does not allow so many, or if data could not be
             read.
+        StoppedError: on all ranks alike, if one of them has had a signal to stop.
     """
     num_heads, training = settings.model.num_prediction_heads, settings.training
     sums, byte_sums = SelectionSums(num_heads, len(source_names), device), ByteSums(token_bytes, device)
@@ -61,10 +76,15 @@ def evaluate(
     # Not inference_mode: after it the trained engine's next step raises.
     with torch.no_grad():
         for batch in batches:
+            heartbeat.go_on()
+
             # Data: on the device, counted, damage agreed.
             micro_batches = load_micro_batches([batch], first_sample, num_heads, world.size, world.rank, device)
             first_sample += len(batch.tokens_BT) * world.size
-            counts, consumed, _ = count_step(micro_batches, objective, len(source_names), models.group).read()
+            flags = RankFlags(stop_requested=stop is not None and stop.is_signalled)
+            counts, consumed, agreed = count_step(micro_batches, objective, len(source_names), models.group, flags).read()
+            if agreed.stop_requested:
+                raise StoppedError
             replaced += handle_damage(consumed, [batch], settings.data, len(replaced))
 
             # Losses, as in training; without gradients nothing is gained by predicting.

@@ -8,7 +8,9 @@ import sys
 import threading
 from collections.abc import Callable
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+from pipeline.runtime.preemption import EXIT_INTERRUPTED
+
+EXIT_USAGE = 2
 
 
 def guarded(

@@ -21,11 +21,12 @@ from pipeline.model.mtp import MTPModel
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.runtime import heartbeat
+from pipeline.runtime.agreement import end_if_signalled
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once
 from pipeline.runtime.engine import gathered, release
 from pipeline.runtime.logbook import read_records
-from pipeline.runtime.preemption import StopRequest
+from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.runtime.run_lock import RunLock
 from pipeline.runtime.terminal import summary_table
 from pipeline.schedule import learning_rate
@@ -63,7 +64,7 @@ def run_job(job: Job, stop: StopRequest) -> int:
 
 def _make_and_train(job: Job, stop: StopRequest) -> int:
     say(job, f"run directory {job.run_dir}; {job.world.size} rank{'s' if job.world.size > 1 else ''} on {job.device.type}")
-    settings = with_builtin_data(job)
+    settings = with_builtin_data(job, stop)
 
     # First the reference, if this job trains one.
     if has_selecting_heads(settings) and settings.reference.path is None and settings.reference.training_steps is not None:
@@ -79,15 +80,24 @@ def _make_and_train(job: Job, stop: StopRequest) -> int:
     return exit_code
 
 
-def with_builtin_data(job: Job) -> Settings:
-    """Prepare the built-in corpus if `data.builtin` asks for it; returns the settings with its paths filled in."""
+def with_builtin_data(job: Job, stop: StopRequest | None = None) -> Settings:
+    """Prepare the built-in corpus if `data.builtin` asks for it; returns the settings with its paths filled in. Collective.
+
+    Raises:
+        StoppedError: a signal came meanwhile; what was unfinished is begun anew by the next start.
+    """
     settings = job.settings
     if not settings.data.builtin:
         return settings
     directory = job.run_dir / "data"
 
+    def progress(message: str) -> None:
+        if stop is not None and stop.is_signalled:
+            raise StoppedError
+        say(job, message)
+
     def make() -> None:
-        prepare_builtin(directory, settings.data.sequence_length, settings.data.seed, progress=lambda m: say(job, m))
+        prepare_builtin(directory, settings.data.sequence_length, settings.data.seed, progress=progress)
 
     # Called even if the corpus exists: it prepares anew if the seed or the sequence length has changed.
     with heartbeat.during("preparing"):
@@ -147,9 +157,15 @@ def _check_reference(job: Job, one_head: Settings, settings: Settings, directory
 
 
 def train_in(job: Job, settings: Settings, run_dir: Path, stop: StopRequest, export_to: Path | None = None) -> int:
-    """Train in `run_dir`; then export the model to `export_to`, if given, and free it. Returns the exit code."""
+    """Train in `run_dir`; then export the model to `export_to`, if given, and free it. Returns the exit code.
+
+    Raises:
+        StoppedError: a signal came before the first step, when there is nothing to save.
+    """
     heartbeat.enter("starting")
+    end_if_signalled(stop, job.device)
     run = build_run(job, settings, run_dir)
+    end_if_signalled(stop, job.device)
     if job.allow_changed:
         say(job, describe_changes(run))
     describe(job, run)

@@ -10,10 +10,11 @@ from pipeline.evaluate import evaluate
 from pipeline.progress import Progress
 from pipeline.run import Run, StepResult
 from pipeline.runtime import heartbeat
-from pipeline.runtime.distributed import max_over_ranks
+from pipeline.runtime.distributed import broadcast_from_first, max_over_ranks
 from pipeline.runtime.engine import gradient_norm
 from pipeline.runtime.logbook import Logbook, without_non_finite
 from pipeline.runtime.metrics import Record, Totals
+from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.runtime.terminal import held_out_text, progress_line, selection_block
 from pipeline.schedule import objective_at
 
@@ -30,6 +31,10 @@ class Reporter:
         if run.world.is_first:
             sets = [each.name for each in run.held_out]
             self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads, sets)
+        # Held-out folders that were evaluated at this step before, by a start that was then asked to stop.
+        self.first_step = first_step
+        self.broken_off = False
+        self.validated: set[str] = broadcast_from_first(set() if self.logbook is None else self.logbook.validated)
         # The last 20 steps: tokens, seconds since the end of the step before, and the part of these spent waiting for data.
         self.recent: deque[tuple[int, float, float]] = deque(maxlen=20)
         self.last_end = time.perf_counter()
@@ -83,25 +88,41 @@ class Reporter:
         if selection_due and step % logging.selection_every == 0 and self.run.settings.model.num_prediction_heads > 1:
             self.say(selection_block(record))
 
-    def validate(self, progress: Progress) -> None:
-        """Evaluate on each held-out folder, if there is any. Collective."""
-        run = self.run
-        if not run.held_out:
-            return
+    def validate_if_due(self, progress: Progress, stop: StopRequest) -> bool:
+        """Evaluate on the held-out folders at the first step, the last one, and at the interval between. Collective.
 
-        run.engine.eval()
-        for held_out in run.held_out:
-            with heartbeat.during("validating"):
-                self._report_validation(progress, held_out, *self._evaluate(progress, held_out))
-        run.engine.train()
-        self.restart_clock()
+        Of a folder that has a record of this step already, no second one is made.
 
-    def _evaluate(self, progress: Progress, held_out: HeldOutRows) -> tuple[Record, list[str]]:
+        Returns:
+            False if a signal to stop came meanwhile: the next start evaluates what is left.
+        """
+        settings = self.run.settings
+        if progress.step not in (0, settings.training.steps) and progress.step % settings.logging.validation_every:
+            return True
+        self.run.engine.eval()
+        try:
+            self._validate(progress, stop)
+        except StoppedError:
+            self.broken_off = True
+            self.say(f"step {progress.step}: the validation was broken off on request; the next start makes up for it")
+        finally:
+            self.run.engine.train()
+            self.restart_clock()
+        return not self.broken_off
+
+    def _validate(self, progress: Progress, stop: StopRequest) -> None:
+        done = self.validated if progress.step == self.first_step else set()
+        for held_out in self.run.held_out:
+            if held_out.name not in done:
+                with heartbeat.during("validating"):
+                    self._report_validation(progress, held_out, *self._evaluate(progress, held_out, stop))
+
+    def _evaluate(self, progress: Progress, held_out: HeldOutRows, stop: StopRequest) -> tuple[Record, list[str]]:
         run = self.run
         batches = prefetched(held_out.batches(), run.device, depth=EVALUATION_BATCHES_AHEAD)
         names = held_out.manifest.source_names or ("",)
         objective = objective_at(run.settings, progress.step)
-        return evaluate(run.models, batches, run.settings, objective, names, held_out.token_bytes, run.world, run.device)
+        return evaluate(run.models, batches, run.settings, objective, names, held_out.token_bytes, run.world, run.device, stop)
 
     def _report_validation(self, progress: Progress, held_out: HeldOutRows, metrics: Record, replaced: list[str]) -> None:
         """Log and print one folder's metrics. replaced: its damaged rows, a sentence each."""

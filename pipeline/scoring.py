@@ -132,8 +132,14 @@ def _score_data_set(
         if any_rank(damage is not None, job.device):
             raise DataError(damage or "another rank met damaged data, which it names")
         num_rows = _rows_per_round(missing, first, world.size)
-        batches = _score_rows(reference, horizon, num_heads, settings.data.micro_batch, job.device, samples, num_rows)
-        losses_NTC = np.concatenate(list(batches))[: len(samples)]
+        scored = []
+        for losses_BTC in _score_rows(reference, horizon, num_heads, settings.data.micro_batch, job.device, samples, num_rows):
+            scored.append(losses_BTC)
+            heartbeat.go_on()
+            if any_rank(stop.is_overdue, job.device):
+                _say(job, f"{location}: stopped on request within a piece; the same command continues from what was saved")
+                return False
+        losses_NTC = np.concatenate(scored)[: len(samples)]
         found = _not_finite(losses_NTC, dtype, samples)
         if any_rank(found is not None, job.device):
             raise _first_of_ranks(found, location, model)

@@ -37,7 +37,7 @@ from pipeline.runtime.engine import (
 )
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.runtime.non_finite import TrainingDivergedError, describe_bad_numbers, finite_and_loss
-from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
+from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StoppedError, StopRequest
 from pipeline.schedule import learning_rate, objective_at
 from pipeline.weighting.pools import SHARED_POOLS
 
@@ -47,6 +47,7 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
 
     Raises:
         TrainingDivergedError: after `training.max_skipped_steps` in a row; the last checkpoint stays as it was.
+        StoppedError: a signal to stop came before the first step, when there is nothing to save.
     """
     progress = run.checkpoints.resume(run.engine, allow_changed, lambda: held_out_losses(run))
     run.checkpoints.prepare(run.engine)
@@ -54,12 +55,12 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     while gone_back_to is not None:
         progress = gone_back_to
         reporter = Reporter(run, progress.step)
-        if progress.step == 0:
-            reporter.validate(progress)
+        if not reporter.validate_if_due(progress, stop):
+            raise StoppedError
         gone_back_to = train_on(run, progress, reporter, stop)
         reporter.close()
 
-    if progress.step < run.settings.training.steps:
+    if progress.step < run.settings.training.steps or reporter.broken_off:
         reporter.say(f"stopped on request after step {progress.step}; run the same command again to continue")
         return EXIT_TRY_AGAIN
     return 0
@@ -70,7 +71,7 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
 
     Where a loss spike is answered by going back, it ends as well, and returns the progress of the checkpoint that was loaded.
     """
-    training, logging = run.settings.training, run.settings.logging
+    training = run.settings.training
     if progress.step == 0 and training.rollback_on_spike is not None:
         # A spike before the first periodic checkpoint goes back to the beginning.
         save(run, progress, in_background=True)
@@ -103,22 +104,22 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
 
         # Validation.
         is_last = following is None
-        if progress.step % logging.validation_every == 0 or is_last:
-            reporter.validate(progress)
+        validated = reporter.validate_if_due(progress, stop)
 
         # Checkpoint: in the background at its interval, but not after a step that was discarded; at once at the end and
         # before a stop.
         flags = NO_FLAGS if following is None else following.pending.read().flags
+        is_stopped = flags.stop_requested or not validated
         save_due |= progress.step % run.settings.checkpoint.every == 0 or flags.save_due
         if flags.save_written:
             run.checkpoints.go_on()
-        if is_last or flags.stop_requested or (save_due and result.applied):
-            at_once = is_last or flags.stop_requested
+        if is_last or is_stopped or (save_due and result.applied):
+            at_once = is_last or is_stopped
             reporter.sync()
             save(run, progress, in_background=not at_once)
             save_due = False
             reporter.restart_clock()
-        if flags.stop_requested:
+        if is_stopped:
             break
     return None
 

@@ -7,9 +7,13 @@ checkpoint      checkpoints in a format of our own: saved in the background, ver
 identity        settings and fingerprints that a resumed run must share with its checkpoint
 model_content   fingerprints of model folders, of every byte, read by the ranks of a node together
 preemption      requests to stop: SIGTERM, SIGUSR1, a file STOP
+beat            what a rank tells the others of itself
+launcher        ends a rank whose launcher is gone
+processes       processes of this machine, known by number and start time
 run_lock        one job per run directory
 heartbeat       notices a rank that died or stands still, names it, ends the job
-agreement       checks that ranks have not diverged
+flight_recorder  keeps a rank's last collectives when a job ends because a rank hangs
+agreement       checks that ranks have not diverged; agrees to stop where nothing is to be saved
 non_finite      the rule for numbers that are not finite, and its collective parts
 metrics         the selection's statistics, summed on the device, reduced over ranks at intervals
 logbook         writes metrics.jsonl and TensorBoard

@@ -1,4 +1,4 @@
-"""A check that ranks still hold the same state, run by all of them together at intervals.
+"""Check that ranks still hold the same state, and agree on requests to stop; run by all of them together.
 
 Copies of a weight are compared by checksums, in which any one flipped bit shows. An update writes the weights of a forward
 anew, from partitions of which there is one copy alone: so the checksums are taken before it, of the weights that the step used.
@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pipeline.runtime.distributed import any_rank
+from pipeline.runtime.preemption import StoppedError, StopRequest
 
 _WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Whole numbers are summed as eight bytes each: 32 MiB of them at a time.
@@ -62,3 +65,13 @@ def _difference(digests: Sequence[int]) -> str:
         return f"rank(s) {others} differ from the others"
     agreed = ", ".join(str(rank) for rank, digest in enumerate(digests) if digest == common)
     return f"rank(s) {others} differ from rank(s) {agreed}"
+
+
+def end_if_signalled(stop: StopRequest, device: torch.device) -> None:
+    """End the job where nothing has to be saved, if any rank has had a signal to stop; collective.
+
+    Raises:
+        StoppedError: on all ranks, if one has.
+    """
+    if any_rank(stop.is_signalled, device):
+        raise StoppedError

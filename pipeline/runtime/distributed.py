@@ -16,6 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+SECONDS_TO_APPEAR = 120.0
+"""Time in which a shared file system has to show a new file to all machines."""
+
+_LONGEST_MAKING = timedelta(hours=12)
+
 
 @dataclass(frozen=True)
 class World:
@@ -71,10 +76,13 @@ def make_once(path: Path, make: Callable[[], None], world: World, again: bool = 
 
     An exception of `make` is raised on every rank; if the first rank dies, the wait of the others ends with an error. `make`
     must create `path` by a rename, so that its existence means that it is complete.
+
+    Raises:
+        OSError: this machine does not see what the first rank has made.
     """
-    # Preparing data can take hours and the default group's collectives time out in minutes, hence a group with its own
-    # timeout. It is created before the work begins: a waiting rank notices the first rank's death only over an open connection.
-    waiting = dist.new_group(backend="gloo", timeout=timedelta(weeks=1))
+    # The default group's collectives time out in minutes, hence a group with its own timeout. It is created before the work
+    # begins: a waiting rank notices the first rank's death only over an open connection.
+    waiting = dist.new_group(backend="gloo", timeout=_LONGEST_MAKING)
 
     failure: Exception | None = None
     if world.is_first and (again or not path.exists()):
@@ -87,7 +95,13 @@ def make_once(path: Path, make: Callable[[], None], world: World, again: bool = 
         raise failure
 
     # A shared file system may show the path to other machines a little later.
+    ends = time.monotonic() + SECONDS_TO_APPEAR
     while not path.exists():
+        if time.monotonic() > ends:
+            raise OSError(
+                f"{path}: the first rank has made it, but {socket.gethostname()} does not see it in {SECONDS_TO_APPEAR:g} s; "
+                "the folder must be on a file system that all machines share"
+            )
         time.sleep(0.2)
 
 

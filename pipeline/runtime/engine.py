@@ -34,6 +34,7 @@ from pipeline.model.elementwise import elementwise_for
 from pipeline.model.huggingface import load_weights
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.transformer import Block
+from pipeline.runtime import flight_recorder
 from pipeline.runtime.distributed import broadcast_from_first
 from pipeline.runtime.model_content import agreed
 
@@ -68,6 +69,7 @@ def initialize_distributed(device: torch.device, level: str, timeout: timedelta 
     """
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(level.upper())
+    flight_recorder.record()
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=level == "debug", timeout=timeout
     )

@@ -10,35 +10,33 @@ as long as the process does, and the main loop's (phase, step, since when). So t
     no store       the store does not answer: the first rank's process, which holds it, stands still
 
 The first rank to see one publishes it. Each surviving rank prints it once, with the stacks of its threads, and exits with
-`EXIT_HANG`. A silent process of this machine is killed; one that is alone on its machine is its launcher's to end.
+`EXIT_HANG`; what torch knows of its last collectives it leaves in the run directory (`flight_recorder`). A silent process of
+this machine is killed; one that is alone on its machine is its launcher's to end. Where the launcher itself is gone, `launcher`
+ends the process, and nothing is judged any more.
 """
 
 import faulthandler
 import json
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.runtime import flight_recorder, launcher, processes
+from pipeline.runtime.beat import Beat, doing, main_thread, named
 from pipeline.runtime.distributed import World, gather_over_ranks
+from pipeline.runtime.preemption import EXIT_HANG
 
-EXIT_HANG = 4
-"""Exit code of the ranks that survive a dead or hanging one."""
-
-LONG_PHASES = ("starting", "validating", "scoring", "saving")
+LONG_PHASES = ("starting", "preparing", "validating", "scoring", "saving", "ending")
 """Phases that take longer than a step: their patience is four times `run.hang_timeout`."""
-
-WITHOUT_LIMIT = ("preparing", "ending")
-"""Phases in which the main loop may take any time; its process is watched all the same."""
 
 _LONGER = 4
 _WATCHED = 4
@@ -47,42 +45,24 @@ _ENDED = -1
 _SECONDS_TO_TELL = 5.0
 
 
-@dataclass(frozen=True)
-class Beat:
-    """What a rank tells of itself.
-
-    pid, started: of its process, which together name it. since: seconds in this phase. where: the main thread's function.
-    waits: true if that waits in a collective for other ranks.
-    """
-
-    host: str
-    pid: int
-    started: int
-    phase: str
-    step: int
-    since: float
-    where: str
-    waits: bool
-    number: int
-
-
 class Heartbeat:
     """This rank's beats, and its watch over others; from `start` to `stop`.
 
     store: the process group's, of which clones are used: a client is one lock, and a call may wait in it.
     timeout: seconds; `run.hang_timeout`.
+    run_dir: where the last collectives are written to; None: nowhere.
 
     Collective: who the others are is known from the beginning.
     """
 
-    def __init__(self, world: World, store: Any, timeout: float):
+    def __init__(self, world: World, store: Any, timeout: float, run_dir: Path | None = None):
         self._world = world
+        self._run_dir = run_dir
         self._store = store.clone()
         self._verdicts = store.clone()
         self._timeout = timeout
         self._interval = min(1.0, timeout / 10)
-        self._host, self._pid = socket.gethostname(), os.getpid()
-        self._started = _start_time(self._pid)
+        self._host, self._process = socket.gethostname(), processes.find(os.getpid())
         self._loop = ("starting", 0, time.monotonic())
         peers: list[Beat] = gather_over_ranks(self._own(0))
         # The first, which holds the store, the next few, and all of this machine, whose processes can be looked at.
@@ -141,8 +121,9 @@ class Heartbeat:
 
     def _own(self, number: int) -> Beat:
         phase, step, since = self._loop
-        where, waits = _main_thread()
-        return Beat(self._host, self._pid, self._started, phase, step, time.monotonic() - since, where, waits, number)
+        where, waits = main_thread()
+        pid, started = self._process.pid, self._process.started
+        return Beat(self._host, pid, started, phase, step, time.monotonic() - since, where, waits, number)
 
     def _see(self, rank: int, beat: Beat) -> None:
         if self._beats[rank][0].number != beat.number:
@@ -157,6 +138,9 @@ class Heartbeat:
             looked = time.monotonic()
             if late > self._timeout / 2:
                 self._begin_anew(looked)
+            if launcher.is_gone():
+                self._kill_stopped()
+                continue
             verdict = self._verdict or self._own_verdict()
             if verdict is not None and not self._stopped.is_set():
                 self._end(verdict)
@@ -173,8 +157,8 @@ class Heartbeat:
         for rank, (beat, seen) in self._beats.items():
             if beat.number == _ENDED:
                 continue
-            if beat.host == self._host and _start_time(beat.pid) != beat.started and self._is_dead(rank):
-                return f"{_named(rank, beat)} died in {_doing(beat)}"
+            if beat.host == self._host and not beat.process.is_alive and self._is_dead(rank):
+                return f"{named(rank, beat)} died in {doing(beat)}"
             # Only a store that answers can tell that a beat is missing.
             silence = self._store_answered - seen
             if silence > self._timeout:
@@ -192,11 +176,11 @@ class Heartbeat:
         # A peer that fell silent when this phase began is named first; who waits for others leaves it to them to say that it is
         # they who stand still.
         patience += (10 if own.waits else 5) * self._interval
-        if own.phase in WITHOUT_LIMIT or own.since < patience:
+        if own.since < patience:
             return None
         why = "; it waits for other ranks, none of which is known to stand still" if own.waits else ""
-        named = _named(self._world.rank, own)
-        return f"{named} has stood still for {own.since:.0f} s in {_doing(own)}, in {own.where}{why}"
+        rank = named(self._world.rank, own)
+        return f"{rank} has stood still for {own.since:.0f} s in {doing(own)}, in {own.where}{why}"
 
     def _of_the_store(self) -> str | None:
         silence = time.monotonic() - self._store_answered
@@ -207,11 +191,11 @@ class Heartbeat:
         return self._silent(0, self._beats[0][0], silence)
 
     def _silent(self, rank: int, beat: Beat, silence: float) -> str:
-        if beat.host == self._host and _start_time(beat.pid) != beat.started:
-            return f"{_named(rank, beat)} died in {_doing(beat)}"
+        if beat.host == self._host and not beat.process.is_alive:
+            return f"{named(rank, beat)} died in {doing(beat)}"
         if beat.host == self._host:
-            _kill(beat)
-        return f"{_named(rank, beat)} has been silent for {silence:.0f} s in {_doing(beat)}: stopped, or unreachable"
+            beat.process.kill()
+        return f"{named(rank, beat)} has been silent for {silence:.0f} s in {doing(beat)}: stopped, or unreachable"
 
     def _end(self, verdict: str) -> None:
         """Print the verdict and all stacks, tell the others, and end this process."""
@@ -225,9 +209,17 @@ class Heartbeat:
         teller.start()
         teller.join(timeout=_SECONDS_TO_TELL)
         self._kill_silent()
+        if self._run_dir is not None:
+            flight_recorder.write(self._run_dir, self._world.rank, _SECONDS_TO_TELL)
         # Who holds the store ends last, so that the others can read it.
         time.sleep(3 * self._interval if self._world.is_first else 0)
         os._exit(EXIT_HANG)
+
+    def _kill_stopped(self) -> None:
+        """Kill every suspended process of this machine: it does not notice that the launcher is gone."""
+        for beat, _ in self._beats.values():
+            if beat.host == self._host and beat.process.is_stopped:
+                beat.process.kill()
 
     def _kill_silent(self) -> None:
         """Kill every process of this machine that has given no beat for long: a stopped one does not end by itself.
@@ -236,16 +228,16 @@ class Heartbeat:
         """
         for beat, seen in self._beats.values():
             if beat.host == self._host and beat.number != _ENDED and self._store_answered - seen > self._timeout / 2:
-                _kill(beat)
+                beat.process.kill()
 
 
 _current: Heartbeat | None = None
 
 
-def begin(world: World, timeout: float) -> None:
+def begin(world: World, timeout: float, run_dir: Path | None = None) -> None:
     """Start this process's heartbeat, once the process group is there. timeout: `run.hang_timeout`."""
     global _current
-    _current = Heartbeat(world, dist.distributed_c10d._get_default_store(), timeout)
+    _current = Heartbeat(world, dist.distributed_c10d._get_default_store(), timeout, run_dir)
     _current.start()
 
 
@@ -272,6 +264,12 @@ def enter(phase: str, step: int = 0) -> None:
         _current.enter(phase, step)
 
 
+def go_on() -> None:
+    """Say that the main loop gets on in the phase that it is in, which may take as long as there is something to do."""
+    if _current is not None:
+        _current.enter(*_current.phase)
+
+
 @contextmanager
 def during(phase: str) -> Iterator[None]:
     """Be in a phase for the length of a `with`, and after it in the one before, begun anew."""
@@ -290,41 +288,3 @@ def longest_patience(timeout: float) -> float:
 
 def _key(rank: int) -> str:
     return f"beat/{rank}"
-
-
-def _named(rank: int, beat: Beat) -> str:
-    return f"rank {rank} on {beat.host} (process {beat.pid})"
-
-
-def _doing(beat: Beat) -> str:
-    return f"{beat.phase} step {beat.step}" if beat.phase == "training" else f"phase {beat.phase!r}"
-
-
-def _main_thread() -> tuple[str, bool]:
-    """(function of the main thread, true if it waits in a collective)."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    if frame is None:
-        return "no function", False
-    code = frame.f_code
-    where = f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
-    # ZeRO waits for its handles itself, in compiled code.
-    waits = "/deepspeed/runtime/zero/" in code.co_filename
-    while frame is not None and not waits:
-        waits = "/torch/distributed/" in frame.f_code.co_filename or "/deepspeed/comm/" in frame.f_code.co_filename
-        frame = frame.f_back
-    return where, waits
-
-
-def _start_time(pid: int) -> int:
-    """When a process of this machine began, in clock ticks since the machine's start; 0 where there is none, or a dead one."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] == "Z" else int(fields[19])
-
-
-def _kill(beat: Beat) -> None:
-    """Kill a silent process of this machine, if it is still the one that gave the beat."""
-    if _start_time(beat.pid) == beat.started:
-        os.kill(beat.pid, signal.SIGKILL)

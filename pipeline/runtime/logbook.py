@@ -25,7 +25,7 @@ class Logbook:
 
 
     first_step: the step resumed from; 0 is a new run, which keeps no old record. notes: what was wrong with the file, or is
-    lost of it, a sentence each.
+    lost of it, a sentence each. validated: names of the held-out sets whose losses at `first_step` are there.
     held_out: names of the held-out sets; "" for an only one.
     """
 
@@ -35,6 +35,8 @@ class Logbook:
         records, num_damaged = _read(path)
         kept = [record for record in records if 0 < first_step >= record["step"]]
         self.notes = _notes(records, num_damaged, first_step)
+        of_step = [record for record in kept if record["step"] == first_step and record.get("split") == "validation"]
+        self.validated = {str(record.get("set", "")) for record in of_step}
         write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.file: TextIO = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else 0)

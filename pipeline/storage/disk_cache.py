@@ -20,6 +20,8 @@ from pipeline.storage.whole_file import write_file
 
 PART = 2**20
 _NUM_LOCKS = 64
+# Seconds; longer than a part takes to fetch, retries included.
+_LONGEST_WAIT = 600.0
 # An eviction leaves this fraction of the capacity. Making room for many parts at once avoids listing the folder for each.
 _EVICTION_TARGET = 0.9
 
@@ -111,7 +113,8 @@ class DiskCache:
             with suppress(OSError):  # the folder is read-only
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                 opened.callback(os.close, descriptor)
-                take_lock(descriptor, wait=True)
+                # A reader that stands still holds up the others for a while; then they fetch what it was to fetch.
+                take_lock(descriptor, wait=_LONGEST_WAIT)
             yield
 
 

@@ -5,19 +5,28 @@ succeeds.
 """
 
 import fcntl
+import time
 from collections.abc import Callable
 from typing import IO
+
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1
 
 File = int | IO[str] | IO[bytes]
 """A file that is open for writing, or its descriptor."""
 
 
-def take_lock(file: File, *, wait: bool = False) -> bool:
-    """Lock an open file; returns false if the file is locked through another open file, of any process (never with `wait`).
+def take_lock(file: File, *, wait: float = 0.0) -> bool:
+    """Lock an open file; returns false if the file is locked through another open file, of any process, for `wait` seconds on.
 
     A forked process inherits the open file, and the lock then lasts until that process has closed it too.
     """
-    return _take(fcntl.flock, file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    ends, pause = time.monotonic() + wait, _SHORTEST_PAUSE
+    while not _take(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if time.monotonic() >= ends:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    return True
 
 
 def take_lock_of_process(file: File) -> bool:

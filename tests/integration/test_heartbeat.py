@@ -1,5 +1,6 @@
 """A rank that dies or stands still is named, and the job ends on all ranks; real processes, gloo."""
 
+import json
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from pipeline.runtime import heartbeat
 from pipeline.runtime.distributed import find_world
 from pipeline.runtime.heartbeat import EXIT_HANG
 from tests.forked import CAN_FORK, call, forking
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="forks its ranks")
 
@@ -37,7 +39,7 @@ def run_rank(rank: int, case: str, victim: int, folder: Path) -> None:
     store = store or dist.TCPStore("127.0.0.1", address[0], is_master=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-        heartbeat.begin(world, TIMEOUT)
+        heartbeat.begin(world, TIMEOUT, folder)
 
     try:
         for step in range(1, 20 if case == "ends" else 10_000):
@@ -83,8 +85,8 @@ def end_of(process: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[list[int], list[str], float]]:
-    """{(what happens, to which rank): (exit codes, what each rank wrote to stderr, seconds)}; all jobs side by side."""
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[list[int], list[str], Path]]:
+    """{(what happens, to which rank): (exit codes, what each rank wrote to stderr, its folder)}; all jobs side by side."""
     jobs = {}
     for case, victim in [
         *(("stopped", 0), ("stopped", 1), ("two stopped", 1), ("killed", 0), ("killed", 1)),
@@ -94,20 +96,25 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tup
         ranks = [forking().Process(target=call, args=(run_rank, rank, case, victim, folder)) for rank in range(RANKS)]
         for process in ranks:
             process.start()
-        jobs[case, victim] = (ranks, folder, time.monotonic())
+        jobs[case, victim] = (ranks, folder)
 
     found = {}
-    for key, (ranks, folder, started) in jobs.items():
+    for key, (ranks, folder) in jobs.items():
         codes = [end_of(process) for process in ranks]
         errors = [(folder / f"{rank}.err").read_text() for rank in range(RANKS)]
-        found[key] = (codes, errors, time.monotonic() - started)
+        found[key] = (codes, errors, folder)
     return found
+
+
+def recorded(folder: Path, rank: int) -> list[dict[str, Any]]:
+    """The collectives that a rank's flight recorder left in its folder."""
+    return json.loads((folder / "flight_recorder" / f"rank-{rank:05d}.json").read_bytes())["entries"]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("case", ["stopped", "killed"])
 def test_survivors_name_a_rank_that_was_killed_or_stopped_and_exit(cases: Any, case: str, victim: int) -> None:
-    codes, errors, _ = cases[case, victim]
+    codes, errors, folder = cases[case, victim]
     assert codes[victim] == -signal.SIGKILL, codes
     for rank in {0, 1, 2} - {victim}:
         assert codes[rank] == EXIT_HANG, (codes, errors)
@@ -115,6 +122,9 @@ def test_survivors_name_a_rank_that_was_killed_or_stopped_and_exit(cases: Any, c
         assert errors[rank].count("the job cannot go on") == 1
         assert "stacks of this rank's threads:" in errors[rank]
         assert "run_rank" in errors[rank]
+        # The collective in which each survivor waits is the last one of which torch knows.
+        (last,) = recorded(folder, rank)[-1:]
+        assert last["profiling_name"] == "gloo:all_reduce"
     # Who is stopped is silent, and killed by the first to notice; the other may then see it dead.
     assert any(NAMED[case] in errors[rank] for rank in {0, 1, 2} - {victim}), errors
 
@@ -137,3 +147,24 @@ def test_a_job_that_ends_is_left_in_peace(cases: Any) -> None:
     codes, errors, _ = cases["ends", -1]
     assert codes == [0, 0, 0], errors
     assert not any("cannot go on" in text for text in errors)
+
+
+def waits_in_a_phase() -> list[float]:
+    """Seconds for which a validation seems to be in its phase, before and after one of its micro-batches."""
+    heartbeat.begin(find_world(), 1000.0)
+    found = []
+    with heartbeat.during("validating"):
+        for _ in range(2):
+            time.sleep(1.0)
+            assert heartbeat._current is not None
+            found.append(heartbeat._current._own(0).since)
+            heartbeat.go_on()
+        assert heartbeat._current.phase == ("validating", 0)
+    heartbeat.stop()
+    return found
+
+
+def test_a_validation_may_take_as_long_as_it_gets_on() -> None:
+    ((before, after),) = run_ranks(waits_in_a_phase, 1)
+    assert before >= 1.0
+    assert 1.0 <= after < before + 1.0

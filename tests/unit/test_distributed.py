@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.data.errors import DataError
+from pipeline.runtime import distributed
 from pipeline.runtime.distributed import World, any_rank, find_world, make_once, max_over_ranks, min_over_ranks
 from tests.ranks import run_ranks
 
@@ -84,6 +85,22 @@ def fail_to_make(path: Path) -> str:
 
 def test_what_the_one_rank_meets_is_raised_on_all(tmp_path: Path) -> None:
     assert run_ranks(fail_to_make, 2, tmp_path / "it") == ["the disk is full"] * 2
+
+
+def make_elsewhere(path: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "SECONDS_TO_APPEAR", 0.5)
+        try:
+            make_once(path, lambda: None, World(dist.get_rank(), 2, dist.get_rank(), 2))
+        except OSError as error:
+            return str(error)
+    return "no error"
+
+
+def test_what_is_made_where_this_machine_does_not_see_it_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    for said in run_ranks(make_elsewhere, 2, tmp_path / "it"):
+        assert said.startswith(f"{tmp_path / 'it'}: the first rank has made it, but ")
+        assert said.endswith("must be on a file system that all machines share")
 
 
 DIE_WHILE_MAKING = """

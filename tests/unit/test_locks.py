@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_who_waits_for_a_lock_has_it_when_the_other_is_done(tmp_path):
     with open(tmp_path / "lock", "ab") as other:
         with open(tmp_path / "lock", "ab") as file:
             assert take_lock(file)
-            waiting = threading.Thread(target=take_lock, args=(other,), kwargs={"wait": True}, daemon=True)
+            waiting = threading.Thread(target=take_lock, args=(other,), kwargs={"wait": 100.0}, daemon=True)
             waiting.start()
             waiting.join(0.2)
             assert waiting.is_alive()
@@ -52,6 +53,14 @@ def test_who_waits_for_a_lock_has_it_when_the_other_is_done(tmp_path):
         assert not waiting.is_alive()
         with open(tmp_path / "lock", "ab") as file:
             assert not take_lock(file)
+
+
+def test_nobody_waits_for_a_lock_without_end(tmp_path):
+    with open(tmp_path / "lock", "ab") as file, open(tmp_path / "lock", "ab") as other:
+        assert take_lock(file)
+        started = time.monotonic()
+        assert not take_lock(other, wait=0.5)
+        assert time.monotonic() - started >= 0.5
 
 
 @pytest.mark.parametrize(("take", "is_free"), [(take_lock, False), (take_lock_of_process, True)])

@@ -74,7 +74,10 @@ def begin_or_continue(partial: Path, files: Sequence[InputFile], request: dict[s
 
     # Resume.
     if path.exists():
-        existing = json.loads(path.read_bytes())
+        try:
+            existing = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{path} is damaged ({error}); remove {partial} to begin anew") from None
         differences = [name for name in requested if existing.get(name) != requested[name]]
         if differences:
             # Work that ended with an error was for a request that the user has mended since.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.data.corpus.packing import TokenizedDocuments, pack
 from pipeline.data.corpus.sorted_runs import SortedRuns
@@ -82,12 +82,20 @@ def pack_shard(work: PackingTask, report: Report) -> ShardRecord:
     """Make one shard, unless it has a record already."""
     settings, before, index = work
     path = settings.records / f"{shard_name(index)}.json"
-    record = ShardRecord.model_validate_json(path.read_bytes()) if path.exists() else None
+    record = _read_record(path)
     if record is None:
         record = _pack(settings, before, index)
         write_file(path, record.model_dump_json().encode())
     report(0, record.shard.tokens if record.shard else 0, record.shard.bytes if record.shard else 0)
     return record
+
+
+def _read_record(path: Path) -> ShardRecord | None:
+    """Read a shard's record; None if there is none, or it is damaged: the shard is made again."""
+    try:
+        return ShardRecord.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 def _pack(settings: PackingSettings, before: np.ndarray, index: int) -> ShardRecord:

@@ -262,12 +262,12 @@ def position_by_hash(text: str) -> float:
 
 
 def read_record(directory: Path, number: int) -> SliceRecord | None:
-    """Read the record of slice `number`; None if it is not finished."""
+    """Read the record of slice `number`; None if it is not finished, or its record is damaged: it is made again."""
     try:
         fields = json.loads(_record_file(directory, number).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return SliceRecord(**{**fields, "counts": Counts.from_json(fields["counts"])})
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    return SliceRecord(**{**fields, "counts": Counts.from_json(fields["counts"])})
 
 
 def _record_file(directory: Path, number: int) -> Path:

@@ -106,7 +106,7 @@ class LossesWriter:
         try:
             found = json.loads(file.read_text())
             return [key for key, value in self._losses.model_dump().items() if key != "reference" and found.get(key) != value]
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise DataError(f"{file} cannot be read ({error}); remove its folder, or name another") from None
 
     def _checksums(self, shard: int, data: bytes | memoryview) -> bytes:

@@ -90,7 +90,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _entry(data_begin: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
     (numel,), (begin, end) = shape, data_offsets
     entry = Entry(_DTYPES[dtype], data_begin + begin, numel)
-    if not begin >= 0 or numel * entry.dtype.itemsize != end - begin:
+    if not all(type(each) is int and each >= 0 for each in (numel, begin, end)) or numel * entry.dtype.itemsize != end - begin:
         raise ValueError("offsets that do not fit the shape")
     return entry
 

@@ -1,0 +1,79 @@
+"""Which processes a rank takes for its launcher, and what makes one of this machine's processes that very one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.runtime import processes
+from pipeline.runtime.launcher import launcher_chain
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAIN = (
+    "import json, os; from pipeline.runtime import launcher, processes\n"
+    "print(json.dumps([each.command for each in launcher.launcher_chain(processes.find(os.getpid()))]))"
+)
+START = "import subprocess, sys; subprocess.run({command!r}, check=True)"
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+
+
+def started_by(folder: Path, *names: str) -> list[str]:
+    """What a rank remembers that is started by scripts of these names, the first by a test; the programs' names."""
+    command = [sys.executable, "-c", CHAIN]
+    for name in reversed(names):
+        script = folder / name
+        script.write_text(START.format(command=command))
+        command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return [Path(command[1]).name for command in json.loads(done.stdout)]
+
+
+def test_a_rank_remembers_all_up_to_its_launcher_and_nothing_above(tmp_path: Path) -> None:
+    assert started_by(tmp_path, "shell", "torchrun") == ["torchrun"]
+    # A script between them, as `torchrun --no-python script` has it.
+    assert started_by(tmp_path, "shell", "torchrun", "between") == ["between", "torchrun"]
+    assert started_by(tmp_path, "shell", "deepspeed", "torchrun") == ["torchrun", "deepspeed"]
+
+
+def test_what_no_launcher_started_may_outlive_its_shell(tmp_path: Path) -> None:
+    assert started_by(tmp_path, "shell") == []
+    assert launcher_chain(processes.find(os.getpid())) == []
+
+
+def test_a_process_is_known_by_its_start_too_and_a_dead_one_is_dead_before_it_is_asked_for() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    found = processes.find(child.pid)
+    assert found.is_alive
+    assert found.parent == processes.find(os.getpid())
+    assert found.command[-1] == "import time; time.sleep(100)"
+
+    # Another process of the same number is not it, and is left alone.
+    other = processes.Process(child.pid, found.started + 1)
+    assert not other.is_alive
+    other.kill()
+    os.kill(child.pid, signal.SIGSTOP)
+    ends = time.monotonic() + 60
+    while not found.is_stopped:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert found.is_alive
+
+    found.kill()
+    ends = time.monotonic() + 60
+    while found.is_alive:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert child.wait() == -signal.SIGKILL
+
+
+def test_of_a_process_that_cannot_be_looked_at_nothing_is_concluded() -> None:
+    unknown = processes.find(2**22 + 1)
+    assert unknown.started == 0
+    assert unknown.is_alive
+    unknown.kill()
