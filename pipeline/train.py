@@ -50,6 +50,7 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     training, logging = run.settings.training, run.settings.logging
     progress = run.checkpoints.resume(run.engine, allow_changed, lambda: held_out_losses(run))
     reporter = Reporter(run, progress.step)
+    reporter.begin(progress)
     if progress.step == 0:
         reporter.validate(progress)
 
@@ -65,7 +66,8 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         heartbeat.enter("training", progress.step)
 
         # Metrics, and the check that ranks still agree.
-        reporter.step(progress, result, 0.0 if following is None else following.waited)
+        waits = [fetched.waited] if reporter.first is None else []
+        reporter.step(progress, result, sum(waits) if following is None else sum(waits, following.waited))
         if training.check_ranks_every and progress.step % training.check_ranks_every == 0:
             check_ranks_agree(common_values(run, progress, result), run.device)
 
@@ -79,11 +81,12 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         flags = NO_FLAGS if following is None else following.pending.read().flags
         save_due |= progress.step % run.settings.checkpoint.every == 0 or flags.save_due
         if flags.save_written:
-            run.checkpoints.go_on()
+            with reporter.saving(progress.step):
+                run.checkpoints.go_on()
         if is_last or flags.stop_requested or (save_due and result.applied):
             at_once = is_last or flags.stop_requested
             reporter.sync()
-            with heartbeat.during("saving"):
+            with heartbeat.during("saving"), reporter.saving(progress.step):
                 run.checkpoints.save(run.engine, progress, held_out_losses(run), in_background=not at_once)
             save_due = False
             reporter.restart_clock()

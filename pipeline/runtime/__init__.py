@@ -12,6 +12,7 @@ heartbeat       notices a rank that died or stands still, names it, ends the job
 agreement       checks that ranks have not diverged
 non_finite      the rule for numbers that are not finite, and its collective parts
 metrics         the selection's statistics, summed on the device, reduced over ranks at intervals
+events          events.jsonl: what has happened to a run, for `launch/audit.py`
 logbook         metrics.jsonl, TensorBoard, lines for the terminal
 table           plain-text tables
 description     config.yaml and environment.json of a run directory

@@ -4,6 +4,7 @@ location       paths, URLs and pipes
 files          reads byte ranges of local files, remote files (with retries) and pipes
 disk_cache     a bounded cache of remote files on the local disk, shared by processes
 faults         tells errors of the machine from damaged data
+json_lines     reads files of one JSON object a line, torn lines included
 whole_file     the one way to write a file: complete or not at all, and synced
 locks          file locks of the operating system
 """

@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
+
 from pipeline.data.errors import DataError
 from pipeline.data.lru_cache import LRUCache
 from pipeline.data.shards.index import IndexChunk, OpenShard, ReadRange
@@ -53,6 +55,7 @@ class ShardReader:
         self.directory = directory
         self.manifest = manifest
         self._table = ShardTable.of(manifest.shards)
+        self._samples_before = np.cumsum(self._table.samples) - self._table.samples
         self._closed = threading.Event()
         self._access = replace(access, cancelled=self._closed)
         self._decoder = SampleDecoder(manifest)
@@ -295,7 +298,8 @@ class ShardReader:
                 raise DamageError(f"expected {end - start} bytes at {range_.offsets[index]} of the tar, got {len(own)}")
             if zlib.crc32(own) != range_.checksums[index]:
                 raise DamageError(f"its CRC-32 is {zlib.crc32(own):08x}, expected {range_.checksums[index]:08x}")
-            return self._decoder.decode(own, self._table.name(range_.shard))
+            number = self._number(range_.shard, range_.samples[index])
+            return self._decoder.decode(own, self._table.name(range_.shard), number)
         except DamageError as damage:
             return self._blank(range_.shard, range_.samples[index], damage)
 
@@ -305,4 +309,7 @@ class ShardReader:
             f"shard {name}, sample {sample}, in {self.directory} is damaged: {damage}; "
             "copy the shard and its .idx and .crc32 again from where the data was prepared, or prepare again"
         )
-        return self._decoder.blank(f"{name}/(damaged: sample {sample})", message)
+        return self._decoder.blank(f"{name}/(damaged: sample {sample})", message, self._number(shard, sample))
+
+    def _number(self, shard: int, sample: int) -> int:
+        return int(self._samples_before[shard]) + sample

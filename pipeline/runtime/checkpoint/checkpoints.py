@@ -55,6 +55,8 @@ class Checkpoints:
         self.from_step = from_step
         self._writer = Writer(self.directory, world)
         self._say = say if world.is_first else lambda text: None
+        # The newest checkpoint that was completed, until somebody takes note of it.
+        self.saved: Saved | None = None
         self._failed_in_a_row = 0
         self._last_begun = time.monotonic()
 
@@ -107,6 +109,7 @@ class Checkpoints:
             return
         if saved is None:
             return
+        self.saved = saved
         self._failed_in_a_row = 0
         if self.world.is_first:
             self._prune(saved.name)
