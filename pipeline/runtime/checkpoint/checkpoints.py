@@ -17,15 +17,16 @@ from typing import Any
 
 from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, step_name
-from pipeline.runtime.checkpoint.read import checkpoint_names, load, read_state_of
+from pipeline.runtime.checkpoint.commit import Saved, SaveError, Writer, step_name
+from pipeline.runtime.checkpoint.folders import ABANDONED, PARTIAL, checkpoint_names, read_state_of
+from pipeline.runtime.checkpoint.read import load
 from pipeline.runtime.checkpoint.state import HeldOut, State
 from pipeline.runtime.distributed import World, broadcast_from_first
 from pipeline.runtime.identity import Change, changed_settings
 from pipeline.runtime.logbook import read_records
 
 REMEDY = "repair or remove what is there, or choose another --run-dir to start anew"
-_ABANDONED, _ABANDONED_KEPT = "abandoned-", 3
+_ABANDONED_KEPT = 3
 # Relative, of a mean loss: another layout or device sums in another order.
 _TOLERANCE, _TOLERANCE_BF16 = 1e-3, 0.02
 
@@ -255,9 +256,9 @@ class Checkpoints:
             return
         for later in checkpoint_names(self.directory):
             if later > name:
-                shutil.rmtree(self.directory / f"{_ABANDONED}{later}", ignore_errors=True)
-                os.replace(self.directory / later, self.directory / f"{_ABANDONED}{later}")
-        for old in sorted(self.directory.glob(f"{_ABANDONED}*"), reverse=True)[_ABANDONED_KEPT:]:
+                shutil.rmtree(self.directory / f"{ABANDONED}{later}", ignore_errors=True)
+                os.replace(self.directory / later, self.directory / f"{ABANDONED}{later}")
+        for old in sorted(self.directory.glob(f"{ABANDONED}*"), reverse=True)[_ABANDONED_KEPT:]:
             shutil.rmtree(old)
 
     def _remove_unfinished(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.runtime.checkpoint.folders import PARTIAL
 from pipeline.runtime.checkpoint.fragment_file import write_tensors
 from pipeline.runtime.checkpoint.fragments import FROZEN, MASTER, STATES, Fragment, fragments_of, optimizer_step
 from pipeline.runtime.checkpoint.state import STATE_FILE, Kind, SavedFile, SavedParameter, State, encode
@@ -29,7 +30,7 @@ from pipeline.runtime.engine import full_shape
 from pipeline.runtime.memory import free_bytes
 from pipeline.storage.whole_file import publish, write_file
 
-POINTER_FILE, PARTIAL = "latest", ".partial"
+POINTER_FILE = "latest"
 _SPARE_BYTES = 2**20
 _SHARE_OF_FREE_MEMORY = 0.5
 
