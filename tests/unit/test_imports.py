@@ -47,6 +47,7 @@ ALLOWED = {
     "micro_step": {"config", "consumption", "data.loading", "model", "weighting"},
     "derived": {"config", "data.loading", "data.shards", "model", "runtime", "storage"},
     "checks": {"config", "data", "data.corpus", "data.loading", "data.shards", "derived", "model", "runtime", "storage"},
+    "audit": {"data", "data.loading", "runtime", "storage"},
     "evaluate": {"config", "consumption", "data", "data.loading", "micro_step", "runtime", "weighting"},
     "run": {"config", "consumption", "data.loading", "micro_step", "runtime", "weighting"},
     "reporter": {"consumption", "data.loading", "evaluate", "progress", "run", "runtime", "schedule"},
