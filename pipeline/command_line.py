@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.runtime.preemption import StopRequest
 from pipeline.storage.location import user_path
+from pipeline.storage.masking import masked_text
 from pipeline.storage.whole_file import naming
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ def _cannot_meet(error: Exception) -> str:
 def fail(prefix: str, error: Exception | str, exit_code: int, is_first: bool) -> int:
     """Print an error, on the first rank or wherever it happened, and return the exit code."""
     if is_first:
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        print(masked_text(f"{prefix}: {error}"), file=sys.stderr, flush=True)
     return exit_code
 
 

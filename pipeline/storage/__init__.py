@@ -1,6 +1,7 @@
 """Storage: where files are, how their bytes are read, and how they are written safely.
 
 location       paths, URLs and pipes
+masking        masks secrets in URLs and commands
 files          reads byte ranges of local files, remote files (with retries) and pipes
 disk_cache     a bounded cache of remote files on the local disk, shared by processes
 faults         tells errors of the machine from damaged data
