@@ -22,12 +22,21 @@ class Url(str):
     """A URL, such as `https://host/folder`, `s3://bucket/folder` or `pipe:aws s3 cp s3://bucket/folder/{} -`.
 
     Wherever it is formatted its secrets are masked, so that no message or file can hold them; `raw` is what reads data.
+
+    file: the name that was put into a pipe, which a masked command does not show.
     """
 
-    __slots__ = ()
+    __slots__ = ("file",)
+    file: str
+
+    def __new__(cls, value: str, file: str = "") -> "Url":
+        url = super().__new__(cls, value)
+        url.file = file
+        return url
 
     def __str__(self) -> str:
-        return masked(self.raw)
+        shown = masked(self.raw)
+        return f"{shown} {self.file}" if self.file else shown
 
     def __repr__(self) -> str:
         return repr(str(self))
@@ -42,7 +51,7 @@ class Url(str):
 
     def __truediv__(self, name: str) -> "Url":
         if self.is_pipe:
-            return Url(self.replace("{}", shlex.quote(name)))
+            return Url(self.replace("{}", shlex.quote(name)), name)
         scheme, host, path, query, _ = urlsplit(self)
         return Url(urlunsplit((scheme, host, f"{path.rstrip('/')}/{name}", query, "")))
 

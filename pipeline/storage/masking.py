@@ -55,4 +55,6 @@ def _masked_pipe(found: re.Match[str]) -> str:
     if rest.startswith(f" {MASK}") or program.startswith(MASK):
         return found[0]
     quote = rest[-1] if rest[-1:] in ("'", '"') else ""
+    if rest == quote and _PROGRAM.fullmatch(program):
+        return found[0]  # a command without arguments
     return f"pipe:{program if _PROGRAM.fullmatch(program) else MASK} {MASK}{quote}"

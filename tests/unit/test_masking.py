@@ -26,7 +26,16 @@ SECRETS = {
     "pipe:curl -H 'Authorization: Bearer abc' https://host/{}": "pipe:curl ***",
     "pipe:TOKEN=abc curl https://host/{}": "pipe:*** ***",
 }
-OPEN = ["https://host:8080/a/b.tar", "s3://bucket/a", "memory://a", "no URL, a@b.c: ok? yes=no", "data/mix", ""]
+OPEN = [
+    "pipe:cat",
+    "got 'pipe:cat'",
+    "https://host:8080/a/b.tar",
+    "s3://bucket/a",
+    "memory://a",
+    "no URL, a@b.c: ok? yes=no",
+    "data/mix",
+    "",
+]
 
 
 @pytest.mark.parametrize(("location", "expected"), SECRETS.items())
@@ -49,6 +58,7 @@ def test_urls_in_a_message_are_masked_and_the_message_remains() -> None:
     assert masked_text(f"{url}: not there; mend it") == "https://***@host/a?sig=***: not there; mend it"
     pipe = Url("pipe:cat secret/{}")
     assert masked_text(f"{pipe}: not run; mend it") == "pipe:cat ***: not run; mend it"
+    assert masked_text(f"{pipe / 'a.tar'}: not run; mend it") == "pipe:cat *** a.tar: not run; mend it"
 
 
 PART = st.text(st.characters(codec="ascii", exclude_characters="\n\r@"), min_size=6, max_size=12).map(lambda text: f"Zq{text}")
@@ -70,6 +80,9 @@ def test_a_location_shows_no_secret_and_keeps_it_for_reading(location: str) -> N
         assert "abc" not in shown
     for same in (url, pickle.loads(pickle.dumps(url)), copy.deepcopy(url), parse_location(url)):
         assert (same.raw, type(same.raw)) == (location, str)
+    joined = url / "x.tar"
+    assert str(pickle.loads(pickle.dumps(joined))) == str(copy.copy(joined)) == str(joined)
+    assert "x.tar" in str(joined)
     assert (url / "x.tar").raw != str(url / "x.tar")
 
 
