@@ -13,14 +13,15 @@ from typing import Any
 MASK = "***"
 
 # All that may stand before an @ in the authority; behind a colon any character, since keys of S3 hold slashes. In a text a URL
-# ends at a space or a quotation mark, which a location by itself may hold.
-_USER = re.compile(r"(://)(?:[^/?#:\n]*:.*|[^/?#:\n]*)@")
-_QUERY = re.compile(r"(://[^?#\n]*)([?#].*)")
+# ends at a space or a quotation mark, and a command at the end of its line; a location by itself may hold all of these.
+_USER = re.compile(r"(://)(?:[^/?#:]*:.*|[^/?#:]*)@", re.DOTALL)
+_QUERY = re.compile(r"(://[^?#]*)([?#].*)", re.DOTALL)
+_PIPE = re.compile(r"(?<!\w)pipe:(?=\S)([^\s'\"]*)(.*)", re.DOTALL)
 _USER_IN_TEXT = re.compile(r"(://)(?:[^\s/?#:'\"<>]*:[^\s'\"<>]*|[^\s/?#:'\"<>]*)@")
 _QUERY_IN_TEXT = re.compile(r"(://[^\s?#'\"<>]*)([?#][^\s'\"<>]*)")
-_VALUE = re.compile(r"([?#&;][^\s=&;?#]+=)(?!\*\*\*)[^&;#]*")
-_WITHOUT_NAME = re.compile(r"([?#&;])(?!\*\*\*)[^\s=&;?#]+(?![^&;?#]*=)(?=[&;#]|$)")
-_PIPE = re.compile(r"(?<!\w)pipe:(?=\S)([^\s'\"]*)([^\n]*)")
+_PIPE_IN_TEXT = re.compile(_PIPE.pattern)
+_VALUE = re.compile(r"([?#&;][^=&;?#]+=)(?!\*\*\*)[^&;#]*")
+_WITHOUT_NAME = re.compile(r"([?#&;])(?!\*\*\*)[^=&;?#]+(?![^&;?#]*=)(?=[&;#]|$)")
 _PROGRAM = re.compile(r"[\w./+-]+")
 
 
@@ -33,7 +34,7 @@ def masked(value: str) -> str:
 
 def masked_text(text: str) -> str:
     """Mask the secrets of all URLs and pipes in a message. A pipe's command is taken to reach to the end of its line."""
-    text = _USER_IN_TEXT.sub(rf"\1{MASK}@", _PIPE.sub(_masked_pipe, text))
+    text = _USER_IN_TEXT.sub(rf"\1{MASK}@", _PIPE_IN_TEXT.sub(_masked_pipe, text))
     return _QUERY_IN_TEXT.sub(lambda found: found[1] + _masked_query(found[2]), text)
 
 

@@ -25,6 +25,10 @@ SECRETS = {
     "zip://a.tar::https://user:word@host/b": "zip://***@host/b",
     "pipe:curl -H 'Authorization: Bearer abc' https://host/{}": "pipe:curl ***",
     "pipe:TOKEN=abc curl https://host/{}": "pipe:*** ***",
+    # A key from a file, with its line break; a command of several lines.
+    "s3://KEY:abc\n@bucket/dir": "s3://***@bucket/dir",
+    "https://host/a?sig=abc\nabc&b": "https://host/a?sig=***&***",
+    "pipe:curl \\\n  -H 'Bearer abc' \\\n  https://host/{}": "pipe:curl ***",
 }
 OPEN = [
     "pipe:cat",
