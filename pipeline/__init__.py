@@ -46,4 +46,5 @@ runtime/            process group, DeepSpeed, metrics, signals
 runtime/checkpoint/  checkpoints of our own format, which any layout of ranks continues
 planning/           the memory plan, computed before anything is built
 benchmark/          what `launch/benchmark.py` measures
+audit/              what a run can prove by its own records, for `launch/audit.py`
 """

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import Batch
+from pipeline.data.loading.row_digest import joined, parts, sample_digest
 from pipeline.data.loading.skipping import position_of
 from pipeline.data.loading.stream import Stream
 from pipeline.data_settings import DataSettings
@@ -28,6 +29,7 @@ class Consumed:
     positions: with padding.
     damaged: rows replaced by padding.
     failed: micro-batches that could not be read.
+    digest: of the samples in their rows (`row_digest`), the same on any number of ranks.
     tokens_by_source, samples_by_source: in the order of the manifest's sources; a sample counts for each source in it.
     """
 
@@ -35,19 +37,22 @@ class Consumed:
     positions: int
     damaged: int
     failed: int
+    digest: int
     tokens_by_source: list[int]
     samples_by_source: list[int]
 
     @classmethod
     def of(cls, counts: Sequence[int]) -> "Consumed":
         """Unpack the sum over ranks of the vectors that `count` returns."""
-        tokens, positions, damaged, failed, *by_source = counts
+        tokens, positions, damaged, failed, high, low, *by_source = counts
         num_sources = len(by_source) // 2
-        return cls(tokens, positions, damaged, failed, by_source[:num_sources], by_source[num_sources:])
+        of_sources = by_source[:num_sources], by_source[num_sources:]
+        return cls(tokens, positions, damaged, failed, joined(high, low), *of_sources)
 
 
-def count(batches: Sequence[Batch], num_sources: int) -> Tensor:
-    """Count this rank's batches: int64 [4 + 2 · num_sources] on the host, in the order of the fields of `Consumed`."""
+def count(batches: Sequence[Batch], num_sources: int, first_rows: Sequence[int]) -> Tensor:
+    """Count this rank's batches: int64 [6 + 2 · num_sources] on the host, in the order of `Consumed`, the digest as
+    two numbers. first_rows: the number of each batch's first row in the order of the run."""
     tokens_S, samples_S = np.zeros((2, num_sources), np.int64)
     for batch in batches:
         tokens_BS = np.zeros((len(batch.keys), num_sources), np.int64)
@@ -57,7 +62,9 @@ def count(batches: Sequence[Batch], num_sources: int) -> Tensor:
     positions = sum(batch.tokens_BT.numel() for batch in batches)
     damaged = sum(len(batch.damage) for batch in batches)
     failed = sum(batch.failure is not None for batch in batches)
-    return torch.from_numpy(np.concatenate([[tokens_S.sum(), positions, damaged, failed], tokens_S, samples_S]))
+    rows = [first + np.arange(len(batch.keys)) for batch, first in zip(batches, first_rows, strict=True)]
+    digest = parts(sample_digest(np.concatenate(rows), np.concatenate([batch.numbers_B for batch in batches])))
+    return torch.from_numpy(np.concatenate([[tokens_S.sum(), positions, damaged, failed], digest, tokens_S, samples_S]))
 
 
 def handle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSettings, before: int) -> list[str]:

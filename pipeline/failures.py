@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 from pipeline.runtime.preemption import EXIT_INTERRUPTED
+from pipeline.storage.masking import masked_text
 
 EXIT_USAGE = 2
 
@@ -51,7 +52,7 @@ def guarded(
 def fail(prefix: str, error: Exception | str, exit_code: int, is_first: bool) -> int:
     """Print an error, on the first rank or wherever it happened, and return the exit code."""
     if is_first:
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        print(masked_text(f"{prefix}: {error}"), file=sys.stderr, flush=True)
     return exit_code
 
 

@@ -4,7 +4,10 @@ A job may first prepare the built-in corpus and train a reference. Both are kept
 appears by a rename, so one that exists is complete.
 """
 
+import time
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -25,6 +28,7 @@ from pipeline.runtime.agreement import end_if_signalled
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once
 from pipeline.runtime.engine import gathered, release
+from pipeline.runtime.events import begun_and_ended, time_of_start
 from pipeline.runtime.logbook import read_records
 from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.runtime.run_lock import RunLock
@@ -55,11 +59,16 @@ def run_job(job: Job, stop: StopRequest) -> int:
         stop.watch(job.run_dir)
 
     try:
-        exit_code = _make_and_train(job, stop)
+        with _recorded(job, job.run_dir, time_of_start()) as outcome:
+            outcome["code"] = exit_code = _make_and_train(job, stop)
     finally:
         lock.release()
     stop.clear()
     return exit_code
+
+
+def _recorded(job: Job, run_dir: Path, began: float) -> AbstractContextManager[dict[str, Any]]:
+    return begun_and_ended(run_dir if job.world.is_first else None, began, job.world.size)
 
 
 def _make_and_train(job: Job, stop: StopRequest) -> int:
@@ -135,7 +144,8 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
     # The ranks agree, because training is collective and a shared file system shows a new file to some ranks before others.
     if any_rank(not (directory / "config.json").exists(), job.device):
         say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
-        exit_code = train_in(job, one_head, directory / "training", stop, export_to=directory)
+        with _recorded(job, directory / "training", time.time()) as outcome:
+            outcome["code"] = exit_code = train_in(job, one_head, directory / "training", stop, export_to=directory)
         if exit_code:
             return settings, exit_code
     else:

@@ -37,7 +37,7 @@ class MicroBatch:
     """A batch on the device with its targets.
 
     targets_BTH: int64, the token that each head predicts; valid_BTH: bool, where there is one.
-    rows_B: int64, the numbers of the rows in the order of the whole run.
+    rows_B: int64, the numbers of the rows in the order of the whole run. first_row: that of the first one, on the host.
     num_valid_BH: int64 on the host, the valid pairs of each row.
     """
 
@@ -45,6 +45,7 @@ class MicroBatch:
     targets_BTH: Tensor
     valid_BTH: Tensor
     rows_B: Tensor
+    first_row: int
     num_valid_BH: Tensor
 
     @property
@@ -84,7 +85,7 @@ def load_micro_batches(
         first_row = first_sample + (index * group_size + rank) * num_rows
         rows_B = torch.arange(first_row, first_row + num_rows, device=device)
         targets_BTH, valid_BTH = targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads)
-        loaded.append(MicroBatch(batch, targets_BTH, valid_BTH, rows_B, batch.num_valid(num_heads)))
+        loaded.append(MicroBatch(batch, targets_BTH, valid_BTH, rows_B, first_row, batch.num_valid(num_heads)))
     return loaded
 
 
@@ -133,7 +134,9 @@ def count_step(
 ) -> PendingStep:
     """Count a step's micro-batches over all ranks, with one all-reduce; this rank's flags travel along."""
     batches = [micro.batch for micro in micro_batches]
-    data = torch.cat([torch.tensor([1, *map(int, flags)]), count(batches, num_sources)])
+    data = torch.cat(
+        [torch.tensor([1, *map(int, flags)]), count(batches, num_sources, [micro.first_row for micro in micro_batches])]
+    )
     valid_ABH = [micro.num_valid_BH for micro in micro_batches]
     return PendingStep(count_pairs(valid_ABH, data, objective, micro_batches[0].valid_BTH.device, group))
 

@@ -16,6 +16,7 @@ from pipeline.config import ConfigError, Settings, did_you_mean
 from pipeline.data_settings import MixtureSet
 from pipeline.other_names import ADVICE_ON, SETTING_OF
 from pipeline.setting_types import rule_of
+from pipeline.storage.masking import masked
 from pipeline.yaml_text import parse_yaml
 
 TEMPERATURE_REMOVED = (
@@ -67,7 +68,7 @@ def _read_recipe(recipe: Path) -> tuple[dict[str, Any], list[str]]:
     except OSError as error:
         return {}, [f"--config: {recipe} cannot be read: {error.strerror}"]
     except ValueError as error:
-        return {}, [f"--config: {recipe} is not valid YAML: {error}"]
+        return {}, [f"--config: {recipe} is not valid YAML: {masked(str(error))}"]
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(keys, dict | None) for keys in values.values()):
         return {}, [f"--config: {recipe}: expected sections of keys ({', '.join(Settings.model_fields)})"]
@@ -79,12 +80,13 @@ def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
     section, dot, key = name.partition(".")
     if not (equals and dot and section and key):
         meaning = meaning_of(name, text or "VALUE") or "for example training.steps=1000"
-        yield f"'{_cut(override)}': expected section.key=value; {meaning}"
+        yield f"'{_cut(masked(override))}': expected section.key=value; {meaning}"
         return
     try:
         values.setdefault(section, {})[key] = parse_yaml(text)
     except ValueError as error:
-        yield f"'{_cut(override)}': the value is not valid YAML: {' '.join(str(error).split())}"
+        problem = " ".join(masked(str(error)).split())
+        yield f"'{_cut(masked(override))}': the value is not valid YAML: {problem}"
 
 
 def _removed_settings(values: dict[str, Any]) -> Iterator[str]:
@@ -114,7 +116,7 @@ def _message(detail: Any) -> str:
         return f"{key}: unknown {kind}; {_meant(detail)}"
     if detail["type"] == "missing":
         return f"{key}: not set; it must be"
-    return f"{key}: got {_cut(repr(detail['input']))}; {rule_of(detail)}"
+    return f"{key}: got {_cut(masked(repr(detail['input'])))}; {masked(rule_of(detail))}"
 
 
 def _meant(detail: Any) -> str:

@@ -2,16 +2,21 @@
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pipeline.consumption import data_metrics
 from pipeline.data.loading.held_out import HeldOutRows
+from pipeline.data.loading.order_record import record_of_order
 from pipeline.data.loading.prefetch import EVALUATION_BATCHES_AHEAD, prefetched
 from pipeline.evaluate import evaluate
 from pipeline.progress import Progress
 from pipeline.run import Run, StepResult
 from pipeline.runtime import heartbeat
+from pipeline.runtime.checkpoint.folders import step_name
 from pipeline.runtime.distributed import broadcast_from_first, max_over_ranks
 from pipeline.runtime.engine import gradient_norm
+from pipeline.runtime.events import EventLog, last_event
 from pipeline.runtime.logbook import Logbook, without_non_finite
 from pipeline.runtime.metrics import Record, Totals
 from pipeline.runtime.preemption import StoppedError, StopRequest
@@ -27,6 +32,7 @@ class Reporter:
 
     def __init__(self, run: Run, first_step: int):
         self.run = run
+        self.events = EventLog(run.run_dir if run.world.is_first else None)
         self.logbook = None
         if run.world.is_first:
             sets = [each.name for each in run.held_out]
@@ -49,8 +55,42 @@ class Reporter:
         elif first_step:
             self.say(f"continuing from step {first_step}")
 
+    def begin(self, progress: Progress) -> None:
+        """Record where training goes on, and in which order it takes samples."""
+        run = self.run
+        if not run.world.is_first:
+            return
+        order = record_of_order(run.stream.order, run.stream.sets, run.settings.data.global_batch)
+        order["data"] = run.checkpoints.identity["data"]
+        last = last_event(run.run_dir, "order")
+        if last is None or {key: last.get(key) for key in order} != order:
+            self.events.write("order", **order)
+        self.events.write("resume", step=progress.step, samples=progress.samples)
+
     def step(self, progress: Progress, result: StepResult, waited: float) -> None:
-        """Report a finished step. waited: seconds for which this rank waited for its data."""
+        """Report a finished step. waited: seconds for which this rank waited for data."""
+        logged = self._report_step(progress, result, waited)
+        self.events.write(
+            "step",
+            step=progress.step,
+            samples=progress.samples,
+            digest=f"{result.consumed.digest:016x}",
+            waited=round(waited, 4),
+            applied=result.applied,
+            logged=logged,
+        )
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Record the block as time in which a checkpoint held up training, and what it has completed."""
+        with self.events.timed("save", step) as values:
+            yield
+            saved, self.run.checkpoints.saved = self.run.checkpoints.saved, None
+            if saved is not None:
+                values["saved"] = {"name": step_name(saved.step), "bytes": saved.num_bytes, "seconds": round(saved.seconds, 4)}
+
+    def _report_step(self, progress: Progress, result: StepResult, waited: float) -> bool:
+        """Log and print what is due; true if metrics.jsonl has it."""
         logging, step, now = self.run.settings.logging, progress.step, time.perf_counter()
         self.first = self.first or (step, now)
         self.recent.append((result.consumed.tokens, now - self.last_end, waited))
@@ -69,13 +109,13 @@ class Reporter:
             for interval in every
         )
         if not (metrics_due or progress_due or selection_due or histogram_due):
-            return
+            return False
 
         # Collective: every rank takes part in the reductions, then only the first goes on.
         totals = result.sums.over_ranks(self.run.models.group)
         data_wait = max_over_ranks(self._data_wait(), self.run.device)
         if self.logbook is None:
-            return
+            return False
 
         record = self._record(progress, result, totals) | {"data_wait": data_wait}
         if metrics_due:
@@ -87,6 +127,7 @@ class Reporter:
             self.say(progress_line(record, self.run.settings.training.steps, left * self._seconds_a_step(progress)))
         if selection_due and step % logging.selection_every == 0 and self.run.settings.model.num_prediction_heads > 1:
             self.say(selection_block(record))
+        return metrics_due
 
     def validate_if_due(self, progress: Progress, stop: StopRequest) -> bool:
         """Evaluate on the held-out folders at the first step, the last one, and at the interval between. Collective.
@@ -114,7 +155,7 @@ class Reporter:
         done = self.validated if progress.step == self.first_step else set()
         for held_out in self.run.held_out:
             if held_out.name not in done:
-                with heartbeat.during("validating"):
+                with self.events.timed("validation", progress.step), heartbeat.during("validating"):
                     self._report_validation(progress, held_out, *self._evaluate(progress, held_out, stop))
 
     def _evaluate(self, progress: Progress, held_out: HeldOutRows, stop: StopRequest) -> tuple[Record, list[str]]:
@@ -146,6 +187,7 @@ class Reporter:
 
     def sync(self) -> None:
         """Have the records on the disk, before a checkpoint says that they are."""
+        self.events.sync()
         if self.logbook is not None:
             self.logbook.sync()
 
@@ -158,6 +200,7 @@ class Reporter:
             print(text, flush=True)
 
     def close(self) -> None:
+        self.events.close()
         if self.logbook is not None:
             self.logbook.close()
 

@@ -55,6 +55,7 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     while gone_back_to is not None:
         progress = gone_back_to
         reporter = Reporter(run, progress.step)
+        reporter.begin(progress)
         if not reporter.validate_if_due(progress, stop):
             raise StoppedError
         gone_back_to = train_on(run, progress, reporter, stop)
@@ -89,7 +90,8 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
         heartbeat.enter("training", progress.step)
 
         # Metrics, and the check that ranks still agree.
-        reporter.step(progress, result, 0.0 if following is None else following.waited)
+        waits = [fetched.waited] if reporter.first is None else []
+        reporter.step(progress, result, sum(waits) if following is None else sum(waits, following.waited))
         if is_check_due(training, progress.step):
             check_ranks_agree(common_values(run, progress, result), run.device)
 
@@ -112,11 +114,13 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
         is_stopped = flags.stop_requested or not validated
         save_due |= progress.step % run.settings.checkpoint.every == 0 or flags.save_due
         if flags.save_written:
-            run.checkpoints.go_on()
+            with reporter.saving(progress.step):
+                run.checkpoints.go_on()
         if is_last or is_stopped or (save_due and result.applied):
             at_once = is_last or is_stopped
             reporter.sync()
-            save(run, progress, in_background=not at_once)
+            with reporter.saving(progress.step):
+                save(run, progress, in_background=not at_once)
             save_due = False
             reporter.restart_clock()
         if is_stopped:

@@ -14,10 +14,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # A shared machine's pauses are no defect of the code under test.
-settings.register_profile("project", deadline=None)
+settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
 
 # A session in a script's background has to ignore SIGINT, and so would every process that a test starts. What a handler ignores

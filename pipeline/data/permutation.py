@@ -8,7 +8,7 @@ are hashed by SplitMix64 (Steele, Lea and Flood 2014, doi 10.1145/2660193.266019
 import numpy as np
 
 # The first integer of a name says what is permuted, so that permutations of different kinds are independent.
-SHARDS, BLOCK, DOCUMENTS, WORDS, COPIES, ROWS, GROUP_MEMBERS, GROUPS = 1, 2, 3, 4, 5, 6, 7, 8
+SHARDS, BLOCK, DOCUMENTS, WORDS, COPIES, ROWS, GROUP_MEMBERS, GROUPS, DIGEST = range(1, 10)
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

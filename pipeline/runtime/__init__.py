@@ -16,6 +16,7 @@ flight_recorder  keeps a rank's last collectives when a job ends because a rank 
 agreement       checks that ranks have not diverged; agrees to stop where nothing is to be saved
 non_finite      the rule for numbers that are not finite, and its collective parts
 metrics         the selection's statistics, summed on the device, reduced over ranks at intervals
+events          events.jsonl: what has happened to a run, for `launch/audit.py`
 logbook         writes metrics.jsonl and TensorBoard
 tensorboard     tags, charts and histograms
 terminal        progress lines, selection blocks, the table that closes a run

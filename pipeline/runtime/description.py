@@ -13,6 +13,7 @@ import torch
 
 from pipeline.config import Settings
 from pipeline.runtime.distributed import World
+from pipeline.storage.masking import masked_values
 from pipeline.storage.whole_file import write_file
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "tokenizers", "safetensors", "numpy")
@@ -23,7 +24,7 @@ def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], w
     run_dir.mkdir(parents=True, exist_ok=True)
     write_file(run_dir / "config.yaml", settings.to_yaml().encode())
     environment = {
-        "command": sys.argv,
+        "command": masked_values(sys.argv),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
@@ -31,7 +32,7 @@ def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], w
         "ranks": world.size,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "threads_per_rank": torch.get_num_threads(),
-        "deepspeed_json": deepspeed,
+        "deepspeed_json": masked_values(deepspeed),
     }
     write_file(run_dir / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
 

@@ -15,6 +15,7 @@ from pipeline.runtime.model_content import ModelContent
 from pipeline.setting_types import ResumeRule
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Location
+from pipeline.storage.masking import masked_values
 
 RESUME_RULES = {
     f"{section}.{key}": change
@@ -49,8 +50,10 @@ class Change(NamedTuple):
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """List the entries of two identities that differ and change a run's result.
 
-    An older program's identity lacks settings that it did not know: it ran with what is now their default.
+    An older program's identity lacks settings that it did not know: it ran with what is now their default. Secrets are compared
+    masked: another password leads to the same data, which is compared by content.
     """
+    before, after = masked_values(dict(before)), masked_values(dict(after))
     keys = dict.fromkeys([*before, *after])
     changes = [
         Change(

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.runtime.metrics import Record, Totals
 from pipeline.runtime.tensorboard import chart_layout, histogram_arguments, split_of, tensorboard_tag
+from pipeline.storage.json_lines import read_json_lines
 from pipeline.storage.whole_file import naming, sync_file, write_file
 
 METRICS_FILE = "metrics.jsonl"
@@ -82,18 +83,9 @@ def read_records(run_dir: Path) -> list[Record]:
 
 def _read(path: Path) -> tuple[list[Record], int]:
     """(the records of a metrics.jsonl, the number of lines that are none)."""
-    *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    records = [_record(line) for line in lines]
-    whole = [record for record in records if record is not None]
-    return whole, len(records) - len(whole) + bool(last)
-
-
-def _record(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    records = [line.value for line in read_json_lines(path)]
+    whole = [record for record in records if record is not None and isinstance(record.get("step"), int)]
+    return whole, len(records) - len(whole)
 
 
 def _notes(records: Sequence[Record], num_damaged: int, first_step: int) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from pipeline.storage.disk_cache import DiskCache
 from pipeline.storage.location import PIPE, Location, Url
+from pipeline.storage.masking import masked_text
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 10.0
 _MAX_WRONG_ANSWERS = 4
@@ -169,7 +170,7 @@ class PipeFile:
         self.size = os.fstat(self._file.fileno()).st_size
         if done.returncode:
             self.close()
-            last_line = " ".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
+            last_line = masked_text(" ".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:]))
             if not 0 < done.returncode < _NOT_RUN:
                 raise StorageError(
                     f"{pipe}: the command could not be run to its end, code {done.returncode}: {last_line}; the machine is at "
@@ -223,7 +224,7 @@ def fetch(url: Url, start: int, size: int | None, access: Access) -> bytes:
         except Exception as error:  # every file system of fsspec raises its own kinds
             if wrong_answers == _MAX_WRONG_ANSWERS or _is_final(error):
                 raise _final(error, url) from None
-            problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            problem = masked_text(f"{type(error).__name__}: {error}") if str(error) else type(error).__name__
 
         # Wait, unless the time is over or the reader was closed.
         if time.monotonic() - started + pause > access.retry_seconds:
@@ -249,7 +250,9 @@ def _final(error: Exception, url: Url) -> OSError:
         return FileNotFoundError(2, "No such file", str(url))
     if getattr(error, "status", None) == 416:
         return OSError(f"{url}: the file ends before the bytes that were asked for")
-    return StorageError(f"{url}: {error}") if not isinstance(error, OSError) or isinstance(error, PermissionError) else error
+    if isinstance(error, OSError) and not isinstance(error, PermissionError):
+        return error
+    return StorageError(f"{url}: {masked_text(str(error))}")
 
 
 _open_systems: dict[tuple[int, str, float], Any] = {}
@@ -266,11 +269,11 @@ def _file_system(url: Url, access: Access) -> tuple[Any, str]:
     try:
         if key not in _open_systems:
             _open_systems[key] = fsspec.filesystem(url.scheme, **_options(url.scheme, silent_seconds))
-        return _open_systems[key], _open_systems[key]._strip_protocol(str(url))
+        return _open_systems[key], _open_systems[key]._strip_protocol(url.raw)
     except ImportError as error:
         raise StorageError(f"{url}: {error}; {_remedy(url.scheme)}") from None
     except ValueError as error:
-        raise StorageError(f"{url}: {error}; expected a folder, https://, http:// or s3://") from None
+        raise StorageError(f"{url}: {masked_text(str(error))}; expected a folder, https://, http:// or s3://") from None
 
 
 def _remedy(scheme: str) -> str:

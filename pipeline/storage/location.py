@@ -12,18 +12,46 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import PlainSerializer, PlainValidator
 
+from pipeline.storage.masking import masked
+
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):(?!\\)")
 PIPE = "pipe:"
 
 
 class Url(str):
-    """A URL, such as `https://host/folder`, `s3://bucket/folder` or `pipe:aws s3 cp s3://bucket/folder/{} -`."""
+    """A URL, such as `https://host/folder`, `s3://bucket/folder` or `pipe:aws s3 cp s3://bucket/folder/{} -`.
 
-    __slots__ = ()
+    Wherever it is formatted its secrets are masked, so that no message or file can hold them; `raw` is what reads data.
+
+    file: the name that was put into a pipe, which a masked command does not show.
+    """
+
+    __slots__ = ("file",)
+    file: str
+
+    def __new__(cls, value: str, file: str = "") -> "Url":
+        url = super().__new__(cls, value)
+        url.file = file
+        return url
+
+    def __str__(self) -> str:
+        shown = masked(self.raw)
+        return f"{shown} {self.file}" if self.file else shown
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+    def __format__(self, form: str) -> str:
+        return format(str(self), form)
+
+    @property
+    def raw(self) -> str:
+        """All of it, secrets included."""
+        return str.__str__(self)
 
     def __truediv__(self, name: str) -> "Url":
         if self.is_pipe:
-            return Url(self.replace("{}", shlex.quote(name)))
+            return Url(self.replace("{}", shlex.quote(name)), name)
         scheme, host, path, query, _ = urlsplit(self)
         return Url(urlunsplit((scheme, host, f"{path.rstrip('/')}/{name}", query, "")))
 
@@ -61,10 +89,10 @@ def parse_location(value: Any) -> Location:
     # A pipe or a URL.
     if value.startswith(PIPE):
         if "{}" not in value:
-            raise ValueError("expected {} in a pipe: the place of a file's name, as in pipe:aws s3 cp s3://BUCKET/DIR/{} -")
+            raise ValueError("expected {} in a pipe: the place of a file's name, as in 'aws s3 cp s3://BUCKET/DIR/{} -'")
         return Url(value)
     if "://" not in value:
-        raise ValueError(f"expected {scheme[1]}://…, file:PATH, pipe:COMMAND or a folder")
+        raise ValueError(f"expected {scheme[1]}://…, file:PATH, a command behind pipe: or a folder")
     return Url(value)
 
 

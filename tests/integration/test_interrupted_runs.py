@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.audit.report import audit, figures
 from pipeline.runtime.heartbeat import EXIT_HANG
 from pipeline.runtime.logbook import read_records
 from tests.integration.test_command_line import ENVIRONMENT, SCRIPT, ZERO3, checkpoints
@@ -101,6 +102,26 @@ def test_a_run_continues_exactly_after_kills_and_with_other_numbers_of_ranks(rec
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert checkpoints(run_dir)[-1] == f"step-{STEPS:08d}"
     assert not list(run_dir.glob("checkpoints/*.partial"))
+    assert_the_run_proves_it(run_dir)
+
+
+def assert_the_run_proves_it(run_dir: Path) -> None:
+    """Audit the run of four starts, two of which were killed; then the same with one bit of its newest weights flipped."""
+    found = figures(audit(run_dir))
+    assert found["sound"], found["problems"]
+    assert [start["ranks"] for start in found["starts"]] == [1, 1, 2, 4]
+    assert found["samples"]["steps_verified"] == STEPS + found["steps_abandoned"]
+    assert found["steps_abandoned"] > 0
+    assert [each["most"] for each in found["samples"]["sets"]] == [1]
+    assert sum(found["wall_clock"]["percent"].values()) == pytest.approx(100, abs=1)
+    assert all(found["wall_clock"]["by_kind"][kind] > 0 for kind in ("productive", "saving", "lost_work", "restarts"))
+
+    weights = next((run_dir / "checkpoints" / checkpoints(run_dir)[-1]).glob("rank-00002.*"))
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 16
+    weights.write_bytes(content)
+    (problem,) = figures(audit(run_dir))["problems"]
+    assert problem.startswith(f"{checkpoints(run_dir)[-1]}: {weights.name}: its bytes are not those that were written")
 
 
 @pytest.mark.slow

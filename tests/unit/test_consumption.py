@@ -28,13 +28,17 @@ def sample(documents, damage=None):
     return Sample("shard/key", np.arange(T, dtype=np.uint16), lengths.astype(np.uint32), sources.astype(np.uint8), damage)
 
 
+def counted(batches, num_sources):
+    return count(batches, num_sources, [0] * len(batches))
+
+
 rows = st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2)), max_size=2)
 
 
 @settings(max_examples=40)
 @given(batches=st.lists(st.lists(rows, min_size=1, max_size=3), min_size=1, max_size=3))
 def test_counts_are_those_of_counting_by_hand(batches):
-    consumed = Consumed.of(count([collate([sample(row) for row in rows]) for rows in batches], 3).tolist())
+    consumed = Consumed.of(counted([collate([sample(row) for row in rows]) for rows in batches], 3).tolist())
     tokens, samples = [0] * 3, [0] * 3
     for documents in (row for rows in batches for row in rows):
         for length, source in documents:
@@ -47,7 +51,7 @@ def test_counts_are_those_of_counting_by_hand(batches):
 
 
 def settled(batches, before=0, **changes):
-    return handle_damage(Consumed.of(count(batches, 1).tolist()), batches, DataSettings(**changes), before)
+    return handle_damage(Consumed.of(counted(batches, 1).tolist()), batches, DataSettings(**changes), before)
 
 
 def test_damage_is_an_error_or_passed_over_up_to_a_cap():
@@ -82,7 +86,7 @@ def settle_on_this_rank():
         batches = [collate([sample([(3, 0)])])]
         if dist.get_rank() == 1:
             batches = [blank_batch(1, T, failure) if failure else collate([sample([], "shard x, sample 7")])]
-        counts = count(batches, 1)
+        counts = counted(batches, 1)
         dist.all_reduce(counts)
         try:
             answers.append(handle_damage(Consumed.of(counts.tolist()), batches, DataSettings(on_corrupt=on_corrupt), 0))
@@ -103,7 +107,7 @@ def test_curves_have_regular_names_and_follow_each_set_and_source(tmp_path):
     sizes = {"lanes": 4, "global_batch": 8, "micro_batch": 2, "rank": 0, "world_size": 1, "seed": 0, "shuffle_block": 8}
     stream = Stream(sets, **sizes)
     progress = types.SimpleNamespace(corrupt_samples=3, tokens_by_source=[10, 20, 30], samples_by_source=[4, 5, 6], skipped=())
-    consumed = Consumed(tokens=24, positions=32, damaged=0, failed=0, tokens_by_source=[], samples_by_source=[])
+    consumed = Consumed(tokens=24, positions=32, damaged=0, failed=0, digest=0, tokens_by_source=[], samples_by_source=[])
     record = data_metrics(stream, 80, progress, consumed)
     assert record == {
         "data_epoch": 80 / 60,

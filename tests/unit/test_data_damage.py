@@ -531,7 +531,7 @@ edits = st.lists(
 )
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(edits=edits, suffix=st.sampled_from(["tar", "tar", "tar", "tar.idx", "tar.crc32"]), has_crc32=st.booleans())
 def test_any_mutation_of_a_shard_is_refused_or_gives_the_right_tokens(whole, tmp_path, edits, suffix, has_crc32):
     folder = tmp_path / "fuzzed"

@@ -38,8 +38,8 @@ from pipeline.model.model_config import ModelFilesError
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.weight_files import weight_files
 from pipeline.recipe import load_settings
+from pipeline.runtime.checkpoint.folders import read_state_of, saved_steps
 from pipeline.runtime.checkpoint.fragment_file import FileError, read_header, write_tensors
-from pipeline.runtime.checkpoint.read import checkpoint_names, read_state_of
 from pipeline.runtime.deepspeed_json import read_deepspeed_json
 from pipeline.runtime.logbook import Logbook, read_records
 from tests.data_sets import numbered_data
@@ -207,7 +207,7 @@ def door_weights_index(folder: Path, content: bytes) -> str:
 def door_checkpoint_state(folder: Path, content: bytes) -> str:
     (folder / "step-00000001").mkdir()
     (folder / "step-00000001" / "state.json").write_bytes(content)
-    assert checkpoint_names(folder) == ["step-00000001"]
+    assert saved_steps(folder) == [1]
     state, problem = read_state_of(folder / "step-00000001")
     assert state is None
     return problem

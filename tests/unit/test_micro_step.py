@@ -77,9 +77,9 @@ def test_a_step_runs_one_count_one_exchange_a_pool_and_one_reduction_of_metrics(
 
     for (pool, name), collectives in zip(WAYS, padded, strict=True):
         counting, *exchanges, metrics = collectives
-        # What the data was is counted along, and the ranks, with their three flags: tokens, positions, damage, and two numbers
-        # for each of two sources.
-        assert counting == Collective("all_reduce", 8 * (MICRO_STEPS * HEADS + HEADS + 4 + 4 + 2 * 2))
+        # What the data was is counted along, and the ranks, with their three flags: tokens, positions, damage, the digest
+        # of the samples, and two numbers for each of two sources.
+        assert counting == Collective("all_reduce", 8 * (MICRO_STEPS * HEADS + HEADS + 4 + 6 + 2 * 2))
         expected = {"global": 2 * exchanged(name, 1), "step": exchanged(name, 2)}.get(pool, [])
         assert exchanges == expected, (pool, name)
         assert metrics.kind == "all_reduce"

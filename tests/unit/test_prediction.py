@@ -101,7 +101,7 @@ def test_it_learns_from_applied_steps_of_pools_that_ranks_share_alone(applied: b
     sums.thresholds.append(torch.tensor([3.0]))
     objective = ObjectiveSettings(0.6, [1.0, 1.0], pool, "valid")
     counts = StepCounts([[1, 1]], [1, 1], [[1]], [1.0, 1.0], [], objective)
-    result = StepResult(counts, Consumed(9, 9, 0, 0, [9], [1]), [], sums, torch.tensor(2.0), 1.0, 0.1, applied, None)
+    result = StepResult(counts, Consumed(9, 9, 0, 0, 0, [9], [1]), [], sums, torch.tensor(2.0), 1.0, 0.1, applied, None)
     progress = Progress(prediction=Prediction.of([1.0]))
     advance(progress, result, Settings.model_validate({"training": {"selection_pool": pool}}))
     assert progress.prediction.numbers() == [level]

@@ -18,6 +18,7 @@ from pipeline.reporter import Reporter
 from pipeline.run import Run
 from pipeline.runtime.distributed import World
 from pipeline.runtime.logbook import read_records
+from pipeline.runtime.preemption import StopRequest
 from tests.dense import dense_model, settings_for
 
 
@@ -50,7 +51,7 @@ def reporter_for(run_dir: Path, **folders: Path) -> Reporter:
 
 def test_each_held_out_folder_has_a_line_under_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = reporter_for(tmp_path, web=folder(tmp_path / "a", 10), books=folder(tmp_path / "b", 20))
-    reporter.validate(Progress())
+    reporter.validate_if_due(Progress(), StopRequest())
     reporter.close()
     assert [(line["step"], line["split"], line["set"], line["rows"]) for line in read_records(tmp_path)] == [
         (0, "validation", "web", 7),
@@ -67,8 +68,8 @@ def test_a_folder_whose_tokens_bytes_are_not_known_says_so_once(tmp_path: Path, 
     path = folder(tmp_path / "a", 10)
     write_manifest(path, read_manifest(path).model_copy(update={"tokenizer_sha256": "0" * 64}))
     reporter = reporter_for(tmp_path, web=path)
-    reporter.validate(Progress())
-    reporter.validate(Progress(step=1))
+    reporter.validate_if_due(Progress(), StopRequest())
+    reporter.validate_if_due(Progress(step=reporter.run.settings.training.steps), StopRequest())
     reporter.close()
     assert all("bits_per_byte" not in line for line in read_records(tmp_path))
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "bits per byte" in line]

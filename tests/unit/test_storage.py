@@ -106,7 +106,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if fault == "delay":
             time.sleep(0.3)
-        path = self.server.folder / self.path.rpartition("/")[2]
+        path = self.server.folder / self.path.partition("?")[0].rpartition("/")[2]
         if not path.is_file():
             self.send_error(404)
             return

@@ -11,6 +11,8 @@
     batch         a micro-batch as tensors, and the targets and valid pairs of each head
     prefetch      a background thread that copies batches to the device ahead of use
     sample_trace  lists which sample reaches which rank in which step
+    row_digest    a number that tells which sample a step had in which row, on any number of ranks
+    order_record  the order as a JSON value, from which it is computed again
 
 A batch walks through: order → lane_reader → stream → batch → prefetch.
 """

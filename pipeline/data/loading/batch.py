@@ -48,6 +48,7 @@ class Batch:
     document_ids_BT: int32; 0, 1, 2 … within each row, −1 on padding.
     sources_BT: int64 index into the manifest's sources; 0 on padding and where sources have no names.
     keys: `SHARD/KEY` of each row.
+    numbers_B: int64 on the host, the place of each row among all samples of the data; -1 where there is none.
     spans: the documents, for attention.
     documents: the documents, for counting on the host.
     damage: one message for each damaged row, which padding replaces.
@@ -59,6 +60,7 @@ class Batch:
     document_ids_BT: Tensor
     sources_BT: Tensor
     keys: tuple[str, ...]
+    numbers_B: np.ndarray
     spans: Spans
     documents: DocumentTable
     damage: tuple[str, ...] = ()
@@ -118,6 +120,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         document_ids_BT=torch.from_numpy(document_ids_BT),
         sources_BT=_sources(samples, lengths, tokens_BT.shape),
         keys=tuple(sample.key for sample in samples),
+        numbers_B=np.array([sample.number for sample in samples], np.int64),
         spans=_spans(lengths),
         documents=_document_table(samples),
         damage=tuple(sample.damage for sample in samples if sample.damage is not None),
@@ -160,6 +163,7 @@ def blank_batch(num_rows: int, sequence_length: int, failure: str) -> Batch:
         padding_BT,
         zeros_BT,
         ("(not read)",) * num_rows,
+        np.full(num_rows, -1, np.int64),
         _spans(np.full(num_rows, sequence_length)),
         DocumentTable(*np.zeros((3, 0), np.int64)),
         failure=failure,

@@ -5,6 +5,7 @@ together, and remote data is fetched by many requests in parallel. It yields chu
 arrays, because sending an object through a worker's pipe has a fixed cost per array.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -59,6 +60,7 @@ class RoundsChunk:
     lengths, sources: uint32 and uint8, the documents' lengths and sources, of all samples concatenated.
     reference_losses: float32 [N, T, C]; None if none are cached.
     keys: `SHARD/KEY` of each sample.
+    numbers: `Sample.number` of each sample.
     damage: the message of each damaged sample, by its index.
     """
 
@@ -69,6 +71,7 @@ class RoundsChunk:
     sources: np.ndarray | None
     reference_losses: np.ndarray | None
     keys: list[str]
+    numbers: list[int]
     damage: dict[int, str]
 
     @classmethod
@@ -86,6 +89,7 @@ class RoundsChunk:
             if samples[0].reference_losses is None
             else np.stack([sample.reference_losses for sample in samples if sample.reference_losses is not None]),
             [sample.key for sample in samples],
+            [sample.number for sample in samples],
             {number: sample.damage for number, sample in enumerate(samples) if sample.damage is not None},
         )
 
@@ -101,6 +105,7 @@ class RoundsChunk:
                 None if self.sources is None else self.sources[start:end],
                 self.damage.get(number),
                 None if self.reference_losses is None else self.reference_losses[number],
+                self.numbers[number],
             )
             for number, (key, start, end) in enumerate(zip(self.keys, [0, *ends], ends, strict=False))
         ]
@@ -154,8 +159,10 @@ class LaneRounds(IterableDataset):
         self.end_round = end_round
 
         # How many rounds make a chunk and a window, from the average size of a row.
+        sizes = [manifest.num_samples for manifest in manifests]
+        self.samples_before = list(itertools.accumulate(sizes, initial=0))
         num_bytes = sum(int(ShardTable.of(manifest.shards).sizes.sum()) for manifest in manifests)
-        row_bytes = max(1, num_bytes // sum(manifest.num_samples for manifest in manifests))
+        row_bytes = max(1, num_bytes // sum(sizes))
         self.chunk_rounds = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes) // len(lanes))
         self.window_rounds = max(1, _WINDOW_BYTES // row_bytes // len(lanes))
 
@@ -227,11 +234,12 @@ class LaneRounds(IterableDataset):
         return found
 
     def _joined(self, sample: Sample, number: int) -> Sample:
-        """Translate a sample's key and source indices from its own set to the mixture."""
+        """Translate a sample's key, number and source indices from its own set to the mixture."""
         source_map = self.source_maps[number]
         assert source_map is not None
         own = np.zeros(len(sample.lengths), np.uint8) if sample.sources is None else sample.sources
-        return replace(sample, key=f"{self.sets[number].name}:{sample.key}", sources=source_map[own])
+        key, place = f"{self.sets[number].name}:{sample.key}", self.samples_before[number] + sample.number
+        return replace(sample, key=key, sources=source_map[own], number=place)
 
 
 def _reader(each: DataSet, manifest: Manifest, access: Access, max_open_shards: int) -> Reader:

@@ -44,14 +44,14 @@ class EpochOrder:
     """
 
     def __init__(self, shard_samples: Sequence[int] | np.ndarray, *, lanes: int, seed: int, shuffle_block: int) -> None:
-        self._shard_samples = np.array(shard_samples, dtype=np.int64)
-        self.num_samples = int(self._shard_samples.sum())
+        self.shard_samples = np.array(shard_samples, dtype=np.int64)
+        self.num_samples = int(self.shard_samples.sum())
         if self.num_samples < lanes:
             raise DataError(too_few_samples(self.num_samples, lanes))
         self.lanes = lanes
         self.seed = seed
         self.shuffle_block = shuffle_block
-        self._shards = ShardOrder(self._shard_samples, seed)
+        self._shards = ShardOrder(self.shard_samples, seed)
         self._blocks: LRUCache[tuple[int, int, int], np.ndarray] = LRUCache(_MAX_CACHED_BLOCKS)
 
     @property
@@ -106,7 +106,7 @@ class EpochOrder:
         return self._blocks.get((epoch, shard, block), lambda: self._permuted_block(epoch, shard, block))
 
     def _permuted_block(self, epoch: int, shard: int, block: int) -> np.ndarray:
-        rest = int(self._shard_samples[shard]) - block * self.shuffle_block
+        rest = int(self.shard_samples[shard]) - block * self.shuffle_block
         return permutation(min(self.shuffle_block, rest), BLOCK, self.seed, epoch, shard, block)
 
 

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
+
 from pipeline.data.errors import DataError
 from pipeline.data.shards.index import IndexChunk, IndexChunks, ReadRange
 from pipeline.data.shards.manifest import Manifest
@@ -47,6 +49,7 @@ class ShardReader:
         self.directory = directory
         self.manifest = manifest
         self._table = ShardTable.of(manifest.shards)
+        self._samples_before = np.cumsum(self._table.samples) - self._table.samples
         self._closed = threading.Event()
         self._decoder = SampleDecoder(manifest)
         self._shards = OpenShards(directory, manifest, replace(access, cancelled=self._closed), max_open_shards)
@@ -215,7 +218,8 @@ class ShardReader:
                 raise DamageError(f"expected {end - start} bytes at {range_.offsets[index]} of the tar, got {len(own)}")
             if zlib.crc32(own) != range_.checksums[index]:
                 raise DamageError(f"its CRC-32 is {zlib.crc32(own):08x}, expected {range_.checksums[index]:08x}")
-            return self._decoder.decode(own, self._table.name(range_.shard))
+            number = self._number(range_.shard, range_.samples[index])
+            return self._decoder.decode(own, self._table.name(range_.shard), number)
         except DamageError as damage:
             return self._blank(range_.shard, range_.samples[index], damage)
 
@@ -225,4 +229,7 @@ class ShardReader:
             f"shard {name}, sample {sample}, in {self.directory} is damaged: {damage}; "
             "copy the shard and its .idx and .crc32 again from where the data was prepared, or prepare again"
         )
-        return self._decoder.blank(f"{name}/(damaged: sample {sample})", message)
+        return self._decoder.blank(f"{name}/(damaged: sample {sample})", message, self._number(shard, sample))
+
+    def _number(self, shard: int, sample: int) -> int:
+        return int(self._samples_before[shard]) + sample

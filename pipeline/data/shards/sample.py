@@ -38,6 +38,7 @@ class Sample:
     sources: uint8 [D], the source of each document; None where the data has no named sources.
     damage: None, or the error message of a damaged row, which this row of padding replaces.
     reference_losses: float32 [T, C], the cached losses (`shards.reference_losses`); None where none are read.
+    number: its place among all samples of the data, in the manifest's order, also of a damaged one; -1 of mere padding.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Sample:
     sources: np.ndarray | None
     damage: str | None = None
     reference_losses: np.ndarray | None = None
+    number: int = -1
 
 
 class SampleDecoder:
@@ -63,8 +65,8 @@ class SampleDecoder:
         # blocks of headers, pax records and padding.
         self.max_bytes = manifest.sequence_length * (self._tokens.itemsize + 4 + 1) + 3 * 8 * _BLOCK
 
-    def decode(self, data: bytes, shard: str) -> Sample:
-        """Decode the tar blocks of one sample.
+    def decode(self, data: bytes, shard: str, number: int = -1) -> Sample:
+        """Decode the tar blocks of one sample. number: `Sample.number`.
 
         Raises:
             DamageError: `data` is not exactly one sample, or does not fit the manifest.
@@ -76,12 +78,13 @@ class SampleDecoder:
         lengths = _from_npy(members["documents.npy"], LENGTH, "documents")
         sources = _from_npy(members["sources.npy"], SOURCE, "sources") if self._num_sources else None
         self._check(tokens, lengths, sources)
-        return Sample(f"{shard}/{key}", tokens, lengths, sources)
+        return Sample(f"{shard}/{key}", tokens, lengths, sources, number=number)
 
-    def blank(self, key: str, damage: str | None) -> Sample:
+    def blank(self, key: str, damage: str | None, number: int = -1) -> Sample:
         """Make a row of padding, which has no valid pairs. damage: what is wrong with the sample it replaces, if any."""
         sources = np.zeros(0, SOURCE) if self._num_sources else None
-        return Sample(key, np.zeros(self._sequence_length, self._tokens), np.zeros(0, LENGTH), sources, damage)
+        tokens = np.zeros(self._sequence_length, self._tokens)
+        return Sample(key, tokens, np.zeros(0, LENGTH), sources, damage, number=number)
 
     def _check(self, tokens: np.ndarray, lengths: np.ndarray, sources: np.ndarray | None) -> None:
         if len(tokens) != self._sequence_length:

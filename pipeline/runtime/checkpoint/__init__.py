@@ -2,7 +2,8 @@
 
 checkpoints    saves, finds and loads the checkpoints of one run directory
 commit         writes a checkpoint in the background, and makes it one
-read           verifies a checkpoint and loads it into an engine
+folders        finds checkpoints and verifies their bytes, without torch
+read           loads a checkpoint into an engine, verifying every byte
 retention      which checkpoint folders stay
 fragments      this rank's share of every parameter and optimizer state, in any ZeRO stage
 fragment_file  one rank's file, hashed while it is written and read

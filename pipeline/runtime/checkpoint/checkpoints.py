@@ -15,8 +15,9 @@ from typing import Any
 
 from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint.commit import Saved, SaveError, Writer, start_thread, step_name
-from pipeline.runtime.checkpoint.read import load, read_state_of, saved_steps
+from pipeline.runtime.checkpoint.commit import Saved, SaveError, Writer, start_thread
+from pipeline.runtime.checkpoint.folders import read_state_of, saved_steps, step_name
+from pipeline.runtime.checkpoint.read import load
 from pipeline.runtime.checkpoint.retention import remove_all, remove_unfinished, retire_later, set_old_aside
 from pipeline.runtime.checkpoint.state import HeldOut, State
 from pipeline.runtime.distributed import World, broadcast_from_first
@@ -53,6 +54,8 @@ class Checkpoints:
         self.from_step = from_step
         self._writer = Writer(self.directory, world)
         self._say = say if world.is_first else lambda text: None
+        # The newest checkpoint that was completed, until somebody takes note of it.
+        self.saved: Saved | None = None
         self._failed_in_a_row = 0
         self._last_begun = time.monotonic()
         self._return_to: int | None = None
@@ -113,6 +116,7 @@ class Checkpoints:
             return
         if saved is None:
             return
+        self.saved = saved
         self._failed_in_a_row = 0
         if self.world.is_first:
             old = set_old_aside(self.directory, saved.step, self.settings, self._return_to)

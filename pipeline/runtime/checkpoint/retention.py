@@ -5,20 +5,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.config import CheckpointSettings
-from pipeline.runtime.checkpoint.commit import PARTIAL, remove, step_name
-from pipeline.runtime.checkpoint.read import saved_steps
+from pipeline.runtime.checkpoint.commit import remove
+from pipeline.runtime.checkpoint.folders import ABANDONED, PARTIAL, saved_steps, step_name
 
-_ABANDONED, _ABANDONED_KEPT = "abandoned-", 3
+_ABANDONED_KEPT = 3
 
 
 def retire_later(directory: Path, step: int) -> None:
     """Rename checkpoints later than `step`, so that the newest folder is again the one that the run continues."""
     for later in saved_steps(directory):
         if later > step:
-            abandoned = directory / f"{_ABANDONED}{step_name(later)}"
+            abandoned = directory / f"{ABANDONED}{step_name(later)}"
             remove(abandoned)
             os.replace(directory / step_name(later), abandoned)
-    remove_all(sorted(directory.glob(f"{_ABANDONED}*"), reverse=True)[_ABANDONED_KEPT:])
+    remove_all(sorted(directory.glob(f"{ABANDONED}*"), reverse=True)[_ABANDONED_KEPT:])
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -1,0 +1,199 @@
+"""The history of a run, from events.jsonl: the line of steps that it has ended up with, and what was abandoned on the way.
+
+A run that is killed goes on from a checkpoint, and one that is asked to (`--from-step`) from an older one; the steps after it
+are then abandoned, and trained again. The *line* has each step once: the one that the weights of now descend from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.events import EVENTS_FILE
+from pipeline.storage.json_lines import read_json_lines
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "start": {"began": (int, float), "ranks": int},
+    "order": {"lanes": int, "seed": int, "shuffle_block": int, "global_batch": int, "sets": list},
+    "resume": {"step": int, "samples": int},
+    "step": {"step": int, "samples": int, "digest": str, "waited": (int, float), "applied": bool, "logged": bool},
+    "validation": {"step": int, "seconds": (int, float)},
+    "save": {"step": int, "seconds": (int, float)},
+    "end": {},
+}
+"""The types of an event's values, by its kind."""
+
+
+@dataclass
+class Event:
+    """An event. line: its number in the file. order: the number of the order of samples then in force; -1 before the first.
+    abandoned: true if what was done then was left behind later, or is not of the line for another reason."""
+
+    line: int
+    time: float
+    kind: str
+    values: dict[str, Any]
+    order: int = -1
+    abandoned: bool = False
+
+    @property
+    def step(self) -> int:
+        return self.values.get("step", 0)
+
+
+@dataclass
+class Return:
+    """Training went on from `step` after it had come to step `reached`."""
+
+    step: int
+    reached: int
+
+
+@dataclass
+class History:
+    """A run's history.
+
+    events: all, as they were written. line: the step events of the line, by their step. orders: the recorded orders of samples.
+    returns: where training went on from an earlier step. problems, notes: a sentence each; what contradicts a sound run, and
+    what is worth knowing.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    line: dict[int, Event] = field(default_factory=dict)
+    orders: list[dict[str, Any]] = field(default_factory=list)
+    returns: list[Return] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> int:
+        return max(self.line, default=0)
+
+    @property
+    def starts(self) -> list[Event]:
+        return [event for event in self.events if event.kind == "start"]
+
+    @property
+    def steps(self) -> list[Event]:
+        """All steps, abandoned ones included."""
+        return [event for event in self.events if event.kind == "step"]
+
+
+def read_history(run_dir: Path) -> History:
+    """Read a run's events and follow them."""
+    history = History()
+    path = run_dir / EVENTS_FILE
+    if not path.is_file():
+        history.problems.append(f"{EVENTS_FILE}: there is none, so nothing is known of samples and time")
+        return history
+    _read_events(path, history)
+    _Follower(history).follow()
+    return history
+
+
+def _read_events(path: Path, history: History) -> None:
+    """Read whole lines. A torn one is what a kill leaves at the end of a job; anywhere else records are damaged."""
+    torn: int | None = None
+    for line in read_json_lines(path):
+        event = _event(line.number, line.value)
+        if torn is not None and (event is None or event.kind != "start"):
+            history.problems.append(f"{EVENTS_FILE}: line {torn} is damaged, and what it told is not known")
+            torn = None
+        if event is None:
+            torn = line.number
+            continue
+        if torn is not None:
+            history.notes.append(f"{EVENTS_FILE}: line {torn} is torn, where a job was killed; it is left out")
+            torn = None
+        history.events.append(event)
+    if torn is not None:
+        history.notes.append(f"{EVENTS_FILE}: the last line is torn, as a kill leaves it; it is left out")
+
+
+def _event(number: int, value: dict[str, Any] | None) -> Event | None:
+    """An event of a known kind with all its values; None of any other line."""
+    if value is None or not isinstance(value.get("time"), int | float):
+        return None
+    kind = str(value.get("event"))
+    types = _FIELDS.get(kind)
+    if types is None or not all(isinstance(value.get(key), known) for key, known in types.items()):
+        return None
+    return Event(number, float(value["time"]), kind, value)
+
+
+class _Follower:
+    """Follows the events in their order. `at`: the step that training has come to; None before it has begun."""
+
+    def __init__(self, history: History):
+        self.history = history
+        self.at: int | None = None
+        self.samples = 0
+        self.is_running = False
+
+    def follow(self) -> None:
+        for place, event in enumerate(self.history.events):
+            event.order = len(self.history.orders) - 1
+            if event.kind == "start":
+                self._start(event)
+            elif event.kind == "order":
+                self.history.orders.append(event.values)
+            elif event.kind == "resume":
+                self._resume(event, self.history.events[:place])
+            elif event.kind == "step":
+                self._step(event)
+            elif event.kind == "end":
+                self.is_running = False
+
+    def _start(self, event: Event) -> None:
+        if self.is_running:
+            self.history.notes.append(
+                f"the job before line {event.line} ended without a word, after step {self.at or 0}: it was killed, or its "
+                "machine was lost"
+            )
+        self.is_running = True
+
+    def _resume(self, event: Event, before: Sequence[Event]) -> None:
+        line, step = self.history.line, event.step
+        if self.at is not None and step > self.at:
+            self._missing(self.at + 1, step)
+        if self.at is None and step > 0:
+            self._missing(1, step)
+        if self.at is not None and step < self.at:
+            self.history.returns.append(Return(step, self.at))
+            for each in before:
+                each.abandoned |= each.kind in ("step", "validation", "save") and each.step > step
+            for later in [number for number in line if number > step]:
+                del line[later]
+        self.at = step
+
+        # The position in the data must be that of the step.
+        known = line[step].values["samples"] if step in line else 0 if step == 0 else event.values["samples"]
+        self._expect_samples(event, known)
+
+    def _step(self, event: Event) -> None:
+        if self.at is None:
+            self.history.problems.append(f"{EVENTS_FILE}: line {event.line}: step {event.step}, where no start is recorded")
+            self.at, self.samples = event.step - 1, event.values["samples"]
+        elif event.step <= self.at:
+            self.history.problems.append(
+                f"{EVENTS_FILE}: line {event.line}: step {event.step} again, after step {self.at}: it is there twice"
+            )
+            event.abandoned = True
+            return
+        elif event.step > self.at + 1:
+            self._missing(self.at + 1, event.step - 1)
+        elif event.order >= 0:
+            self._expect_samples(event, self.samples + self.history.orders[event.order]["global_batch"])
+        self.at, self.samples = event.step, event.values["samples"]
+        self.history.line[event.step] = event
+
+    def _expect_samples(self, event: Event, expected: int) -> None:
+        self.samples = found = event.values["samples"]
+        if found != expected:
+            self.history.problems.append(
+                f"{EVENTS_FILE}: line {event.line}: step {event.step} stands at sample {found:,}, expected {expected:,}"
+            )
+
+    def _missing(self, first: int, last: int) -> None:
+        steps = f"step {first} has" if first == last else f"steps {first} to {last} have"
+        self.history.problems.append(f"{EVENTS_FILE}: {steps} no record")

@@ -1,0 +1,69 @@
+"""Where a run's wall clock went: the time from the beginning of its first job to its last event, cut at every event.
+
+    productive   steps of the line that were applied, without their waits
+    data_wait    waits of these steps for data
+    saving       training stood still for a checkpoint
+    evaluation   validations
+    lost_work    all that was done after the checkpoint from which the run went on, and steps that were discarded
+    restarts     from the end of a job's records to the beginning of the next, and from the beginning of a job to its first step
+    other        the rest
+
+The pieces are cut from one line of time, so they sum to all of it. The clock is the first rank's.
+"""
+
+from typing import NamedTuple
+
+from pipeline.audit.history import Event, History
+
+KINDS = ("productive", "data_wait", "saving", "evaluation", "lost_work", "restarts", "other")
+
+
+class WallClock(NamedTuple):
+    """seconds: by kind. starting: the part of `restarts` in which a job was there and started."""
+
+    seconds: dict[str, float]
+    starting: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def percent(self) -> dict[str, float]:
+        """Shares by kind, which sum to 100; all 0 of a run without time."""
+        return {kind: 100 * seconds / self.total if self.total else 0.0 for kind, seconds in self.seconds.items()}
+
+
+def wall_clock(history: History) -> WallClock:
+    """Sum up the time between events."""
+    seconds = dict.fromkeys(KINDS, 0.0)
+    starting, before, is_starting = 0.0, None, False
+    for event in history.events:
+        if event.kind == "start":
+            # Time without a job, then the time that Python and libraries took to load.
+            began = min(event.values["began"], event.time)
+            seconds["restarts"] += 0.0 if before is None else max(0.0, began - before)
+            before, is_starting = max(began, began if before is None else before), True
+        piece = max(0.0, event.time - (event.time if before is None else before))
+        before = event.time if before is None else max(before, event.time)
+        if is_starting:
+            starting += piece
+            seconds["restarts"] += piece
+        else:
+            for kind, share in _shares(event, piece).items():
+                seconds[kind] += share
+        is_starting &= event.kind not in ("resume", "end")
+    return WallClock(seconds, starting)
+
+
+def _shares(event: Event, piece: float) -> dict[str, float]:
+    """Share the seconds before an event among the kinds."""
+    if event.abandoned or (event.kind == "step" and not event.values["applied"]):
+        return {"lost_work": piece}
+    if event.kind == "step":
+        waited = min(piece, event.values["waited"])
+        return {"productive": piece - waited, "data_wait": waited}
+    if event.kind in ("save", "validation"):
+        stood_still = min(piece, event.values["seconds"])
+        return {"saving" if event.kind == "save" else "evaluation": stood_still, "other": piece - stood_still}
+    return {"other": piece}

@@ -1,0 +1,55 @@
+"""The order of a run as a JSON value, from which it can be computed again without the data.
+
+The row at each position is a pure function of the numbers of samples in the shards and of a few settings. The samples are
+numbered through all sets and shards, in the manifests' order (`Sample.number`).
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.loading.mixture import DataSet, MixtureOrder
+from pipeline.data.loading.order import EpochOrder
+
+
+def record_of_order(order: MixtureOrder, sets: Sequence[DataSet], global_batch: int) -> dict[str, Any]:
+    """Describe an order. `shards`: of each set [samples of a shard, number of such shards in a row], …"""
+    first = order.orders[0]
+    described = [
+        {"name": each.name, "weight": each.weight, "shards": _runs(of_set.shard_samples)}
+        for each, of_set in zip(sets, order.orders, strict=True)
+    ]
+    settings = {"seed": first.seed, "shuffle_block": first.shuffle_block, "lanes": order.lanes, "global_batch": global_batch}
+    return settings | {"sets": described}
+
+
+def order_of_record(record: dict[str, Any]) -> MixtureOrder:
+    """Build the order that `record_of_order` describes.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no such record. DataError: a set is too small for the lanes.
+    """
+    sizes = {key: int(record[key]) for key in ("lanes", "seed", "shuffle_block")}
+    orders = [EpochOrder(np.repeat(*np.array(each["shards"], np.int64).reshape(-1, 2).T), **sizes) for each in record["sets"]]
+    return MixtureOrder(orders, [float(each["weight"]) for each in record["sets"]])
+
+
+def sample_numbers(order: MixtureOrder, first_round: int, num_rounds: int) -> np.ndarray:
+    """Compute the number of the sample in each row of consecutive rounds of all lanes: int64 [rounds · L]."""
+    sizes = [each.num_samples for each in order.orders]
+    before_set = np.array(list(itertools.accumulate(sizes, initial=0)))
+    before_shard = [np.cumsum(each.shard_samples) - each.shard_samples for each in order.orders]
+
+    numbers_RL = np.empty((num_rounds, order.lanes), np.int64)
+    for lane in range(order.lanes):
+        sets, shards, samples = order.locate_lane(lane, first_round, num_rounds)
+        for number, before in enumerate(before_shard):
+            own = sets == number
+            numbers_RL[own, lane] = before_set[number] + before[shards[own]] + samples[own]
+    return numbers_RL.ravel()
+
+
+def _runs(sizes: np.ndarray) -> list[list[int]]:
+    return [[size, len(list(same))] for size, same in itertools.groupby(sizes.tolist())]
