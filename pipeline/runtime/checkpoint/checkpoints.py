@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, step_name
+from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, had_none_yet, note_none_yet, step_name
 from pipeline.runtime.checkpoint.read import checkpoint_names, load, read_state_of
 from pipeline.runtime.checkpoint.state import HeldOut, State
 from pipeline.runtime.distributed import World, broadcast_from_first
@@ -141,6 +141,8 @@ class Checkpoints:
             problems += found
         if problems:
             raise self._unusable(problems)
+        if self.world.is_first:
+            note_none_yet(self.directory)
         return Progress()
 
     def check(self, allow_changed: bool) -> State | None:
@@ -212,7 +214,7 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps())) or "none"
             return [f"--from-step {self.from_step}: no checkpoint of that step; there are: {there}"]
         last = max((record["step"] for record in read_records(self.run_dir)), default=0)
-        if last < self.settings.every:
+        if last < self.settings.every or had_none_yet(self.directory):
             return []
         return [f"{self.run_dir}: metrics.jsonl goes to step {last}, with a checkpoint every {self.settings.every} steps"]
 

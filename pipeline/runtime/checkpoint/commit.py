@@ -30,6 +30,7 @@ from pipeline.runtime.memory import free_bytes
 from pipeline.storage.whole_file import publish, write_file
 
 POINTER_FILE, PARTIAL = "latest", ".partial"
+_NONE_YET = "none-yet"
 _SPARE_BYTES = 2**20
 _SHARE_OF_FREE_MEMORY = 0.5
 
@@ -63,6 +64,18 @@ class _Written:
     file: SavedFile | None = None
     fragments: list[tuple[str, int, int]] = field(default_factory=list)
     problem: str | None = None
+
+
+def note_none_yet(directory: Path) -> None:
+    """Note that a run begins, in a file that its first complete checkpoint removes. It tells a run that was killed before that,
+    and may begin anew, from one whose checkpoints are gone."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_file(directory / _NONE_YET, b"")
+
+
+def had_none_yet(directory: Path) -> bool:
+    """True if no checkpoint was ever complete in a run that was noted."""
+    return (directory / _NONE_YET).exists() and not (directory / POINTER_FILE).exists()
 
 
 class Writer:
@@ -230,7 +243,8 @@ class Writer:
             shutil.rmtree(final, ignore_errors=True)
             publish(partial, final)
             write_file(self.directory / POINTER_FILE, f"{pending.name}\n".encode())
-        except OSError as error:
+            (self.directory / _NONE_YET).unlink(missing_ok=True)
+        except Exception as error:
             pending.written.problem = _sentence(error)
 
     def _remove(self, partial: Path) -> None:
