@@ -45,6 +45,7 @@ _WATCHED = 4
 _VERDICT = "verdict"
 _ENDED = -1
 _SECONDS_TO_TELL = 5.0
+_OF_A_PEER = ("gloo", "NCCL", "Connection", "Broken pipe")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,13 @@ class Heartbeat:
 
     def wait_for_verdict(self) -> None:
         time.sleep(max(15.0, 5 * self._interval))
+
+    def end_with(self, error: BaseException) -> None:
+        """Tell the others of an error with which this rank ends by itself: they cannot go on without it."""
+        self._stopped.set()
+        own = self._own(0)
+        self._tell(f"{_named(self._world.rank, own)} ended with an error of its own in {_doing(own)}: {type(error).__name__}")
+        self._let_others_read()
 
     def _exchange(self) -> None:
         """Thread: beat, read the beats of the ranks that this one watches, and the verdict."""
@@ -220,14 +228,20 @@ class Heartbeat:
         print(f"{message}\nstacks of this rank's threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
 
+        self._tell(verdict)
+        self._kill_silent()
+        self._let_others_read()
+        os._exit(EXIT_HANG)
+
+    def _tell(self, verdict: str) -> None:
         # The store may be what hangs: another thread tells the others, and is not waited for long.
         teller = threading.Thread(target=lambda: self._verdicts.set(_VERDICT, verdict), daemon=True)
         teller.start()
         teller.join(timeout=_SECONDS_TO_TELL)
-        self._kill_silent()
+
+    def _let_others_read(self) -> None:
         # Who holds the store ends last, so that the others can read it.
         time.sleep(3 * self._interval if self._world.is_first else 0)
-        os._exit(EXIT_HANG)
 
     def _kill_silent(self) -> None:
         """Kill every process of this machine that has given no beat for long: a stopped one does not end by itself.
@@ -264,6 +278,27 @@ def wait_for_verdict() -> None:
     """
     if _current is not None:
         _current.wait_for_verdict()
+
+
+def is_of_a_peer(error: BaseException) -> bool:
+    """True if a collective failed, because another rank is gone."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_A_PEER)
+
+
+@contextmanager
+def telling_of_errors(alike: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Tell the other ranks of an error that ends this one alone, so that they end and name it.
+
+    alike: errors that all ranks raise alike, as those do that are `agreed`.
+    """
+    try:
+        yield
+    except alike:
+        raise
+    except Exception as error:
+        if _current is not None and not getattr(error, "agreed", False) and not is_of_a_peer(error):
+            _current.end_with(error)
+        raise
 
 
 def enter(phase: str, step: int = 0) -> None:
