@@ -9,8 +9,9 @@ as long as the process does, and the main loop's (phase, step, since when). So t
     stands still   a main loop has been in one phase for longer than the phase's patience
     no store       the store does not answer: the first rank's process, which holds it, stands still
 
-The first rank to see one publishes it. Each surviving rank prints it once, with the stacks of its threads, and exits with
-`EXIT_HANG`. A silent process of this machine is killed; one that is alone on its machine is its launcher's to end.
+A rank that ends with an error of its own says so itself, which is a verdict like these. The first rank to see one publishes it.
+Each surviving rank prints it once, with the stacks of its threads, and exits with `EXIT_HANG`. A silent process of this machine
+is killed; one that is alone on its machine is its launcher's to end.
 """
 
 import faulthandler
@@ -122,6 +123,8 @@ class Heartbeat:
     def end_with(self, error: BaseException) -> None:
         """Tell the others of an error with which this rank ends by itself: they cannot go on without it."""
         self._stopped.set()
+        if self._world.size == 1:
+            return
         own = self._own(0)
         self._tell(f"{_named(self._world.rank, own)} ended with an error of its own in {_doing(own)}: {type(error).__name__}")
         self._let_others_read()
