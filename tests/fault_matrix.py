@@ -123,8 +123,10 @@ def faults() -> list[Fault]:
 
     # Before there is any checkpoint, and in the last one.
     special = [Fault("before the forward", "SIGKILL", 0, 1)]
-    for kind in ("SIGKILL", "SIGTERM", "SIGSTOP", "disk full", "exception"):
-        special += [Fault("in a rank's file", kind, 1, STEPS), Fault("before the rename", kind, 0, STEPS)]
+    special += [Fault("before the rename", kind, 0, STEPS) for kind in ("SIGKILL", "SIGSTOP", "SIGTERM")]
+    special += [
+        Fault("in a rank's file", kind, 1, STEPS) for kind in ("SIGKILL", "SIGSTOP", "SIGTERM", "exception", "disk full")
+    ]
     return [*special, *rounds[0], *rounds[1]]
 
 
