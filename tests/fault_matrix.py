@@ -48,7 +48,7 @@ class Lab:
     def __init__(self, directory: Path, data: Path, reference: Path):
         self.directory, self._models = directory, (data, reference)
         self._whole: dict[str, dict[str, Any]] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def recipe(self, steps: int = STEPS) -> Path:
         return write_recipe(self.directory / f"{steps}.yaml", *self._models, steps)
@@ -61,7 +61,7 @@ class Lab:
     def whole(self, steps: int = STEPS, *altered: Any) -> dict[str, Any]:
         """What a run leaves that ends in its first life; made once. altered: as `live` takes it."""
         name = f"whole {steps} {'' if not altered else altered[0].__name__}{altered[1:]}"
-        with self._lock:
+        with self._locks[name]:
             if name not in self._whole:
                 run_dir = self.run_dir(name)
                 life = live(run_dir, self.recipe(steps), RANKS, *altered)
@@ -280,7 +280,12 @@ def main(arguments: Sequence[str]) -> int:
 
         def run(trial: Trial) -> None:
             name, function, given = trial
-            outcomes[name] = found = function(lab, *given)
+            started = time.monotonic()
+            try:
+                found = function(lab, *given)
+            except Exception as error:
+                found = Outcome([], f"{type(error).__name__}: {str(error)[-500:]}", 0, time.monotonic() - started)
+            outcomes[name] = found
             print(f"{found.wrong or 'equal':10} {name}: {found.codes}, {found.lives} lives, {found.seconds:.0f} s", flush=True)
 
         list(pool.map(run, [trial for trial in trials() if options.only in trial[0]]))
