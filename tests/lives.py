@@ -61,31 +61,35 @@ def live(
 
     die_together: once a rank was killed kill the others too, as when a machine dies.
     """
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
     started = time.monotonic()
-    logs = [run_dir.with_name(f"{run_dir.name}-{time.time_ns()}-{rank}.log") for rank in range(ranks)]
     command = [ROOT / "launch" / "train.py", "--deepspeed", ROOT / "ds_configs" / "zero3.json", "--config", recipe]
     command += ["--run-dir", run_dir, f"data.micro_batch={ROWS // 2 // ranks}", *settings]
-    job = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        forking().Process(
-            target=call,
-            args=(_run_rank, rank, list(map(str, command)), job | {"RANK": rank, "LOCAL_RANK": rank}, log, alter, given),
-        )
-        for rank, log in enumerate(logs)
-    ]
-    for process in processes:
-        process.start()
+    job = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    logs = [run_dir.with_name(f"{run_dir.name}-{time.time_ns()}-{rank}.log") for rank in range(ranks)]
 
+    processes = []
+    for rank, log in enumerate(logs):
+        given_to_rank = (rank, list(map(str, command)), job | {"RANK": rank, "LOCAL_RANK": rank}, log, alter, given)
+        processes.append(forking().Process(target=call, args=(_run_rank, *given_to_rank)))
+        processes[-1].start()
+    _wait_for(processes, started + _PATIENCE_SECONDS, die_together)
+    return Life([each.exitcode for each in processes], [log.read_text() for log in logs], time.monotonic() - started)
+
+
+def _wait_for(processes: Sequence[Any], deadline: float, die_together: bool) -> None:
     while any(process.exitcode is None for process in processes):
-        is_late = time.monotonic() - started > _PATIENCE_SECONDS
-        if is_late or (die_together and any((process.exitcode or 0) < 0 for process in processes)):
+        is_killed = die_together and any((process.exitcode or 0) < 0 for process in processes)
+        if is_killed or time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.02)
-    return Life([each.exitcode for each in processes], [log.read_text() for log in logs], time.monotonic() - started)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
 
 
 def _run_rank(rank: int, command: list[str], job: dict[str, Any], log: Path, alter: Alter | None, given: Sequence[Any]) -> None:
