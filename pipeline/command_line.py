@@ -96,6 +96,7 @@ def _run_on_all_ranks(
 
     from pipeline.assembly import Job
     from pipeline.checks import check_before_start
+    from pipeline.config import ConfigError
     from pipeline.data.errors import DataError
     from pipeline.model.huggingface import ModelFilesError
     from pipeline.runtime import heartbeat
@@ -129,7 +130,8 @@ def _run_on_all_ranks(
     if patience is not None:
         heartbeat.begin(world, patience, run_dir)
     try:
-        exit_code = _stopped_or(command, job, options, stop)
+        with heartbeat.telling_of_errors((ConfigError, SaveError, TrainingDivergedError, RanksDisagreeError)):
+            exit_code = _stopped_or(command, job, options, stop)
         heartbeat.enter("ending")
         dist.barrier()
     except (DataError, ModelFilesError) as error:
@@ -144,8 +146,13 @@ def _run_on_all_ranks(
         return fail(f"{prog}: error", f"rank {world.rank}: {str(error).partition(chr(10))[0]} {remedy}", EXIT_USAGE, True)
     except RuntimeError as error:
         # A peer that died breaks the collectives of the others: then the heartbeat ends this process, and names the peer.
-        if world.size > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Broken pipe")):
+        if world.size > 1 and heartbeat.is_of_a_peer(error):
             heartbeat.wait_for_verdict()
+        if "DataLoader worker" in str(error):
+            remedy = "is the machine's memory used up? Try a smaller data.num_workers"
+            return fail(
+                f"{prog}: error", f"rank {world.rank}: a process that reads data died: {error}; {remedy}", EXIT_USAGE, True
+            )
         raise
     finally:
         heartbeat.stop()

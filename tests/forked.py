@@ -79,7 +79,7 @@ def run_script(
     with tempfile.TemporaryDirectory() as directory:
         streams = [Path(directory) / name for name in ("out", "err")]
         given = (command[1:], environment, cwd, streams, with_its_processes)
-        process = forking().Process(target=call, args=(_as_main, *given))
+        process = forking().Process(target=call, args=(as_main, *given))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -89,9 +89,9 @@ def run_script(
         return subprocess.CompletedProcess(command, process.exitcode, *(stream.read_text() for stream in streams))
 
 
-def _as_main(command: list[str], environment: dict[str, str], cwd: Path, streams: list[Path], with_its_processes: bool) -> None:
+def as_main(command: list[str], environment: dict[str, str], cwd: Path, streams: list[Path], with_its_processes: bool) -> None:
     for stream, descriptor in zip(streams, (1, 2), strict=True):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -9,10 +9,11 @@ as long as the process does, and the main loop's (phase, step, since when). So t
     stands still   a main loop has been in one phase for longer than the phase's patience
     no store       the store does not answer: the first rank's process, which holds it, stands still
 
-The first rank to see one publishes it. Each surviving rank prints it once, with the stacks of its threads, and exits with
-`EXIT_HANG`; what torch knows of its last collectives it leaves in the run directory (`flight_recorder`). A silent process of
-this machine is killed; one that is alone on its machine is its launcher's to end. Where the launcher itself is gone, `launcher`
-ends the process, and nothing is judged any more.
+A rank that ends with an error of its own says so itself, which is a verdict like these. The first rank to see one publishes it.
+Each surviving rank prints it once, with the stacks of its threads, and exits with `EXIT_HANG`; what torch knows of its last
+collectives it leaves in the run directory (`flight_recorder`). A silent process of this machine is killed; one that is alone on
+its machine is its launcher's to end. Where the launcher itself is gone, `launcher` ends the process, and nothing is judged any
+more.
 """
 
 import faulthandler
@@ -43,6 +44,7 @@ _WATCHED = 4
 _VERDICT = "verdict"
 _ENDED = -1
 _SECONDS_TO_TELL = 5.0
+_OF_A_PEER = ("gloo", "NCCL", "Connection", "Broken pipe")
 
 
 class Heartbeat:
@@ -97,6 +99,15 @@ class Heartbeat:
 
     def wait_for_verdict(self) -> None:
         time.sleep(max(15.0, 5 * self._interval))
+
+    def end_with(self, error: BaseException) -> None:
+        """Tell the others of an error with which this rank ends by itself: they cannot go on without it."""
+        self._stopped.set()
+        if self._world.size == 1:
+            return
+        own = self._own(0)
+        self._tell(f"{named(self._world.rank, own)} ended with an error of its own in {doing(own)}: {type(error).__name__}")
+        self._let_others_read()
 
     def _exchange(self) -> None:
         """Thread: beat, read the beats of the ranks that this one watches, and the verdict."""
@@ -204,16 +215,22 @@ class Heartbeat:
         print(f"{message}\nstacks of this rank's threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
 
+        self._tell(verdict)
+        self._kill_silent()
+        if self._run_dir is not None:
+            flight_recorder.write(self._run_dir, self._world.rank, _SECONDS_TO_TELL)
+        self._let_others_read()
+        os._exit(EXIT_HANG)
+
+    def _tell(self, verdict: str) -> None:
         # The store may be what hangs: another thread tells the others, and is not waited for long.
         teller = threading.Thread(target=lambda: self._verdicts.set(_VERDICT, verdict), daemon=True)
         teller.start()
         teller.join(timeout=_SECONDS_TO_TELL)
-        self._kill_silent()
-        if self._run_dir is not None:
-            flight_recorder.write(self._run_dir, self._world.rank, _SECONDS_TO_TELL)
+
+    def _let_others_read(self) -> None:
         # Who holds the store ends last, so that the others can read it.
         time.sleep(3 * self._interval if self._world.is_first else 0)
-        os._exit(EXIT_HANG)
 
     def _kill_stopped(self) -> None:
         """Kill every suspended process of this machine: it does not notice that the launcher is gone."""
@@ -256,6 +273,27 @@ def wait_for_verdict() -> None:
     """
     if _current is not None:
         _current.wait_for_verdict()
+
+
+def is_of_a_peer(error: BaseException) -> bool:
+    """True if a collective failed, because another rank is gone."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_A_PEER)
+
+
+@contextmanager
+def telling_of_errors(alike: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Tell the other ranks of an error that ends this one alone, so that they end and name it.
+
+    alike: errors that all ranks raise alike, as those do that are `agreed`.
+    """
+    try:
+        yield
+    except alike:
+        raise
+    except Exception as error:
+        if _current is not None and not getattr(error, "agreed", False) and not is_of_a_peer(error):
+            _current.end_with(error)
+        raise
 
 
 def enter(phase: str, step: int = 0) -> None:

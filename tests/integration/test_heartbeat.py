@@ -42,12 +42,13 @@ def run_rank(rank: int, case: str, victim: int, folder: Path) -> None:
         heartbeat.begin(world, TIMEOUT, folder)
 
     try:
-        for step in range(1, 20 if case == "ends" else 10_000):
-            heartbeat.enter("training", step)
-            if step == 20 and (rank == victim or (case == "two stopped" and rank > 0)):
-                HAPPENS[case]()
-            dist.all_reduce(torch.ones(1))
-            time.sleep(0.02)
+        with heartbeat.telling_of_errors(()):
+            for step in range(1, 20 if case == "ends" else 10_000):
+                heartbeat.enter("training", step)
+                if step == 20 and (rank == victim or (case == "two stopped" and rank > 0)):
+                    HAPPENS[case]()
+                dist.all_reduce(torch.ones(1))
+                time.sleep(0.02)
     except RuntimeError:
         heartbeat.wait_for_verdict()
     dist.barrier()
@@ -61,7 +62,12 @@ def stand_still() -> None:
     time.sleep(1000)
 
 
+def fail() -> None:
+    raise ValueError("of this rank alone")
+
+
 HAPPENS = {
+    "fails": fail,
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "two stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -90,7 +96,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tup
     jobs = {}
     for case, victim in [
         *(("stopped", 0), ("stopped", 1), ("two stopped", 1), ("killed", 0), ("killed", 1)),
-        *(("stands still", 1), ("ends", -1)),
+        *(("stands still", 1), ("fails", 0), ("fails", 1), ("ends", -1)),
     ]:
         folder = tmp_path_factory.mktemp("job")
         ranks = [forking().Process(target=call, args=(run_rank, rank, case, victim, folder)) for rank in range(RANKS)]
@@ -141,6 +147,17 @@ def test_a_rank_that_stands_still_is_named_with_the_function_it_is_in(cases: Any
     for text in errors:
         assert "the job cannot go on: rank 1 on " in text
         assert "in training step 20, in stand_still (test_heartbeat.py:" in text
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_error_of_one_rank_alone_ends_the_others_which_name_it(cases: Any, victim: int) -> None:
+    codes, errors, _ = cases["fails", victim]
+    assert codes == [1 if rank == victim else EXIT_HANG for rank in range(RANKS)], errors
+    assert "ValueError: of this rank alone" in errors[victim]
+    for rank in {0, 1, 2} - {victim}:
+        named = f"rank {victim} on "
+        assert f"the job cannot go on: {named}" in errors[rank], errors
+        assert "ended with an error of its own in training step 20: ValueError" in errors[rank], errors
 
 
 def test_a_job_that_ends_is_left_in_peace(cases: Any) -> None:

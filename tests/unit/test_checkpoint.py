@@ -441,6 +441,23 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path: Path) ->
     assert checkpoints(tmp_path, every=51).check(allow_changed=True) is None
 
 
+def begin(run_dir: Path) -> None:
+    resumed(run_dir)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_was_complete_begins_anew(tmp_path: Path) -> None:
+    run_ranks(begin, 2, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
+    assert checkpoints(tmp_path, every=3).check(allow_changed=False) is None
+
+    # Once there was one, its absence is no beginning.
+    run_ranks(save, 2, tmp_path, 3)
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(ConfigError, match="no checkpoint can be used"):
+        checkpoints(tmp_path, every=3).check(allow_changed=False)
+
+
 def goes_back_to_3(run_dir: Path) -> None:
     said: list[str] = []
     store = checkpoints(run_dir, said=said)

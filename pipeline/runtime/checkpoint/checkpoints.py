@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
 from pipeline.runtime.checkpoint.commit import Saved, SaveError, Writer, start_thread
-from pipeline.runtime.checkpoint.folders import read_state_of, saved_steps, step_name
+from pipeline.runtime.checkpoint.folders import had_none_yet, note_none_yet, read_state_of, saved_steps, step_name
 from pipeline.runtime.checkpoint.read import load
 from pipeline.runtime.checkpoint.retention import remove_all, remove_unfinished, retire_later, set_old_aside
 from pipeline.runtime.checkpoint.state import HeldOut, State
@@ -139,7 +139,10 @@ class Checkpoints:
         if self.world.is_first:
             remove_unfinished(self.directory)
         names = broadcast_from_first(self._candidates() if self.world.is_first else [])
-        return self._load_first_sound(names, engine, allow_changed, held_out) or Progress()
+        progress = self._load_first_sound(names, engine, allow_changed, held_out)
+        if progress is None and self.world.is_first:
+            note_none_yet(self.directory)
+        return progress or Progress()
 
     def go_back(self, engine: Any, step: int, held_out: Callable[[], HeldOut] = HeldOut) -> Progress | None:
         """Load the newest sound checkpoint of `step`, or from before it, and retire the later ones; returns its progress.
@@ -252,7 +255,7 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps())) or "none"
             return [f"--from-step {self.from_step}: no checkpoint of that step; there are: {there}"]
         last = max((record["step"] for record in read_records(self.run_dir)), default=0)
-        if last < self.settings.every:
+        if last < self.settings.every or had_none_yet(self.directory):
             return []
         return [f"{self.run_dir}: metrics.jsonl goes to step {last}, with a checkpoint every {self.settings.every} steps"]
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.runtime.checkpoint.folders import PARTIAL, step_name
+from pipeline.runtime.checkpoint.folders import NONE_YET, PARTIAL, POINTER_FILE, step_name
 from pipeline.runtime.checkpoint.fragment_file import write_tensors
 from pipeline.runtime.checkpoint.fragments import FROZEN, MASTER, STATES, Fragment, fragments_of, optimizer_step
 from pipeline.runtime.checkpoint.state import STATE_FILE, Kind, SavedFile, SavedParameter, State, encode
@@ -31,7 +31,6 @@ from pipeline.runtime.engine import full_shape
 from pipeline.runtime.memory import free_bytes
 from pipeline.storage.whole_file import publish, write_file
 
-POINTER_FILE = "latest"
 _SPARE_BYTES = 2**20
 _SHARE_OF_FREE_MEMORY = 0.5
 
@@ -236,7 +235,8 @@ class Writer:
             remove(final)
             publish(partial, final)
             write_file(self.directory / POINTER_FILE, f"{pending.name}\n".encode())
-        except OSError as error:
+            (self.directory / NONE_YET).unlink(missing_ok=True)
+        except Exception as error:
             pending.written.problem = _sentence(error)
 
     def _remove(self, partial: Path) -> None:

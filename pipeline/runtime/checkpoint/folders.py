@@ -7,8 +7,9 @@ import hashlib
 from pathlib import Path
 
 from pipeline.runtime.checkpoint.state import STATE_FILE, SavedFile, State, StateError, read_state
+from pipeline.storage.whole_file import write_file
 
-PARTIAL, ABANDONED = ".partial", "abandoned-"
+POINTER_FILE, PARTIAL, ABANDONED, NONE_YET = "latest", ".partial", "abandoned-", "none-yet"
 OTHER_BYTES = "its bytes are not those that were written (SHA-256)"
 
 
@@ -40,6 +41,18 @@ def read_state_of(directory: Path) -> tuple[State | None, str]:
         if size != file.bytes:
             return None, f"{directory.name}: {file.name}: expected {file.bytes} bytes, got {size}"
     return state, ""
+
+
+def note_none_yet(directory: Path) -> None:
+    """Note that a run begins, in a file that its first complete checkpoint removes. It tells a run that was killed before that,
+    and may begin anew, from one whose checkpoints are gone."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_file(directory / NONE_YET, b"")
+
+
+def had_none_yet(directory: Path) -> bool:
+    """True if no checkpoint was ever complete in a run that was noted."""
+    return (directory / NONE_YET).exists() and not (directory / POINTER_FILE).exists()
 
 
 def problem_of(directory: Path, file: SavedFile) -> str | None:
