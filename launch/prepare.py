@@ -26,6 +26,7 @@ from pipeline.data.corpus.display import Display
 from pipeline.data.corpus.documents import MAX_DOCUMENT_BYTES, ON_UNDECODABLE, Rules
 from pipeline.data.corpus.inputs import DATASET_PREFIX, Input, input_files, parse_input, parse_weights, source_names
 from pipeline.data.corpus.packing import PACKINGS
+from pipeline.data.corpus.panics import without_panics
 from pipeline.data.corpus.prepare import SAMPLES_PER_SHARD, PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.corpus.removed_text import lost_white_space
@@ -40,8 +41,6 @@ from pipeline.options import path_argument
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    # A text on which the tokenizer's code panics is one message or counted; the stack of that code helps no user.
-    os.environ["RUST_BACKTRACE"] = "0"
     interrupted = "interrupted; the same command goes on where it was"
     return guarded("error", lambda: _prepare(_parser(), arguments), (OptionsError, DataError), interrupted=interrupted)
 
@@ -158,7 +157,7 @@ def _prepare(parser: OptionParser, arguments: Sequence[str] | None) -> int:
         raise OptionsError(problems)
 
     # The work, and its result.
-    with Display() as display:
+    with without_panics(), Display() as display:
         prepared = prepare_files(inputs, options.output, tokenizer, settings, processes=options.processes, display=display)
     if prepared.was_complete:
         print(f"{options.output} is complete already, made with the same settings from the same input")

@@ -486,6 +486,15 @@ def test_pieces_of_a_cache_are_complete_by_their_checksums(tmp_path):
         writer.join(0)
 
 
+def test_a_cache_whose_scoring_did_not_finish_is_said_to_be_just_that(whole, tmp_path):
+    folder, _ = scored(tmp_path, whole, 0)
+    folder.rename(folder.with_name(f"{folder.name}.partial"))
+    with pytest.raises(DataError, match="the data as it is now, its scoring was begun and is not finished; score it with"):
+        read_losses_manifest(tmp_path, "0" * 64, "the data")
+    with pytest.raises(DataError, match="it has no reference losses at all"):
+        read_losses_manifest(tmp_path, "1" * 64, "the data")
+
+
 def test_a_finished_cache_with_a_damaged_shard_is_not_taken_for_whole(whole, tmp_path):
     losses, _ = scored(tmp_path, whole, 0)
     content = (losses / "shard-00001.losses").read_bytes()

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from pipeline.checks import check_data
 from pipeline.config import ConfigError, Settings
 from pipeline.data.corpus.inputs import Input
+from pipeline.data.corpus.panics import without_panics
 from pipeline.data.corpus.prepare import PrepareSettings
 from pipeline.data.corpus.prepare_files import prepare_files
 from pipeline.data.errors import DataError
@@ -414,19 +415,37 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_named_by_file_and_place(tmp_
     assert sorted(documents(tmp_path / "lenient")) == [[1, 0], [2, 0]]
 
 
-def test_the_stack_of_a_tokenizer_that_panics_is_not_shown(tmp_path):
+@pytest.mark.parametrize(("processes", "rule"), [("1", "error"), ("3", "skip")])
+def test_a_tokenizer_that_panics_is_one_message_and_nothing_else(tmp_path, processes, rule):
     made = train_bpe(TEXTS, 270)
     split = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([split, made.pre_tokenizer])
     made.save(str(tmp_path / "panicking.json"))
-    (tmp_path / "in.txt").write_text("a" * 40 + "b")
-    options = ["--input", "in.txt", "--tokenizer", "panicking.json", "--sequence-length", "16", "--output", "out"]
-    command = [sys.executable, str(ROOT / "launch" / "prepare.py"), *options, "--processes", "1", "--on-undecodable", "error"]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "a" * 40 + "b"}) + '\n{"text": "good"}\n')
+    options = ["--input", "in.jsonl", "--tokenizer", "panicking.json", "--sequence-length", "4", "--output", "out"]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "prepare.py"),
+        *options,
+        "--processes",
+        processes,
+        "--on-undecodable",
+        rule,
+    ]
     environment = os.environ | {"RUST_BACKTRACE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: in.txt: the tokenizer cannot encode it: Onig: Regex search error")
-    assert "stack backtrace" not in done.stderr
+    assert done.returncode == (2 if rule == "error" else 0)
+    (line,) = done.stderr.splitlines()
+    what = "error" if rule == "error" else "left out"
+    assert line.startswith(f"{what}: in.jsonl, document at byte 0: the tokenizer cannot encode it: Onig: Regex search error")
+
+
+def test_what_is_no_panic_is_shown_after_the_work(capfd):
+    with without_panics():
+        for written in (b"first\n", b"\nthread '<unnamed>' (35) panicked at /a/lib.rs:647:23:\nOnig: error\n", b"last\n"):
+            os.write(2, written)
+        assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "first\nlast\n"
 
 
 def test_what_has_no_token_or_is_the_string_of_one_is_counted_in_summary_and_manifest(tmp_path, capsys):

@@ -10,6 +10,7 @@ tar_texts      finds the documents of a tar
 columns        reads text columns of .parquet files and `hf:` folders
 encoding       encodes texts, safe from special tokens' strings, and notes what has no token
 removed_text   finds the text that a tokenizer removes because of what it stands among
+panics         keeps what the tokenizers library prints of its panics from standard error
 tokenization   tokenises slices into sorted runs of ids, split into training and validation
 sorted_runs    tokenised documents on disk, sorted by the shuffle's key (external sort)
 shard_assembly  packs the shuffled documents of the sorted runs into shards, each by itself

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import MANIFEST_FILE, Manifest
-from pipeline.data.shards.reference_losses import STORED_DTYPES, LossesManifest, losses_folder
+from pipeline.data.shards.reference_losses import STORED_DTYPES, LossesManifest, losses_folder, partial_losses_folder
 from pipeline.data.shards.writer import CRC
 from pipeline.storage.whole_file import atomic_write, publish, write_file
 
@@ -37,7 +37,7 @@ class LossesWriter:
 
     def __init__(self, cache: Path, losses: LossesManifest, data: Manifest) -> None:
         self.folder = losses_folder(cache, losses.data_sha256)
-        self.partial = self.folder.with_name(f"{self.folder.name}.partial")
+        self.partial = partial_losses_folder(self.folder)
         self._losses, self._data = losses, data
 
     def begin(self) -> bool:

@@ -37,6 +37,7 @@ from pipeline.storage.faults import raise_if_machine_fault
 from pipeline.storage.files import StorageError
 
 STORED_DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+_PARTIAL = ".partial"
 
 
 class LossesManifest(BaseModel):
@@ -88,6 +89,11 @@ def losses_folder(cache: Path, data_sha256: str) -> Path:
     return cache / data_sha256[:16]
 
 
+def partial_losses_folder(folder: Path) -> Path:
+    """Name the folder that has a data set's losses while they are computed."""
+    return folder.with_name(f"{folder.name}{_PARTIAL}")
+
+
 def read_losses_manifest(cache: Path, data_sha256: str, data: str) -> LossesManifest:
     """Read the manifest of the losses that a cache directory has for a data set.
 
@@ -102,9 +108,7 @@ def read_losses_manifest(cache: Path, data_sha256: str, data: str) -> LossesMani
     folder = losses_folder(cache, data_sha256)
     remedy = "score it with launch/score.py"
     if not (folder / MANIFEST_FILE).is_file():
-        found = sorted(path.name for path in cache.glob(f"*/{MANIFEST_FILE}")) if cache.is_dir() else []
-        kind = f"it has losses of {len(found)} other data set(s)" if found else "it has no reference losses at all"
-        raise DataError(f"{cache}: no reference losses of {data} as it is now, {kind}; {remedy}")
+        raise DataError(f"{cache}: no reference losses of {data} as it is now, {_instead(cache, folder)}; {remedy}")
     try:
         manifest = LossesManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
     except (OSError, ValidationError) as error:
@@ -112,6 +116,14 @@ def read_losses_manifest(cache: Path, data_sha256: str, data: str) -> LossesMani
     if manifest.data_sha256 != data_sha256:
         raise DataError(f"{folder}: made for another data set than {data}; remove it and {remedy}")
     return manifest
+
+
+def _instead(cache: Path, folder: Path) -> str:
+    """Say what a cache directory has instead of the folder of a data set's losses."""
+    if partial_losses_folder(folder).is_dir():
+        return "its scoring was begun and is not finished"
+    others = [path for path in cache.glob(f"*/{MANIFEST_FILE}") if path.parent.suffix != _PARTIAL]
+    return f"it has losses of {len(others)} other data set(s)" if others else "it has no reference losses at all"
 
 
 @dataclass(frozen=True)
