@@ -86,9 +86,11 @@ class Reporter:
         if selection_due and step % logging.selection_every == 0 and self.run.settings.model.num_prediction_heads > 1:
             self.say(selection_block(record))
 
-    def is_validation_due(self, step: int) -> bool:
-        """True at the first step and the last one, and at the interval between."""
-        return step in (0, self.run.settings.training.steps) or step % self.run.settings.logging.validation_every == 0
+    def validate_if_due(self, progress: Progress, stop: StopRequest) -> bool:
+        """Evaluate as `validate` does before the first step, after the last one, and at the interval between."""
+        settings, step = self.run.settings, progress.step
+        is_due = step in (0, settings.training.steps) or step % settings.logging.validation_every == 0
+        return not is_due or self.validate(progress, stop)
 
     def validate(self, progress: Progress, stop: StopRequest | None = None) -> bool:
         """Evaluate on each held-out folder, if there is any, of which there is no record of this step yet. Collective.

@@ -51,11 +51,10 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     training = run.settings.training
     progress = run.checkpoints.resume(run.engine, allow_changed, lambda: held_out_losses(run))
     reporter = Reporter(run, progress.step)
-    validated = not reporter.is_validation_due(progress.step) or reporter.validate(progress, stop)
-    if not validated:
+    if not reporter.validate_if_due(progress, stop):
         raise StoppedError
 
-    save_due = False
+    save_due, validated = False, True
     for fetched, following in fetched_ahead(run, progress, stop):
         # One optimiser step.
         result = train_step(run, fetched, progress)
@@ -73,7 +72,7 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
 
         # Validation.
         is_last = following is None
-        validated = not reporter.is_validation_due(progress.step) or reporter.validate(progress, stop)
+        validated = reporter.validate_if_due(progress, stop)
 
         # Checkpoint: in the background at its interval, but not after a step that was discarded; at once at the end and
         # before a stop.
