@@ -4,7 +4,8 @@
     deepspeed launch/train.py --deepspeed ds_configs/zero3.json --config launch/recipes/NAME.yaml reference.cached=DIR
 
 Takes data, reference, precision and micro-batch from the same recipe as training, runs on any number of ranks, and resumes when
-it is run again. After SIGTERM or SIGUSR1 it finishes the current piece and ends with exit code 75.
+it is run again. After SIGTERM or SIGUSR1 it finishes the current piece, if that takes no more than ten seconds, and ends with
+exit code 75.
 """
 
 import argparse

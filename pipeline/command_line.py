@@ -3,8 +3,8 @@
 torch and DeepSpeed take seconds to load, so the imports are inside the functions: signal handlers are installed and a first
 line is printed before.
 
-Exit codes: 0 done, 2 wrong settings or data, 3 training or the ranks diverged, 4 another rank died or stands still, 75 stopped
-on request with more to do, 130 interrupted.
+Exit codes: 0 done, 2 wrong settings or data, 3 training or the ranks diverged, 4 another rank or the launcher died, or a rank
+stands still, 75 stopped on request with more to do, 130 interrupted.
 """
 
 import argparse

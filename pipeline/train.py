@@ -90,8 +90,8 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
         heartbeat.enter("training", progress.step)
 
         # Metrics, and the check that ranks still agree.
-        waits = [fetched.waited] if reporter.first is None else []
-        reporter.step(progress, result, sum(waits) if following is None else sum(waits, following.waited))
+        waited = following.waited if following is not None else 0.0
+        reporter.step(progress, result, waited + (fetched.waited if reporter.first is None else 0.0))
         if is_check_due(training, progress.step):
             check_ranks_agree(common_values(run, progress, result), run.device)
 

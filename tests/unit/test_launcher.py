@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.runtime import processes
-from pipeline.runtime.launcher import launcher_chain
+from pipeline.runtime.launcher import _is_launcher, launcher_chain
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAIN = (
@@ -44,6 +44,24 @@ def test_a_rank_remembers_all_up_to_its_launcher_and_nothing_above(tmp_path: Pat
 def test_what_no_launcher_started_may_outlive_its_shell(tmp_path: Path) -> None:
     assert started_by(tmp_path, "shell") == []
     assert launcher_chain(processes.find(os.getpid())) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "is_one"),
+    [
+        (["slurmstepd: [4711.0]"], True),
+        (["/usr/sbin/slurmstepd: [4711.0]"], True),
+        (["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x"], True),
+        (["/venv/bin/python3", "/venv/bin/deepspeed", "--num_gpus", "8", "launch/train.py"], True),
+        (["python3", "-m", "torch.distributed.run", "--nproc-per-node", "2"], True),
+        (["bash", "-c", "deepspeed launch/train.py"], False),
+        (["python", "launch/train.py", "--deepspeed", "ds_configs/zero3.json"], False),
+        (["sshd: user@pts/0"], False),
+        ([], False),
+    ],
+)
+def test_launchers_are_told_by_their_command_lines(command: list[str], is_one: bool) -> None:
+    assert _is_launcher(command) is is_one
 
 
 def test_a_process_is_known_by_its_start_too_and_a_dead_one_is_dead_before_it_is_asked_for() -> None:

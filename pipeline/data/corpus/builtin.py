@@ -129,9 +129,7 @@ def _check_existing(directory: Path, requested: dict[str, int]) -> None:
     try:
         existing = dict(json.loads((directory / CORPUS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
-        raise DataError(
-            f"expected the built-in corpus in {directory}, but it has no readable {CORPUS_FILE}; {remedy}"
-        ) from None
+        raise DataError(f"expected the built-in corpus in {directory}, but it has no {CORPUS_FILE}; {remedy}") from None
     differing = [key for key, value in requested.items() if existing.get(key) != value]
     if differing:
         listed = ", ".join(f"{key} {existing.get(key)} (expected {requested[key]})" for key in differing)
