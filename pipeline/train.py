@@ -5,7 +5,8 @@ backward), agree that every number was finite, apply. `train` runs step after st
 validation, checkpoints, requests to stop.
 
 A step is fetched and counted before the one before it is run, so that its counts, and requests to stop, are on the host when
-they are needed. The host waits for the device once a micro-batch, to size the loss phase's repair, and when metrics are logged.
+they are needed. The host waits for the device once a micro-batch, to size the loss phase's repair, when metrics are logged, and
+where loss spikes are answered once a step.
 """
 
 import hashlib
