@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.audit.history import History
-from pipeline.runtime.checkpoint.folders import ABANDONED, PARTIAL, checkpoint_names, problem_of, read_state_of
+from pipeline.runtime.checkpoint.folders import ABANDONED, PARTIAL, problem_of, read_state_of, saved_steps, step_name
 from pipeline.runtime.checkpoint.state import State
 
 
@@ -23,7 +23,7 @@ class CheckpointReport(NamedTuple):
 def check_checkpoints(run_dir: Path, history: History) -> list[CheckpointReport]:
     """Look at all folders, newest checkpoints first. Of abandoned and unfinished ones nothing is expected."""
     directory = run_dir / "checkpoints"
-    reports = [_report(directory / name, history) for name in checkpoint_names(directory)]
+    reports = [_report(directory / step_name(step), history) for step in saved_steps(directory)]
     for path in sorted(directory.glob(f"{ABANDONED}*"), reverse=True):
         state, _ = read_state_of(path)
         reports.append(CheckpointReport(path.name, "abandoned", state.world_size if state else None, _size_of(state), []))

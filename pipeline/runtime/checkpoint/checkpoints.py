@@ -17,8 +17,8 @@ from typing import Any
 
 from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint.commit import Saved, SaveError, Writer, step_name
-from pipeline.runtime.checkpoint.folders import ABANDONED, PARTIAL, checkpoint_names, read_state_of
+from pipeline.runtime.checkpoint.commit import Saved, SaveError, Writer
+from pipeline.runtime.checkpoint.folders import ABANDONED, PARTIAL, read_state_of, saved_steps, step_name
 from pipeline.runtime.checkpoint.read import load
 from pipeline.runtime.checkpoint.state import HeldOut, State
 from pipeline.runtime.distributed import World, broadcast_from_first
@@ -203,12 +203,12 @@ class Checkpoints:
 
     def _candidates(self) -> list[str]:
         """The checkpoints that the run may continue from, best first."""
-        names = checkpoint_names(self.directory)
-        return names if self.from_step is None else [name for name in names if name == step_name(self.from_step)]
+        steps = saved_steps(self.directory)
+        return [step_name(step) for step in steps if self.from_step in (None, step)]
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, in order. Not collective."""
-        return sorted(int(name.removeprefix("step-")) for name in checkpoint_names(self.directory))
+        return saved_steps(self.directory)[::-1]
 
     def _trace_of_a_run(self) -> list[str]:
         """Say what tells that there were checkpoints, where there are none: a run never starts anew in silence."""
@@ -254,7 +254,7 @@ class Checkpoints:
         """Rename checkpoints later than `name`, so that the newest folder is again the one that the run continues."""
         if not self.world.is_first:
             return
-        for later in checkpoint_names(self.directory):
+        for later in map(step_name, saved_steps(self.directory)):
             if later > name:
                 shutil.rmtree(self.directory / f"{ABANDONED}{later}", ignore_errors=True)
                 os.replace(self.directory / later, self.directory / f"{ABANDONED}{later}")
@@ -272,8 +272,8 @@ class Checkpoints:
         keep, every = self.settings.keep, self.settings.keep_every
         if keep is None:
             return
-        for name in checkpoint_names(self.directory)[keep:]:
-            step = int(name.removeprefix("step-"))
+        for step in saved_steps(self.directory)[keep:]:
+            name = step_name(step)
             if name != current and not (every is not None and step % every == 0):
                 shutil.rmtree(self.directory / name)
 

@@ -12,10 +12,16 @@ PARTIAL, ABANDONED = ".partial", "abandoned-"
 OTHER_BYTES = "its bytes are not those that were written (SHA-256)"
 
 
-def checkpoint_names(directory: Path) -> list[str]:
-    """Names of all checkpoint folders, newest first, sound or not; unfinished ones left out."""
-    names = [path.name for path in directory.glob("step-*") if path.suffix != PARTIAL]
-    return sorted(names, reverse=True)
+def step_name(step: int) -> str:
+    """The folder name of a step's checkpoint: `step-00000100`."""
+    return f"step-{step:08d}"
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Steps of all checkpoint folders, newest first, sound or not; unfinished ones, and copies a user has made, left out."""
+    digits = [path.name.removeprefix("step-") for path in directory.glob("step-*")]
+    steps = [int(number) for number in digits if number.isdecimal()]
+    return sorted((step for step in steps if (directory / step_name(step)).exists()), reverse=True)
 
 
 def read_state_of(directory: Path) -> tuple[State | None, str]:
@@ -24,7 +30,7 @@ def read_state_of(directory: Path) -> tuple[State | None, str]:
         state = read_state(directory / STATE_FILE)
     except StateError as error:
         return None, f"{directory.name}: {STATE_FILE}: {error}"
-    if directory.name.removeprefix(ABANDONED) != f"step-{state.step:08d}":
+    if directory.name.removeprefix(ABANDONED) != step_name(state.step):
         return None, f"{directory.name}: {STATE_FILE}: is of step {state.step}"
     for file in state.files:
         try:
