@@ -17,7 +17,7 @@ ALLOWED = {
     "other_names": set(),
     "config": {"setting_types", "storage"},
     "yaml_text": set(),
-    "recipe": {"config", "other_names", "setting_types", "yaml_text"},
+    "recipe": {"config", "other_names", "setting_types", "storage", "yaml_text"},
     "schedule": {"config", "weighting"},
     "progress": {"weighting"},
     "data": set(),
