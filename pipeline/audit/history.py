@@ -74,6 +74,14 @@ class History:
         return [event for event in self.events if event.kind == "start"]
 
     @property
+    def exit_code(self) -> int | None:
+        """The newest exit code since the last step, of a job that ended in good order."""
+        for event in reversed(self.events):
+            if event.kind == "step" or "code" in event.values:
+                return event.values.get("code")
+        return None
+
+    @property
     def steps(self) -> list[Event]:
         """All steps, abandoned ones included."""
         return [event for event in self.events if event.kind == "step"]
@@ -112,13 +120,18 @@ def _read_events(path: Path, history: History) -> None:
 
 def _event(number: int, value: dict[str, Any] | None) -> Event | None:
     """An event of a known kind with all its values; None of any other line."""
-    if value is None or not isinstance(value.get("time"), int | float):
+    if value is None or not isinstance(value.get("time"), int | float) or not all(map(_is_possible, value.values())):
         return None
     kind = str(value.get("event"))
     types = _FIELDS.get(kind)
     if types is None or not all(isinstance(value.get(key), known) for key, known in types.items()):
         return None
     return Event(number, float(value["time"]), kind, value)
+
+
+def _is_possible(value: Any) -> bool:
+    """False for numbers that no run records, which sums would carry on."""
+    return not isinstance(value, int | float) or 0 <= value < 2**53
 
 
 class _Follower:

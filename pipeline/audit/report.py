@@ -57,14 +57,14 @@ def _notes_on_progress(history: History, checkpoints: list[CheckpointReport]) ->
 
 def figures(found: Audit) -> dict[str, Any]:
     """The audit as JSON values."""
-    history, ends = found.history, [event for event in found.history.events if event.kind == "end"]
+    history = found.history
     return {
         "run": str(found.run_dir),
         "sound": not found.problems,
         "problems": found.problems,
         "notes": found.notes,
         "starts": [{"ranks": event.values["ranks"], "began": event.values["began"]} for event in history.starts],
-        "exit_code": ends[-1].values.get("code") if ends and ends[-1] is history.events[-1] else None,
+        "exit_code": history.exit_code,
         "steps": history.last_step,
         "steps_abandoned": sum(event.abandoned for event in history.steps),
         "returns": [asdict(each) for each in history.returns],

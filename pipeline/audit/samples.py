@@ -70,7 +70,7 @@ def _order(history: History, number: int) -> MixtureOrder | str:
         return f"{EVENTS_FILE}: steps before any order of samples is recorded"
     try:
         return order_of_record(history.orders[number])
-    except (KeyError, TypeError, ValueError, IndexError, DataError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, DataError) as error:
         return f"{EVENTS_FILE}: the record of the order of samples is damaged: {type(error).__name__}: {error}"
 
 

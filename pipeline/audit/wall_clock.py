@@ -8,7 +8,8 @@
     restarts     from the end of a job's records to the beginning of the next, and from the beginning of a job to its first step
     other        the rest
 
-The pieces are cut from one line of time, so they sum to all of it. The clock is the first rank's.
+The pieces are cut from one line of time, so they sum to all of it. The clock is the first rank's. What a killed job did after
+its last event, a part of a step, counts as time without a job.
 """
 
 from typing import NamedTuple

@@ -18,6 +18,7 @@ import pytest
 
 from pipeline.progress import Progress
 from pipeline.runtime.checkpoint.state import HeldOut
+from pipeline.runtime.events import EventLog, last_event
 from pipeline.runtime.logbook import Logbook, read_records
 from tests.forked import CAN_FORK, call, forking
 from tests.ranks import run_ranks
@@ -66,11 +67,13 @@ def save_for_ever(run_dir: Path) -> None:
 
 
 def save_on_one_rank(run_dir: Path) -> None:
-    store, logbook = checkpoints(run_dir, every=2, keep=2), Logbook(run_dir, 0, num_heads=1)
+    store, logbook, events = checkpoints(run_dir, every=2, keep=2), Logbook(run_dir, 0, num_heads=1), EventLog(run_dir)
     for step in range(1, 10_000):
         logbook.write({"step": step, "loss": 1.0})
+        events.write("step", step=step)
         if step % 2 == 0:
             logbook.sync()
+            events.sync()
             store.save(StandIn(step, step), Progress(step), HeldOut(), in_background=True)
         else:
             go_on_to_the_end(store)
@@ -110,3 +113,6 @@ def test_after_a_loss_of_power_a_checkpoint_loads_and_the_records_reach_it(disk:
             (step,) = run_ranks(resumed, 1, run_dir)
             assert step >= complete > 0
             assert max(record["step"] for record in read_records(run_dir)) >= step
+            last = last_event(run_dir, "step")
+            assert last is not None
+            assert last["step"] >= step

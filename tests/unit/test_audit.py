@@ -144,6 +144,20 @@ EDITS: dict[str, tuple[Edit, str]] = {
         lambda events: events[1].update(sets=[{"shards": 3}]),
         "the record of the order of samples is damaged",
     ),
+    "no lanes": (lambda events: events[1].update(lanes=0), "record of the order of samples is damaged"),
+    "no rows": (lambda events: events[1].update(global_batch=0), "record of the order of samples is damaged"),
+    "other rows": (lambda events: events[1].update(global_batch=9), "record of the order of samples is damaged"),
+    "more shards than memory": (
+        lambda events: events[1]["sets"][0].update(shards=[[1, 2**50]]),
+        "record of the order of samples is damaged",
+    ),
+    "more samples than numbers": (
+        lambda events: events[1]["sets"][0].update(shards=[[2**70, 1]]),
+        "record of the order of samples is damaged",
+    ),
+    "no weight": (lambda events: events[1]["sets"][0].update(weight=float("nan")), "record of the order of samples is damaged"),
+    "a time that is none": (lambda events: events[5].update(time=float("inf")), "line 6 is damaged"),
+    "a position beyond numbers": (lambda events: events[5].update(samples=2**80), "line 6 is damaged"),
     "the last steps are missing": (lambda events: [events.pop() for _ in range(4)], "step-00000012: no event tells of step 12"),
     "other data": (lambda events: events[1].update(data="another"), "step-00000012: was trained on other data"),
 }

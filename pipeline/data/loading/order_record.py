@@ -13,6 +13,9 @@ import numpy as np
 from pipeline.data.loading.mixture import DataSet, MixtureOrder
 from pipeline.data.loading.order import EpochOrder
 
+# A damaged record must not ask for all memory.
+_MOST_ROWS, _MOST_SHARDS = 2**24, 2**26
+
 
 def record_of_order(order: MixtureOrder, sets: Sequence[DataSet], global_batch: int) -> dict[str, Any]:
     """Describe an order. `shards`: of each set [samples of a shard, number of such shards in a row], …"""
@@ -29,11 +32,16 @@ def order_of_record(record: dict[str, Any]) -> MixtureOrder:
     """Build the order that `record_of_order` describes.
 
     Raises:
-        KeyError, TypeError, ValueError: it is no such record. DataError: a set is too small for the lanes.
+        KeyError, TypeError, ValueError, OverflowError: it is no such record. DataError: a set is too small for the lanes.
     """
     sizes = {key: int(record[key]) for key in ("lanes", "seed", "shuffle_block")}
-    orders = [EpochOrder(np.repeat(*np.array(each["shards"], np.int64).reshape(-1, 2).T), **sizes) for each in record["sets"]]
-    return MixtureOrder(orders, [float(each["weight"]) for each in record["sets"]])
+    num_rows, lanes = int(record["global_batch"]), sizes["lanes"]
+    if not 0 < lanes <= num_rows <= _MOST_ROWS or num_rows % lanes or sizes["shuffle_block"] < 1 or sizes["seed"] < 0:
+        raise ValueError(f"lanes, rows, blocks or a seed that no run can have: {num_rows} and {sizes}")
+    weights = {str(each["name"]): float(each["weight"]) for each in record["sets"]}
+    if not len(weights) == len(record["sets"]) > 0 or not all(0 < weight < float("inf") for weight in weights.values()):
+        raise ValueError(f"names or weights that no run can have: {weights}")
+    return MixtureOrder([EpochOrder(_sizes_of(each["shards"]), **sizes) for each in record["sets"]], list(weights.values()))
 
 
 def sample_numbers(order: MixtureOrder, first_round: int, num_rounds: int) -> np.ndarray:
@@ -49,6 +57,14 @@ def sample_numbers(order: MixtureOrder, first_round: int, num_rounds: int) -> np
             own = sets == number
             numbers_RL[own, lane] = before_set[number] + before[shards[own]] + samples[own]
     return numbers_RL.ravel()
+
+
+def _sizes_of(runs: Sequence[Sequence[int]]) -> np.ndarray:
+    """The samples of each shard."""
+    sizes, counts = np.array(runs, np.int64).reshape(-1, 2).T
+    if min(sizes, default=0) < 1 or min(counts) < 1 or max(counts) > _MOST_SHARDS or counts.sum() > _MOST_SHARDS:
+        raise ValueError("numbers of samples or shards that no data can have")
+    return np.repeat(sizes, counts)
 
 
 def _runs(sizes: np.ndarray) -> list[list[int]]:
