@@ -149,15 +149,15 @@ def test_all_that_is_wrong_with_the_options_of_preparing_is_said_at_once(tmp_pat
     head, *problems = capsys.readouterr().err.rstrip("\n").split("\n  - ")
     assert head == f"error: {len(problems)} problems with the options:"
     beginnings = [
+        "--sequence-length: expected a whole number of at least 2, got '1'",
         "--processes: expected a whole number of at least 1, got '0'",
-        "--samples-per-shard: expected a whole number, got 'x'",
+        "--samples-per-shard: expected a whole number of at least 1, got 'x'",
         "the following arguments are required: --output",
         "--packin: unknown option; did you mean '--packing'?",
         "'concat': not expected here",
         "--weight c=1: there is no input named 'c'",
         "--weight a=0: expected a number above 0",
         "expected either --tokenizer, the one to use, or --train-bpe",
-        "expected a sequence length of at least 2 tokens, got 1",
         f"no files at '{tmp_path / 'none'}'",
         f"no files at '{tmp_path / 'nothing'}'",
     ]
