@@ -174,3 +174,13 @@ def test_all_that_is_wrong_with_the_options_of_an_order_is_said_at_once(capsys):
         "the following arguments are required: DIR, --global-batch; shards.py --help says more",
         "--step: unknown option; did you mean '--steps'?\n",
     ]
+
+
+@pytest.mark.parametrize("option", ["--sequence-length", "--samples-per-shard", "--max-document-bytes", "--train-bpe"])
+def test_a_number_too_large_to_compute_with_is_refused_by_its_option(tmp_path, capsys, option):
+    (tmp_path / "a.txt").write_text("text")
+    given = {"--input": tmp_path / "a.txt", "--output": tmp_path / "out", "--tokenizer": "bytes", "--sequence-length": 8}
+    given |= {option: 10**30}
+    assert run("prepare", *(each for pair in given.items() for each in pair)) == 2
+    assert f"{option}: expected a whole number of at most " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
