@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.failures import guarded
-from pipeline.option_parser import OptionParser, Read
+from pipeline.option_parser import OptionParser, Read, at_least
 from pipeline.options import json_problems, path_argument, read_options, read_recipe, recipe_parser, write_json
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
@@ -24,7 +24,7 @@ DOES_NOT_FIT = 1
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     parser = recipe_parser("plan.py", __doc__, DEMO)
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the job")
+    parser.add_argument("--gpus", type=at_least(1), required=True, metavar="N", help="ranks of the job")
     parser.add_argument(
         "--device-memory", type=float, metavar="GIB", help="of one GPU; default: of this machine's, if it has one"
     )

@@ -66,7 +66,7 @@ def _parser() -> OptionParser:
     )
     parser.add_argument(
         "--train-bpe",
-        type=int,
+        type=at_least(1, most=2**24),
         metavar="VOCAB_SIZE",
         help="or this: train a byte-level BPE on the input, or 1 GiB spread over it, which is then read twice, each part the "
         "same one; killed meanwhile, it begins anew",
@@ -86,7 +86,7 @@ def _parser() -> OptionParser:
     )
 
     # Rows.
-    parser.add_argument("--sequence-length", type=int, required=True, metavar="T", help="tokens a row")
+    parser.add_argument("--sequence-length", type=at_least(2, most=2**24), required=True, metavar="T", help="tokens a row")
     parser.add_argument(
         "--packing",
         choices=PACKINGS,
@@ -104,7 +104,9 @@ def _parser() -> OptionParser:
     # Documents, shuffle and shards.
     parser.add_argument("--text-field", default="text", help="the field or column that holds the text")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle of the documents")
-    parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="rows in a shard (best_fit: about)")
+    parser.add_argument(
+        "--samples-per-shard", type=at_least(1, most=2**24), default=SAMPLES_PER_SHARD, help="rows in a shard (best_fit: about)"
+    )
     parser.add_argument(
         "--validation",
         type=float,
@@ -119,7 +121,11 @@ def _parser() -> OptionParser:
         help="documents that are not UTF-8, no JSON or without text: leave them out, counted and the first ones named, or stop",
     )
     parser.add_argument(
-        "--max-document-bytes", type=int, default=MAX_DOCUMENT_BYTES, metavar="N", help="longer documents are left out, counted"
+        "--max-document-bytes",
+        type=at_least(1),
+        default=MAX_DOCUMENT_BYTES,
+        metavar="N",
+        help="longer documents are left out, counted",
     )
 
     # The work.

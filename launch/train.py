@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.command_line import end_process, run_command
+from pipeline.option_parser import at_least
 from pipeline.options import job_parser
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="build everything, make two steps, report, stop")
     parser.add_argument("--allow-changed", action="store_true", help="continue a run with settings that change its result")
     parser.add_argument(
-        "--from-step", type=int, metavar="N", help="go back to the checkpoint of step N; later ones are retired"
+        "--from-step", type=at_least(0), metavar="N", help="go back to the checkpoint of step N; later ones are retired"
     )
     return run_command(parser, arguments, train)
 

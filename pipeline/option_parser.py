@@ -128,8 +128,8 @@ def _accept_anything(actions: Iterable[argparse.Action]) -> None:
         action.nargs = "*" if action.nargs == "+" else action.nargs or "?"
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number from `least` on."""
+def at_least(least: int, most: int = 2**53) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` to `most`, by default more than anything that is counted."""
 
     def whole_number(text: str) -> int:
         try:
@@ -138,6 +138,8 @@ def at_least(least: int) -> Callable[[str], int]:
             number = least - 1
         if number < least:
             raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at most {most}, got {text!r}")
         return number
 
     return whole_number

@@ -135,7 +135,7 @@ def _meant(detail: Any) -> str:
     meant = settings_meant(name)
     if not meant and name.lower() in ADVICE_ON:
         return ADVICE_ON[name.lower()]
-    own = Settings.model_fields[path[0]].annotation.model_fields  # type: ignore[union-attr]
+    own = type(getattr(Settings(), path[0])).model_fields
     close = [f"{path[0]}.{key}" for key in difflib.get_close_matches(name, own, n=1)]
     return _suggestion(meant or close) if meant or close else did_you_mean(name, own)
 
@@ -169,7 +169,7 @@ def _plain(name: str) -> str:
 
 def settings_named(name: str) -> list[str]:
     """`section.key` of every setting with this name, which may be given with or without its section."""
-    names = [f"{section}.{key}" for section, field in Settings.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]
+    names = [f"{section}.{key}" for section, settings in Settings() for key in type(settings).model_fields]
     return [known for known in names if name in (known, known.partition(".")[2])]
 
 

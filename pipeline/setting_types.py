@@ -72,8 +72,9 @@ Free = Annotated[Value, ResumeRule.FREE]
 ChangesResult = Annotated[Value, ResumeRule.CHANGES_RESULT]
 Fixed = Annotated[Value, ResumeRule.FIXED]
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+# No number that is counted is as large, and what computes with one has 64 bits for it.
+Positive = Annotated[int, Field(gt=0, le=2**53)]
+NonNegative = Annotated[int, Field(ge=0, le=2**53)]
 # Beyond any model. So the values of a matrix, whose height may be a product of two sizes, still have a number in 64 bits.
 Size = Annotated[int, Field(gt=0, le=2**20)]
 DirectoryName = Annotated[str, AfterValidator(_directory_name)]

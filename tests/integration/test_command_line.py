@@ -178,7 +178,12 @@ def test_without_a_deepspeed_json_it_is_asked_for():
 @pytest.mark.parametrize(
     ("script", "wrong", "own", "data"),
     [
-        ("train.py", ["--from-step", "x"], ["--from-step: expected a whole number, got 'x'"], ["data.path: expected a folder"]),
+        (
+            "train.py",
+            ["--from-step", "x"],
+            ["--from-step: expected a whole number"],
+            ["data.path: expected a folder"],
+        ),
         (
             "score.py",
             ["--dtype", "int8", "--output", __file__],
@@ -189,7 +194,7 @@ def test_without_a_deepspeed_json_it_is_asked_for():
             ],
             ["data.path: expected a folder"],
         ),
-        ("plan.py", ["--gpus", "x"], ["--gpus: expected a whole number, got 'x'"], []),
+        ("plan.py", ["--gpus", "x"], ["--gpus: expected a whole number of at least 1, got 'x'"], []),
     ],
 )
 def test_mistakes_in_options_join_those_of_recipe_json_and_data(arguments, tmp_path, script, wrong, own, data):

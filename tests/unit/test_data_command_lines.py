@@ -171,15 +171,15 @@ def test_all_that_is_wrong_with_the_options_of_preparing_is_said_at_once(tmp_pat
     head, *problems = capsys.readouterr().err.rstrip("\n").split("\n  - ")
     assert head == f"error: {len(problems)} problems with the options:"
     beginnings = [
+        "--sequence-length: expected a whole number of at least 2, got '1'",
         "--processes: expected a whole number of at least 1, got '0'",
-        "--samples-per-shard: expected a whole number, got 'x'",
+        "--samples-per-shard: expected a whole number of at least 1, got 'x'",
         "the following arguments are required: --output",
         "--packin: unknown option; did you mean '--packing'?",
         "'concat': not expected here",
         "--weight c=1: there is no input named 'c'",
         "--weight a=0: expected a number above 0",
         "expected either --tokenizer, the one to use, or --train-bpe",
-        "expected a sequence length of at least 2 tokens, got 1",
         f"no files at '{tmp_path / 'none'}'",
         f"no files at '{tmp_path / 'nothing'}'",
     ]
@@ -196,3 +196,13 @@ def test_all_that_is_wrong_with_the_options_of_an_order_is_said_at_once(capsys):
         "the following arguments are required: DIR, --global-batch; shards.py --help says more",
         "--step: unknown option; did you mean '--steps'?\n",
     ]
+
+
+@pytest.mark.parametrize("option", ["--sequence-length", "--samples-per-shard", "--max-document-bytes", "--train-bpe"])
+def test_a_number_too_large_to_compute_with_is_refused_by_its_option(tmp_path, capsys, option):
+    (tmp_path / "a.txt").write_text("text")
+    given = {"--input": tmp_path / "a.txt", "--output": tmp_path / "out", "--tokenizer": "bytes", "--sequence-length": 8}
+    given |= {option: 10**30}
+    assert run("prepare", *(each for pair in given.items() for each in pair)) == 2
+    assert f"{option}: expected a whole number of at most " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

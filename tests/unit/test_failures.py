@@ -39,6 +39,11 @@ def panic() -> int:
         (OSError(errno.EADDRINUSE, "Address already in use"), "Address already in use; choose another port"),
         (OSError(errno.EMFILE, "Too many open files", "a"), "a: Too many open files; raise the limit on open files"),
         (OSError(errno.ESTALE, "Stale file handle", "a"), "a: Stale file handle; mend that and start again"),
+        (OSError(errno.ENOSPC, "No space left", "from", None, "to"), "to: No space left; free some of the disk"),
+        (
+            OSError(errno.EACCES, "Permission denied", "from", None, "to"),
+            "from: Permission denied; have its",
+        ),
         (OSError("a message of our own"), "a message of our own"),
         (MemoryError("8 TiB"), "this machine's memory is used up (8 TiB)"),
         (DataError("expected a folder"), "expected a folder"),

@@ -32,16 +32,19 @@ def decode(data: bytes) -> str:
     try:
         return data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UndecodableError(f"byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason})") from None
+        raise UndecodableError(_not_utf_8(error)) from None
 
 
 def decode_lines(data: bytes) -> str:
     """Decode UTF-8; an error names the line."""
     try:
-        return decode(data)
-    except UndecodableError as error:
-        start = error.__context__.start  # type: ignore[union-attr]
-        raise UndecodableError(f"line {1 + data.count(bytes([10]), 0, start)}: {error}") from None
+        return data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UndecodableError(f"line {1 + error.object.count(10, 0, error.start)}: {_not_utf_8(error)}") from None
+
+
+def _not_utf_8(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason})"
 
 
 def text_of_line(line: bytes, text_field: str) -> str:
