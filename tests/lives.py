@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.runtime.checkpoint.read import checkpoint_names
+from pipeline.runtime.checkpoint.folders import saved_steps, step_name
 from pipeline.runtime.checkpoint.state import STATE_FILE, read_state
 from pipeline.runtime.logbook import read_records
 from tests.forked import ROOT, as_main, call, forking
@@ -106,7 +106,7 @@ def _run_rank(rank: int, command: list[str], job: dict[str, Any], log: Path, alt
 def left_by(run_dir: Path) -> dict[str, Any]:
     """All that must be equal of two runs: every record but its clocks, and the last checkpoint, by the hashes of its files."""
     records = [{key: value for key, value in record.items() if not _CLOCKS.search(key)} for record in read_records(run_dir)]
-    (newest, *_) = checkpoint_names(run_dir / "checkpoints")
+    newest = step_name(saved_steps(run_dir / "checkpoints")[0])
     state = read_state(run_dir / "checkpoints" / newest / STATE_FILE)
     identity = {key: value for key, value in state.identity.items() if key != "data.num_workers"}
     return {"records": records, "state": state.model_dump(mode="json") | {"identity": identity}}
