@@ -39,7 +39,8 @@ def check_before_start(
         ConfigError: all problems of settings, DeepSpeed JSON, sizes, data and reference at once.
     """
     content, found = _read_json(deepspeed_json, settings)
-    found += folder_problems("--run-dir", run_dir)
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "tensorboard"):
+        found += [problem for problem in folder_problems("--run-dir", folder) if problem not in found]
     if _are_meant(_SIZES, problems):
         found += size_problems(settings, world.size)
     if _are_meant(_COMPARED, problems):

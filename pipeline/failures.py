@@ -62,8 +62,8 @@ def failure_of_machine(error: OSError | MemoryError) -> str:
         return f"this machine's memory is used up ({error}); use smaller sizes or fewer processes"
     if error.errno is None or error.strerror is None:
         return str(error)  # a message of our own
-    # Of a copy the place of the new file is at fault, if that has no room.
-    name = error.filename2 if error.filename2 and error.errno in _NO_ROOM else error.filename
+    # Of a copy or a renaming, what was to be there: the other is a temporary file, or has been opened already.
+    name = error.filename2 or error.filename
     where = f"{name}: " if name else ""
     return f"{where}{error.strerror}; {_REMEDIES.get(error.errno, 'mend that and start again')}"
 
@@ -83,7 +83,6 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EADDRINUSE: "choose another port",
 }
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _leave_to_the_main_thread(failure: threading.ExceptHookArgs) -> None:

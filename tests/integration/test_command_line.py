@@ -361,6 +361,14 @@ def test_a_run_directory_that_is_a_file_is_refused_by_name(refused, tmp_path):
     assert problem.startswith(f"--run-dir: {tmp_path / 'file'} is a file")
 
 
+@pytest.mark.parametrize("folder", ["checkpoints", "tensorboard"])
+def test_a_file_in_the_place_of_a_runs_folder_is_refused_before_anything_is_trained(refused, tmp_path, folder):
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / folder).touch()
+    (problem,) = refused("--run-dir", tmp_path / "another")
+    assert problem == f"--run-dir: {tmp_path / 'another' / folder} is a file; expected a directory, or none yet"
+
+
 def test_a_missing_deepspeed_json_is_refused_by_name(refused, tmp_path):
     assert refused("--deepspeed", tmp_path / "none.json") == [f"--deepspeed: no such file: {tmp_path / 'none.json'}"]
 
