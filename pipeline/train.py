@@ -47,7 +47,8 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
     """Train until `training.steps` or a request to stop; returns the exit code, 0 or `EXIT_TRY_AGAIN`.
 
     Raises:
-        TrainingDivergedError: after `training.max_skipped_steps` in a row; the last checkpoint stays as it was.
+        TrainingDivergedError: after `training.max_skipped_steps` in a row, or a loss spike after `training.max_rollbacks`;
+            the last checkpoint stays as it was.
         StoppedError: a signal to stop came before the first step, when there is nothing to save.
     """
     progress = run.checkpoints.resume(run.engine, allow_changed, lambda: held_out_losses(run))
