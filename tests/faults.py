@@ -7,6 +7,7 @@ of a rank before it runs the command. A fault happens once in the life of a proc
 import errno
 import functools
 import importlib
+import math
 import os
 import signal
 import threading
@@ -191,7 +192,8 @@ def leave_out(rank: int, patch: pytest.MonkeyPatch, steps: Sequence[int]) -> Non
         counted = fetched.pending.read()
         sums = SelectionSums(run.settings.model.num_prediction_heads, len(counted.consumed.tokens_by_source), run.device)
         rate = learning_rate(run.settings.training, progress.applied_steps)
-        return StepResult(counted.counts, counted.consumed, [], sums, rate, applied=False, bad="left out")
+        nothing = torch.tensor(math.nan)
+        return StepResult(counted.counts, counted.consumed, [], sums, nothing, None, rate, applied=False, bad="left out")
 
     patch.setattr(train, "train_step", train_step)
 
