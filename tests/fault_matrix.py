@@ -235,7 +235,7 @@ def _far_off(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]
     for one, other in zip(found, expected, strict=True):
         if any(one.get(key) != other.get(key) for key in ("step", "samples", "tokens", "data_samples_source_text")):
             return f"step {one['step']}: other samples"
-        for key in (key for key in other if key.startswith("loss")):
+        for key in (key for key in other if key == "loss" or key.startswith("loss_head_")):
             if abs(one[key] - other[key]) > 1e-5 * abs(other[key]):
                 return f"step {one['step']}: {key} is {one[key]}, expected {other[key]}"
     return ""
