@@ -13,9 +13,13 @@ consumption.py      counts the data of a step over all ranks, and reacts to dama
 reporter.py         metrics, validations and terminal lines, each at its interval
 evaluate.py         held-out losses
 scoring.py          stores a frozen reference's losses beside the data
+saved_model.py      finds the model that a path means, and reads it without an engine
+export_model.py     writes a model for other programs, and verifies it
+model_card.py       describes an exported model
 
 command_line.py     checks, process group and exit codes of the commands that run on all ranks
 options.py          the options that commands share
+model_options.py    those of commands that read a trained model
 failures.py         turns a failure of a user or a machine into one message and an exit code
 job.py              a job from start to end: prepare what is missing, then train
 assembly.py         builds a run from a job's settings

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from pipeline.config import CheckpointSettings, Settings
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint.commit import step_name
+from pipeline.runtime.checkpoint.folders import step_name
 from pipeline.runtime.checkpoint.state import STATE_FILE, HeldOut, State, encode
 from tests.ranks import run_ranks
 from tests.rows import batch_of, part_of, random_lengths

@@ -57,7 +57,7 @@ def tiny_reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from pipeline.config import ModelSettings
     from pipeline.data.shards.manifest import read_manifest
     from pipeline.data.tokenizer import TOKENIZER_FILE
-    from pipeline.model.huggingface import save_model
+    from pipeline.model.export import save_model
     from pipeline.model.mtp import MTPModel, initialize_weights
 
     directory = tmp_path_factory.mktemp("tiny_reference")

@@ -2,7 +2,9 @@
 
 checkpoints    saves, finds and loads the checkpoints of one run directory
 commit         writes a checkpoint in the background, and makes it one
+folders        finds checkpoints and verifies their bytes
 read           verifies a checkpoint and loads it into an engine
+weights        a verified checkpoint's weights, tensor by tensor, without an engine
 fragments      this rank's share of every parameter and optimizer state, in any ZeRO stage
 fragment_file  one rank's file, hashed while it is written and read
 state          the file state.json

@@ -16,8 +16,9 @@ from typing import Any
 
 from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, remove, start_thread, step_name
-from pipeline.runtime.checkpoint.read import load, read_state_of, saved_steps
+from pipeline.runtime.checkpoint.commit import PARTIAL, Saved, SaveError, Writer, remove, start_thread
+from pipeline.runtime.checkpoint.folders import read_state_of, saved_steps, step_name
+from pipeline.runtime.checkpoint.read import load
 from pipeline.runtime.checkpoint.state import HeldOut, State
 from pipeline.runtime.distributed import World, broadcast_from_first
 from pipeline.runtime.identity import Change, changed_settings

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.runtime.checkpoint.folders import step_name
 from pipeline.runtime.checkpoint.fragment_file import write_tensors
 from pipeline.runtime.checkpoint.fragments import FROZEN, MASTER, STATES, Fragment, fragments_of, optimizer_step
 from pipeline.runtime.checkpoint.state import STATE_FILE, Kind, SavedFile, SavedParameter, State, encode
@@ -46,11 +47,6 @@ class Saved(NamedTuple):
     num_bytes: int
     seconds: float
     waited: float
-
-
-def step_name(step: int) -> str:
-    """The folder name of a step's checkpoint: `step-00000100`."""
-    return f"step-{step:08d}"
 
 
 def remove(folder: Path) -> None:

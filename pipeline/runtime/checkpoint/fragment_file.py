@@ -95,12 +95,6 @@ def _entry(data_begin: int, dtype: str, shape: list[int], data_offsets: list[int
     return entry
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_pieces(path: Path, pieces: Sequence[Piece], *, hashed: bool) -> str | None:
     """Read pieces of a file into their memory.
 

@@ -1,4 +1,4 @@
-"""Find the newest sound checkpoint and load it into an engine of any layout.
+"""Load a checkpoint into an engine of any layout.
 
 Every byte is verified before it counts. On the layout that wrote it each rank reads its own file once, hashing what it sets; on
 another the ranks share the hashing and agree before any value is set. What is wrong with one checkpoint is a sentence, the same
@@ -13,39 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.runtime.checkpoint.commit import rank_file, step_name
-from pipeline.runtime.checkpoint.fragment_file import FileError, Piece, read_header, read_pieces, sha256_of
+from pipeline.runtime.checkpoint.commit import rank_file
+from pipeline.runtime.checkpoint.folders import OTHER_BYTES, problem_of, reason
+from pipeline.runtime.checkpoint.fragment_file import FileError, Piece, read_header, read_pieces
 from pipeline.runtime.checkpoint.fragments import FROZEN, Fragment, fragments_of, refresh_weights, set_optimizer_step
-from pipeline.runtime.checkpoint.state import STATE_FILE, SavedParameter, State, StateError, read_state
+from pipeline.runtime.checkpoint.state import SavedParameter, State
 from pipeline.runtime.distributed import World, gather_over_ranks
 from pipeline.runtime.engine import full_shape
-
-_OTHER_BYTES = "its bytes are not those that were written (SHA-256)"
-
-
-def saved_steps(directory: Path) -> list[int]:
-    """Steps of all checkpoint folders, newest first, sound or not; unfinished ones, and copies a user has made, left out."""
-    digits = [path.name.removeprefix("step-") for path in directory.glob("step-*")]
-    steps = [int(number) for number in digits if number.isdecimal()]
-    return sorted((step for step in steps if (directory / step_name(step)).exists()), reverse=True)
-
-
-def read_state_of(directory: Path) -> tuple[State | None, str]:
-    """(state, "") of a checkpoint folder, or (None, what is wrong with it)."""
-    try:
-        state = read_state(directory / STATE_FILE)
-    except StateError as error:
-        return None, f"{directory.name}: {STATE_FILE}: {error}"
-    if directory.name != f"step-{state.step:08d}":
-        return None, f"{directory.name}: {STATE_FILE}: is of step {state.step}"
-    for file in state.files:
-        try:
-            size = (directory / file.name).stat().st_size
-        except OSError as error:
-            return None, f"{directory.name}: {file.name}: cannot be read ({error.strerror})"
-        if size != file.bytes:
-            return None, f"{directory.name}: {file.name}: expected {file.bytes} bytes, got {size}"
-    return state, ""
 
 
 def load(directory: Path, state: State, engine: Any, world: World) -> list[str]:
@@ -108,8 +82,8 @@ def _read_own(directory: Path, state: State, fragments: Sequence[Fragment], worl
     try:
         sha256 = _read_into(path, wanted, hashed=True)
     except (OSError, FileError) as error:
-        return f"{path.name}: {_reason(error)}"
-    return None if sha256 == state.files[world.rank].sha256 else f"{path.name}: {_OTHER_BYTES}"
+        return f"{path.name}: {reason(error)}"
+    return None if sha256 == state.files[world.rank].sha256 else f"{path.name}: {OTHER_BYTES}"
 
 
 def _hash_share(directory: Path, state: State, world: World) -> str | None:
@@ -118,14 +92,9 @@ def _hash_share(directory: Path, state: State, world: World) -> str | None:
     for file in sorted(state.files, key=lambda file: (-file.bytes, file.name)):
         rank = loads.index(min(loads))
         loads[rank] += file.bytes
-        if rank != world.rank:
-            continue
-        try:
-            sha256 = sha256_of(directory / file.name)
-        except OSError as error:
-            return f"{file.name}: {_reason(error)}"
-        if sha256 != file.sha256:
-            return f"{file.name}: {_OTHER_BYTES}"
+        problem = problem_of(directory, file) if rank == world.rank else None
+        if problem is not None:
+            return problem
     return None
 
 
@@ -142,7 +111,7 @@ def _read_parts(directory: Path, state: State, fragments: Sequence[Fragment]) ->
         try:
             _read_into(path, parts, hashed=False)
         except (OSError, FileError) as error:
-            return f"{path.name}: {_reason(error)}"
+            return f"{path.name}: {reason(error)}"
     return None
 
 
@@ -179,7 +148,3 @@ def _overlaps(saved: SavedParameter, fragment: Fragment) -> Iterator[tuple[int, 
 def _agree(problem: str | None) -> list[str]:
     """All ranks' problems; collective."""
     return list(dict.fromkeys(found for found in gather_over_ranks(problem) if found))
-
-
-def _reason(error: Exception) -> str:
-    return f"cannot be read ({error.strerror})" if isinstance(error, OSError) and error.strerror else str(error)
