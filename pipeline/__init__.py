@@ -41,6 +41,7 @@ data/loading/       rows to batches, online
 storage/            paths and URLs, reads with retries, atomic writes, locks
 model/              the transformer, the prediction heads, the reference, Hugging Face's layout
 weighting/          cross-entropy, exact selection over ranks, the objective
+generation/         decoding, plain and self-speculative
 runtime/            process group, DeepSpeed, metrics, signals
 runtime/checkpoint/  checkpoints of our own format, which any layout of ranks continues
 planning/           the memory plan, computed before anything is built

@@ -2,6 +2,7 @@
 
 mtp           the multi-token prediction model: trunk, prediction heads, unembedding
 transformer   the Llama-family block: RMSNorm, RoPE, grouped-query attention, SwiGLU
+key_values    keys and values of tokens that a model has seen, for decoding
 elementwise   RoPE and SwiGLU's product, compiled on CUDA
 recompute     activation checkpointing: none, selective, full
 reference     losses of the frozen reference, indexed by head

@@ -68,6 +68,7 @@ ALLOWED = {
     },
     "saved_model": {"config", "data", "model", "runtime"},
     "model_card": {"model", "runtime", "saved_model", "storage"},
+    "generation": {"data", "model", "model_options", "runtime", "saved_model"},
     "export_model": {"data", "data.loading", "data.shards", "model", "model_card", "saved_model", "storage"},
     "model_options": {"options"},
     "failures": set(),
