@@ -15,6 +15,7 @@ evaluate.py         held-out losses
 scoring.py          stores a frozen reference's losses beside the data
 saved_model.py      finds the model that a path means, and reads it without an engine
 export_model.py     writes a model for other programs, and verifies it
+evaluate_model.py   held-out figures of a model in files
 model_card.py       describes an exported model
 
 command_line.py     checks, process group and exit codes of the commands that run on all ranks
