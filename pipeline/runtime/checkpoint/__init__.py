@@ -2,8 +2,8 @@
 
 checkpoints    saves, finds and loads the checkpoints of one run directory
 commit         writes a checkpoint in the background, and makes it one
-folders        finds checkpoints and verifies their bytes
-read           verifies a checkpoint and loads it into an engine
+folders        finds checkpoints and verifies their bytes, without torch
+read           loads a checkpoint into an engine, verifying every byte
 weights        a verified checkpoint's weights, tensor by tensor, without an engine
 fragments      this rank's share of every parameter and optimizer state, in any ZeRO stage
 fragment_file  one rank's file, hashed while it is written and read

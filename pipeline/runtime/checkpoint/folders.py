@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.runtime.checkpoint.state import STATE_FILE, SavedFile, State, StateError, read_state
 
+PARTIAL, ABANDONED = ".partial", "abandoned-"
 OTHER_BYTES = "its bytes are not those that were written (SHA-256)"
 
 
@@ -29,22 +30,16 @@ def read_state_of(directory: Path) -> tuple[State | None, str]:
         state = read_state(directory / STATE_FILE)
     except StateError as error:
         return None, f"{directory.name}: {STATE_FILE}: {error}"
-    if directory.name != step_name(state.step):
+    if directory.name.removeprefix(ABANDONED) != step_name(state.step):
         return None, f"{directory.name}: {STATE_FILE}: is of step {state.step}"
-    problem = size_problem(directory, state)
-    return (state, "") if problem is None else (None, f"{directory.name}: {problem}")
-
-
-def size_problem(directory: Path, state: State) -> str | None:
-    """Describe the first file that is missing or has another size; None if all are there."""
     for file in state.files:
         try:
             size = (directory / file.name).stat().st_size
         except OSError as error:
-            return f"{file.name}: cannot be read ({error.strerror})"
+            return None, f"{directory.name}: {file.name}: cannot be read ({error.strerror})"
         if size != file.bytes:
-            return f"{file.name}: expected {file.bytes} bytes, got {size}"
-    return None
+            return None, f"{directory.name}: {file.name}: expected {file.bytes} bytes, got {size}"
+    return state, ""
 
 
 def problem_of(directory: Path, file: SavedFile) -> str | None:

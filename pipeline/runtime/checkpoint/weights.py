@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.runtime.checkpoint.folders import problem_of, reason, size_problem
+from pipeline.runtime.checkpoint.folders import problem_of, reason
 from pipeline.runtime.checkpoint.fragment_file import Entry, FileError, Piece, read_header, read_pieces
 from pipeline.runtime.checkpoint.fragments import FROZEN, MASTER
 from pipeline.runtime.checkpoint.state import State
@@ -31,11 +31,9 @@ class CheckpointWeights:
         self.directory = directory
         self.state = state
         self._headers: dict[str, dict[str, Entry]] = {}
-        problem = size_problem(directory, state)
-        problems = [problem] if problem else [problem_of(directory, file) for file in state.files]
-        found = [each for each in problems if each is not None]
-        if found:
-            raise CheckpointError(f"{directory.name}: {'; '.join(found)}")
+        problems = [problem for file in state.files if (problem := problem_of(directory, file)) is not None]
+        if problems:
+            raise CheckpointError(f"{directory.name}: {'; '.join(problems)}")
 
     def tensor(self, name: str) -> Tensor:
         """Read a parameter by its name in the model: its float32 master value, or a frozen one in the dtype it was saved in.
