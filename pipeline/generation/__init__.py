@@ -6,4 +6,9 @@ sampling      from logits to tokens, and the verification of drafts
 prompts       from texts to ids and back
 report        the figures of a way of decoding, and their table
 generate      what launch/generate.py does
+for_transformers  the same decoding for `generate` of transformers
 """
+
+from pipeline.generation.for_transformers import SelfSpeculative as self_speculative  # noqa: N813 (called as a function)
+
+__all__ = ["self_speculative"]

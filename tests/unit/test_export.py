@@ -205,3 +205,24 @@ def test_a_written_folder_is_read_as_the_shape_that_it_has(tmp_path) -> None:
     found = FolderWeights(tmp_path)
     assert found.settings.num_prediction_heads == 2
     assert torch.equal(found.tensor("heads.1.ffn.up.weight"), model.heads[1].ffn.up.weight)
+
+
+def test_heads_of_an_export_draft_in_generate_of_transformers(run, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    transformers.utils.logging.disable_progress_bar()
+    from pipeline.generation import self_speculative
+
+    assert exported(run, tmp_path / "out") == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    drafting = self_speculative(tmp_path / "out")
+
+    # Two rows, one padded on the left.
+    ids, mask = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(theirs.generate(ids, custom_generate=drafting, **options), theirs.generate(ids, **options))
+
+    # Drawn tokens by temperature and top_p; what is not computed is refused.
+    drawn = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    assert theirs.generate(ids, custom_generate=drafting, top_k=0, **drawn).shape == (2, 8)
+    with pytest.raises(ValueError, match="does not compute TopKLogitsWarper; pass top_k=0"):
+        theirs.generate(ids, custom_generate=drafting, top_k=5, **drawn)
