@@ -26,6 +26,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--drafts", type=int, default=8, metavar="N", help="rows continued to count accepted drafts (default: 8; 0: none)"
     )
+    # Appended by the deepspeed launcher; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     add_dtype(parser, "the model's on a GPU, float32 on a CPU")
     add_tokenizer(parser)
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the figures there")
