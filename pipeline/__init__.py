@@ -16,10 +16,15 @@ rank_checks.py      what all ranks must hold alike, and compare at intervals
 reporter.py         metrics, validations and terminal lines, each at its interval
 evaluate.py         held-out losses
 scoring.py          stores a frozen reference's losses beside the data
+saved_model.py      finds the model that a path means, and reads it without an engine
+export_model.py     writes a model for other programs, and verifies it
+evaluate_model.py   held-out figures of a model in files
+model_card.py       describes an exported model
 
 command_line.py     checks, process group and exit codes of the commands that run on all ranks
 options.py          the options that commands share
 option_parser.py    parses options and reports all mistakes at once
+model_options.py    those of commands that read a trained model
 failures.py         turns a failure of a user or a machine into one message and an exit code
 job.py              a job from start to end: prepare what is missing, then train
 dry_run.py          two steps under measurement, beside the memory plan
@@ -42,6 +47,7 @@ data/loading/       rows to batches, online
 storage/            paths and URLs, reads with retries, atomic writes, locks
 model/              the transformer, the prediction heads, the reference, Hugging Face's layout
 weighting/          cross-entropy, exact selection over ranks, the objective
+generation/         decoding, plain and self-speculative
 runtime/            process group, DeepSpeed, metrics, signals
 runtime/checkpoint/  checkpoints of our own format, which any layout of ranks continues
 planning/           the memory plan, computed before anything is built

@@ -15,11 +15,11 @@ from pipeline.assembly import Job, build_run, resolve_settings
 from pipeline.checks import check_data
 from pipeline.config import ConfigError, Settings, TrainingSettings
 from pipeline.data.corpus.builtin import CORPUS_FILE, prepare_builtin
+from pipeline.data.errors import DataError
 from pipeline.data.loading.mixture import read_joined
-from pipeline.data.special_tokens import TOKENIZER_CONFIG, declaration
-from pipeline.data.tokenizer import TOKENIZER_FILE
+from pipeline.data.tokenizer_files import tokenizer_files
 from pipeline.derived import has_selecting_heads
-from pipeline.model.huggingface import save_model
+from pipeline.model.export import TextConventions, save_model
 from pipeline.model.mtp import MTPModel
 from pipeline.progress import Progress
 from pipeline.run import Run
@@ -210,6 +210,8 @@ def describe(job: Job, run: Run) -> None:
     stream, settings = run.stream, run.settings
     if job.world.is_first:
         describe_run(run.run_dir, settings, job.deepspeed, job.world, job.device)
+        for name, content in _text_of(run)[0].items():
+            write_file(run.run_dir / name, content)
     say(
         job,
         f"{stream.samples_per_epoch} rows of {settings.data.sequence_length} tokens an epoch ({stream.dropped_per_epoch} left "
@@ -220,25 +222,33 @@ def describe(job: Job, run: Run) -> None:
 def export(run: Run, directory: Path) -> None:
     """Export the policy as a model directory; collective. config.json appears last, so its presence means it is complete."""
     partial = directory / "export.partial"
+    files, text = _text_of(run) if run.world.is_first else ({}, None)
     if run.world.is_first:
         partial.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     model = run.engine.module
     assert isinstance(model, MTPModel)
-    save_model(model, partial, gathered, writes=run.world.is_first)
+    save_model(model, partial, gathered, writes=run.world.is_first, text=text)
 
     if run.world.is_first:
-        tokenizer = run.stream.sets[0].location / run.stream.manifest.tokenizer_file
-        content, manifest = read_whole(tokenizer, run.settings.data.access), run.stream.manifest
-        write_file(directory / TOKENIZER_FILE, content)
-        declared = declaration(
-            content, manifest.end_of_document_id, manifest.bos is not None, manifest.bos.id if manifest.bos else None
-        )
-        write_file(directory / TOKENIZER_CONFIG, declared)
+        for name, content in files.items():
+            write_file(directory / name, content)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
             publish(file, directory / file.name)
         partial.rmdir()
     dist.barrier()
+
+
+def _text_of(run: Run) -> tuple[dict[str, bytes], TextConventions | None]:
+    """The tokenizer files of the run's model and what it expects of text; nothing where the data's tokenizer is of no use."""
+    manifest, length = run.stream.manifest, run.settings.data.sequence_length
+    content = read_whole(run.stream.sets[0].location / manifest.tokenizer_file, run.settings.data.access)
+    bos_id = manifest.bos.id if manifest.bos else None
+    try:
+        files, pad_id = tokenizer_files(content, manifest.end_of_document_id, manifest.bos is not None, bos_id, length)
+    except DataError:
+        return {}, None
+    return files, TextConventions(length, manifest.end_of_document_id, bos_id, pad_id)
 
 
 def say(job: Job, text: str) -> None:

@@ -7,10 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.config import CheckpointSettings, Settings
+from pipeline.config import CheckpointSettings, ModelSettings, Settings
+from pipeline.data.loading.batch import Batch
+from pipeline.model.huggingface import copy_weights
+from pipeline.model.mtp import MTPModel
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint.folders import step_name
+from pipeline.runtime.checkpoint.folders import read_state_of, step_name
 from pipeline.runtime.checkpoint.state import STATE_FILE, HeldOut, State, encode
+from pipeline.runtime.checkpoint.weights import CheckpointWeights
 from tests.ranks import run_ranks
 from tests.rows import batch_of, part_of, random_lengths
 from tests.stepping import run_of
@@ -68,7 +72,7 @@ def train_on(layout: Layout, run_dir: Path, first_step: int, num_steps: int, sav
 
     world = World(rank, ranks, rank, ranks)
     checkpoints = Checkpoints(run_dir, world, {"deepspeed bf16": layout.bf16}, CheckpointSettings(), say=lambda text: None)
-    fixed = batch_of(random_lengths(2, TOKENS, 99), TOKENS, VOCAB, 99)
+    fixed = fixed_batch()
 
     def losses() -> list[float]:
         return losses_of_batch(engine, fixed, settings.model.num_prediction_heads, device)
@@ -85,6 +89,23 @@ def train_on(layout: Layout, run_dir: Path, first_step: int, num_steps: int, sav
     if save:
         checkpoints.save(engine, progress, HeldOut(losses=losses()), in_background=False)
     return Figures(before, losses(), progress.applied_steps)
+
+
+def fixed_batch() -> Batch:
+    """The batch whose losses are `Figures.before` and `Figures.after`."""
+    return batch_of(random_lengths(2, TOKENS, 99), TOKENS, VOCAB, 99)
+
+
+def losses_without_engine(layout: Layout, run_dir: Path, step: int) -> list[float]:
+    """The fixed batch's losses by the weights of a checkpoint as they are read tensor by tensor."""
+    from pipeline.evaluate import losses_of_batch
+
+    folder = run_dir / "checkpoints" / step_name(step)
+    state, problem = read_state_of(folder)
+    assert state is not None, problem
+    model = MTPModel(ModelSettings.model_validate(layout.model))
+    copy_weights(model, CheckpointWeights(folder, state))
+    return losses_of_batch(model, fixed_batch(), model.settings.num_prediction_heads, torch.device("cpu"))
 
 
 def freeze_while_building(patch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:

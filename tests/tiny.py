@@ -35,7 +35,7 @@ def make_tiny_reference(data: Path, directory: Path) -> Path:
     from pipeline.config import ModelSettings
     from pipeline.data.shards.manifest import read_manifest
     from pipeline.data.tokenizer import TOKENIZER_FILE
-    from pipeline.model.huggingface import save_model
+    from pipeline.model.export import save_model
     from pipeline.model.mtp import MTPModel, initialize_weights
 
     directory.mkdir(parents=True, exist_ok=True)

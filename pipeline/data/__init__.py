@@ -9,6 +9,7 @@
     token_bytes   the bytes of text that each token of a tokenizer stands for
     special_tokens  the tokens that end and begin documents, as a tokenizer's folder declares them
     declared_tokens  the tokens that the folder declares special beside its tokenizer
+    tokenizer_files  a tokenizer as other programs read it, beside a model
     permutation   stateless permutations, the same on every machine
     lru_cache     a cache of bounded size, for index chunks and open files
 

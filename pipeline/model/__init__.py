@@ -2,10 +2,13 @@
 
 mtp           the multi-token prediction model: trunk, prediction heads, unembedding
 transformer   the Llama-family block: RMSNorm, RoPE, grouped-query attention, SwiGLU
+key_values    keys and values of tokens that a model has seen, for decoding
 elementwise   RoPE and SwiGLU's product, compiled on CUDA
 recompute     activation checkpointing: none, selective, full
 reference     losses of the frozen reference, indexed by head
-huggingface   loads and saves models in Hugging Face's layout
+huggingface   loads models in Hugging Face's layout
+export        writes them
+block_losses  losses of a model in files, with one block in memory
 model_config  its config.json: what it says is used, or refused by name
 weight_files  its safetensors files and their index
 """

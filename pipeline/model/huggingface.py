@@ -1,34 +1,30 @@
-"""Load and save causal language models in Hugging Face's layout (config.json, safetensors).
+"""Load causal language models in Hugging Face's layout (config.json, safetensors); `export` writes them.
 
-Trunk + head 0 is the ordinary model. Further prediction heads are saved beside it as `prediction_heads.N.…`, which other
-readers report as unused. Weights are moved one tensor at a time, so a partitioned model is never whole on any rank. Only
-safetensors are read, because loading a pickled checkpoint executes code.
+Trunk + head 0 is the ordinary model. Further prediction heads are tensors `prediction_heads.N.…` of a file beside it; older
+exports have them among the model's own. Weights are moved one tensor at a time, so a partitioned model is never whole on any
+rank. Only safetensors are read, because loading a pickled checkpoint executes code.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor
 
 from pipeline.config import ModelSettings
 from pipeline.model.model_config import (
     CONFIG_FILE,
     ModelFilesError,
-    config_of,
     num_heads_in_files,
     read_json,
     settings_from_config,
 )
 from pipeline.model.mtp import Gather, MTPModel, no_gather
-from pipeline.model.weight_files import INDEX_FILE, WEIGHTS_FILE, opened_tensors, weight_files
+from pipeline.model.weight_files import Weights, opened_tensors, weight_files
 
-SHARD_BYTES = 5 * 10**9
-"""Bytes from which on a saved model is split into another file."""
 _MAX_LISTED = 8
 
 _TOP_NAMES = {
@@ -83,6 +79,37 @@ def model_files(directory: Path) -> list[Path]:
         ModelFilesError: as `read_model_settings`.
     """
     return [*weight_files(directory), directory / CONFIG_FILE]
+
+
+class FolderWeights:
+    """The weights of a model folder, by our names.
+
+    Raises:
+        ModelFilesError: the folder does not hold the model that its config.json describes.
+    """
+
+    def __init__(self, directory: Path):
+        self.settings = read_model_settings(directory)
+        problems = weight_problems(self.settings, directory)
+        if problems:
+            raise ModelFilesError("; ".join(problems))
+        self._files: dict[str, Path] = {}
+        for file in weight_files(directory):
+            with safe_open(file, framework="pt") as opened:
+                self._files |= dict.fromkeys(opened.keys(), file)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a parameter by its name in the model, in the dtype of the file."""
+        source = export_name(name, self.settings)
+        with safe_open(self._files[source], framework="pt") as opened:
+            return opened.get_tensor(source)
+
+
+def copy_weights(model: MTPModel, weights: Weights) -> None:
+    """Copy weights into a model that is not partitioned, one tensor at a time."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.tensor(name))
 
 
 def load_weights(model: MTPModel, directory: Path, gather: Gather = no_gather) -> list[str]:
@@ -187,53 +214,15 @@ def _num_heads(directory: Path) -> int:
     return num_heads_in_files(read_json(directory / CONFIG_FILE))
 
 
-def save_model(model: MTPModel, directory: Path, gather: Gather = no_gather, writes: bool = True) -> None:
-    """Save config.json and the weights, in the model's dtype, into an existing directory.
-
-    Every rank of a partitioned model must call this; only the one with `writes` creates files.
-    """
-    # Weights go into files of about SHARD_BYTES; the None at the end of the parameters closes the last file.
-    files: dict[str, str] = {}
-    number, pending, pending_bytes = 0, {}, 0
-    for name, parameter in _with_end(model.named_parameters()):
-        if parameter is not None:
-            with gather(parameter):
-                if writes:
-                    pending[_export_name(name, model.settings)] = parameter.detach().cpu().clone()
-                    pending_bytes += parameter.numel() * parameter.element_size()
-        if pending and (parameter is None or pending_bytes >= SHARD_BYTES):
-            number += 1
-            file = f"model-{number:05d}.safetensors"
-            files |= dict.fromkeys(pending, file)
-            save_file(pending, directory / file, metadata={"format": "pt"})
-            pending, pending_bytes = {}, 0
-    if not writes:
-        return
-
-    # One file has the plain name; several have an index.
-    if number == 1:
-        (directory / "model-00001.safetensors").rename(directory / WEIGHTS_FILE)
-    else:
-        (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=1))
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    (directory / CONFIG_FILE).write_text(json.dumps(config_of(model.settings) | {"torch_dtype": dtype}, indent=1))
-
-
-def _with_end(items: Any) -> Iterator[tuple[str, nn.Parameter | None]]:
-    """The items, then ("", None)."""
-    yield from items
-    yield "", None
-
-
 def _source_name(name: str, settings: ModelSettings, num_heads: int) -> str:
     """Name of the tensor to load into parameter `name`: its own, or the last block's for heads that the files lack."""
     parts = name.split(".", 2)
     if parts[0] == "heads" and int(parts[1]) >= num_heads:
         name = f"heads.0.{parts[2]}"
-    return _export_name(name, settings)
+    return export_name(name, settings)
 
 
-def _export_name(name: str, settings: ModelSettings) -> str:
+def export_name(name: str, settings: ModelSettings) -> str:
     """Hugging Face's name of our parameter `name`: `heads.0.ffn.up.weight` -> `model.layers.LAST.mlp.up_proj.weight`."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]

@@ -21,9 +21,10 @@ from torch.nn.attention.varlen import varlen_attn
 from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import Spans
 from pipeline.model.elementwise import EAGER, Elementwise
+from pipeline.model.key_values import KeyValues
 
-Documents = Tensor | Spans
-"""A `document_mask`, or spans for flash attention."""
+Documents = Tensor | Spans | KeyValues
+"""A `document_mask`, spans for flash attention, or the keys and values of earlier tokens of one document."""
 
 # torch 2.11's flash attention requires as many key-value heads as query heads.
 FLASH_SUPPORTS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -147,6 +148,8 @@ class Attention(nn.Module):
 
         if isinstance(documents, Spans):
             attended_BTNK = flash_attention(query_BTNK, key_BTGK, value_BTGK, documents)
+        elif isinstance(documents, KeyValues):
+            attended_BTNK = masked_attention(query_BTNK, *documents.extended(key_BTGK, value_BTGK), documents.places.mask_B1SE)
         else:
             attended_BTNK = masked_attention(query_BTNK, key_BTGK, value_BTGK, documents)
         return self.output(attended_BTNK.flatten(2))

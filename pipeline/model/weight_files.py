@@ -1,4 +1,6 @@
-"""The weight files of a model folder: `model.safetensors`, or the files that its index names.
+"""The weight files of a model folder: `model.safetensors`, or the files that its index names, and `mtp_heads.safetensors`.
+
+The last holds prediction heads 1, 2, …, and lies beside an ordinary causal language model, whose readers do not open it.
 
 Only safetensors are read, because loading a pickled checkpoint executes code. A folder in which two things claim to be the
 weights, such as a single file beside the index of another save, is refused: readers differ in which of them they take.
@@ -7,14 +9,16 @@ weights, such as a single file beside the index of another save, is refused: rea
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from pipeline.model.model_config import CONFIG_FILE, ModelFilesError, read_json
 from pipeline.storage.lfs_pointer import pointer_problem
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+HEADS_FILE = "mtp_heads.safetensors"
 
 _CHANGES_THE_WEIGHTS = {
     "adapter_config.json": "an adapter on top of these weights; merge it into them",
@@ -25,8 +29,14 @@ _CHANGES_THE_WEIGHTS = {
 """Files beside the weights that change what they mean."""
 
 
+class Weights(Protocol):
+    """The weights of a model that lies in files: each parameter by its name in `MTPModel`, read when it is asked for."""
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
 def weight_files(directory: Path) -> list[Path]:
-    """List the safetensors files of a model folder.
+    """List the safetensors files of a model folder, that of the prediction heads last.
 
     Raises:
         ModelFilesError: config.json or a weight file is missing, is no safetensors file, or is contradicted by another.
@@ -53,7 +63,8 @@ def weight_files(directory: Path) -> list[Path]:
             raise ModelFilesError(
                 f"{directory}: {file.name} {state} '{name}', other than {INDEX_FILE} says; copy the folder again"
             )
-    return files
+    heads = directory / HEADS_FILE
+    return [*files, heads] if heads.is_file() and _tensor_names(heads) else files
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pipeline.data.corpus.prepare import prepare
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from pipeline.job import describe_changes
-from pipeline.model.huggingface import save_model
+from pipeline.model.export import save_model
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.progress import Progress
 from pipeline.recipe import load_settings

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pipeline.config import CheckpointSettings, Settings
 from pipeline.progress import Progress
 from pipeline.runtime.checkpoint.state import HeldOut
-from tests.checkpointing import SHAPE, Figures, Layout, trained
+from tests.checkpointing import SHAPE, Figures, Layout, losses_without_engine, trained
 from tests.planned import in_use, resident_anonymous
 from tests.ranks import run_ranks
 
@@ -57,6 +57,7 @@ def test_a_checkpoint_of_another_layout_is_continued(saved: tuple[Path, Figures,
     _, first, continued = saved
     written = trained(LAYOUTS[name], tmp_path, 0, 3, save=True)
     assert written.after == pytest.approx(first.after, rel=1e-5)
+    assert losses_without_engine(LAYOUTS[name], tmp_path, 3) == pytest.approx(written.after, rel=1e-6)
     found = trained(Layout(2), tmp_path, 3, 3)
     assert found.before == pytest.approx(written.after, rel=1e-6)
     assert found.after == pytest.approx(continued.after, rel=1e-5)
@@ -85,6 +86,7 @@ def test_bf16_continues_to_the_bit_and_on_another_stage(tmp_path: Path, stage: i
 def test_tied_and_frozen_parameters_continue(tmp_path: Path, stage: int, changes: dict[str, Any]) -> None:
     layout = Layout(2, stage, **changes)
     first = trained(layout, tmp_path, 0, 2, save=True)
+    assert losses_without_engine(layout, tmp_path, 2) == pytest.approx(first.after, rel=1e-6)
     continued = trained(layout, tmp_path, 2, 2)
     assert continued.before == first.after
     elsewhere = trained(layout._replace(ranks=1, stage=4 - stage), tmp_path, 2, 2)

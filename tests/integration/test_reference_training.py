@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from pipeline.config import ConfigError, Settings
+from pipeline.saved_model import find_model
+from tests.conftest import TINY_SEQUENCE_LENGTH
 from tests.integration.test_pipeline_rho1 import job_on_this_rank, settings_for
 from tests.ranks import run_ranks
 
@@ -64,6 +66,15 @@ def test_a_trained_reference_is_kept_and_another_one_is_not_taken_for_it(tiny_da
     assert found["remedy"].startswith(f"remove {run_dir / 'reference'} to train it again")
     assert found["kept"] == run_dir / "reference"
     assert not found["made again"]
+
+    # Both are models that the other commands find, with a tokenizer of their own; the reference says its limits to others.
+    for place in (run_dir, run_dir / "reference"):
+        model = find_model(place)
+        file, special = model.tokenizer()
+        assert (file, special.end_of_document_id) == (place / "tokenizer.json", 0)
+        assert model.context_length == TINY_SEQUENCE_LENGTH
+    config = json.loads((run_dir / "reference" / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (0, None, 0)
 
 
 def largest_tensor_after_training(settings: Settings, run_dir: Path) -> int:

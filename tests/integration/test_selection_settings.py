@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pipeline.config import ModelSettings, Settings
 from pipeline.data.shards.manifest import read_manifest
-from pipeline.model.huggingface import save_model
+from pipeline.model.export import save_model
 from pipeline.model.mtp import MTPModel, initialize_weights
 from tests.integration.test_pipeline_rho1 import job_on_this_rank, resume, settings_for
 from tests.ranks import run_ranks

@@ -33,7 +33,8 @@ from pipeline.data.shards.reader import ShardReader
 from pipeline.data.shards.reference_losses import LossesManifest, losses_folder, read_losses_manifest
 from pipeline.data.special_tokens import declared_bos_id
 from pipeline.data.tokenizer import byte_tokenizer, load_tokenizer
-from pipeline.model.huggingface import load_weights, read_model_settings, save_model
+from pipeline.model.export import save_model
+from pipeline.model.huggingface import load_weights, read_model_settings
 from pipeline.model.model_config import ModelFilesError
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.weight_files import weight_files

@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import pipeline.model.huggingface as huggingface
-from pipeline.model.huggingface import ModelFilesError, load_weights, read_model_settings, save_model, weight_problems
+from pipeline.model import export
+from pipeline.model.export import save_model
+from pipeline.model.huggingface import ModelFilesError, load_weights, read_model_settings, weight_problems
 from pipeline.model.mtp import MTPModel
 from tests.unit.test_model import initialized, rows, small
 
@@ -32,10 +33,10 @@ def test_a_saved_model_is_read_back_exactly(tmp_path, changes) -> None:
 
 
 def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(huggingface, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 4000)
     model = initialized(small())
     save_model(model, tmp_path)
-    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    files = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(files) > 2
     assert set(index.values()) == set(files)
@@ -225,9 +226,12 @@ def test_values_that_are_not_finite_are_returned_by_their_tensors_names(tmp_path
 
 def saved_in_several_files(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A saved model of several files; returns the content of its index."""
-    monkeypatch.setattr(huggingface, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 4000)
     save_model(initialized(small()), directory)
     return json.loads((directory / "model.safetensors.index.json").read_text())
+
+
+FIRST_FILE = "model-00001-of-00005.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -238,7 +242,7 @@ def saved_in_several_files(directory: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("..", "lies in '..'"),
         (7, "lies in 7; expected"),
         (None, "lies in None; expected"),
-        ("model-00001.safetensors", "model-00001.safetensors lacks 'model.embed_tokens.weight', other than .*index.json says"),
+        (FIRST_FILE, f"{FIRST_FILE} lacks 'model.embed_tokens.weight', other than .*index.json says"),
     ],
 )
 def test_an_index_that_leads_astray_is_refused(tmp_path, monkeypatch, file, message) -> None:

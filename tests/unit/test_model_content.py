@@ -9,7 +9,8 @@ import pytest
 import torch.distributed as dist
 
 import pipeline.runtime.model_content as model_content
-from pipeline.model.huggingface import ModelFilesError, save_model
+from pipeline.model.export import save_model
+from pipeline.model.huggingface import ModelFilesError
 from pipeline.runtime.distributed import World
 from pipeline.runtime.model_content import ModelFingerprints, read_model_content
 from tests.ranks import run_ranks
@@ -70,7 +71,7 @@ def fingerprint_on_ranks(directories: list[Path], local_size: int) -> tuple[str,
 
 
 def test_the_ranks_of_a_node_share_the_reading_and_nodes_compare_what_they_read(model: Path, tmp_path: Path) -> None:
-    size = sum((model / name).stat().st_size for name in ("model.safetensors", "config.json"))
+    size = sum((model / name).stat().st_size for name in ("model.safetensors", "mtp_heads.safetensors", "config.json"))
     same = shutil.copytree(model, tmp_path / "same")
     (alone,) = run_ranks(fingerprint_on_ranks, 1, [model], 1)
     two_nodes = run_ranks(fingerprint_on_ranks, 4, [model, same], 2)

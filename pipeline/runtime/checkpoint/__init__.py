@@ -5,6 +5,7 @@ commit         writes a checkpoint in the background, and makes it one
 folders        finds checkpoints and verifies their bytes, without torch
 read           loads a checkpoint into an engine, verifying every byte
 retention      which checkpoint folders stay
+weights        a verified checkpoint's weights, tensor by tensor, without an engine
 fragments      this rank's share of every parameter and optimizer state, in any ZeRO stage
 fragment_file  one rank's file, hashed while it is written and read
 state          the file state.json

@@ -1,0 +1,154 @@
+"""Export a model: write it under another name, verify it, rename it. A folder is then a whole and right model, or not there.
+
+It is verified by what its readers see. Every tensor of the written files is compared, bit for bit, with the one that it came
+of, cast to the dtype. Then losses of four rows, computed from the written files as their config.json describes them, are
+compared with those of the model that was exported.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.errors import DataError
+from pipeline.data.loading.batch import collate
+from pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
+from pipeline.data.shards.reader import ShardReader
+from pipeline.data.tokenizer_files import tokenizer_files
+from pipeline.model.block_losses import block_losses
+from pipeline.model.export import TextConventions, write_model
+from pipeline.model.huggingface import FolderWeights
+from pipeline.model.mtp import MTPModel
+from pipeline.model_card import CARD_FILE, model_card
+from pipeline.saved_model import SavedModel
+from pipeline.storage.whole_file import publish, write_file
+
+TOLERANCE = 1e-5
+"""Relative, of a loss in float32: what another order of summation makes, and another model does not."""
+_NUM_ROWS, _MOST_TOKENS = 4, 512
+_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+
+
+class ExportError(ValueError):
+    """A model cannot be exported there, or what was written is not the model. Nothing is left of it."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was compared. largest_difference: of a loss of the rows, relative. rows: where they came from."""
+
+    num_tensors: int
+    num_bytes: int
+    largest_difference: float
+    rows: str
+
+
+def export_model(model: SavedModel, directory: Path, dtype: torch.dtype, tokenizer: Path | None = None) -> Verified:
+    """Write a model to `directory`, which must be empty or not exist.
+
+    Raises:
+        ExportError: the folder is not empty or has no room, or what was written is not the model.
+        DataError, ModelFilesError: there is no tokenizer of the model.
+    """
+    check_place(directory)
+    _check_room(model, directory, dtype)
+    files, text = _text_of(model, tokenizer)
+    partial = directory.with_name(f"{directory.name}.export.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write_model(partial, model.settings, dtype, _values(model), text)
+        for name, content in files.items():
+            write_file(partial / name, content)
+        verified = _verify(model, partial, dtype)
+        write_file(partial / CARD_FILE, model_card(model, directory.name, dtype, text, verified.largest_difference).encode())
+        publish(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return verified
+
+
+def check_place(directory: Path) -> None:
+    """Raise ExportError if a model cannot be exported to this folder."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise ExportError(
+            f"{directory}: is a {'link' if directory.is_symlink() else 'file'}; name a folder that does not exist"
+        )
+    if directory.is_dir() and any(directory.iterdir()):
+        raise ExportError(f"{directory}: is not empty; name a folder that does not exist, or an empty one")
+
+
+def _check_room(model: SavedModel, directory: Path, dtype: torch.dtype) -> None:
+    above = next(folder for folder in directory.absolute().parents if folder.exists())
+    needed, free = sum(each.numel() for _, each in _parameters(model)) * dtype.itemsize, shutil.disk_usage(above).free
+    if free < needed:
+        raise ExportError(f"{directory}: {needed:,} bytes are needed, and {free:,} are free; write elsewhere, or free some")
+
+
+def _text_of(model: SavedModel, tokenizer: Path | None) -> tuple[dict[str, bytes], TextConventions]:
+    """The tokenizer files beside the model, and what config.json says of text."""
+    file, special = model.tokenizer(tokenizer)
+    length = model.context_length
+    if length is None:
+        raise ExportError(f"{model.directory}: config.json does not say max_position_embeddings; add it")
+    files, pad_id = tokenizer_files(file.read_bytes(), special.end_of_document_id, True, special.bos_id, length)
+    return files, TextConventions(length, special.end_of_document_id, special.bos_id, pad_id)
+
+
+def _values(model: SavedModel) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, model.weights.tensor(name)) for name, _ in _parameters(model))
+
+
+def _parameters(model: SavedModel) -> list[tuple[str, nn.Parameter]]:
+    """List each parameter's name, with a tensor of its shape that holds nothing."""
+    with torch.device("meta"):
+        return list(MTPModel(model.settings).named_parameters())
+
+
+def _verify(model: SavedModel, directory: Path, dtype: torch.dtype) -> Verified:
+    """Compare what was written with the model, as its readers find it."""
+    written = FolderWeights(directory)
+    num_tensors = num_bytes = 0
+    for name, _ in _parameters(model):
+        expected, found = model.weights.tensor(name).to(dtype), written.tensor(name)
+        if found.dtype != dtype or not torch.equal(found.view(_INTEGERS[dtype]), expected.view(_INTEGERS[dtype])):
+            raise ExportError(f"{directory}: {name} was not written as it is; is the disk sound?")
+        num_tensors, num_bytes = num_tensors + 1, num_bytes + found.nbytes
+
+    tokens_BT, rows = _some_rows(model)
+    before = block_losses(model.settings, model.weights, tokens_BT)
+    after = block_losses(written.settings, written, tokens_BT)
+    difference = ((after - before).abs() / before.abs().clamp(min=1e-6)).max().item()
+    if not difference <= TOLERANCE and dtype == torch.float32:
+        raise ExportError(
+            f"{directory}: losses of four rows differ by {difference:.2g} from those of {model.directory}, expected at most "
+            f"{TOLERANCE:g}: config.json does not describe the model that was trained"
+        )
+    return Verified(num_tensors, num_bytes, difference, rows)
+
+
+def _some_rows(model: SavedModel) -> tuple[Tensor, str]:
+    """Four rows of the run's data, if it is on this machine, else of random tokens; int64 [4, at most 512]."""
+    assert model.settings.vocab_size is not None
+    data = model.state.identity.get("data.path") if model.state is not None else None
+    if isinstance(data, str) and (Path(data) / MANIFEST_FILE).is_file():
+        try:
+            return _first_rows(Path(data))[:, :_MOST_TOKENS], f"rows of {data}"
+        except DataError:
+            pass  # The data is not what is exported: random rows compare two copies of a model as well.
+    shape = (_NUM_ROWS, min(model.context_length or _MOST_TOKENS, _MOST_TOKENS))
+    return torch.randint(model.settings.vocab_size, shape, generator=torch.Generator().manual_seed(0)), "random rows"
+
+
+def _first_rows(folder: Path) -> Tensor:
+    manifest = read_manifest(folder)
+    reader = ShardReader(folder, manifest)
+    try:
+        samples = range(min(_NUM_ROWS, manifest.shards[0].samples))
+        return collate(reader.read_many([0] * len(samples), samples)).tokens_BT
+    finally:
+        reader.close()
