@@ -1,6 +1,6 @@
 """Which checkpoints are sound: every byte is read, as loading does, and held against state.json and the line of steps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,9 +52,16 @@ def _contradictions(name: str, state: State, history: History) -> Iterator[str]:
     samples, known = state.progress.get("samples"), event.values["samples"]
     if samples != known:
         yield f"{name}: stands at sample {samples}, and the events say {known}"
+    skipped, left_out = _lists(state.progress.get("skipped") or ()), _lists(event.skipped)
+    if skipped != left_out:
+        yield f"{name}: leaves out the rows {skipped}, and the events say {left_out}"
     data = history.orders[event.order].get("data") if event.order >= 0 else None
     if data is not None and state.identity.get("data") != data:
         yield f"{name}: was trained on other data than the events say"
+
+
+def _lists(stretches: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [list(stretch) for stretch in stretches]
 
 
 def _size_of(state: State | None) -> int:
