@@ -183,10 +183,10 @@ def kill_before_loading(patch: pytest.MonkeyPatch) -> None:
 
 
 def kill_before_retiring(patch: pytest.MonkeyPatch) -> None:
-    from pipeline.runtime.checkpoint import checkpoints, read
+    from pipeline.runtime.checkpoint import checkpoints, folders
 
     def retire(directory: Path, step: int) -> None:
-        if read.saved_steps(directory)[0] > step:
+        if folders.saved_steps(directory)[0] > step:
             kill()
 
     patch.setattr(checkpoints, "retire_later", retire)
