@@ -328,8 +328,8 @@ def test_a_flipped_bit_of_a_checkpoint_is_named_and_abandoned_ones_are_listed(tm
     assert [(each["name"], each["kind"], each["sound"]) for each in found["checkpoints"]] == [
         ("step-00000012", "checkpoint", False),
         ("step-00000008", "checkpoint", True),
-        ("abandoned-step-00000004", "abandoned", True),
-        ("step-00000016.partial", "unfinished", True),
+        ("abandoned-step-00000004", "abandoned", None),
+        ("step-00000016.partial", "unfinished", None),
     ]
     assert "steps 9 to 12 are in no sound checkpoint: a start of now trains them again" in found["notes"]
 

@@ -255,9 +255,9 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps())) or "none"
             return [f"--from-step {self.from_step}: no checkpoint of that step; there are: {there}"]
         last = max((record["step"] for record in read_records(self.run_dir)), default=0)
-        if last < self.settings.every or had_none_yet(self.directory):
+        if last == 0 or had_none_yet(self.directory):
             return []
-        return [f"{self.run_dir}: metrics.jsonl goes to step {last}, with a checkpoint every {self.settings.every} steps"]
+        return [f"{self.run_dir}: metrics.jsonl goes to step {last}, and the run had a checkpoint, which is gone"]
 
     def _other_losses(self, state: State, found: HeldOut) -> list[str]:
         """Compare losses of the fixed batch: what a forward sees must be what it saw when the checkpoint was saved."""
