@@ -74,7 +74,9 @@ def figures(found: Audit) -> dict[str, Any]:
             "steps_verified": found.samples.verified,
             "sets": [each._asdict() for each in found.samples.sets],
         },
-        "checkpoints": [each._asdict() | {"sound": not each.problems if each.kind == "checkpoint" else None} for each in found.checkpoints],
+        "checkpoints": [
+            each._asdict() | {"sound": not each.problems if each.kind == "checkpoint" else None} for each in found.checkpoints
+        ],
         "wall_clock": {
             "seconds": found.clock.total,
             "by_kind": found.clock.seconds,

@@ -4,6 +4,7 @@ Real runs are audited in tests/integration/test_interrupted_runs.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pipeline.data.loading.order import EpochOrder
 from pipeline.data.loading.order_record import record_of_order, sample_numbers
 from pipeline.data.loading.row_digest import sample_digest
 from pipeline.progress import Progress
+from pipeline.runtime.checkpoint.folders import step_name
 from pipeline.runtime.events import EVENTS_FILE, EventLog, begun_and_ended, last_event, time_of_start
 from tests.checkpointing import write_state
 from tests.forked import ROOT
@@ -67,7 +69,7 @@ class Story:
             self.logged[step] = {"step": step, "samples": G * step, "loss": 1.0}
 
     def checkpoint(self, step: int) -> None:
-        self.add(0.5, "save", step=step, seconds=0.5)
+        self.add(0.5, "save", step=step, seconds=0.5, saved={"name": step_name(step), "bytes": 1, "seconds": 0.1})
         write_state(self.run_dir, Progress(step, G * step, skipped=self.skipped), {"data": f"data {self.seed}"})
 
     def written(self) -> Path:
@@ -332,6 +334,16 @@ def test_a_flipped_bit_of_a_checkpoint_is_named_and_abandoned_ones_are_listed(tm
         ("step-00000016.partial", "unfinished", None),
     ]
     assert "steps 9 to 12 are in no sound checkpoint: a start of now trains them again" in found["notes"]
+
+
+def test_a_newest_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
+    run_dir = story(tmp_path / "run").written()
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000008")
+    assert audit(run_dir).problems == [], "older ones are deleted on purpose"
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
+    found = figures(audit(run_dir))
+    assert found["problems"] == ["step-00000012: was saved, and neither it nor a later one is there"]
+    assert "steps 5 to 12 are in no sound checkpoint: a start of now trains them again" in found["notes"]
 
 
 def test_an_order_that_was_changed_is_held_against_the_steps_that_followed_it(tmp_path: Path) -> None:

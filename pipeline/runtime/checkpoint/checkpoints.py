@@ -153,6 +153,7 @@ class Checkpoints:
             ConfigError: none of them can be used; `engine` is then spoilt.
         """
         self._finish(final=False)
+        self.saved = None
         steps = saved_steps(self.directory) if self.world.is_first else []
         # The settings are those of this very run, or were allowed to differ when it was continued.
         names = [step_name(saved) for saved in steps if saved <= step]
