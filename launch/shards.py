@@ -94,6 +94,16 @@ def _parser() -> OptionParser:
     order.add_argument("--workers", type=at_least(0), default=0, metavar="W", help="loader processes a rank")
     order.add_argument("--start", type=at_least(0), default=0, metavar="SAMPLES", help="rows consumed before; a multiple of G")
     order.add_argument("--shuffle-block", type=at_least(1), default=DataSettings().shuffle_block, metavar="SAMPLES")
+    order.add_argument(
+        "--skip",
+        type=at_least(0),
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FIRST", "END"),
+        help="rows [FIRST, END) that the run leaves out after a loss spike, multiples of G; may be repeated. Which they are is "
+        "in `skipped` of a checkpoint's state.json, and in `left_out` of launch/audit.py --json",
+    )
     order.set_defaults(command=_order)
     return parser
 
@@ -105,6 +115,7 @@ def _order(options: argparse.Namespace) -> int:
 
     # torch takes seconds to load, and only this command needs it.
     from pipeline.data.loading.sample_trace import arrivals
+    from pipeline.data.loading.skipping import checked_stretches
 
     found = arrivals(
         location,
@@ -117,6 +128,7 @@ def _order(options: argparse.Namespace) -> int:
         num_workers=options.workers,
         start_sample=options.start,
         num_steps=options.steps,
+        skipped=checked_stretches(options.skip, options.global_batch),
     )
     for arrival in found:
         print(arrival.step, arrival.rank, arrival.shard, arrival.key)

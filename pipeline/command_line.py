@@ -69,7 +69,7 @@ def run_command(
             if problems:
                 raise ConfigError(problems)
         except ConfigError as error:
-            return fail(prefix, error, EXIT_USAGE, is_first)
+            return fail(prefix, error, EXIT_USAGE, is_first or stop.wait_for_the_first())
         print(settings.to_yaml(), end="") if is_first else None
         return 0
 

@@ -65,7 +65,8 @@ class Reporter:
         last = last_event(run.run_dir, "order")
         if last is None or {key: last.get(key) for key in order} != order:
             self.events.write("order", **order)
-        self.events.write("resume", step=progress.step, samples=progress.samples)
+        skipped = [list(stretch) for stretch in progress.skipped]
+        self.events.write("resume", step=progress.step, samples=progress.samples, skipped=skipped)
 
     def step(self, progress: Progress, result: StepResult, waited: float) -> None:
         """Report a finished step. waited: seconds for which this rank waited for data."""

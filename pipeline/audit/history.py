@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.loading.skipping import Stretch, added_stretch, checked_stretches, position_of
 from pipeline.runtime.events import EVENTS_FILE
 from pipeline.storage.json_lines import read_json_lines
 
@@ -27,7 +28,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
 @dataclass
 class Event:
     """An event. line: its number in the file. order: the number of the order of samples then in force; -1 before the first.
-    abandoned: true if what was done then was left behind later, or is not of the line for another reason."""
+    abandoned: true if what was done then was left behind later, or is not of the line for another reason. skipped: the
+    stretches of rows that were then left out."""
 
     line: int
     time: float
@@ -35,6 +37,7 @@ class Event:
     values: dict[str, Any]
     order: int = -1
     abandoned: bool = False
+    skipped: tuple[Stretch, ...] = ()
 
     @property
     def step(self) -> int:
@@ -43,10 +46,12 @@ class Event:
 
 @dataclass
 class Return:
-    """Training went on from `step` after it had come to step `reached`."""
+    """Training went on from `step` after it had come to step `reached`. left_out: the rows that a rollback, after a loss spike,
+    leaves out since; None where it was none."""
 
     step: int
     reached: int
+    left_out: Stretch | None = None
 
 
 @dataclass
@@ -68,6 +73,11 @@ class History:
     @property
     def last_step(self) -> int:
         return max(self.line, default=0)
+
+    @property
+    def left_out(self) -> tuple[Stretch, ...]:
+        """The stretches of rows that the line leaves out."""
+        return self.line[self.last_step].skipped if self.line else ()
 
     @property
     def starts(self) -> list[Event]:
@@ -142,10 +152,14 @@ class _Follower:
         self.at: int | None = None
         self.samples = 0
         self.is_running = False
+        # The stretches that are left out, those that were so where training went on from a step, and if it did so in this job.
+        self.skipped: tuple[Stretch, ...] = ()
+        self.begun_with: dict[int, list[tuple[Stretch, ...]]] = {0: [()]}
+        self.has_begun = False
 
     def follow(self) -> None:
         for place, event in enumerate(self.history.events):
-            event.order = len(self.history.orders) - 1
+            event.order, event.skipped = len(self.history.orders) - 1, self.skipped
             if event.kind == "start":
                 self._start(event)
             elif event.kind == "order":
@@ -163,7 +177,7 @@ class _Follower:
                 f"the job before line {event.line} ended without a word, after step {self.at or 0}: it was killed, or its "
                 "machine was lost"
             )
-        self.is_running = True
+        self.is_running, self.has_begun = True, False
 
     def _resume(self, event: Event, before: Sequence[Event]) -> None:
         line, step = self.history.line, event.step
@@ -177,11 +191,40 @@ class _Follower:
                 each.abandoned |= each.kind in ("step", "validation", "save") and each.step > step
             for later in [number for number in line if number > step]:
                 del line[later]
-        self.at = step
+        reached, self.at = self.at, step
+        self._leave_out(event, reached)
 
         # The position in the data must be that of the step.
         known = line[step].values["samples"] if step in line else 0 if step == 0 else event.values["samples"]
         self._expect_samples(event, known)
+
+    def _leave_out(self, event: Event, reached: int | None) -> None:
+        """Take over what is left out: that of the step, and after a return within a job some more rows as well."""
+        before, has_begun, self.has_begun = self.skipped, self.has_begun, True
+        num_rows = self.history.orders[event.order]["global_batch"] if event.order >= 0 else 1
+        try:
+            self.skipped = tuple(checked_stretches(event.values.get("skipped", ()), max(1, num_rows)))
+        except (TypeError, ValueError, OverflowError) as error:
+            self._problem(event, f"the record of what is left out is damaged: {error}")
+            return
+
+        # A rollback, known by what it has added.
+        line, step = self.history.line, event.step
+        known = [*self.begun_with.get(step, ()), *([line[step].skipped] if step in line else ())]
+        self.begun_with = {of: begun for of, begun in self.begun_with.items() if of <= step}
+        self.begun_with.setdefault(step, []).append(self.skipped)
+        added = added_stretch(before, self.skipped)
+        if has_begun and added is not None and step * num_rows <= added.start < (reached or 0) * num_rows:
+            self.history.returns[-1].left_out = Stretch(*(position_of(row, before) for row in added))
+            return
+
+        # Any other start leaves out what its step has left out, or one that went on from there.
+        if known and self.skipped not in known:
+            rows = ", ".join(f"{start} to {end - 1}" for start, end in self.skipped) or "none"
+            self._problem(event, f"step {step} goes on without other rows than before ({rows}), and no rollback tells why")
+
+    def _problem(self, event: Event, what: str) -> None:
+        self.history.problems.append(f"{EVENTS_FILE}: line {event.line}: {what}")
 
     def _step(self, event: Event) -> None:
         if self.at is None:

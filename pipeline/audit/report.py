@@ -70,10 +70,13 @@ def figures(found: Audit) -> dict[str, Any]:
         "returns": [asdict(each) for each in history.returns],
         "samples": {
             "read": history.line[history.last_step].values["samples"] if history.line else 0,
+            "left_out": [list(stretch) for stretch in history.left_out],
             "steps_verified": found.samples.verified,
             "sets": [each._asdict() for each in found.samples.sets],
         },
-        "checkpoints": [each._asdict() | {"sound": not each.problems} for each in found.checkpoints],
+        "checkpoints": [
+            each._asdict() | {"sound": not each.problems if each.kind == "checkpoint" else None} for each in found.checkpoints
+        ],
         "wall_clock": {
             "seconds": found.clock.total,
             "by_kind": found.clock.seconds,
@@ -109,16 +112,22 @@ def _samples(values: dict[str, Any]) -> Iterator[str]:
         f"{verified} of these {steps + again} had the samples of the order, each in its row",
     ]
     for return_ in values["returns"]:
-        lines.append(
-            f"went on from step {return_['step']} after step {return_['reached']}: "
-            f"{return_['reached'] - return_['step']} step(s) abandoned"
-        )
+        lines.append(_return_line(return_))
     for each in values["samples"]["sets"]:
         lines.append(
             f"{each['name'] or 'the data'}: {each['rows']:,} rows of {each['samples']:,} samples, {each['epochs']:.2f} epochs "
             f"({each['left_over_an_epoch']} left over in each); none was read more than {each['most']} time(s)"
+            + (f"; {each['left_out']:,} left out on purpose" if each["left_out"] else "")
         )
     yield from _section("samples", lines)
+
+
+def _return_line(values: dict[str, Any]) -> str:
+    step, reached, left_out = values["step"], values["reached"], values["left_out"]
+    if left_out is None:
+        return f"went on from step {step} after step {reached}: {reached - step} step(s) abandoned"
+    rows = f"rows {left_out[0]:,} to {left_out[1] - 1:,} left out on purpose"
+    return f"went back from step {reached} to {step}, after a loss spike: {reached - step} step(s) abandoned, {rows}"
 
 
 def _checkpoint_line(each: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ was taken of the rows that reached the ranks, of samples whose bytes had the che
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.loading.mixture import MixtureOrder
 from pipeline.data.loading.order_record import order_of_record, sample_numbers
 from pipeline.data.loading.row_digest import row_hashes
+from pipeline.data.loading.skipping import Stretch, position_of
 from pipeline.runtime.events import EVENTS_FILE
 
 _ROWS_AT_A_TIME = 2**18
@@ -22,11 +23,13 @@ _MOST_COUNTED = 2**28
 
 
 class SetReport(NamedTuple):
-    """How a data set was read. rows: taken from it so far. most: how often the sample read most often was."""
+    """How a data set was read. rows: read so far. left_out: rows that were not, on purpose. epochs: how far its order has come,
+    both counted. most: how often the sample read most often was."""
 
     name: str
     samples: int
     rows: int
+    left_out: int
     epochs: float
     left_over_an_epoch: int
     most: int
@@ -55,12 +58,13 @@ def check_samples(history: History) -> SampleReport:
             continue
         num_rows = history.orders[number]["global_batch"]
         counts = _Counts(order) if len(by_order) == 1 else None
-        wrong = list(_wrong_steps(steps, order, num_rows, counts))
+        wrong = [event for each in _by_left_out(steps) for event in _wrong_steps(each, order, num_rows, counts)]
         verified += len(steps) - len(wrong)
         problems += map(_sentence, wrong)
         if counts is not None and counts.is_kept and not wrong and _is_unbroken(history):
-            sets = counts.reports([each["name"] for each in history.orders[number]["sets"]], len(history.line) * num_rows)
-            problems += counts.problems([each.name for each in sets], len(history.line) * num_rows // order.lanes)
+            come_to = counts.leave_out(history.left_out, len(history.line) * num_rows)
+            sets = counts.reports([each["name"] for each in history.orders[number]["sets"]], come_to)
+            problems += counts.problems([each.name for each in sets], come_to // order.lanes)
     return SampleReport(verified, sets, problems)
 
 
@@ -74,6 +78,14 @@ def _order(history: History, number: int) -> MixtureOrder | str:
         return f"{EVENTS_FILE}: the record of the order of samples is damaged: {type(error).__name__}: {error}"
 
 
+def _by_left_out(steps: Sequence[Event]) -> Iterable[list[Event]]:
+    """The steps, together where the same rows were left out."""
+    together: dict[tuple[Stretch, ...], list[Event]] = defaultdict(list)
+    for event in steps:
+        together[event.skipped].append(event)
+    return together.values()
+
+
 def _is_unbroken(history: History) -> bool:
     return list(history.line) == list(range(1, len(history.line) + 1))
 
@@ -84,7 +96,10 @@ def _sentence(event: Event) -> str:
 
 
 def _wrong_steps(steps: Sequence[Event], order: MixtureOrder, num_rows: int, counts: "_Counts | None") -> Iterator[Event]:
-    """The steps with another digest than the order has at their place; the samples of the line's other steps are counted."""
+    """The steps with another digest than the order has at their place; the samples of the line's other steps are counted.
+
+    The same rows are left out in all of them.
+    """
     by_row: dict[int, list[Event]] = defaultdict(list)
     for event in steps:
         first_row = event.values["samples"] - num_rows
@@ -93,7 +108,7 @@ def _wrong_steps(steps: Sequence[Event], order: MixtureOrder, num_rows: int, cou
         else:
             by_row[first_row].append(event)
 
-    for first_row, numbers, digest in _expected(sorted(by_row), order, num_rows):
+    for first_row, numbers, digest in _expected(sorted(by_row), order, steps[0].skipped, num_rows):
         for event in by_row[first_row]:
             if event.values["digest"] != f"{digest:016x}":
                 yield event
@@ -101,7 +116,9 @@ def _wrong_steps(steps: Sequence[Event], order: MixtureOrder, num_rows: int, cou
                 counts.add(numbers)
 
 
-def _expected(first_rows: Sequence[int], order: MixtureOrder, num_rows: int) -> Iterator[tuple[int, np.ndarray, int]]:
+def _expected(
+    first_rows: Sequence[int], order: MixtureOrder, skipped: Sequence[Stretch], num_rows: int
+) -> Iterator[tuple[int, np.ndarray, int]]:
     """(first row, numbers of the samples, digest) of each step that begins at one of these rows."""
     at_a_time = max(1, _ROWS_AT_A_TIME // num_rows)
     place = 0
@@ -111,7 +128,7 @@ def _expected(first_rows: Sequence[int], order: MixtureOrder, num_rows: int) -> 
         while end < len(first_rows) and end - place < at_a_time and first_rows[end] == first_rows[end - 1] + num_rows:
             end += 1
         first, rows = first_rows[place], (end - place) * num_rows
-        numbers = sample_numbers(order, first // order.lanes, rows // order.lanes)
+        numbers = sample_numbers(order, first // order.lanes, rows // order.lanes, skipped)
         hashes = row_hashes(first + np.arange(rows, dtype=np.int64), numbers).reshape(-1, num_rows)
         digests = hashes.sum(1, dtype=np.uint64).tolist()
         yield from zip(first_rows[place:end], numbers.reshape(-1, num_rows), digests, strict=True)
@@ -127,30 +144,43 @@ class _Counts:
         self._ends = np.cumsum(sizes)
         self.is_kept = sum(sizes) <= _MOST_COUNTED
         self._counts = np.zeros(sum(sizes) if self.is_kept else 0, np.uint32)
+        self._left_out = np.zeros(len(self._counts), np.uint32)
 
     def add(self, numbers: np.ndarray) -> None:
         if self.is_kept:
             np.add.at(self._counts, numbers, 1)
 
-    def reports(self, names: Sequence[str], num_rows: int) -> list[SetReport]:
-        """Report on each set, after so many rows of the run."""
-        return [
-            SetReport(name, of.num_samples, rows, rows / of.samples_per_epoch, of.dropped_per_epoch, int(self._of(at).max()))
-            for at, (name, of, rows) in enumerate(zip(names, self.order.orders, self.order.consumed(num_rows), strict=True))
-        ]
+    def leave_out(self, skipped: Sequence[Stretch], num_rows: int) -> int:
+        """Count what was left out of the order until so many rows were read; returns the row that the order has come to."""
+        come_to = position_of(num_rows, skipped)
+        for start, end in skipped:
+            for first in range(start, min(end, come_to), _ROWS_AT_A_TIME):
+                rounds = (min(first + _ROWS_AT_A_TIME, end) - first) // self.order.lanes
+                np.add.at(self._left_out, sample_numbers(self.order, first // self.order.lanes, rounds), 1)
+        return come_to
+
+    def reports(self, names: Sequence[str], come_to: int) -> list[SetReport]:
+        """Report on each set, where the order has come to this row."""
+        reports = []
+        for at, (name, of, rows) in enumerate(zip(names, self.order.orders, self.order.consumed(come_to), strict=True)):
+            left_out, most = int(self._of(self._left_out, at).sum()), int(self._of(self._counts, at).max())
+            epochs = rows / of.samples_per_epoch
+            reports.append(SetReport(name, of.num_samples, rows - left_out, left_out, epochs, of.dropped_per_epoch, most))
+        return reports
 
     def problems(self, names: Sequence[str], num_rounds: int) -> Iterator[str]:
-        """Samples that were read more often than there were epochs, or left out of whole epochs."""
+        """Samples that were read more often than there were epochs, or missed in whole epochs."""
         taken = np.array([self.order.schedule.counts(lane, num_rounds) for lane in range(self.order.lanes)])
         for at, (name, of) in enumerate(zip(names, self.order.orders, strict=True)):
             # Lanes of a mixture need not be in the same epoch.
             begun, whole = -(-int(taken[:, at].max()) // of.samples_per_lane), int(taken[:, at].min()) // of.samples_per_lane
-            counts, where = self._of(at).astype(np.int64), f"set {name}: " if name else ""
+            counts = self._of(self._counts, at).astype(np.int64) + self._of(self._left_out, at)
+            where = f"set {name}: " if name else ""
             if counts.max() > begun:
-                yield f"{where}a sample was read {counts.max()} times in {begun} epoch(s)"
+                yield f"{where}a sample was read, or left out on purpose, {counts.max()} times in {begun} epoch(s)"
             missed = int(np.maximum(whole - counts, 0).sum())
             if missed > whole * of.dropped_per_epoch:
-                yield f"{where}{missed} samples were left out in {whole} whole epoch(s), more than what is left over"
+                yield f"{where}{missed} samples were missed in {whole} whole epoch(s), more than what is left over"
 
-    def _of(self, at: int) -> np.ndarray:
-        return self._counts[self._ends[at] - self.order.orders[at].num_samples : self._ends[at]]
+    def _of(self, counts: np.ndarray, at: int) -> np.ndarray:
+        return counts[self._ends[at] - self.order.orders[at].num_samples : self._ends[at]]

@@ -5,7 +5,8 @@
     saving       training stood still for a checkpoint
     evaluation   validations
     lost_work    all that was done after the checkpoint from which the run went on, and steps that were discarded
-    restarts     from the end of a job's records to the beginning of the next, and from the beginning of a job to its first step
+    restarts     from the end of a job's records to the beginning of the next, from the beginning of a job to its first step,
+                 and from a loss spike to the return to a checkpoint
     other        the rest
 
 The pieces are cut from one line of time, so they sum to all of it. The clock is the first rank's. What a killed job did after
@@ -67,4 +68,4 @@ def _shares(event: Event, piece: float) -> dict[str, float]:
     if event.kind in ("save", "validation"):
         stood_still = min(piece, event.values["seconds"])
         return {"saving" if event.kind == "save" else "evaluation": stood_still, "other": piece - stood_still}
-    return {"other": piece}
+    return {"restarts" if event.kind == "resume" else "other": piece}

@@ -5,7 +5,7 @@ done twice can be found. Every line has `time` (seconds since 1970) and `event`:
 
     start       a job begins: `began` (its process), `ranks`, `host`
     order       the order of samples (`data.loading.order_record`), where it is not the last one written
-    resume      training goes on from `step`, `samples`; 0 in a new run
+    resume      training goes on from `step`, `samples`; 0 in a new run. `skipped`: the stretches of rows that are left out
     step        `step` is done: `samples` so far, `digest` of its samples over all ranks, `waited` seconds for data;
                 `applied` false if it was discarded, `logged` true if metrics.jsonl has it
     validation, save    `seconds` in which training stood still for it, after `step`; `saved`: the checkpoint that was completed

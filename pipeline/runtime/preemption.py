@@ -32,6 +32,9 @@ EXIT_INTERRUPTED = 130
 SECONDS_TO_FINISH = 10.0
 """Time after a signal in which a piece of work in hand may be finished; schedulers give 30 seconds before they kill."""
 
+SECONDS_FOR_THE_FIRST = 20.0
+"""Time in which the first rank, which speaks for all, has said why the job does not start; other ranks may be faster."""
+
 _SECONDS_TO_INTERRUPT = 2.0
 
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -69,6 +72,18 @@ class StopRequest:
             signal.set_wakeup_fd(-1)
             woken, self._woken = self._woken, None
             woken.close()
+
+    def wait_for_the_first(self) -> bool:
+        """Before a rank ends with an error that the first one reports: a launcher ends all others as soon as one has ended.
+
+        Returns:
+            True if this process is still there, so that the first rank has no such error and this one must report it; False at
+            once where the ranks have met already, and have agreed on the error.
+        """
+        if self._woken is None:
+            return False
+        time.sleep(SECONDS_FOR_THE_FIRST)
+        return True
 
     def request(self) -> None:
         """Ask this process to stop, as a signal does."""

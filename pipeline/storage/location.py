@@ -15,6 +15,8 @@ from pydantic import PlainSerializer, PlainValidator
 from pipeline.storage.masking import masked
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):(?!\\)")
+# With one slash where it has been made a path.
+_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):/")
 PIPE = "pipe:"
 
 
@@ -100,10 +102,14 @@ def user_path(value: str | Path) -> Path:
     """Parse a path as a user writes it, `~` and `~name` included, which no shell expands behind an equals sign or in a file.
 
     Raises:
-        ValueError: there is no such user, or the path holds a NUL.
+        ValueError: there is no such user, the path holds a NUL, or it is a URL.
     """
     if "\0" in str(value):
         raise ValueError(f"expected a path, got {str(value)!r}, which holds a NUL")
+    url = _URL.match(str(value))
+    if url is not None:
+        # What it may hold is a secret, which a path of it (s3:/KEY:SECRET@…) would no longer show to be one.
+        raise ValueError(f"expected a path on this machine, got a URL ({url[1]}://…)")
     try:
         return Path(value).expanduser()
     except RuntimeError:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.audit.report import audit
 from pipeline.data.loading.order import EpochOrder
 from pipeline.data.shards.manifest import Manifest, write_manifest
 from pipeline.data.shards.writer import Row, write_shards
@@ -154,13 +155,19 @@ def test_a_run_that_went_back_is_one_that_never_saw_the_samples(data: Path, whol
     assert records(whole, *own) == records(tmp_path / "without", *own)
     assert last_weights(whole) == last_weights(tmp_path / "without")
 
+    # An audit knows what was left out, and finds nothing else missing.
+    found = audit(whole)
+    assert found.problems == []
+    assert found.history.left_out == tuple(map(tuple, SKIPPED))
+    assert [each.left_out for each in found.history.returns] == list(found.history.left_out)
+
     # Its records say how often it went back, and what it left out.
-    found = records(whole)
-    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
-    assert [record["samples"] for record in found] == [ROWS * step for step in range(1, STEPS + 1)]
-    counted = [(record["rollbacks"], record["samples_skipped"]) for record in found]
+    logged = records(whole)
+    assert [record["step"] for record in logged] == list(range(1, STEPS + 1))
+    assert [record["samples"] for record in logged] == [ROWS * step for step in range(1, STEPS + 1)]
+    counted = [(record["rollbacks"], record["samples_skipped"]) for record in logged]
     assert sorted(set(counted)) == [(0, 0), (1, 6 * ROWS), (2, 12 * ROWS)]
-    assert max(record["loss_spike_score"] or 0 for record in found) < 8
+    assert max(record["loss_spike_score"] or 0 for record in logged) < 8
     # Set aside are the checkpoints from between the returns' ends.
     assert len(list(whole.glob("checkpoints/abandoned-step-*"))) > 0
 
@@ -266,6 +273,7 @@ def test_a_run_that_is_killed_at_each_point_of_a_return_comes_to_the_same(data: 
         assert process.exitcode == -signal.SIGKILL, point
     assert run_ranks(train_here, 1, data, run_dir, timeout=800) == [""]
     assert records(run_dir) == records(whole)
+    assert audit(run_dir).problems == []
     assert last_weights(run_dir) == last_weights(whole)
 
 
@@ -297,3 +305,4 @@ def test_two_ranks_decide_alike_and_stop_where_they_have_gone_back_often_enough(
     assert [record["step"] for record in found] == list(range(1, 28))
     assert found == records(tmp_path / "without", *own)[:27]
     assert found[-1]["loss_spike_score"] > 8
+    assert audit(tmp_path / "run").problems == []

@@ -4,6 +4,7 @@ Real runs are audited in tests/integration/test_interrupted_runs.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pipeline.data.loading.order import EpochOrder
 from pipeline.data.loading.order_record import record_of_order, sample_numbers
 from pipeline.data.loading.row_digest import sample_digest
 from pipeline.progress import Progress
+from pipeline.runtime.checkpoint.folders import step_name
 from pipeline.runtime.events import EVENTS_FILE, EventLog, begun_and_ended, last_event, time_of_start
 from tests.checkpointing import write_state
 from tests.forked import ROOT
@@ -36,12 +38,17 @@ class Story:
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
         self.now, self.seed = 1000.0, 0
+        self.skipped: list[list[int]] = []
         self.events: list[dict[str, Any]] = []
         self.logged: dict[int, dict[str, Any]] = {}
 
     def add(self, took: float, event: str, **values: Any) -> None:
         self.now += took
         self.events.append({"time": self.now, "event": event, **values})
+
+    def resume(self, step: int) -> None:
+        self.add(1, "resume", step=step, samples=G * step, skipped=self.skipped)
+        self.logged = {number: record for number, record in self.logged.items() if number <= step}
 
     def start(self, ranks: int, step: int, seed: int = 0, after: float = 0.0) -> None:
         began = self.now + after
@@ -50,21 +57,20 @@ class Story:
             self.seed = seed
             order = record_of_order(order_of(seed), [DataSet(Path("data"))], G)
             self.add(0, "order", **order, data=f"data {seed}")
-        self.add(1, "resume", step=step, samples=G * step)
-        self.logged = {number: record for number, record in self.logged.items() if number <= step}
+        self.resume(step)
 
     def steps(self, first: int, last: int) -> None:
         for step in range(first, last + 1):
             row = G * (step - 1)
-            numbers = sample_numbers(order_of(self.seed), row // LANES, G // LANES)
+            numbers = sample_numbers(order_of(self.seed), row // LANES, G // LANES, self.skipped)
             digest = f"{sample_digest(row + np.arange(G), numbers):016x}"
             values = {"step": step, "samples": G * step, "digest": digest, "waited": 0.25, "applied": True}
             self.add(1, "step", **values, logged=True)
             self.logged[step] = {"step": step, "samples": G * step, "loss": 1.0}
 
     def checkpoint(self, step: int) -> None:
-        self.add(0.5, "save", step=step, seconds=0.5)
-        write_state(self.run_dir, Progress(step, G * step), {"data": f"data {self.seed}"})
+        self.add(0.5, "save", step=step, seconds=0.5, saved={"name": step_name(step), "bytes": 1, "seconds": 0.1})
+        write_state(self.run_dir, Progress(step, G * step, skipped=self.skipped), {"data": f"data {self.seed}"})
 
     def written(self) -> Path:
         self.run_dir.mkdir(exist_ok=True)
@@ -100,7 +106,11 @@ def test_a_run_that_was_killed_and_went_on_with_other_ranks_is_sound_and_its_tim
     found = figures(audit(story(tmp_path / "run").written()))
     assert (found["sound"], found["problems"], found["exit_code"]) == (True, [], 0)
     assert [start["ranks"] for start in found["starts"]] == [1, 2, 4]
-    assert (found["steps"], found["steps_abandoned"], found["returns"]) == (12, 2, [{"step": 4, "reached": 6}])
+    assert (found["steps"], found["steps_abandoned"], found["returns"]) == (
+        12,
+        2,
+        [{"step": 4, "reached": 6, "left_out": None}],
+    )
     assert found["samples"]["read"] == 96
     assert found["samples"]["steps_verified"] == 14
     (of_data,) = found["samples"]["sets"]
@@ -117,6 +127,97 @@ def test_a_run_that_was_killed_and_went_on_with_other_ranks_is_sound_and_its_tim
 
 
 Edit = Callable[[list[dict[str, Any]]], Any]
+
+
+def story_of_rollbacks(run_dir: Path) -> Story:
+    """Back from step 7 to 4, without the two steps' rows after step 5; killed at step 6, and so back to 4 again, with the same
+    spike; saved at 8; killed at step 9; back from step 11 to 8 without one more step's rows, next to the others."""
+    told = Story(run_dir)
+    told.start(1, 0)
+    told.steps(1, 4)
+    told.checkpoint(4)
+    told.steps(5, 7)
+    told.skipped = [[40, 56]]
+    told.resume(4)
+    told.steps(5, 6)
+    told.skipped = []
+    told.start(1, 4)
+    told.steps(5, 7)
+    told.skipped = [[40, 56]]
+    told.resume(4)
+    told.steps(5, 8)
+    told.checkpoint(8)
+    told.steps(9, 9)
+    told.start(2, 8)
+    told.steps(9, 11)
+    told.skipped = [[40, 56], [88, 96]]
+    told.resume(8)
+    told.steps(9, 12)
+    told.checkpoint(12)
+    told.add(1, "end", code=0)
+    return told
+
+
+def test_a_run_that_went_back_from_loss_spikes_and_left_samples_out_is_sound(tmp_path: Path) -> None:
+    found = figures(audit(story_of_rollbacks(tmp_path / "run").written()))
+    assert (found["problems"], found["exit_code"]) == ([], 0)
+    assert [(each["step"], each["reached"], each["left_out"]) for each in found["returns"]] == [
+        (4, 7, (40, 56)),
+        (4, 6, None),
+        (4, 7, (40, 56)),
+        (8, 9, None),
+        (8, 11, (88, 96)),
+    ]
+    assert (found["samples"]["left_out"], found["samples"]["steps_verified"]) == ([[40, 56], [88, 96]], 24)
+    (of_data,) = found["samples"]["sets"]
+    assert (of_data["rows"], of_data["left_out"], of_data["epochs"], of_data["most"]) == (96, 24, 3.0, 3)
+    assert "went back from step 7 to 4, after a loss spike: 3 step(s) abandoned, rows 40 to 55 left out on purpose" in text(
+        found
+    )
+    assert sum(found["wall_clock"]["percent"].values()) == pytest.approx(100)
+
+
+def resumes(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] == "resume"]
+
+
+def leave_out_unrecorded(events: list[dict[str, Any]]) -> None:
+    """As a start does that leaves rows out, and tells so, where no spike was."""
+    resumes(events)[4]["skipped"] = [[40, 56], [80, 88]]
+
+
+SKIPS: dict[str, tuple[Edit, str]] = {
+    "other rows than are told": (lambda events: resumes(events)[3].update(skipped=[[48, 64]]), "step 6 (events.jsonl, line "),
+    "nothing is told": (lambda events: [event.pop("skipped") for event in resumes(events)], "its samples are not those of"),
+    "a start leaves out more": (
+        leave_out_unrecorded,
+        "step 8 goes on without other rows than before (40 to 55, 80 to 87), and no",
+    ),
+    "rows from before the return": (
+        lambda events: resumes(events)[5].update(skipped=[[24, 32], [40, 56]]),
+        "no rollback tells",
+    ),
+    "rows that were never reached": (
+        lambda events: resumes(events)[5].update(skipped=[[40, 56], [160, 168]]),
+        "no rollback tells",
+    ),
+    "a part of a step": (lambda events: resumes(events)[1].update(skipped=[[40, 50]]), "in multiples of 8"),
+    "rows beyond numbers": (lambda events: resumes(events)[1].update(skipped=[[40, 2**80]]), "what is left out is damaged"),
+    "no rows": (lambda events: resumes(events)[1].update(skipped=[None]), "what is left out is damaged"),
+    "checkpoints of another story": (
+        lambda events: resumes(events)[5].update(skipped=[[40, 56]]),
+        "step-00000012: leaves out the rows [[40, 56], [88, 96]], and the events say [[40, 56]]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPS)
+def test_samples_that_were_left_out_without_a_rollback_are_named(name: str, tmp_path: Path) -> None:
+    told = story_of_rollbacks(tmp_path / "run")
+    edit, expected = SKIPS[name]
+    edit(told.events)
+    found = audit(told.written())
+    assert any(expected in problem for problem in found.problems), found.problems
 
 
 def of_step(events: list[dict[str, Any]], step: int) -> int:
@@ -229,10 +330,20 @@ def test_a_flipped_bit_of_a_checkpoint_is_named_and_abandoned_ones_are_listed(tm
     assert [(each["name"], each["kind"], each["sound"]) for each in found["checkpoints"]] == [
         ("step-00000012", "checkpoint", False),
         ("step-00000008", "checkpoint", True),
-        ("abandoned-step-00000004", "abandoned", True),
-        ("step-00000016.partial", "unfinished", True),
+        ("abandoned-step-00000004", "abandoned", None),
+        ("step-00000016.partial", "unfinished", None),
     ]
     assert "steps 9 to 12 are in no sound checkpoint: a start of now trains them again" in found["notes"]
+
+
+def test_a_newest_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
+    run_dir = story(tmp_path / "run").written()
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000008")
+    assert audit(run_dir).problems == [], "older ones are deleted on purpose"
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
+    found = figures(audit(run_dir))
+    assert found["problems"] == ["step-00000012: was saved, and neither it nor a later one is there"]
+    assert "steps 5 to 12 are in no sound checkpoint: a start of now trains them again" in found["notes"]
 
 
 def test_an_order_that_was_changed_is_held_against_the_steps_that_followed_it(tmp_path: Path) -> None:

@@ -66,10 +66,23 @@ def test_an_order_over_many_ranks_reads_the_manifest_once(tmp_path, capsys, monk
     assert [(step, *where) for step, _, *where in of_many] == [(step, *where) for step, _, *where in of_one]
 
 
+def test_an_order_leaves_out_the_rows_that_a_rollback_did(tmp_path, capsys):
+    arguments = ["order", numbered_data(tmp_path / "data", 64), "--global-batch", 4, "--steps"]
+    assert run("shards", *arguments, 8) == 0
+    every = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
+    assert run("shards", *arguments, 4, "--skip", 4, 8, "--skip", 16, 24) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [str(step) for step in range(4) for _ in range(4)]
+    assert [line[1:] for line in lines] == every[:4] + every[8:16] + every[24:28]
+    for wrong in (["--skip", 4, 6], ["--skip", 8, 4], ["--skip", 8, 12, "--skip", 4, 8]):
+        assert run("shards", *arguments, 1, *wrong) == 2
+        assert capsys.readouterr().err.startswith("error: expected stretches of rows, first and end, in multiples of 4")
+
+
 def test_an_order_of_a_pipe_is_refused_without_an_option_that_it_has_not(capsys):
     assert run("shards", "order", "pipe:cat data/{}", "--global-batch", 4, "--steps", 1) == 2
     assert capsys.readouterr().err == (
-        "error: order runs no command of a pipe, as in pipe:cat data/{}; name a folder or another URL\n"
+        "error: order runs no command of a pipe, as in pipe:cat ***; name a folder or another URL\n"
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.loading.mixture import DataSet
-from pipeline.data.loading.skipping import Stretch, position_of, with_stretch
+from pipeline.data.loading.skipping import Stretch, added_stretch, position_of, with_stretch
 from pipeline.data.loading.stream import Stream
 from tests.data_sets import numbered_data
 
@@ -20,7 +20,9 @@ STRETCHES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size
 def test_each_stretch_is_left_out_of_the_rows_that_are_left(stretches: list[tuple[int, int]]) -> None:
     left, skipped = list(range(MANY)), []
     for first, count in stretches:
-        skipped = with_stretch(skipped, first, count)
+        before, skipped = skipped, with_stretch(skipped, first, count)
+        assert added_stretch(before, skipped) == (first, first + count)
+        assert added_stretch(skipped, before) is None
         del left[first : first + count]
     assert [position_of(number, skipped) for number in range(len(left))] == left
     assert sum(end - start for start, end in skipped) == MANY - len(left)

@@ -1,5 +1,6 @@
 """Secrets in URLs and commands: masked wherever a location is formatted, written or compared, and used where data is read."""
 
+import argparse
 import copy
 import json
 import pickle
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import ConfigError, Settings
+from pipeline.options import path_argument
 from pipeline.recipe import load_settings
 from pipeline.runtime.identity import changed_settings, flatten
 from pipeline.storage.location import Url, parse_location
@@ -128,12 +130,21 @@ def test_settings_are_written_and_compared_without_secrets_and_read_with_them(tm
         "data.pathh=https://u:abcabc@host/x",
         "data.path={'s3://K:abcabc@b",
         "datapath=s3://K:abcabc@b",
+        # What must be a path on this machine would lose a slash, and no longer look like a URL.
+        "model.pretrained=s3://K:abcabc@b",
+        "data.cache_dir=https://h/x?sig=abcabc",
     ],
 )
 def test_a_setting_that_is_refused_shows_no_secret(override: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_settings(None, [override, "training.k_percent=1"])
     assert "abcabc" not in str(raised.value)
+
+
+def test_an_option_that_must_be_a_path_refuses_a_url_and_does_not_show_it() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^expected a path on this machine, got a URL \(s3://…\)$"):
+        path_argument("s3://K:abcabc@b/c")
+    assert path_argument("a:b/c") == Path("a:b/c")
 
 
 def test_values_are_masked_wherever_they_lie_in_a_json_value() -> None:

@@ -59,6 +59,28 @@ raise SystemExit(3 if stop.is_requested and not stop.is_overdue else 1)
     assert signalled(script, signal.SIGUSR1, signal.SIGTERM) == (3, "")
 
 
+def test_a_faster_rank_leaves_it_to_the_first_to_say_why_the_job_does_not_start() -> None:
+    # A launcher ends all ranks once one has ended; the first would have said nothing yet.
+    waiting = "print('ready', flush=True); print(stop.wait_for_the_first())"
+    assert signalled(f"stop._says = False; {waiting}", signal.SIGTERM) == (75, "")
+
+    script = """
+import runpy, sys
+from pipeline.runtime import preemption
+preemption.SECONDS_FOR_THE_FIRST = 0.1
+assert stop.wait_for_the_first() and (stop.wait_for_agreement() or not stop.wait_for_the_first())
+sys.argv = ["train.py", "--print-config", "training.steps=0"]
+print("ready", flush=True)
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "ready\n")
+    assert "training.steps: got 0" in done.stderr
+
+
 def test_a_second_ctrl_c_ends_what_the_first_one_only_began_to_end() -> None:
     script = """
 stop.wait_for_agreement()

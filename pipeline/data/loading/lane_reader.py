@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.data.errors import DataError
 from pipeline.data.loading.mixture import DataSet
+from pipeline.data.loading.skipping import RowOrder
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.reader import MAX_OPEN_SHARDS, ShardReader
 from pipeline.data.shards.reference_losses import ReaderWithLosses
@@ -28,16 +28,6 @@ Reader = ShardReader | ReaderWithLosses
 
 PADDING = -1
 """The set of a row of padding, in an order that ends."""
-
-
-class RowOrder(Protocol):
-    """An order of rows: which sample each lane has in each round."""
-
-    def locate_lane(self, lane: int, first_round: int, num_rounds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Locate the samples of one lane in consecutive rounds: set, shard and sample indices, int64 [num_rounds] each. For the
-        set PADDING there is a row of padding."""
-        ...
-
 
 # Memory of a worker: bytes read at a time, and bytes or rows yielded at a time.
 _WINDOW_BYTES = 16 * 2**20

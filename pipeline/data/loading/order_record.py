@@ -5,13 +5,14 @@ numbered through all sets and shards, in the manifests' order (`Sample.number`).
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.loading.mixture import DataSet, MixtureOrder
 from pipeline.data.loading.order import EpochOrder
+from pipeline.data.loading.skipping import without_rows
 
 # A damaged record must not ask for all memory.
 _MOST_ROWS, _MOST_SHARDS = 2**24, 2**26
@@ -44,15 +45,19 @@ def order_of_record(record: dict[str, Any]) -> MixtureOrder:
     return MixtureOrder([EpochOrder(_sizes_of(each["shards"]), **sizes) for each in record["sets"]], list(weights.values()))
 
 
-def sample_numbers(order: MixtureOrder, first_round: int, num_rounds: int) -> np.ndarray:
-    """Compute the number of the sample in each row of consecutive rounds of all lanes: int64 [rounds · L]."""
+def sample_numbers(order: MixtureOrder, first_round: int, num_rounds: int, skipped: Iterable[Sequence[int]] = ()) -> np.ndarray:
+    """Compute the number of the sample in each row of consecutive rounds of all lanes: int64 [rounds · L].
+
+    skipped: stretches of rows that are left out (`skipping`), multiples of L.
+    """
+    rows = without_rows(order, skipped, order.lanes)
     sizes = [each.num_samples for each in order.orders]
     before_set = np.array(list(itertools.accumulate(sizes, initial=0)))
     before_shard = [np.cumsum(each.shard_samples) - each.shard_samples for each in order.orders]
 
     numbers_RL = np.empty((num_rounds, order.lanes), np.int64)
     for lane in range(order.lanes):
-        sets, shards, samples = order.locate_lane(lane, first_round, num_rounds)
+        sets, shards, samples = rows.locate_lane(lane, first_round, num_rounds)
         for number, before in enumerate(before_shard):
             own = sets == number
             numbers_RL[own, lane] = before_set[number] + before[shards[own]] + samples[own]

@@ -1,7 +1,7 @@
 """Tracing samples: list which sample reaches which rank in which step, by running the same code that feeds training."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,21 @@ class Arrival:
 
 
 def arrivals(
-    location: Location, *, world_size: int, global_batch: int, start_sample: int, num_steps: int, **sizes: Any
+    location: Location,
+    *,
+    world_size: int,
+    global_batch: int,
+    start_sample: int,
+    num_steps: int,
+    skipped: Sequence[Sequence[int]] = (),
+    **sizes: Any,
 ) -> Iterator[Arrival]:
     """Yield every sample of `num_steps` steps from `start_sample` on, in the order of the global batch's rows.
 
     Args:
         location: the prepared folder.
         start_sample: rows consumed before the first step, a multiple of G.
+        skipped: stretches of rows that the run leaves out (`skipping`), multiples of G.
         sizes: further arguments of `Stream`.
 
     Raises:
@@ -45,7 +53,8 @@ def arrivals(
     at_a_time = max(1, _ROWS_AT_A_TIME // global_batch) * global_batch
     for start in range(start_sample, end, at_a_time):
         by_rank = [
-            [batch.keys for batch in stream.iterate(start, end_sample=min(start + at_a_time, end))] for stream in streams
+            [batch.keys for batch in stream.iterate(start, end_sample=min(start + at_a_time, end), skipped=skipped)]
+            for stream in streams
         ]
         rows = itertools.count(start)
         for micro_step in zip(*by_rank, strict=True):

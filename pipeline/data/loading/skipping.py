@@ -6,11 +6,18 @@ ends where a step does.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.data.loading.lane_reader import RowOrder
+
+class RowOrder(Protocol):
+    """An order of rows: which sample each lane has in each round."""
+
+    def locate_lane(self, lane: int, first_round: int, num_rounds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Locate the samples of one lane in consecutive rounds: set, shard and sample indices, int64 [num_rounds] each. For the
+        set `lane_reader.PADDING` there is a row of padding."""
+        ...
 
 
 class Stretch(NamedTuple):
@@ -39,6 +46,44 @@ def with_stretch(skipped: Sequence[Sequence[int]], first: int, count: int) -> li
         else:
             joined.append(Stretch(start, end))
     return joined
+
+
+def added_stretch(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> Stretch | None:
+    """Find what `with_stretch` was given to come from one to the other: [first, first + count) of the rows that are left."""
+    old = [tuple(each) for each in before]
+    new = next((number for number, each in enumerate(after) if tuple(each) not in old[number : number + 1]), None)
+    if new is None:
+        return None
+    start = after[new][0]
+    row = old[new][1] if new < len(old) and old[new][0] == start else start
+    first = row - sum(end - start for start, end in old if start < row)
+    count = sum(end - start for start, end in after) - sum(end - start for start, end in old)
+    found = count > 0 and [tuple(each) for each in with_stretch(old, first, count)] == [tuple(each) for each in after]
+    return Stretch(first, first + count) if found else None
+
+
+def checked_stretches(given: Iterable[Sequence[int]], step_rows: int) -> list[Stretch]:
+    """Read stretches that a user or a record gives.
+
+    Raises:
+        TypeError, ValueError, OverflowError: they are no stretches of whole steps, apart and in order.
+    """
+    stretches = [Stretch(*map(int, each)) for each in given]
+    before = -1
+    for start, end in stretches:
+        if not before < start < end < 2**53 or start % step_rows or end % step_rows:
+            raise ValueError(
+                f"expected stretches of rows, first and end, in multiples of {step_rows} (rows of a step), apart and in order; "
+                f"got {[list(each) for each in stretches]}"
+            )
+        before = end
+    return stretches
+
+
+def without_rows(order: RowOrder, skipped: Iterable[Sequence[int]], lanes: int) -> RowOrder:
+    """Leave stretches of rows out of an order of so many lanes."""
+    rounds = [Stretch(start // lanes, end // lanes) for start, end in skipped]
+    return SkippingOrder(order, rounds) if rounds else order
 
 
 class SkippingOrder:

@@ -30,11 +30,11 @@ from torch.utils.data import DataLoader
 
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import Batch, blank_batch, collate
-from pipeline.data.loading.lane_reader import LaneRounds, RoundsChunk, RowOrder, merge_chunks, rank_lanes
+from pipeline.data.loading.lane_reader import LaneRounds, RoundsChunk, merge_chunks, rank_lanes
 from pipeline.data.loading.mixture import DataSet, join, order_of
 from pipeline.data.loading.order import default_lanes
 from pipeline.data.loading.sizes import check_sizes
-from pipeline.data.loading.skipping import SkippingOrder, Stretch
+from pipeline.data.loading.skipping import RowOrder, without_rows
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.shards.sample import Sample
 from pipeline.storage.files import DIRECT, Access
@@ -155,8 +155,7 @@ class Stream:
         micro_step = self.micro_batch * self.world_size
         if start_sample < 0 or start_sample % self.global_batch:
             raise ValueError(f"expected start_sample to be a multiple of {self.global_batch} (G), got {start_sample}")
-        rounds = [Stretch(start // self.lanes, end // self.lanes) for start, end in skipped]
-        order = SkippingOrder(self.order, rounds) if rounds else self.order
+        order = without_rows(self.order, skipped, self.lanes)
         if end_sample is None:
             return self._micro_batches(order, start_sample // self.lanes, None)
         if end_sample < start_sample or end_sample % micro_step:

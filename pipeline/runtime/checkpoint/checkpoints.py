@@ -153,6 +153,7 @@ class Checkpoints:
             ConfigError: none of them can be used; `engine` is then spoilt.
         """
         self._finish(final=False)
+        self.saved = None
         steps = saved_steps(self.directory) if self.world.is_first else []
         # The settings are those of this very run, or were allowed to differ when it was continued.
         names = [step_name(saved) for saved in steps if saved <= step]
@@ -255,9 +256,9 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps())) or "none"
             return [f"--from-step {self.from_step}: no checkpoint of that step; there are: {there}"]
         last = max((record["step"] for record in read_records(self.run_dir)), default=0)
-        if last < self.settings.every or had_none_yet(self.directory):
+        if last == 0 or had_none_yet(self.directory):
             return []
-        return [f"{self.run_dir}: metrics.jsonl goes to step {last}, with a checkpoint every {self.settings.every} steps"]
+        return [f"{self.run_dir}: metrics.jsonl goes to step {last}, and the run had a checkpoint, which is gone"]
 
     def _other_losses(self, state: State, found: HeldOut) -> list[str]:
         """Compare losses of the fixed batch: what a forward sees must be what it saw when the checkpoint was saved."""
