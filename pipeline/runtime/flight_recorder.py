@@ -6,6 +6,7 @@ over ranks, the files show the first one that not all ranks have reached. They a
 
 import faulthandler
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +21,9 @@ from pipeline.storage.whole_file import write_file
 FOLDER = "flight_recorder"
 """Folder of a run directory with one file a rank: `rank-00000.json`."""
 
+FORMER = f"{FOLDER}-before"
+"""The same of an earlier job, once another one has begun."""
+
 _COLLECTIVES_KEPT = "2000"
 _SECONDS_FOR_EXIT = 10.0
 
@@ -27,6 +31,16 @@ _SECONDS_FOR_EXIT = 10.0
 def record() -> None:
     """Have torch record collectives; called before the process group is there. A user's own setting stays."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _COLLECTIVES_KEPT)
+
+
+def set_former_aside(run_dir: Path) -> None:
+    """Rename what an earlier job of this run has left, so that the files of two jobs are not compared as one's."""
+    former = run_dir / FORMER
+    # A record of the past is no reason not to train.
+    with suppress(OSError):
+        if (run_dir / FOLDER).exists():
+            shutil.rmtree(former, ignore_errors=True)
+            os.replace(run_dir / FOLDER, former)
 
 
 def write(run_dir: Path, rank: int, seconds: float) -> None:

@@ -254,6 +254,8 @@ _current: Heartbeat | None = None
 def begin(world: World, timeout: float, run_dir: Path | None = None) -> None:
     """Start this process's heartbeat, once the process group is there. timeout: `run.hang_timeout`."""
     global _current
+    if run_dir is not None and world.is_first:
+        flight_recorder.set_former_aside(run_dir)
     _current = Heartbeat(world, dist.distributed_c10d._get_default_store(), timeout, run_dir)
     _current.start()
 

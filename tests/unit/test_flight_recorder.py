@@ -43,6 +43,17 @@ def test_each_rank_leaves_its_last_collectives(tmp_path: Path) -> None:
         assert entries[-1]["input_sizes"] == [[5]]
 
 
+def test_what_an_earlier_job_left_is_set_aside_once_another_begins(tmp_path: Path) -> None:
+    flight_recorder.set_former_aside(tmp_path)
+    for job in ("first", "second"):
+        folder = tmp_path / "flight_recorder"
+        folder.mkdir()
+        (folder / f"{job}.json").touch()
+        flight_recorder.set_former_aside(tmp_path)
+        assert not folder.exists()
+        assert [file.name for file in (tmp_path / "flight_recorder-before").iterdir()] == [f"{job}.json"]
+
+
 def recording(monkeypatch: pytest.MonkeyPatch, dump: Callable[[], bytes]) -> None:
     """Have a recorder stand in for torch's, as NCCL's has to on a machine without a GPU."""
     monkeypatch.setattr(flight_recorder, "_dump", lambda: dump)
