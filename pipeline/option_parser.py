@@ -7,6 +7,7 @@ parsed again, until nothing is left to note.
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 # argparse's words for a value that is of no such type.
@@ -72,10 +73,16 @@ class OptionParser(argparse.ArgumentParser):
             OptionsError: all that is wrong with them.
         """
         options, unknown, problems = self.read(arguments)
-        problems += [self.unknown_option(argument) for argument in unknown]
+        problems += self.unknown_options(unknown)
         if problems:
             raise OptionsError(problems)
         return options
+
+    def unknown_options(self, arguments: Sequence[str]) -> list[str]:
+        """Say what may be meant by each unknown argument; a word behind an unknown option is taken for its value."""
+        before = ["", *arguments]
+        values = [is_option(option) and "=" not in option and not is_option(word) for option, word in pairwise(before)]
+        return [self.unknown_option(word) for word, is_value in zip(arguments, values, strict=True) if not is_value]
 
     def unknown_option(self, argument: str) -> str:
         """Say what may be meant by an unknown argument."""
@@ -126,6 +133,11 @@ def _accept_anything(actions: Iterable[argparse.Action]) -> None:
     for action in actions:
         action.type = action.choices = None
         action.nargs = "*" if action.nargs == "+" else action.nargs or "?"
+
+
+def is_option(argument: str) -> bool:
+    """True for `--option` and `-o`; a negative number is a value."""
+    return argument.startswith("-") and not argument[1:2].isdigit() and argument[1:2] != "."
 
 
 def at_least(least: int, most: int = 2**53) -> Callable[[str], int]:

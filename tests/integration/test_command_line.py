@@ -428,6 +428,14 @@ def test_scoring_does_not_ask_for_the_cache_that_it_is_to_write(arguments, tmp_p
     assert reference.startswith("reference.path: not set; name the directory of the reference that is to score the data")
 
 
+def test_scoring_does_not_miss_a_setting_of_a_recipe_that_was_not_read(arguments, tmp_path):
+    finished = run_script("score.py", *arguments, "--config", tmp_path / "none.yaml", environment=ENVIRONMENT)
+    assert problems_in(finished.stderr, "score.py") == [
+        "the following arguments are required: --output; score.py --help says more",
+        f"--config: no such file: {tmp_path / 'none.yaml'}",
+    ]
+
+
 def test_sizes_that_do_not_fit_are_refused_beside_other_problems_unless_one_is_about_a_size(refused):
     lr, sizes = refused("--lr", "1e-4", "data.global_batch=8", "data.micro_batch=3")
     assert lr.endswith("write training.learning_rate=1e-4")
