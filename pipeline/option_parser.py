@@ -39,6 +39,7 @@ class OptionParser(argparse.ArgumentParser):
     def __init__(self, **given: Any):
         given = {"formatter_class": argparse.RawDescriptionHelpFormatter} | given
         super().__init__(allow_abbrev=False, exit_on_error=False, **given)
+        self._arguments: list[str] = []
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would end the process for."""
@@ -46,7 +47,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def read(self, arguments: Sequence[str] | None) -> Read:
         """Parse as much as can be. arguments: default: the process's."""
-        arguments = sys.argv[1:] if arguments is None else list(arguments)
+        arguments = self._arguments = sys.argv[1:] if arguments is None else list(arguments)
         refused: list[argparse.Action] = []
         problems: list[str] = []
         while True:
@@ -90,7 +91,7 @@ class OptionParser(argparse.ArgumentParser):
 
         if not argument.startswith("-"):
             return f"{argument!r}: not expected here; {self.prog} --help says more"
-        shown = [action for action in _every_action(self) if action.help != argparse.SUPPRESS]
+        shown = [action for action in _every_action(self, self._arguments) if action.help != argparse.SUPPRESS]
         known = {option for action in shown for option in action.option_strings}
         return f"{argument}: unknown option; {did_you_mean(argument.partition('=')[0], known)}"
 
@@ -109,13 +110,14 @@ class OptionParser(argparse.ArgumentParser):
         return f"{error.argument_name}: {message}"
 
 
-def _every_action(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """The options and positional arguments of a parser and of its commands."""
+def _every_action(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> Iterator[argparse.Action]:
+    """The options and positional arguments of a parser and of its commands, of all or of those among the given arguments."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _every_action(command)
+            for name, command in action.choices.items():
+                if given is None or name in given:
+                    yield from _every_action(command)
 
 
 def _name_of(action: argparse.Action) -> str:

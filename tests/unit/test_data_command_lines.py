@@ -198,6 +198,13 @@ def test_all_that_is_wrong_with_the_options_of_an_order_is_said_at_once(capsys):
     ]
 
 
+def test_no_option_of_another_command_is_suggested(capsys):
+    assert run("shards", "index", "data", "--row", 3) == 2
+    assert capsys.readouterr().err == (
+        "error: --row: unknown option; known are: --end-of-document, --help, --source, --tokenizer, -h\n"
+    )
+
+
 @pytest.mark.parametrize("option", ["--sequence-length", "--samples-per-shard", "--max-document-bytes", "--train-bpe"])
 def test_a_number_too_large_to_compute_with_is_refused_by_its_option(tmp_path, capsys, option):
     (tmp_path / "a.txt").write_text("text")
