@@ -207,8 +207,8 @@ def tokenizer_difference(first: Manifest, second: Manifest) -> str | None:
         return None
     if tokens := {*(first.preparation.special or ())} ^ {*(second.preparation.special or ())}:
         return (
-            f"{', '.join(map(repr, sorted(tokens)))}: declared special beside the tokenizer of one, where no text becomes such a "
-            "token, and not beside that of the other"
+            f"{', '.join(map(repr, sorted(tokens)))}: declared special beside the tokenizer of one, where no text becomes such "
+            "a token, and not beside that of the other"
         )
     return None
 
