@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _audit(parser: OptionParser, arguments: Sequence[str]) -> int:
     options, unknown, problems = parser.read(arguments)
-    problems += [parser.unknown_option(argument) for argument in unknown]
+    problems += parser.unknown_options(unknown)
     problems += _problems(options)
     if problems:
         raise OptionsError(problems)

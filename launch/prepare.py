@@ -136,7 +136,7 @@ def _parser() -> OptionParser:
 
 def _prepare(parser: OptionParser, arguments: Sequence[str] | None) -> int:
     options, unknown, problems = parser.read(arguments)
-    problems += [parser.unknown_option(argument) for argument in unknown]
+    problems += parser.unknown_options(unknown)
 
     # The request.
     inputs = [_with_home(parse_input(argument)) for argument in options.input or ()]

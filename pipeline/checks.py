@@ -33,7 +33,7 @@ def check_before_start(
     deepspeed_json: None if the option is missing or was refused, which is then one of the problems.
     problems: those already found in options and settings. A refused setting holds its default, so checks that might compare it
         are left out: data and models are then looked at by themselves, and sizes where no problem is about one.
-    own: those that the command found by checks of its own, of settings that were not refused.
+    own: those that the command found by checks of its own; what is said of a setting that was refused is left out.
 
     Raises:
         ConfigError: all problems of settings, DeepSpeed JSON, sizes, data and reference at once.
@@ -47,7 +47,7 @@ def check_before_start(
         found += data_problems(settings)
     else:
         found += [*read_manifests(settings)[1], *_problems_of_folders(settings)]
-    found = [*problems, *own, *found]
+    found = [*problems, *(each for each in own if _are_meant([each.partition(":")[0]], problems)), *found]
     if not found:
         found += cache_problems(settings, resolve_deepspeed_json(content, settings, world.size))
     elif _are_meant(_COMPARED, problems):

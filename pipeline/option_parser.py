@@ -7,6 +7,7 @@ parsed again, until nothing is left to note.
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 # argparse's words for a value that is of no such type.
@@ -38,6 +39,7 @@ class OptionParser(argparse.ArgumentParser):
     def __init__(self, **given: Any):
         given = {"formatter_class": argparse.RawDescriptionHelpFormatter} | given
         super().__init__(allow_abbrev=False, exit_on_error=False, **given)
+        self._arguments: list[str] = []
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would end the process for."""
@@ -45,7 +47,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def read(self, arguments: Sequence[str] | None) -> Read:
         """Parse as much as can be. arguments: default: the process's."""
-        arguments = sys.argv[1:] if arguments is None else list(arguments)
+        arguments = self._arguments = sys.argv[1:] if arguments is None else list(arguments)
         refused: list[argparse.Action] = []
         problems: list[str] = []
         while True:
@@ -72,10 +74,16 @@ class OptionParser(argparse.ArgumentParser):
             OptionsError: all that is wrong with them.
         """
         options, unknown, problems = self.read(arguments)
-        problems += [self.unknown_option(argument) for argument in unknown]
+        problems += self.unknown_options(unknown)
         if problems:
             raise OptionsError(problems)
         return options
+
+    def unknown_options(self, arguments: Sequence[str]) -> list[str]:
+        """Say what may be meant by each unknown argument; a word behind an unknown option is taken for its value."""
+        before = ["", *arguments]
+        values = [is_option(option) and "=" not in option and not is_option(word) for option, word in pairwise(before)]
+        return [self.unknown_option(word) for word, is_value in zip(arguments, values, strict=True) if not is_value]
 
     def unknown_option(self, argument: str) -> str:
         """Say what may be meant by an unknown argument."""
@@ -83,7 +91,7 @@ class OptionParser(argparse.ArgumentParser):
 
         if not argument.startswith("-"):
             return f"{argument!r}: not expected here; {self.prog} --help says more"
-        shown = [action for action in _every_action(self) if action.help != argparse.SUPPRESS]
+        shown = [action for action in _every_action(self, self._arguments) if action.help != argparse.SUPPRESS]
         known = {option for action in shown for option in action.option_strings}
         return f"{argument}: unknown option; {did_you_mean(argument.partition('=')[0], known)}"
 
@@ -102,13 +110,14 @@ class OptionParser(argparse.ArgumentParser):
         return f"{error.argument_name}: {message}"
 
 
-def _every_action(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """The options and positional arguments of a parser and of its commands."""
+def _every_action(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> Iterator[argparse.Action]:
+    """The options and positional arguments of a parser and of its commands, of all or of those among the given arguments."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _every_action(command)
+            for name, command in action.choices.items():
+                if given is None or name in given:
+                    yield from _every_action(command)
 
 
 def _name_of(action: argparse.Action) -> str:
@@ -126,6 +135,11 @@ def _accept_anything(actions: Iterable[argparse.Action]) -> None:
     for action in actions:
         action.type = action.choices = None
         action.nargs = "*" if action.nargs == "+" else action.nargs or "?"
+
+
+def is_option(argument: str) -> bool:
+    """True for `--option` and `-o`; a negative number is a value."""
+    return argument.startswith("-") and not argument[1:2].isdigit() and argument[1:2] != "."
 
 
 def at_least(least: int, most: int = 2**53) -> Callable[[str], int]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.option_parser import OptionParser, Read
+from pipeline.option_parser import OptionParser, Read, is_option
 from pipeline.storage.location import user_path
 from pipeline.storage.whole_file import naming
 
@@ -52,11 +52,11 @@ def read_options(parser: OptionParser, arguments: Sequence[str]) -> Read:
     """Parse the options, overrides included; the unknown ones are `--option` or `--option=value`."""
     options, left, problems = parser.read(arguments)
     # argparse also returns the overrides that follow an unknown option as unknown.
-    options.overrides += [argument for argument in left if not _is_option(argument)]
+    options.overrides += [argument for argument in left if not is_option(argument)]
 
     # What follows an unknown option and is no override is its value; the same option may be there again.
     unknown, place = [], -1
-    for option in filter(_is_option, left):
+    for option in filter(is_option, left):
         place = list(arguments).index(option, place + 1)
         after = arguments[place + 1 :][:1]
         if "=" not in option and after and "=" not in after[0] and after[0] in options.overrides:
@@ -64,11 +64,6 @@ def read_options(parser: OptionParser, arguments: Sequence[str]) -> Read:
             option = f"{option}={after[0]}"
         unknown.append(option)
     return Read(options, unknown, problems)
-
-
-def _is_option(argument: str) -> bool:
-    """True for `--option` and `-o`; a negative number is a value."""
-    return argument.startswith("-") and not argument[1:2].isdigit() and argument[1:2] != "."
 
 
 def read_recipe(parser: OptionParser, read: Read) -> tuple["Settings", list[str]]:

@@ -180,20 +180,22 @@ def _agreed(message: str) -> DataError:
 
 
 def _not_finite(losses_NTC: np.ndarray, dtype: str, samples: list[Sample]) -> str | None:
-    """Name the first sample and token with a loss that is not finite as it would be stored; None if all are."""
+    """Describe the first loss that is not finite as it would be stored, by sample and token; None if all are."""
     with np.errstate(over="ignore"):
         bad = np.argwhere(~np.isfinite(losses_NTC.astype(STORED_DTYPES[dtype])))
     if not len(bad):
         return None
     row, token, column = bad[0]
-    return f"sample {samples[row].key}, token {token}: {losses_NTC[row, token, column]} ({len(bad):,} such losses in its piece)"
+    loss = losses_NTC[row, token, column]
+    kind = f"is too large for {dtype} (--dtype float32 holds it)" if np.isfinite(loss) else "is not finite"
+    return f"that {kind} in sample {samples[row].key}, token {token}: {loss} ({len(bad):,} such losses in its piece)"
 
 
 def _first_of_ranks(found: str | None, location: Location, model: Path) -> DataError:
     """The error about losses that are not finite, which names what the first rank that met one has found; collective."""
     named = next(each for each in gather_over_ranks(found) if each is not None)
     return _agreed(
-        f"{location}: the reference {model} gives a loss that is not finite in {named}; nothing of this piece was stored. Look "
+        f"{location}: the reference {model} gives a loss {named}; nothing of this piece was stored. Look "
         "at the sample, and at the reference and its precision"
     )
 

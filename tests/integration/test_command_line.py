@@ -436,6 +436,14 @@ def test_scoring_does_not_ask_for_the_cache_that_it_is_to_write(arguments, tmp_p
     assert reference.startswith("reference.path: not set; name the directory of the reference that is to score the data")
 
 
+def test_scoring_does_not_miss_a_setting_of_a_recipe_that_was_not_read(arguments, tmp_path):
+    finished = run_script("score.py", *arguments, "--config", tmp_path / "none.yaml", environment=ENVIRONMENT)
+    assert problems_in(finished.stderr, "score.py") == [
+        "the following arguments are required: --output; score.py --help says more",
+        f"--config: no such file: {tmp_path / 'none.yaml'}",
+    ]
+
+
 def test_sizes_that_do_not_fit_are_refused_beside_other_problems_unless_one_is_about_a_size(refused):
     lr, sizes = refused("--lr", "1e-4", "data.global_batch=8", "data.micro_batch=3")
     assert lr.endswith("write training.learning_rate=1e-4")
@@ -504,7 +512,7 @@ def test_a_token_id_outside_the_vocabulary_is_refused_with_shard_and_sample(argu
     assert re.fullmatch(r"train.py: error: shard shard-0000[01], sample \d+, in .*", message), message
     assert f"in {data} is damaged: token id 300 is not below the manifest's vocab_size 300" in message
     assert "step 1/" not in finished.stdout
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def put_a_bad_id_everywhere(directory):

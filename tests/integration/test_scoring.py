@@ -237,14 +237,14 @@ def changed_reference(reference: Path, directory: Path, name: str, value: float)
     return directory
 
 
-def answers_of(settings: Settings, cache: Path, run_dir: Path) -> tuple[str, bool]:
+def answers_of(settings: Settings, cache: Path, run_dir: Path, dtype: str = "float32") -> tuple[str, bool]:
     """(error of scoring, whether all ranks were said to raise it)."""
     from pipeline.model.huggingface import ModelFilesError
     from pipeline.runtime.preemption import StopRequest
     from pipeline.scoring import score
 
     with pytest.raises((DataError, ModelFilesError)) as caught:
-        score(job_on_this_rank(settings, run_dir), settings, cache, "float32", StopRequest())
+        score(job_on_this_rank(settings, run_dir), settings, cache, dtype, StopRequest())
     return str(caught.value), caught.value.agreed
 
 
@@ -273,3 +273,12 @@ def test_scoring_stops_at_the_first_loss_that_is_not_finite_and_names_the_sample
         )
         assert agreed
     assert not list((tmp_path / "cache").rglob("*.piece"))
+
+
+def test_a_loss_too_large_for_the_dtype_of_the_cache_is_not_called_infinite(
+    tiny_data: Path, tiny_reference: Path, tmp_path: Path
+) -> None:
+    large = changed_reference(tiny_reference, tmp_path / "large", "model.norm.weight", 1e9)
+    settings = settings_for(tiny_data, large, *SHORT)
+    for error, _ in run_ranks(answers_of, 2, settings, tmp_path / "cache", tmp_path / "run", "float16"):
+        assert re.search(r"a loss that is too large for float16 \(--dtype float32 holds it\) in sample ", error)

@@ -180,7 +180,7 @@ def test_prepared_folders_of_two_tokenizers_are_no_tokenizer(tmp_path, capsys):
 def test_all_that_is_wrong_with_the_options_of_preparing_is_said_at_once(tmp_path, capsys):
     paths = ["--input", f"a={tmp_path / 'none'}", "--input", f"b={tmp_path / 'nothing'}"]
     sizes = ["--sequence-length", 1, "--processes", 0, "--samples-per-shard", "x", "--weight", "c=1", "--weight", "a=0"]
-    assert run("prepare", *paths, *sizes, "--packin", "concat", "--train-bpe", 300, "--tokenizer", "bytes") == 2
+    assert run("prepare", *paths, *sizes, "--packin", "concat", "stray", "--train-bpe", 300, "--tokenizer", "bytes") == 2
     head, *problems = capsys.readouterr().err.rstrip("\n").split("\n  - ")
     assert head == f"error: {len(problems)} problems with the options:"
     beginnings = [
@@ -189,7 +189,7 @@ def test_all_that_is_wrong_with_the_options_of_preparing_is_said_at_once(tmp_pat
         "--samples-per-shard: expected a whole number of at least 1, got 'x'",
         "the following arguments are required: --output",
         "--packin: unknown option; did you mean '--packing'?",
-        "'concat': not expected here",
+        "'stray': not expected here",
         "--weight c=1: there is no input named 'c'",
         "--weight a=0: expected a number above 0",
         "expected either --tokenizer, the one to use, or --train-bpe",
@@ -209,6 +209,13 @@ def test_all_that_is_wrong_with_the_options_of_an_order_is_said_at_once(capsys):
         "the following arguments are required: DIR, --global-batch; shards.py --help says more",
         "--step: unknown option; did you mean '--steps'?\n",
     ]
+
+
+def test_no_option_of_another_command_is_suggested(capsys):
+    assert run("shards", "index", "data", "--row", 3) == 2
+    assert capsys.readouterr().err == (
+        "error: --row: unknown option; known are: --end-of-document, --help, --source, --tokenizer, -h\n"
+    )
 
 
 @pytest.mark.parametrize("option", ["--sequence-length", "--samples-per-shard", "--max-document-bytes", "--train-bpe"])

@@ -316,6 +316,16 @@ def prepare_here(tmp_path, name, made, **changes):
     return prepare_files([Input("", str(tmp_path / "in.txt"))], tmp_path / name, made, settings)
 
 
+def test_folders_in_which_a_text_may_and_may_not_become_a_token_do_not_mix(tmp_path):
+    prepare_here(tmp_path, "a", tokenizer())
+    prepare_here(tmp_path, "b", tokenizer(), special=("cat",))
+    with pytest.raises(DataError, match="do not belong together: 'cat': declared special beside the tokenizer of one"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    prepare_here(tmp_path, "c", tokenizer(), special=("cat",))
+    (merged,) = merge([tmp_path / "b", tmp_path / "c"], tmp_path / "merged").values()
+    assert merged.preparation.special == ("cat",)
+
+
 def test_folders_with_and_without_bos_do_not_mix_and_older_manifests_are_compared_by_what_they_have(tmp_path):
     prepare_here(tmp_path, "a", tokenizer())
     prepare_here(tmp_path, "b", tokenizer(), bos=BEGIN, bos_rule="always")

@@ -203,6 +203,13 @@ def tokenizer_difference(first: Manifest, second: Manifest) -> str | None:
         return f"documents end with id {first.end_of_document_id} in one and {second.end_of_document_id} in the other"
     if first.bos is not None and second.bos is not None and first.bos.id != second.bos.id:
         return f"the BOS token's id is {first.bos.id} in one and {second.bos.id} in the other"
+    if first.preparation is None or second.preparation is None:
+        return None
+    if tokens := {*(first.preparation.special or ())} ^ {*(second.preparation.special or ())}:
+        return (
+            f"{', '.join(map(repr, sorted(tokens)))}: declared special beside the tokenizer of one, where no text becomes such "
+            "a token, and not beside that of the other"
+        )
     return None
 
 

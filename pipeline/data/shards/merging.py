@@ -190,7 +190,6 @@ def _merged_preparation(preparations: Sequence[Preparation]) -> Preparation:
             "part": None,
             "whole_sha256": None,
             "contents": None,
-            "special": tuple(sorted({token for each in preparations for token in each.special or ()})) or None,
             "documents": sum(each.documents for each in preparations),
             "documents_cut": sum(each.documents_cut for each in preparations),
         }
