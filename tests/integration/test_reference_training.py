@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config import ConfigError, Settings
 from pipeline.saved_model import find_model
-from tests.conftest import TINY_SEQUENCE_LENGTH
+from tests.tiny import SEQUENCE_LENGTH
 from tests.integration.test_pipeline_rho1 import job_on_this_rank, settings_for
 from tests.ranks import run_ranks
 
@@ -72,7 +72,7 @@ def test_a_trained_reference_is_kept_and_another_one_is_not_taken_for_it(tiny_da
         model = find_model(place)
         file, special = model.tokenizer()
         assert (file, special.end_of_document_id) == (place / "tokenizer.json", 0)
-        assert model.context_length == TINY_SEQUENCE_LENGTH
+        assert model.context_length == SEQUENCE_LENGTH
     config = json.loads((run_dir / "reference" / "config.json").read_text())
     assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (0, None, 0)
 

@@ -129,9 +129,9 @@ def test_open_files_have_a_bound_however_many_shards_there_are(tmp_path):
     for _ in range(2):
         for shard in range(20):
             reader.read(shard, 0)
-    assert len(reader._open) == 3
+    assert len(reader._shards._shards) == 3
     reader.close()
-    assert len(reader._open) == 0
+    assert len(reader._shards._shards) == 0
     assert reader.read(7, 0).key == "shard-00007/000000007"
     reader.close()
 
