@@ -210,6 +210,8 @@ WORDS = Regex(r"\w+|[^\s\w]+")
         # In context: each of their characters has a token where it stands by itself.
         (normalizers.Replace("ab", ""), None, "xabc", "ab"),
         (normalizers.Replace("ab", ""), None, "xa bc", ""),
+        (normalizers.Replace("ab", " "), None, "xabc", "ab"),
+        (normalizers.Replace(Regex("[ab]{2}"), " "), None, "xabc  ", "ab"),
         (normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("f", "")]), None, "ﬀ x", "ﬀ"),
         (None, pre_tokenizers.Split("ab", "removed"), "xabc", "ab"),
         (None, pre_tokenizers.Split("ab", "removed"), "xbac", ""),

@@ -157,7 +157,8 @@ class Encoder:
 
     def _lost(self, text: str, ids: np.ndarray, encoding: Encoding) -> str:
         """List what of a text has no token: characters that are dropped, or the unknown token if it stands for some."""
-        lost = "" if self._keeps_all else self._dropped(text) or self._removed.by_normalizer(text)
+        lost = "" if self._keeps_all else self._dropped(text)
+        lost = lost or self._removed.by_normalizer(text)
         if not lost and self._removed.in_pre_tokenizer:
             lost = self._removed.by_pre_tokenizer(text, encoding.offsets)
         if not lost and self._unknown is not None and (self._inner(ids) == self._unknown).any():

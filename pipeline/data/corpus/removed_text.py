@@ -1,14 +1,15 @@
 """Text that a tokenizer removes because of what it stands among, before any token is looked for.
 
-A `Split` that removes what it matches, or a `Replace` by nothing, leaves no trace in the ids, although each character by itself
-has a token. What a pre-tokeniser removes lies between the places of the tokens, and what a normaliser removes is missing from
-its output. Only tokenizers with such a component pay for that: their texts take up to twice as long.
+A `Split` that removes what it matches, or a `Replace` by nothing or by white space, leaves no trace in the ids, although each
+character by itself has a token. What a pre-tokeniser removes lies between the places of the tokens, and what a normaliser
+removes is missing from its output. Only tokenizers with such a component pay for that: their texts take up to twice as long.
 
 White space is another matter: many tokenizers take all of it for one space, by intent. That is said once of a tokenizer, not of
 every document.
 """
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -26,6 +27,8 @@ WHITE_SPACE = {
     "\tb c": "white space before the first word",
     "b c\n": "white space after the last word",
 }
+# Regular expressions of white space, such as `\s+` and ` {2,}`.
+_WHITE_SPACE = re.compile(r"(?:\\s|\s|[+*?]|\{\d*,?\d*\})+")
 
 
 class RemovedText:
@@ -48,7 +51,7 @@ class RemovedText:
         removed: Counter[str] = Counter()
         for earlier, removing in self._normalizers:
             before = earlier.normalize_str(text)
-            if len(after := removing.normalize_str(before)) != len(before):
+            if (after := removing.normalize_str(before)) != before:
                 removed += Counter(before) - Counter(after)
         return "".join(character for character, _ in removed.most_common() if is_missed(character))
 
@@ -90,15 +93,20 @@ def _removes(component: dict[str, Any]) -> bool:
     """Check if a component can remove more than white space."""
     match component["type"]:
         case "Replace":
-            return component["content"] == ""
+            return not component["content"].strip() and not _is_white_space(component["pattern"])
         case "Split":
-            is_space = component["pattern"].get("String", "text").isspace() and not component["invert"]
+            is_space = _is_white_space(component["pattern"]) and not component["invert"]
             return component["behavior"] == "Removed" and not is_space
         case "Punctuation":
             return component["behavior"] == "Removed"
         case "CharDelimiterSplit":
             return not component["delimiter"].isspace()
     return False
+
+
+def _is_white_space(pattern: dict[str, str]) -> bool:
+    """Check if a pattern matches white space alone."""
+    return pattern["String"].isspace() if "String" in pattern else _WHITE_SPACE.fullmatch(pattern["Regex"]) is not None
 
 
 def _normalizer(parts: list[dict[str, Any]]) -> normalizers.Normalizer:
