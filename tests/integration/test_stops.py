@@ -109,7 +109,7 @@ def prepare_until_signalled(settings: Settings, run_dir: Path) -> tuple[str, lis
 def test_a_signal_while_the_built_in_data_is_prepared_leaves_nothing_half_made(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, tmp_path, "data.builtin=true", "data.path=null", "data.validation_path=null")
     settings = settings.with_values(reference={"path": None}, training={"k_percent": 1.0}, data={"sequence_length": 128})
-    assert run_ranks(prepare_until_signalled, 1, settings, tmp_path / "run") == [("nothing to save", [])]
+    assert run_ranks(prepare_until_signalled, 1, settings, tmp_path / "run") == [("nothing to save", ["events.jsonl"])]
 
 
 @pytest.mark.slow
