@@ -11,9 +11,9 @@ import torch
 
 from pipeline.config import ConfigError, Settings
 from pipeline.saved_model import find_model
-from tests.tiny import SEQUENCE_LENGTH
 from tests.integration.test_pipeline_rho1 import job_on_this_rank, settings_for
 from tests.ranks import run_ranks
+from tests.tiny import SEQUENCE_LENGTH
 
 
 def train_then_change(settings: Settings, other_reference: Settings, other_policy: Settings, run_dir: Path) -> dict[str, Any]:
