@@ -62,8 +62,8 @@ def train_and_watch(settings: Settings, run_dir: Path) -> tuple[list[list[str]],
     run_dir.mkdir(parents=True, exist_ok=True)
     iterate, arrived = run.stream.iterate, []
 
-    def watched(start_sample: int) -> Any:
-        for number, batch in enumerate(iterate(start_sample)):
+    def watched(start_sample: int, **given: Any) -> Any:
+        for number, batch in enumerate(iterate(start_sample, **given)):
             if number % run.stream.micro_steps == 0:
                 arrived.append([])
             arrived[-1] += batch.keys
