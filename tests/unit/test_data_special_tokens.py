@@ -451,19 +451,28 @@ def test_a_tokenizer_that_panics_is_one_message_and_nothing_else(tmp_path, proce
     assert line.startswith(f"{what}: in.jsonl, document at byte 0: the tokenizer cannot encode it: Onig: Regex search error")
 
 
-def test_what_is_no_panic_is_shown_as_it_comes(capfd):
+@pytest.fixture
+def standard_error(tmp_path):
+    """A file in place of the process's standard error, which can be read while threads write to it."""
+    path, real = tmp_path / "standard_error", os.dup(2)
+    with path.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 2)
+        yield path
+        os.dup2(real, 2)
+        os.close(real)
+
+
+def test_what_is_no_panic_is_shown_as_it_comes(standard_error):
     panic = b"\nthread '<unnamed>' (35) panicked at /a/lib.rs:647:23:\nOnig: error\n"
     with without_panics():
         for written in (b"first\n\n", panic + b"note: run with `RUST_BACKTRACE=1` environment variable\n", panic, b"second\n"):
             os.write(2, written)
-        shown = ""
         ends = time.monotonic() + 60
-        while "second" not in shown and time.monotonic() < ends:
-            shown += capfd.readouterr().err
+        while b"second" not in standard_error.read_bytes() and time.monotonic() < ends:
             time.sleep(0.01)
-        assert shown == "first\n\nsecond\n"
+        assert standard_error.read_bytes() == b"first\n\nsecond\n"
         os.write(2, panic + b"not ended")
-    assert capfd.readouterr().err == "not ended"
+    assert standard_error.read_bytes() == b"first\n\nsecond\nnot ended"
 
 
 def test_what_has_no_token_or_is_the_string_of_one_is_counted_in_summary_and_manifest(tmp_path, capsys):
