@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -451,20 +452,23 @@ def test_a_tokenizer_that_panics_is_one_message_and_nothing_else(tmp_path, proce
     assert line.startswith(f"{what}: in.jsonl, document at byte 0: the tokenizer cannot encode it: Onig: Regex search error")
 
 
-@pytest.fixture
-def standard_error(tmp_path):
-    """A file in place of the process's standard error, which can be read while threads write to it."""
-    path, real = tmp_path / "standard_error", os.dup(2)
+@contextmanager
+def standard_error_in(path):
+    """Write the process's standard error to a file, which can be read while threads write to it."""
+    real = os.dup(2)
     with path.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 2)
-        yield path
-        os.dup2(real, 2)
-        os.close(real)
+        try:
+            yield
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
 
 
-def test_what_is_no_panic_is_shown_as_it_comes(standard_error):
+def test_what_is_no_panic_is_shown_as_it_comes(tmp_path):
+    standard_error = tmp_path / "standard_error"
     panic = b"\nthread '<unnamed>' (35) panicked at /a/lib.rs:647:23:\nOnig: error\n"
-    with without_panics():
+    with standard_error_in(standard_error), without_panics():
         for written in (b"first\n\n", panic + b"note: run with `RUST_BACKTRACE=1` environment variable\n", panic, b"second\n"):
             os.write(2, written)
         ends = time.monotonic() + 60
