@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check(settings, options: argparse.Namespace, run_dir: Path) -> list[str]:
-    """What scoring alone needs (`command_line.OwnChecks`)."""
+    """List what scoring alone lacks (`command_line.OwnChecks`)."""
     from pipeline.checks import folder_problems
     from pipeline.scoring import scoring_problems
 

@@ -33,7 +33,7 @@ Command = Callable[["Job", argparse.Namespace, StopRequest], int]
 """The body of a command, run on every rank after all checks, with the process group up; returns the exit code."""
 
 OwnChecks = Callable[["Settings", argparse.Namespace, Path], list[str]]
-"""What one command alone checks before its start, by settings, options and run directory; lists the problems."""
+"""Checks that one command alone makes before its start, by settings, options and run directory; lists the problems."""
 
 
 def run_command(

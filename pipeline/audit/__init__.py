@@ -1,4 +1,4 @@
-"""What a run can prove by its own records: `launch/audit.py`. Nothing here loads torch.
+"""Proof of a run by its own records: `launch/audit.py`. Nothing here loads torch.
 
 history      events.jsonl as the line of steps that the run has ended up with, and what was abandoned
 samples      every step's samples against the order that they should have come in

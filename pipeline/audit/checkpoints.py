@@ -1,4 +1,4 @@
-"""Which checkpoints are sound: every byte is read, as loading does, and held against state.json and the line of steps."""
+"""Checks of checkpoints: every byte is read, as loading does, and held against state.json and the line of steps."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,7 +54,7 @@ def _report(path: Path, history: History) -> CheckpointReport:
 
 
 def _contradictions(name: str, state: State, history: History) -> Iterator[str]:
-    """What a checkpoint says of itself, and the events deny."""
+    """List what a checkpoint says of itself and the events deny."""
     if not history.events or state.step == 0:
         return
     event = history.line.get(state.step)

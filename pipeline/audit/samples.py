@@ -23,7 +23,7 @@ _MOST_COUNTED = 2**28
 
 
 class SetReport(NamedTuple):
-    """How a data set was read. rows: read so far. left_out: rows that were not, on purpose. epochs: how far its order has come,
+    """Reading of a data set. rows: read so far. left_out: rows that were not, on purpose. epochs: how far its order has come,
     both counted. most: how often the sample read most often was."""
 
     name: str
@@ -136,7 +136,7 @@ def _expected(
 
 
 class _Counts:
-    """How often each sample was read, over all sets. is_kept: false where there are too many samples for that."""
+    """Counts of how often each sample was read, over all sets. is_kept: false where there are too many samples for that."""
 
     def __init__(self, order: MixtureOrder):
         self.order = order

@@ -1,4 +1,4 @@
-"""Where a run's wall clock went: the time from the beginning of its first job to its last event, cut at every event.
+"""Shares of a run's wall clock: the time from the beginning of its first job to its last event, cut at every event.
 
     productive   steps of the line that were applied, without their waits
     data_wait    waits of these steps for data
