@@ -33,6 +33,9 @@ config.py           all settings, with defaults and units
 data_settings.py    those of section `data`
 setting_types.py    the types that settings are declared with
 recipe.py           reads settings from YAML and the command line
+recipe_layers.py    a recipe laid over those that it is based on
+model_sizes.py      the shapes of models by name
+run_length.py       steps, from tokens or epochs
 other_names.py      what other trainers call our settings
 yaml_text.py        parses YAML that somebody wrote
 checks.py           all checks before any compute is spent, as one error

@@ -70,7 +70,7 @@ def run_command(
                 raise ConfigError(problems)
         except ConfigError as error:
             return fail(prefix, error, EXIT_USAGE, is_first or stop.wait_for_the_first())
-        print(settings.to_yaml(), end="") if is_first else None
+        print(_printed(settings), end="") if is_first else None
         return 0
 
     # Whatever takes time is imported inside, where an interruption is one line.
@@ -80,6 +80,18 @@ def run_command(
         return guarded(prefix, body, (), is_first, interrupted=f"{parser.prog}: interrupted; {saved}")
     finally:
         stop.wait_for_agreement()
+
+
+def _printed(settings: "Settings") -> str:
+    """The settings as a recipe; in comments above them what was not simply given."""
+    from pipeline.data.errors import DataError
+    from pipeline.run_length import resolution
+
+    try:
+        settings, notes = resolution(settings)
+    except DataError as error:
+        notes = [f"training.steps: follows from the data, once it can be read ({error})"]
+    return "".join(f"# {' '.join(note.split())}\n" for note in notes) + settings.to_yaml()
 
 
 def _run_on_all_ranks(
@@ -99,6 +111,7 @@ def _run_on_all_ranks(
     from pipeline.config import ConfigError
     from pipeline.data.errors import DataError
     from pipeline.model.huggingface import ModelFilesError
+    from pipeline.run_length import resolution
     from pipeline.runtime import heartbeat
     from pipeline.runtime.agreement import RanksDisagreeError
     from pipeline.runtime.checkpoint.commit import SaveError
@@ -115,6 +128,9 @@ def _run_on_all_ranks(
     run_dir = options.run_dir or Path("runs") / settings.run.name
     own = [] if own_checks is None else own_checks(settings, options, run_dir)
     content = check_before_start(settings, options.deepspeed, run_dir, world, problems, own)
+    settings, notes = resolution(settings)
+    if world.is_first and notes:
+        print("\n".join(notes), flush=True)
     device = device_of(world)
     share_cores(world)
     try:

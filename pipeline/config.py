@@ -28,6 +28,7 @@ from pipeline.setting_types import (
     PositiveFloat,
     Section,
     Size,
+    TokenCount,
     UserPath,
 )
 from pipeline.storage.location import LocationSetting
@@ -57,6 +58,9 @@ class RunSettings(Section):
 class ModelSettings(Section):
     """Section `model`: the policy's shape and initial weights."""
 
+    size: Free[Literal["125m", "350m", "1b", "3b", "7b", "13b", "70b"] | None] = None
+    """Shape by name (pipeline/model_sizes.py): dim, num_layers, attention and key-value heads, ffn_dim; of these, what is set
+    beside it wins. null: all by themselves."""
     dim: Fixed[Size] = 512
     """D, width of the hidden states."""
     num_layers: Fixed[Size] = 8
@@ -114,7 +118,11 @@ class TrainingSettings(Section):
     """Section `training`: optimizer, schedule, selection, and the options of the step."""
 
     steps: ChangesResult[Positive] = 1000
-    """Optimizer steps."""
+    """Optimizer steps; or set `tokens` or `epochs` instead."""
+    tokens: Free[TokenCount | None] = None
+    """Length of the run in tokens (`15B`), padding included, instead of `steps`, to which it is rounded up."""
+    epochs: Free[PositiveFloat | None] = None
+    """Length of the run in epochs of `data.path`, instead of `steps`, to which it is rounded up."""
     learning_rate: ChangesResult[PositiveFloat] = 3e-4
     """Peak learning rate."""
     warmup_steps: ChangesResult[NonNegative] = 100
@@ -234,7 +242,11 @@ class Settings(Section):
         return Settings.model_validate(values)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The settings as a recipe: read again they are equal."""
+        values = self.model_dump(mode="json")
+        if self.training.tokens is not None or self.training.epochs is not None:
+            del values["training"]["steps"]  # It follows from the other one.
+        return yaml.safe_dump(values, sort_keys=False)
 
     @property
     def head_weights(self) -> list[float]:

@@ -10,6 +10,8 @@ _SETTINGS: dict[str, str] = {
     "training.warmup_steps": "warmup warmup_iters lr_warmup_steps num_warmup_steps lr_warmup_iters",
     "training.schedule": "lr_scheduler lr_scheduler_type lr_decay_style scheduler",
     "training.steps": "max_steps num_steps train_steps total_steps max_iters train_iters num_iterations iterations",
+    "training.tokens": "max_tokens num_tokens train_tokens total_tokens token_budget",
+    "training.epochs": "num_epochs num_train_epochs train_epochs epoch max_epochs",
     "training.weight_decay": "wd",
     "training.beta1": "adam_beta1",
     "training.beta2": "adam_beta2",
@@ -25,6 +27,7 @@ _SETTINGS: dict[str, str] = {
     "data.num_workers": "workers dataloader_num_workers",
     # The model.
     "model.pretrained": "model model_name model_name_or_path init_from pretrained_model base_model",
+    "model.size": "model_size",
     "model.dim": "hidden_size n_embd d_model embed_dim hidden_dim",
     "model.num_layers": "n_layer n_layers num_hidden_layers layers depth",
     "model.num_attention_heads": "n_head n_heads num_heads",
@@ -46,7 +49,6 @@ _SETTINGS: dict[str, str] = {
 
 _CONTINUES = "a run continues by itself when it is started again with the same --run-dir"
 _PRECISION = "precision is the DeepSpeed JSON's (bf16; float32 on a CPU)"
-_EPOCHS = "the length of a run is training.steps: epochs × rows of the data / data.global_batch, which --dry-run counts for you"
 _ACCUMULATION = "the accumulation steps follow: data.global_batch / (ranks × data.micro_batch)"
 _LAUNCHER = "the launcher sets the number of ranks: deepspeed --num_gpus N, or sbatch's options"
 _FLOOR = "the learning rate ends at training.final_learning_rate_fraction, a fraction of training.learning_rate"
@@ -55,7 +57,6 @@ _ADVICE: dict[str, str] = {
     "the warm-up is counted in steps: training.warmup_steps": "warmup_ratio warmup_fraction lr_warmup_fraction",
     _CONTINUES: "resume resume_from resume_from_checkpoint load load_checkpoint ckpt checkpoint_path restart",
     "the folder of a run is --run-dir DIR": "output_dir out_dir save_dir output out save checkpoint_dir logging_dir",
-    _EPOCHS: "epochs num_epochs num_train_epochs epoch max_epochs",
     _ACCUMULATION: "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches gas",
     _PRECISION: "bf16 fp16 fp32 precision dtype mixed_precision amp",
     _LAUNCHER: "num_gpus gpus n_gpus nproc nproc_per_node nnodes num_nodes world_size",

@@ -1,4 +1,4 @@
-"""Read a recipe (YAML) and `section.key=value` overrides into `Settings`, and report all problems at once.
+"""Read a recipe (YAML, with its bases) and `section.key=value` overrides into `Settings`, and report all problems at once.
 
 An unknown key is refused with a suggestion, by what other trainers call it too. A refused value is replaced by its default, so
 that the rest can still be checked; rules between settings that involve a refused value are skipped, since they would judge the
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pipeline.config import ConfigError, Settings, did_you_mean
 from pipeline.data_settings import MixtureSet
 from pipeline.other_names import ADVICE_ON, SETTING_OF
+from pipeline.recipe_layers import BASE, Values, lay_over, read_recipe_file
 from pipeline.setting_types import rule_of
 from pipeline.storage.masking import masked
 from pipeline.yaml_text import parse_yaml
@@ -42,9 +43,11 @@ def read_settings(
 ) -> tuple[Settings, list[str]]:
     """Read the settings and return them with all problems, one sentence each. A refused value is replaced by its default; of a
     recipe that cannot be read, all are. is_known: false if there is a recipe and its name was refused."""
-    values, problems = _read_recipe(recipe) if recipe is not None else ({}, [])
+    values, problems = read_recipe_file(recipe) if recipe is not None else ({}, [])
     is_read = is_known and not problems
-    problems += [problem for override in overrides for problem in _apply_override(values, override)]
+    given: Values = {}
+    problems += [problem for override in overrides for problem in _apply_override(given, override)]
+    problems += lay_over(values, given)
     problems += list(_removed_settings(values))
     refused: set[str] = set()
     try:
@@ -56,23 +59,6 @@ def read_settings(
         settings = Settings.model_validate(_without(values, refused))
     inconsistencies = _inconsistencies(settings) if is_read else ()
     return settings, problems + [problem for keys, problem in inconsistencies if refused.isdisjoint(keys)]
-
-
-def _read_recipe(recipe: Path) -> tuple[dict[str, Any], list[str]]:
-    """(values by section, problems)."""
-    if not recipe.is_file():
-        what = "expected a recipe, a YAML file, and this is a folder" if recipe.is_dir() else "no such file"
-        return {}, [f"--config: {what}: {recipe}"]
-    try:
-        values = parse_yaml(recipe.read_text(encoding="utf-8"))
-    except OSError as error:
-        return {}, [f"--config: {recipe} cannot be read: {error.strerror}"]
-    except ValueError as error:
-        return {}, [f"--config: {recipe} is not valid YAML: {masked(str(error))}"]
-    values = {} if values is None else values
-    if not isinstance(values, dict) or not all(isinstance(keys, dict | None) for keys in values.values()):
-        return {}, [f"--config: {recipe}: expected sections of keys ({', '.join(Settings.model_fields)})"]
-    return {section: dict(keys or {}) for section, keys in values.items()}, []
 
 
 def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
@@ -128,8 +114,9 @@ def _meant(detail: Any) -> str:
         # A misspelt section, or another trainer's, whose keys may be known.
         keys = detail["input"] if isinstance(detail["input"], dict) else {}
         elsewhere = [setting for key in keys for setting in settings_meant(str(key))]
-        is_misspelt = difflib.get_close_matches(name, Settings.model_fields)
-        return did_you_mean(name, Settings.model_fields) if is_misspelt or not elsewhere else _suggestion(elsewhere)
+        known = [*Settings.model_fields, BASE]
+        is_misspelt = difflib.get_close_matches(name, known)
+        return did_you_mean(name, known) if is_misspelt or not elsewhere else _suggestion(elsewhere)
 
     # A setting of another section, what another trainer calls it, or a misspelt one.
     meant = settings_meant(name)
@@ -189,6 +176,17 @@ def _inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
             {"training.rollback_on_spike", "training.rollback_steps", "training.rollback_skip_steps"},
             f"training.rollback_skip_steps: {training.rollback_skip_steps} steps do not reach the spike; expected at least "
             f"training.rollback_steps, {training.rollback_steps}",
+        )
+    data = settings.data
+    if training.epochs is not None and (data.builtin or data.mixture is not None):
+        what = (
+            "the sets of a mixture have epochs of their own"
+            if data.mixture is not None
+            else "the built-in data is yet to be made"
+        )
+        yield (
+            {"training.epochs", "data.mixture", "data.builtin"},
+            f"training.epochs: counts those of data.path, and {what}; set training.steps or training.tokens",
         )
 
 

@@ -4,6 +4,7 @@ A setting reads `name: Rule[Type] = default`, for example `steps: ChangesResult[
 """
 
 import re
+from decimal import Decimal
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -49,6 +51,18 @@ def _fraction(value: float) -> float:
     return value
 
 
+_THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def _token_count(value: Any) -> Any:
+    """Read `15B`, `1.5T`, `250_000` or `1e9` as a number of tokens."""
+    matched = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?) ?([KMBT]?)", str(value), re.IGNORECASE)
+    number = Decimal(matched[1]) * _THOUSANDS[matched[2].upper()] if matched else Decimal("0.5")
+    if number != number.to_integral_value():
+        raise ValueError("expected a number of tokens: 15B, 1.5T, 250M or 15000000000")
+    return int(number)
+
+
 class ResumeRule(Enum):
     """The rule for a setting that differs when a run is resumed.
 
@@ -75,6 +89,8 @@ Fixed = Annotated[Value, ResumeRule.FIXED]
 # No number that is counted is as large, and what computes with one has 64 bits for it.
 Positive = Annotated[int, Field(gt=0, le=2**53)]
 NonNegative = Annotated[int, Field(ge=0, le=2**53)]
+TokenCount = Annotated[int, Field(gt=0, le=2**53), BeforeValidator(_token_count)]
+"""A number of tokens, which may be written with K, M, B or T for thousands, millions …"""
 # Beyond any model. So the values of a matrix, whose height may be a product of two sizes, still have a number in 64 bits.
 Size = Annotated[int, Field(gt=0, le=2**20)]
 DirectoryName = Annotated[str, AfterValidator(_directory_name)]
