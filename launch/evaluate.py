@@ -14,34 +14,41 @@ from collections.abc import Sequence
 
 from pipeline.failures import guarded
 from pipeline.model_options import add_dtype, add_tokenizer, model_parser
+from pipeline.option_parser import OptionParser, OptionsError, at_least
 from pipeline.options import json_problems, path_argument, write_json
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
+    parser = _parser()
+    return guarded(f"{parser.prog}: error", lambda: _evaluate(parser, arguments), (ValueError,))
+
+
+def _parser() -> OptionParser:
     parser = model_parser("evaluate.py", __doc__)
     parser.add_argument("--data", type=path_argument, action="append", required=True, metavar="DIR", help="held-out data")
-    parser.add_argument("--rows", type=int, metavar="N", help="of each folder, spread evenly over it (default: all)")
-    parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="rows of a rank at once (default: 8)")
+    parser.add_argument("--rows", type=at_least(1), metavar="N", help="of each folder, spread evenly over it (default: all)")
+    parser.add_argument("--micro-batch", type=at_least(1), default=8, metavar="N", help="rows of a rank at once (default: 8)")
     parser.add_argument(
-        "--drafts", type=int, default=8, metavar="N", help="rows continued to count accepted drafts (default: 8; 0: none)"
+        "--drafts",
+        type=at_least(0),
+        default=8,
+        metavar="N",
+        help="rows continued to count accepted drafts (default: 8; 0: none)",
     )
     # Appended by the deepspeed launcher; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     add_dtype(parser, "the model's on a GPU, float32 on a CPU")
     add_tokenizer(parser)
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the figures there")
-    options = parser.parse_args(arguments)
-    return guarded(f"{parser.prog}: error", lambda: _evaluate(options), (ValueError,))
+    return parser
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    numbers = (("--rows", options.rows, 1), ("--micro-batch", options.micro_batch, 1), ("--drafts", options.drafts, 0))
-    given = [each for each in numbers if each[1] is not None]
-    problems = [f"{name}: got {value}; expected at least {least}" for name, value, least in given if value < least]
-    problems += json_problems(options.json)
+def _evaluate(parser: OptionParser, arguments: Sequence[str]) -> int:
+    options, unknown, problems = parser.read(arguments)
+    problems += [*parser.unknown_options(unknown), *json_problems(options.json)]
     if problems:
-        raise ValueError("; ".join(problems))
+        raise OptionsError(problems)
 
     from pipeline.evaluate_model import evaluate_model
 

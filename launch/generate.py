@@ -16,22 +16,21 @@ from collections.abc import Sequence
 
 from pipeline.failures import guarded
 from pipeline.model_options import add_dtype, add_tokenizer, model_parser
+from pipeline.option_parser import OptionParser, OptionsError, at_least
 from pipeline.options import json_problems, path_argument, write_json
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
-    options = parser.parse_args(arguments)
-    return guarded(f"{parser.prog}: error", lambda: _generate(options), (ValueError,))
+    return guarded(f"{parser.prog}: error", lambda: _generate(parser, arguments), (ValueError,))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OptionParser:
     parser = model_parser("generate.py", __doc__)
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    prompts.add_argument("--prompt-file", type=path_argument, metavar="FILE", help="one prompt a line")
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of each completion (default: 64)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    parser.add_argument("--prompt-file", type=path_argument, metavar="FILE", help="one prompt a line")
+    parser.add_argument("--max-tokens", type=at_least(1), default=64, metavar="N", help="of each completion (default: 64)")
     parser.add_argument(
         "--speculate",
         action=argparse.BooleanOptionalAction,
@@ -41,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens with this share")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--stop", action="append", default=[], metavar="TOKEN", help="a token that ends a completion as well")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="prompts decoded at once (default: 16)")
+    parser.add_argument("--batch", type=at_least(1), default=16, metavar="N", help="prompts decoded at once (default: 16)")
     parser.add_argument("--stream", action="store_true", help="print the text of a single prompt as it comes")
     add_dtype(parser, "the model's on a GPU, float32 on a CPU")
     add_tokenizer(parser)
@@ -49,8 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _generate(options: argparse.Namespace) -> int:
-    _check(options)
+def _generate(parser: OptionParser, arguments: Sequence[str]) -> int:
+    options, unknown, problems = parser.read(arguments)
+    problems += [*parser.unknown_options(unknown), *_problems(options)]
+    if problems:
+        raise OptionsError(problems)
+
     from pipeline.generation.generate import generate
 
     found = generate(options)
@@ -59,20 +62,19 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Raise ValueError for options that cannot be meant, all at once, before anything is loaded."""
-    problems = [
-        f"{name}: got {value}; expected at least {least}"
-        for name, value, least in (("--max-tokens", options.max_tokens, 1), ("--batch", options.batch, 1))
-        if value < least
+def _problems(options: argparse.Namespace) -> list[str]:
+    """List options that cannot be meant, before anything is loaded."""
+    problems = json_problems(options.json)
+    given = [
+        name for name, value in (("--prompt", options.prompt), ("--prompt-file", options.prompt_file)) if value is not None
     ]
+    if len(given) != 1:
+        problems.append(f"--prompt or --prompt-file: got {' and '.join(given) or 'neither'}; expected one of them")
     if not 0 <= options.temperature < float("inf"):
         problems.append(f"--temperature: got {options.temperature}; expected a number of at least 0")
     if not 0 < options.top_p <= 1:
         problems.append(f"--top-p: got {options.top_p}; expected a share above 0, at most 1")
-    problems += json_problems(options.json)
-    if problems:
-        raise ValueError("; ".join(problems))
+    return problems
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 It is verified by what its readers see. Every tensor of the written files is compared, bit for bit, with the one that it came
 of, cast to the dtype. Then losses of four rows, computed from the written files as their config.json describes them, are
-compared with those of the model that was exported.
+compared with those of the model that was exported. A drafter for a serving engine is written around the model, and verified
+in the same way.
 """
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from pipeline.data.errors import DataError
@@ -19,12 +21,14 @@ from pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
 from pipeline.data.shards.reader import ShardReader
 from pipeline.data.tokenizer_files import tokenizer_files
 from pipeline.model.block_losses import block_losses
+from pipeline.model.drafter import VERIFIER, drafter_problem, drafter_tensors, write_drafter
 from pipeline.model.export import TextConventions, write_model
 from pipeline.model.huggingface import FolderWeights
 from pipeline.model.mtp import MTPModel
-from pipeline.model_card import CARD_FILE, model_card
+from pipeline.model.weight_files import WEIGHTS_FILE
+from pipeline.model_card import CARD_FILE, drafter_card, model_card
 from pipeline.saved_model import SavedModel
-from pipeline.storage.whole_file import publish, write_file
+from pipeline.storage.whole_file import publish, sync_file, write_file
 
 TOLERANCE = 1e-5
 """Relative, of a loss in float32: what another order of summation makes, and another model does not."""
@@ -46,29 +50,51 @@ class Verified:
     rows: str
 
 
-def export_model(model: SavedModel, directory: Path, dtype: torch.dtype, tokenizer: Path | None = None) -> Verified:
+def export_model(
+    model: SavedModel, directory: Path, dtype: torch.dtype, tokenizer: Path | None = None, engine: str | None = None
+) -> Verified:
     """Write a model to `directory`, which must be empty or not exist.
 
+    engine: write head 1 there as a drafter for this serving engine, and the model to a folder in it.
+
     Raises:
-        ExportError: the folder is not empty or has no room, or what was written is not the model.
+        ExportError: the folder is not empty or has no room, the model has no drafter, or what was written is not the model.
         DataError, ModelFilesError: there is no tokenizer of the model.
     """
     check_place(directory)
+    problem = None if engine is None else drafter_problem(model.settings, engine)
+    if problem is not None:
+        raise ExportError(f"--drafter: {problem}")
     _check_room(model, directory, dtype)
     files, text = _text_of(model, tokenizer)
     partial = directory.with_name(f"{directory.name}.export.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder = partial if engine is None else partial / VERIFIER
+    folder.mkdir(parents=True)
     try:
-        write_model(partial, model.settings, dtype, _values(model), text)
-        for name, content in files.items():
-            write_file(partial / name, content)
-        verified = _verify(model, partial, dtype)
-        write_file(partial / CARD_FILE, model_card(model, directory.name, dtype, text, verified.largest_difference).encode())
+        name = directory.name if engine is None else f"{directory.name}/{VERIFIER}"
+        verified = _write(model, folder, name, dtype, files, text)
+        if engine is not None:
+            sync_file(folder)
+            write_drafter(partial, model.settings, model.weights, dtype, text, engine)
+            verified = _verify_drafter(model, partial, dtype, engine, verified)
+            write_file(partial / CARD_FILE, drafter_card(directory.name, engine).encode())
         publish(partial, directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    return verified
+
+
+def _write(
+    model: SavedModel, folder: Path, name: str, dtype: torch.dtype, files: dict[str, bytes], text: TextConventions
+) -> Verified:
+    """Write the model into a folder, which its card calls `name`, and verify it."""
+    write_model(folder, model.settings, dtype, _values(model), text)
+    for file, content in files.items():
+        write_file(folder / file, content)
+    verified = _verify(model, folder, dtype)
+    write_file(folder / CARD_FILE, model_card(model, name, dtype, text, verified.largest_difference).encode())
     return verified
 
 
@@ -112,12 +138,8 @@ def _parameters(model: SavedModel) -> list[tuple[str, nn.Parameter]]:
 def _verify(model: SavedModel, directory: Path, dtype: torch.dtype) -> Verified:
     """Compare what was written with the model, as its readers find it."""
     written = FolderWeights(directory)
-    num_tensors = num_bytes = 0
-    for name, _ in _parameters(model):
-        expected, found = model.weights.tensor(name).to(dtype), written.tensor(name)
-        if found.dtype != dtype or not torch.equal(found.view(_INTEGERS[dtype]), expected.view(_INTEGERS[dtype])):
-            raise ExportError(f"{directory}: {name} was not written as it is; is the disk sound?")
-        num_tensors, num_bytes = num_tensors + 1, num_bytes + found.nbytes
+    expected = _values(model)
+    num_tensors, num_bytes = _compare(((name, tensor, written.tensor(name)) for name, tensor in expected), directory, dtype)
 
     tokens_BT, rows = _some_rows(model)
     before = block_losses(model.settings, model.weights, tokens_BT)
@@ -129,6 +151,26 @@ def _verify(model: SavedModel, directory: Path, dtype: torch.dtype) -> Verified:
             f"{TOLERANCE:g}: config.json does not describe the model that was trained"
         )
     return Verified(num_tensors, num_bytes, difference, rows)
+
+
+def _verify_drafter(model: SavedModel, directory: Path, dtype: torch.dtype, engine: str, verified: Verified) -> Verified:
+    """Compare the drafter's tensors; returns what was compared of it and of the model together."""
+    with safe_open(directory / WEIGHTS_FILE, framework="pt") as opened:
+        expected = drafter_tensors(model.settings, model.weights, engine)
+        pairs = ((name, tensor, opened.get_tensor(name)) for name, tensor in expected)
+        num_tensors, num_bytes = _compare(pairs, directory, dtype)
+    return replace(verified, num_tensors=verified.num_tensors + num_tensors, num_bytes=verified.num_bytes + num_bytes)
+
+
+def _compare(pairs: Iterable[tuple[str, Tensor, Tensor]], directory: Path, dtype: torch.dtype) -> tuple[int, int]:
+    """Compare each tensor, cast to the dtype, with the one that was written; returns their number and bytes."""
+    num_tensors = num_bytes = 0
+    for name, tensor, found in pairs:
+        expected = tensor.to(dtype)
+        if found.dtype != dtype or not torch.equal(found.view(_INTEGERS[dtype]), expected.view(_INTEGERS[dtype])):
+            raise ExportError(f"{directory}: {name} was not written as it is; is the disk sound?")
+        num_tensors, num_bytes = num_tensors + 1, num_bytes + found.nbytes
+    return num_tensors, num_bytes
 
 
 def _some_rows(model: SavedModel) -> tuple[Tensor, str]:

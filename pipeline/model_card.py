@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import yaml
 
+from pipeline.model.drafter import SGLANG, VERIFIER, VLLM
 from pipeline.model.export import TextConventions
 from pipeline.model.model_config import config_of
 from pipeline.model.weight_files import HEADS_FILE
@@ -44,6 +45,16 @@ _GENERATE = """```bash
 python launch/generate.py {name} --prompt "…" --max-tokens 64{speculate}
 ```"""
 
+_SERVE = {
+    VLLM: """```bash
+vllm serve {name}/{verifier} --speculative-config '{{"method": "eagle3", "model": "{name}", "num_speculative_tokens": 1}}'
+```""",
+    SGLANG: """```bash
+python -m sglang.launch_server --model-path {name}/{verifier} --speculative-algorithm EAGLE3 \\
+    --speculative-draft-model-path {name} --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2
+```""",
+}
+
 
 def model_card(model: SavedModel, name: str, dtype: torch.dtype, text: TextConventions, difference: float) -> str:
     """Write the card of a model that is exported as the folder `name`.
@@ -59,6 +70,16 @@ def model_card(model: SavedModel, name: str, dtype: torch.dtype, text: TextConve
         _use(model, name),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def drafter_card(name: str, engine: str) -> str:
+    """Write the card of a drafter that is exported as the folder `name`, for a serving engine."""
+    description = (
+        f"Prediction head 1 of the model in `{VERIFIER}`, as an EAGLE-3 drafter (arXiv 2503.01840) of one token for {engine}. "
+        f"Its drafts are those of the head; the model in `{VERIFIER}` verifies them, so the text is the model's own."
+    )
+    heading = f"---\n{yaml.safe_dump(_HEADER, sort_keys=False)}---\n\n# {name}"
+    return "\n\n".join([heading, description, f"## Use\n\n{_SERVE[engine].format(name=name, verifier=VERIFIER)}"]) + "\n"
 
 
 def _description(model: SavedModel, dtype: torch.dtype, text: TextConventions) -> str:

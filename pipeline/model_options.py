@@ -6,6 +6,7 @@ torch takes a while to load, so it is imported when a dtype is looked up.
 import argparse
 from typing import TYPE_CHECKING
 
+from pipeline.option_parser import OptionParser
 from pipeline.options import path_argument
 
 if TYPE_CHECKING:
@@ -14,11 +15,9 @@ if TYPE_CHECKING:
 _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
 
-def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+def model_parser(name: str, description: str | None) -> OptionParser:
     """Make the parser of a command, with the model that it reads."""
-    parser = argparse.ArgumentParser(
-        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser(prog=name, description=description)
     parser.add_argument("model", type=path_argument, metavar="MODEL", help="run directory, checkpoint folder or export")
     parser.add_argument("--step", type=int, metavar="N", help="of a run directory's checkpoint (default: the newest sound one)")
     return parser

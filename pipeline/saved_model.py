@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pipeline.config import ModelSettings
 from pipeline.data.special_tokens import SpecialTokens, special_tokens
 from pipeline.data.tokenizer import TOKENIZER_FILE, find_tokenizer, load_tokenizer, vocab_size
+from pipeline.model.drafter import drafter_verifier
 from pipeline.model.huggingface import FolderWeights, copy_weights, read_max_positions
 from pipeline.model.model_config import CONFIG_FILE, ModelFilesError, read_json
 from pipeline.model.mtp import MTPModel
@@ -187,6 +188,9 @@ def _differences(settings: ModelSettings, state: State) -> Iterator[str]:
 def _of_model_folder(folder: Path, step: int | None) -> SavedModel:
     if step is not None:
         raise ModelFilesError(f"--step {step}: {folder} is a model folder, which has no steps; name the run directory")
+    verifier = drafter_verifier(folder)
+    if verifier is not None:
+        raise ModelFilesError(f"{folder}: is a drafter for a serving engine; name the model that it drafts for, {verifier}")
     weights = FolderWeights(folder)
     config = read_json(folder / CONFIG_FILE)
     name = config.get("dtype") or config.get("torch_dtype") or "float32"

@@ -8,6 +8,7 @@ recompute     activation checkpointing: none, selective, full
 reference     losses of the frozen reference, indexed by head
 huggingface   loads models in Hugging Face's layout
 export        writes them
+drafter       head 1 as an EAGLE-3 drafter, as serving engines read it
 block_losses  losses of a model in files, with one block in memory
 model_config  its config.json: what it says is used, or refused by name
 weight_files  its safetensors files and their index

@@ -125,7 +125,11 @@ def test_data_that_is_not_the_models_is_refused(run, tiny_data, tmp_path, capsys
         (wide, [], "has 60000 ids, and "),
         (other, [], "was prepared with another tokenizer than that of"),
         (tmp_path / "nowhere", [], "nowhere"),
-        (tiny_data / "train", ["--rows", "0", "--drafts", "-1"], "--rows: got 0; expected at least 1; --drafts: got -1"),
+        (
+            tiny_data / "train",
+            ["--rows", "0", "--drafts", "-1"],
+            "2 problems with the options:\n  - --rows: .* at least 1, got '0'\n  - --drafts: .* at least 0, got '-1'",
+        ),
     ):
         assert main([str(run), "--data", str(data), *options]) == 2
         assert re.search(message, capsys.readouterr().err)

@@ -101,9 +101,13 @@ def test_drawn_tokens_depend_on_the_seed_alone(run, tmp_path) -> None:
         (["--prompt", ""], "--prompt: '' has no token, and documents begin without a BOS token"),
         (["--prompt", "x", "--stop", "the cat sees"], "tokens; expected one token"),
         (
-            ["--prompt", "x", "--max-tokens", "0", "--temperature", "-1", "--top-p", "0"],
-            "--max-tokens: got 0; expected at least 1; --temperature: got -1.0; expected a number of at least 0; --top-p: got",
+            ["--prompt", "x", "--max-tokens", "0", "--temperature", "-1", "--top-p", "0", "--max-token", "5"],
+            "4 problems with the options:\n  - --max-tokens: expected a whole number of at least 1, got '0'\n"
+            "  - --max-token: unknown option; did you mean '--max-tokens'?\n"
+            "  - --temperature: got -1.0; expected a number of at least 0\n  - --top-p: got 0.0; expected a share",
         ),
+        ([], "--prompt or --prompt-file: got neither; expected one of them"),
+        (["--prompt", "x", "--prompt-file", "y"], "got --prompt and --prompt-file; expected one of them"),
         (["--prompt", "x", "--prompt", "y", "--stream"], "--stream: got 2 prompts; expected one"),
         (["--prompt-file", "/nowhere"], "/nowhere: No such file or directory; check the path"),
         (["--prompt", "x", "--json", "/nowhere/file"], "--json: /nowhere is not a directory"),

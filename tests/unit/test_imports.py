@@ -95,7 +95,7 @@ ALLOWED = {
         "schedule",
     },
     "export_model": {"data", "data.loading", "data.shards", "model", "model_card", "saved_model", "storage"},
-    "model_options": {"options"},
+    "model_options": {"option_parser", "options"},
     "failures": {"runtime", "storage"},
     "option_parser": {"config"},
     "options": {"config", "option_parser", "recipe", "storage"},
