@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -135,16 +134,14 @@ def _run_on_all_ranks(
     share_cores(world)
     try:
         patience = settings.run.hang_timeout
-        longest = timedelta(minutes=10) if patience is None else timedelta(seconds=heartbeat.longest_patience(patience) + 600)
-        initialize_distributed(device, settings.logging.deepspeed_level, longest)
+        initialize_distributed(device, settings.logging.deepspeed_level, heartbeat.longest_collective(patience))
     except (dist.DistError, ValueError) as error:
         return fail(f"{prog}: error", _cannot_meet(error), EXIT_USAGE, True)
     # A job that Slurm requeued went back in its first life, and continues from there.
     from_step = None if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else getattr(options, "from_step", None)
     job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False), from_step)
     stop.wait_for_agreement()
-    if patience is not None:
-        heartbeat.begin(world, patience, run_dir)
+    heartbeat.begin(world, patience, run_dir)
     try:
         with heartbeat.telling_of_errors((ConfigError, SaveError, TrainingDivergedError, RanksDisagreeError)):
             exit_code = _stopped_or(command, job, options, stop)

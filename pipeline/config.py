@@ -52,7 +52,7 @@ class RunSettings(Section):
     """Name of the run; without --run-dir the run directory is runs/NAME."""
     hang_timeout: Free[PositiveFloat | None] = 300.0
     """Seconds after which a rank that stands still, or is silent, ends the job on all ranks (exit code 4); four times as long
-    while a job starts, validates, scores or saves. It must be longer than any step. null: not watched."""
+    while a job starts, validates, scores or saves. It must be longer than any step. null: six hours, and a day."""
 
 
 class ModelSettings(Section):

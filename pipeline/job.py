@@ -28,7 +28,7 @@ from pipeline.runtime.agreement import end_if_signalled
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once
 from pipeline.runtime.engine import gathered, release
-from pipeline.runtime.events import begun_and_ended, time_of_start
+from pipeline.runtime.events import OF_REFERENCE, begun_and_ended, time_of_start
 from pipeline.runtime.logbook import read_records
 from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.runtime.run_lock import RunLock
@@ -144,8 +144,8 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
     # The ranks agree, because training is collective and a shared file system shows a new file to some ranks before others.
     if any_rank(not (directory / "config.json").exists(), job.device):
         say(job, f"training a next-token reference for {settings.reference.training_steps} steps")
-        with _recorded(job, directory / "training", time.time()) as outcome:
-            outcome["code"] = exit_code = train_in(job, one_head, directory / "training", stop, export_to=directory)
+        with _recorded(job, job.run_dir / OF_REFERENCE, time.time()) as outcome:
+            outcome["code"] = exit_code = train_in(job, one_head, job.run_dir / OF_REFERENCE, stop, export_to=directory)
         if exit_code:
             return settings, exit_code
     else:
@@ -156,7 +156,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
 def _check_reference(job: Job, one_head: Settings, settings: Settings, directory: Path) -> None:
     """Refuse a reference that was trained with other settings than these, if its checkpoints tell, and say what else of the
     run has changed; with `--allow-changed` say that it is used as it is."""
-    _, _, checkpoints = resolve_settings(job, one_head, directory / "training")
+    _, _, checkpoints = resolve_settings(job, one_head, job.run_dir / OF_REFERENCE)
     changed = [f"reference in {directory}: {change}" for change in checkpoints.changed()]
     if changed and not job.allow_changed:
         _, _, checkpoints = resolve_settings(job, settings, job.run_dir)

@@ -10,8 +10,15 @@ from pipeline.audit.history import History, read_history
 from pipeline.audit.metrics import check_metrics
 from pipeline.audit.samples import SampleReport, check_samples
 from pipeline.audit.wall_clock import WallClock, wall_clock
+from pipeline.runtime.events import OF_REFERENCE
+from pipeline.runtime.preemption import EXIT_HANG, EXIT_TRY_AGAIN
 from pipeline.runtime.table import aligned
 
+_ENDS = {
+    0: "finished",
+    EXIT_TRY_AGAIN: "stopped on request, with more to do",
+    EXIT_HANG: "not finished: ended by a rank that died or stood still",
+}
 _FIGURES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -40,7 +47,7 @@ def audit(run_dir: Path) -> Audit:
         history,
         samples,
         checkpoints,
-        wall_clock(history),
+        wall_clock(history, read_history(run_dir / OF_REFERENCE).events),
         [*history.problems, *samples.problems, *problems, *of_checkpoints],
         [*history.notes, *_notes_on_progress(history, checkpoints), *notes],
     )
@@ -101,7 +108,7 @@ def text(values: dict[str, Any]) -> str:
 
 def _headline(values: dict[str, Any]) -> str:
     ranks = " → ".join(str(start["ranks"]) for start in values["starts"]) or "no"
-    state = {0: "finished", 75: "stopped on request, with more to do"}.get(values["exit_code"], "not finished")
+    state = _ENDS.get(values["exit_code"], "not finished")
     return f"{values['run']}: {values['steps']} steps in {len(values['starts'])} start(s) on {ranks} rank(s); {state}"
 
 
@@ -142,6 +149,7 @@ def _clock_lines(clock: dict[str, Any]) -> list[str]:
     rows = [
         [kind.replace("_", " "), f"{seconds:,.1f} s", f"{clock['percent'][kind]:.2f} %"]
         for kind, seconds in clock["by_kind"].items()
+        if seconds or kind != "reference"
     ]
     return [*aligned(rows).splitlines(), f"(of the restarts {clock['starting']:,.1f} s were jobs that started)"]
 

@@ -11,7 +11,8 @@ beat            what a rank tells the others of itself
 launcher        ends a rank whose launcher is gone
 processes       processes of this machine, known by number and start time
 run_lock        one job per run directory
-heartbeat       notices a rank that died or stands still, names it, ends the job
+heartbeat       this process's heartbeat: no rank waits for another without end
+rank_watch      notices a rank that died or stands still, names it, ends the job
 flight_recorder  keeps a rank's last collectives when a job ends because a rank hangs
 agreement       checks that ranks have not diverged; agrees to stop where nothing is to be saved
 non_finite      the rule for numbers that are not finite, and its collective parts

@@ -9,7 +9,7 @@ done twice can be found. Every line has `time` (seconds since 1970) and `event`:
     step        `step` is done: `samples` so far, `digest` of its samples over all ranks, `waited` seconds for data;
                 `applied` false if it was discarded, `logged` true if metrics.jsonl has it
     validation, save    `seconds` in which training stood still for it, after `step`; `saved`: the checkpoint that was completed
-    end         the job ends in good order, with `code`, or with `error`; after a kill it is missing
+    end         the job ends with `code`, or with `error`; after a kill it is missing
 
 The first rank writes; its clock counts. A line is written by one call, so that a kill leaves it whole or absent.
 """
@@ -17,9 +17,10 @@ The first rank writes; its clock counts. A line is written by one call, so that 
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ from pipeline.storage.json_lines import end_torn_line, read_json_lines
 from pipeline.storage.whole_file import naming
 
 EVENTS_FILE = "events.jsonl"
+OF_REFERENCE = Path("reference") / "training"
+"""Where in a run directory the reference has its own that the run trains."""
+
+# Where this process has begun a job and not ended it in good order, the inner one last: a reference is trained within a job.
+_begun: list[Path] = []
 
 
 class EventLog:
@@ -80,20 +86,45 @@ def begun_and_ended(run_dir: Path | None, began: float, ranks: int) -> Iterator[
     """Write the start of a job, and after the block its end: with the exit code that the block puts into the dictionary as
     `code`, or the class of an error. began: time of the start of its process."""
     events = EventLog(run_dir)
+    if run_dir is not None:
+        _begun.append(run_dir)
     events.write("start", began=round(began, 4), ranks=ranks, host=socket.gethostname())
     outcome: dict[str, Any] = {}
+    is_in_order = True
     try:
         yield outcome
     except StoppedError:
         events.write("end", code=EXIT_TRY_AGAIN)
         raise
     except BaseException as error:
+        # It may be one that a lost peer has caused, whose code is then known a little later.
+        is_in_order = False
         events.write("end", error=type(error).__name__)
         raise
     else:
         events.write("end", **outcome)
     finally:
+        if is_in_order and run_dir is not None:
+            _begun.remove(run_dir)
         events.close()
+
+
+def note_end(code: int, seconds: float) -> None:
+    """Write the end of every job that was begun, or give up after `seconds`: the process is about to end by `os._exit`.
+
+    A disk that does not answer may be what the job hangs on, so it is written by a thread of its own.
+    """
+    thread = threading.Thread(target=_note_end, args=(code,), daemon=True)
+    thread.start()
+    thread.join(timeout=seconds)
+
+
+def _note_end(code: int) -> None:
+    with suppress(OSError):
+        for run_dir in reversed(_begun):
+            events = EventLog(run_dir)
+            events.write("end", code=code)
+            events.close()
 
 
 def time_of_start() -> float:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.runtime import processes
+from pipeline.runtime import events, processes
 from pipeline.runtime.preemption import EXIT_HANG, StopRequest
 from pipeline.runtime.processes import Process
 
@@ -27,6 +27,7 @@ SECONDS_TO_STOP = 20.0
 """Time that ranks have to save after their launcher is gone."""
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_TO_NOTE = 2.0
 _PROGRAMS = {"deepspeed", "deepspeed.pt", "ds", "torchrun"}
 _MODULES = {"deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch"}
 _FURTHEST = 8
@@ -82,6 +83,7 @@ def _watch(chain: Sequence[Process], stop: StopRequest) -> None:
     stop.request()
     time.sleep(SECONDS_TO_STOP)
     _say(f"{rank}: could not stop within {SECONDS_TO_STOP:g} s after its launcher was gone; it ends as it stands")
+    events.note_end(EXIT_HANG, _SECONDS_TO_NOTE)
     os._exit(EXIT_HANG)
 
 

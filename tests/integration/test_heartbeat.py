@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from pipeline.runtime import heartbeat
 from pipeline.runtime.distributed import find_world
-from pipeline.runtime.heartbeat import EXIT_HANG
+from pipeline.runtime.events import begun_and_ended, last_event
+from pipeline.runtime.preemption import EXIT_HANG
 from tests.forked import CAN_FORK, call, forking
 from tests.ranks import run_ranks
 
@@ -39,10 +40,10 @@ def run_rank(rank: int, case: str, victim: int, folder: Path) -> None:
     store = store or dist.TCPStore("127.0.0.1", address[0], is_master=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-        heartbeat.begin(world, TIMEOUT, folder)
+        heartbeat.begin(world, None if case == "killed, unwatched" else TIMEOUT, folder)
 
     try:
-        with heartbeat.telling_of_errors(()):
+        with begun_and_ended(folder if rank == 0 else None, 1.0, RANKS), heartbeat.telling_of_errors(()):
             for step in range(1, 20 if case == "ends" else 10_000):
                 heartbeat.enter("training", step)
                 if step == 20 and (rank == victim or (case == "two stopped" and rank > 0)):
@@ -71,11 +72,13 @@ HAPPENS = {
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "two stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "killed, unwatched": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stands still": stand_still,
 }
 NAMED = {
     "stopped": "has been silent for ",
     "killed": "died in ",
+    "killed, unwatched": "died in ",
     "stands still": "has stood still for ",
 }
 
@@ -96,7 +99,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tup
     jobs = {}
     for case, victim in [
         *(("stopped", 0), ("stopped", 1), ("two stopped", 1), ("killed", 0), ("killed", 1)),
-        *(("stands still", 1), ("fails", 0), ("fails", 1), ("ends", -1)),
+        *(("killed, unwatched", 1), ("stands still", 1), ("fails", 0), ("fails", 1), ("ends", -1)),
     ]:
         folder = tmp_path_factory.mktemp("job")
         ranks = [forking().Process(target=call, args=(run_rank, rank, case, victim, folder)) for rank in range(RANKS)]
@@ -117,8 +120,9 @@ def recorded(folder: Path, rank: int) -> list[dict[str, Any]]:
     return json.loads((folder / "flight_recorder" / f"rank-{rank:05d}.json").read_bytes())["entries"]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("case", ["stopped", "killed"])
+@pytest.mark.parametrize(
+    ("case", "victim"), [*(("stopped", 0), ("stopped", 1), ("killed", 0), ("killed", 1)), ("killed, unwatched", 1)]
+)
 def test_survivors_name_a_rank_that_was_killed_or_stopped_and_exit(cases: Any, case: str, victim: int) -> None:
     codes, errors, folder = cases[case, victim]
     assert codes[victim] == -signal.SIGKILL, codes
@@ -147,6 +151,13 @@ def test_a_rank_that_stands_still_is_named_with_the_function_it_is_in(cases: Any
     for text in errors:
         assert "the job cannot go on: rank 1 on " in text
         assert "in training step 20, in stand_still (test_heartbeat.py:" in text
+
+
+def test_a_job_that_its_heartbeat_ends_has_its_end_among_its_events(cases: Any) -> None:
+    _, _, folder = cases["stands still", 1]
+    end = last_event(folder, "end")
+    assert end is not None
+    assert end["code"] == EXIT_HANG
 
 
 @pytest.mark.parametrize("victim", [0, 1])

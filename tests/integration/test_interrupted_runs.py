@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pipeline.audit.report import audit, figures
-from pipeline.runtime.heartbeat import EXIT_HANG
 from pipeline.runtime.logbook import read_records
+from pipeline.runtime.preemption import EXIT_HANG
 from tests.integration.test_command_line import ENVIRONMENT, SCRIPT, ZERO3, checkpoints
 
 STEPS = 24

@@ -17,8 +17,8 @@ from pipeline.config import Settings
 from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.held_out import HeldOutRows
 from pipeline.runtime import preemption, processes
-from pipeline.runtime.heartbeat import EXIT_HANG
 from pipeline.runtime.logbook import read_records
+from pipeline.runtime.preemption import EXIT_HANG
 from tests.integration.test_command_line import ENVIRONMENT, SCRIPT, ZERO3, checkpoints
 from tests.integration.test_interrupted_runs import Ranks, recipe
 from tests.integration.test_pipeline_rho1 import job_on_this_rank, settings_for

@@ -4,12 +4,14 @@ Real runs are audited in tests/integration/test_interrupted_runs.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from pipeline.data.loading.order_record import record_of_order, sample_numbers
 from pipeline.data.loading.row_digest import sample_digest
 from pipeline.progress import Progress
 from pipeline.runtime.checkpoint.folders import step_name
-from pipeline.runtime.events import EVENTS_FILE, EventLog, begun_and_ended, last_event, time_of_start
+from pipeline.runtime.events import EVENTS_FILE, OF_REFERENCE, EventLog, begun_and_ended, last_event, note_end, time_of_start
 from tests.checkpointing import write_state
 from tests.forked import ROOT
 
@@ -117,13 +119,54 @@ def test_a_run_that_was_killed_and_went_on_with_other_ranks_is_sound_and_its_tim
     assert (of_data["rows"], of_data["epochs"], of_data["left_over_an_epoch"], of_data["most"]) == (96, 2.4, 3, 3)
 
     # 3 starts of 6 s, 30 s without a job; 12 steps of 1 s that waited a quarter; 3 saves; 2 steps in vain.
-    seconds = {"productive": 9, "data_wait": 3, "saving": 1.5, "evaluation": 1.5, "lost_work": 2, "restarts": 48, "other": 1.5}
+    seconds = {
+        "productive": 9,
+        "reference": 0,
+        "data_wait": 3,
+        "saving": 1.5,
+        "evaluation": 1.5,
+        "lost_work": 2,
+        "restarts": 48,
+        "other": 1.5,
+    }
     assert found["wall_clock"]["by_kind"] == pytest.approx(seconds)
     assert found["wall_clock"]["starting"] == pytest.approx(18)
     assert sum(found["wall_clock"]["percent"].values()) == pytest.approx(100)
     assert any("ended without a word, after step 6" in note for note in found["notes"])
     assert [each["sound"] for each in found["checkpoints"]] == [True] * 3
     assert text(found).endswith("\nsound")
+
+
+def test_the_time_of_a_reference_that_the_run_trains_is_a_kind_of_its_own_and_all_still_adds_up(tmp_path: Path) -> None:
+    # Trained in two starts of 6 s before its first step, in the first of which the job was killed.
+    told, of_reference = Story(tmp_path / "run"), Story(tmp_path / "run" / OF_REFERENCE)
+    told.add(5, "start", began=told.now, ranks=1, host="here")
+    of_reference.now = told.now + 1
+    of_reference.start(1, 0)
+    of_reference.steps(1, 2)
+    of_reference.checkpoint(2)
+    of_reference.steps(3, 3)
+    told.now = of_reference.now
+    told.add(15, "start", began=told.now + 10, ranks=1, host="here")
+    of_reference.now = told.now + 1
+    of_reference.start(1, 2)
+    of_reference.steps(3, 5)
+    of_reference.add(0.5, "end", code=0)
+    told.now = of_reference.now
+    order = record_of_order(order_of(0), [DataSet(Path("data"))], G)
+    told.add(1, "order", **order, data="data 0")
+    told.resume(0)
+    told.steps(1, 2)
+    told.add(0, "end", code=0)
+
+    of_reference.written()
+    found = figures(audit(told.written()))
+    # 10 s without a job; jobs that start 5 s, references 7 s, twice; 2 s after the reference.
+    seconds = {"productive": 1.5, "reference": 3.75, "data_wait": 1.75, "saving": 0.5, "evaluation": 0, "lost_work": 1}
+    assert found["wall_clock"]["by_kind"] == pytest.approx(seconds | {"restarts": 36, "other": 0.5})
+    assert found["wall_clock"]["starting"] == pytest.approx(26)
+    assert found["wall_clock"]["seconds"] == pytest.approx(told.now - 1000)
+    assert re.search(r"^  reference +3.8 s ", text(found), re.MULTILINE)
 
 
 Edit = Callable[[list[dict[str, Any]]], Any]
@@ -413,3 +456,14 @@ def test_events_are_appended_by_one_job_after_another_and_a_torn_line_is_ended_f
     assert last is not None
     assert (last["step"], last["saved"], last["seconds"] >= 0) == (3, 1, True)
     assert 0 <= last["time"] - time_of_start() < 24 * 3600
+
+
+def test_a_process_that_must_end_at_once_notes_the_end_of_all_its_jobs(tmp_path: Path) -> None:
+    job, of_reference = tmp_path, tmp_path / OF_REFERENCE
+    with begun_and_ended(job, 1.0, ranks=2), begun_and_ended(of_reference, 1.0, ranks=2):
+        note_end(4, seconds=60)
+        assert [last_event(each, "end") for each in (job, of_reference)] == [
+            {"time": ANY, "event": "end", "code": 4},
+            {"time": ANY, "event": "end", "code": 4},
+        ]
+    assert "not finished: ended by a rank that died or stood still" in text(figures(audit(job)) | {"exit_code": 4})

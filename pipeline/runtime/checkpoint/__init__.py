@@ -3,6 +3,7 @@
 checkpoints    saves, finds and loads the checkpoints of one run directory
 commit         writes a checkpoint in the background, and makes it one
 folders        finds checkpoints and verifies their bytes, without torch
+continuing     may a run continue from a checkpoint? its settings and losses, compared
 read           loads a checkpoint into an engine, verifying every byte
 retention      which checkpoint folders stay
 weights        a verified checkpoint's weights, tensor by tensor, without an engine

@@ -7,7 +7,6 @@ complete folder wins.
 The position in the data is one integer, samples consumed. Training draws no random numbers, so no generator state is saved.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from pipeline.config import CheckpointSettings, ConfigError
 from pipeline.progress import Progress
 from pipeline.runtime.checkpoint.commit import Saved, SaveError, Writer, start_thread
+from pipeline.runtime.checkpoint.continuing import changed_pools, check_settings, other_losses
 from pipeline.runtime.checkpoint.folders import had_none_yet, note_none_yet, read_state_of, saved_steps, step_name
 from pipeline.runtime.checkpoint.read import load
 from pipeline.runtime.checkpoint.retention import remove_all, remove_unfinished, retire_later, set_old_aside
@@ -25,8 +25,6 @@ from pipeline.runtime.identity import Change, changed_settings
 from pipeline.runtime.logbook import read_records
 
 REMEDY = "repair or remove what is there, or choose another --run-dir to start anew"
-# Relative, of a mean loss: another layout or device sums in another order.
-_TOLERANCE, _TOLERANCE_BF16 = 1e-3, 0.02
 
 
 class Checkpoints:
@@ -171,13 +169,13 @@ class Checkpoints:
         for name in names:
             state, found = self._state_of(name)
             if state is not None:
-                self._check_settings(state, allow_changed)
+                check_settings(state, self.identity, allow_changed)
                 found = load(self.directory / name, state, engine, self.world)
-                found = found or self._other_losses(state, held_out())
+                found = found or other_losses(state, self.identity, held_out())
                 if not found:
                     if self.world.is_first:
                         retire_later(self.directory, state.step)
-                    for note in _changed_pools(state, self.identity, self.world.size):
+                    for note in changed_pools(state, self.identity, self.world.size):
                         self._say(note)
                     return Progress.from_json(state.progress)
             for problem in found:
@@ -201,7 +199,7 @@ class Checkpoints:
             if problems:
                 raise self._unusable(problems)
             return None
-        self._check_settings(state, allow_changed)
+        check_settings(state, self.identity, allow_changed)
         return state
 
     def _unusable(self, problems: list[str]) -> ConfigError:
@@ -213,20 +211,6 @@ class Checkpoints:
         """List the differences between this run's identity and the newest checkpoint's."""
         state, _ = self._newest_state()
         return changed_settings(state.identity, self.identity) if state else []
-
-    def _check_settings(self, state: State, allow_changed: bool) -> None:
-        name = step_name(state.step)
-
-        # Never allowed to differ: what could not take effect.
-        changes = changed_settings(state.identity, self.identity)
-        fixed = [f"{change}; it is fixed for the life of a run" for change in changes if change.is_fixed]
-
-        # Allowed to differ only on request.
-        changed = [f"{change} ({name} was trained with the former)" for change in changes if not change.is_fixed]
-        if fixed or (changed and not allow_changed):
-            remedy = "to start anew choose another --run-dir"
-            remedy = remedy if fixed else f"to continue all the same pass --allow-changed; {remedy}"
-            raise ConfigError([*fixed, *changed], remedy)
 
     def _newest_state(self) -> tuple[State | None, list[str]]:
         """(state of the newest checkpoint whose state.json is sound, problems with newer ones), from the first rank."""
@@ -260,19 +244,6 @@ class Checkpoints:
             return []
         return [f"{self.run_dir}: metrics.jsonl goes to step {last}, and the run had a checkpoint, which is gone"]
 
-    def _other_losses(self, state: State, found: HeldOut) -> list[str]:
-        """Compare losses of the fixed batch: what a forward sees must be what it saw when the checkpoint was saved."""
-        saved = state.held_out
-        is_comparable = saved.batch == found.batch and saved.losses and found.losses
-        if not is_comparable or changed_settings(state.identity, self.identity):
-            return []
-        tolerance = _TOLERANCE_BF16 if self.identity.get("deepspeed bf16") else _TOLERANCE
-        pairs = zip(found.losses, saved.losses, strict=True)
-        if all(abs(one - other) <= tolerance * abs(other) for one, other in pairs):
-            return []
-        both = f"{json.dumps(found.losses)}, and had {json.dumps(saved.losses)} when it was saved"
-        return [f"{step_name(state.step)}: the held-out batch has losses {both}"]
-
     def _finish(self, final: bool) -> None:
         """Complete the save in hand, if there is one."""
         while self._writer.is_busy:
@@ -289,16 +260,6 @@ class Checkpoints:
         if final or self._failed_in_a_row > most:
             raise error
         self._say(f"{error}; the run goes on ({self._failed_in_a_row} of at most {most} failed saves in a row)")
-
-
-def _changed_pools(state: State, identity: dict[str, Any], world_size: int) -> list[str]:
-    """Say where the pool of the selection is another on this number of ranks, or with this micro-batch."""
-    pool = identity.get("training.selection_pool")
-    if pool not in ("global", "rank"):
-        return []
-    both = ((state.identity, state.world_size), (identity, world_size))
-    was, now = (of["data.micro_batch"] * (ranks if pool == "global" else 1) for of, ranks in both)
-    return [] if was == now else [f"the selection's pool ({pool}) was a micro-step of {was} rows and is now one of {now}"]
 
 
 def _saved_line(saved: Saved) -> str:
