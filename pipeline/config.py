@@ -199,7 +199,7 @@ class LoggingSettings(Section):
     selection_every: Free[Positive] = 100
     """Steps between blocks of selection statistics."""
     histogram_every: Free[Positive | None] = 100
-    """Steps between histograms of each head's excess losses in TensorBoard; null: none."""
+    """Steps between histograms of each head's excess losses in TensorBoard, or fewer, so that a run has ten; null: none."""
     validation_every: Free[Positive] = 500
     """Steps between validations (there is one at the start and one at the end as well)."""
     validation_samples: Free[Positive | None] = None

@@ -37,6 +37,10 @@ class Reporter:
         if run.world.is_first:
             sets = [each.name for each in run.held_out]
             self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads, sets)
+        # At least ten histograms a run.
+        least = max(1, run.settings.training.steps // 10)
+        histogram_every = run.settings.logging.histogram_every
+        self.histogram_every = None if histogram_every is None else min(histogram_every, least)
         # Held-out folders that were evaluated at this step before, by a start that was then asked to stop.
         self.first_step = first_step
         self.broken_off = False
@@ -67,6 +71,8 @@ class Reporter:
             self.events.write("order", **order)
         skipped = [list(stretch) for stretch in progress.skipped]
         self.events.write("resume", step=progress.step, samples=progress.samples, skipped=skipped)
+        if self.logbook is not None:
+            self.logbook.board.write_description(run.settings, progress.step)
 
     def step(self, progress: Progress, result: StepResult, waited: float) -> None:
         """Report a finished step. waited: seconds for which this rank waited for data."""
@@ -104,7 +110,7 @@ class Reporter:
             self.say(f"step {step}: discarded on all ranks; what was not finite: {result.bad}")
 
         # Everything else at its interval, and at the first and the last step. Otherwise the host does not wait for the device.
-        every = (logging.metrics_every, logging.progress_every, logging.selection_every, logging.histogram_every)
+        every = (logging.metrics_every, logging.progress_every, logging.selection_every, self.histogram_every)
         metrics_due, progress_due, selection_due, histogram_due = (
             interval is not None and (step % interval == 0 or step in (1, self.run.settings.training.steps))
             for interval in every
@@ -122,7 +128,7 @@ class Reporter:
         if metrics_due:
             self.logbook.write(record)
         if histogram_due:
-            self.logbook.write_histograms(step, totals)
+            self.logbook.board.write_histograms(step, totals)
         if progress_due:
             left = self.run.settings.training.steps - step
             self.say(progress_line(record, self.run.settings.training.steps, left * self._seconds_a_step(progress)))

@@ -18,8 +18,9 @@ agreement       checks that ranks have not diverged; agrees to stop where nothin
 non_finite      the rule for numbers that are not finite, and its collective parts
 metrics         the selection's statistics, summed on the device, reduced over ranks at intervals
 events          events.jsonl: what has happened to a run, for `launch/audit.py`
-logbook         writes metrics.jsonl and TensorBoard
-tensorboard     tags, charts and histograms
+logbook         writes metrics.jsonl, and gives its records to trackers
+event_files     TensorBoard's files: the run itself, each head and each source
+tensorboard     runs, tags, charts and histograms in TensorBoard
 terminal        progress lines, selection blocks, the table that closes a run
 table           plain-text tables
 description     config.yaml and environment.json of a run directory

@@ -1,7 +1,7 @@
-"""Write metrics to metrics.jsonl and TensorBoard. First rank only.
+"""Write metrics to metrics.jsonl and to trackers, of which TensorBoard is one. First rank only.
 
-metrics.jsonl and TensorBoard hold the same values. When a run resumes, records after its checkpoint are dropped from both,
-because those steps are trained again.
+Trackers get the records of metrics.jsonl. When a run resumes, records after its checkpoint are dropped from metrics.jsonl and
+TensorBoard, because those steps are trained again.
 """
 
 import json
@@ -9,29 +9,43 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
-
-from pipeline.runtime.metrics import Record, Totals
-from pipeline.runtime.tensorboard import chart_layout, histogram_arguments, split_of, tensorboard_tag
+from pipeline.runtime.event_files import EventFiles
+from pipeline.runtime.metrics import Record
 from pipeline.storage.json_lines import read_json_lines
-from pipeline.storage.whole_file import naming, sync_file, write_file
+from pipeline.storage.whole_file import naming, write_file
 
 METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker(Protocol):
+    """A place besides metrics.jsonl that is given each record."""
+
+    def write(self, record: Record) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Logbook:
     """Writer of one run directory's metrics.
 
-
     first_step: the step resumed from; 0 is a new run, which keeps no old record. notes: what was wrong with the file, or is
     lost of it, a sentence each. validated: names of the held-out sets whose losses at `first_step` are there.
-    held_out: names of the held-out sets; "" for an only one.
+    held_out: names of the held-out sets; "" for an only one. trackers: further ones than TensorBoard.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, num_heads: int, held_out: Sequence[str] = ("",)):
-        # Cut metrics.jsonl to the checkpoint; SummaryWriter's purge_step does the same for TensorBoard.
+    def __init__(
+        self,
+        run_dir: Path,
+        first_step: int,
+        num_heads: int,
+        held_out: Sequence[str] = ("",),
+        trackers: Sequence[Tracker] = (),
+    ):
+        # Cut metrics.jsonl to the checkpoint; TensorBoard's files are cut as they are opened.
         path = run_dir / METRICS_FILE
         records, num_damaged = _read(path)
         kept = [record for record in records if 0 < first_step >= record["step"]]
@@ -40,40 +54,27 @@ class Logbook:
         self.validated = {str(record.get("set", "")) for record in of_step}
         write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.file: TextIO = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
-        if num_heads > 1:
-            self.board.add_custom_scalars(chart_layout(num_heads, held_out))
+        self.board = EventFiles(run_dir / "tensorboard", first_step, num_heads, tuple(held_out))
+        self.trackers: list[Tracker] = [self.board, *trackers]
 
     def write(self, record: Record) -> None:
-        """Append a record to metrics.jsonl and its values to TensorBoard."""
+        """Append a record to metrics.jsonl, and give it to the trackers."""
         with naming(Path(self.file.name)):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-        with naming(Path(self.board.log_dir)):
-            for key, value in record.items():
-                tag = tensorboard_tag(key, split_of(record))
-                if tag is not None and value is not None:
-                    self.board.add_scalar(tag, value, record["step"])
+        for tracker in self.trackers:
+            tracker.write(record)
 
     def sync(self) -> None:
         """Have on the disk what was written so far."""
-        self.board.flush()
+        for tracker in self.trackers:
+            tracker.sync()
         os.fsync(self.file.fileno())
-        for path in Path(self.board.log_dir).glob("events.*"):
-            sync_file(path)
-
-    def write_histograms(self, step: int, totals: Totals) -> None:
-        """Add a histogram of each selecting head's excess loss to TensorBoard."""
-        for head, counts_V in enumerate(totals.whole.histogram_KV, start=1):
-            filled = counts_V.nonzero().flatten().tolist()
-            if filled:
-                arguments = histogram_arguments(counts_V.tolist(), filled[0], filled[-1])
-                self.board.add_histogram_raw(f"selection/excess/head_{head}", global_step=step, **arguments)
 
     def close(self) -> None:
         self.file.close()
-        with naming(Path(self.board.log_dir)):
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def read_records(run_dir: Path) -> list[Record]:

@@ -244,8 +244,19 @@ class Totals:
             record[f"prediction_hit_rate_head_{index + 1}"] = ratio(hits, either)
         for name, counted in zip(source_names, self.by_source, strict=True):
             if name:
-                record |= {f"{key}_source_{name}": value for key, value in counted.statistics().items()}
+                of_source = counted.statistics() | self._enrichment(counted)
+                record |= {f"{key}_source_{name}": value for key, value in of_source.items()}
         return record
+
+    def _enrichment(self, counted: Counted) -> Record:
+        """A source's share of each head's selected pairs over its share of the valid ones: above 1 where it is preferred."""
+        whole = self.whole
+        return {
+            f"enrichment_head_{head}": ratio(
+                counted.selected[head] * whole.valid[head], counted.valid[head] * whole.selected[head]
+            )
+            for head in range(1, len(whole.valid))
+        }
 
 
 def excess_bin(excess: Tensor) -> Tensor:

@@ -1,10 +1,97 @@
-"""The tags, charts and histograms by which TensorBoard shows the records of metrics.jsonl."""
+"""The runs, tags, charts and histograms by which TensorBoard shows the records of metrics.jsonl.
+
+TensorBoard colours by run, not by tag. So each head is a run of its own below the run (`tensorboard/head_0` …), and the heads
+share one tag a quantity: one card, with the heads in their colours and under their names. The same holds for sources
+(`source_NAME`) and data sets (`set_NAME`). What has none of these lies in the run itself, pairs of heads too: the colours repeat
+after seven runs. Groups of cards are sorted by name, and the first two are open: `selection`, `train`, then `validation`,
+`wall_clock`, `z_data`.
+
+Left out, and only in metrics.jsonl: constants (how many pairs there are, and are selected), and most statistics of single
+sources.
+"""
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, EXCESS_LOWEST, Record
+
+
+class Place(NamedTuple):
+    """A curve's place. run: the folder below `tensorboard`; "" for the run itself."""
+
+    run: str
+    tag: str
+
+
+_TAGS = {
+    "selected_ratio": "selection/ratio",
+    "selection_ratio": "selection/ratio",
+    "threshold": "selection/threshold",
+    "excess_mean": "selection/excess_mean",
+    "excess_p10": "selection/excess_p10",
+    "excess_p90": "selection/excess_p90",
+    "selected_loss": "selection/loss_of_selected",
+    "rejected_loss": "selection/loss_of_rejected",
+    "agreement": "selection/agreement",
+    "prediction_hit_rate": "selection/prediction_hit_rate",
+    "heads_per_position": "selection/heads_per_position",
+    "tokens_per_second": "wall_clock/tokens_per_second",
+    "seconds_per_step": "wall_clock/seconds_per_step",
+    "seconds_saving": "wall_clock/seconds_saving",
+    "mfu": "wall_clock/mfu",
+    "memory_bytes": "wall_clock/memory_bytes",
+    "data_wait": "wall_clock/data_wait",
+    "tokens": "z_data/tokens",
+    "corrupt_samples": "z_data/corrupt_samples",
+}
+"""Tags of training by quantity; that of any other is `train/` and its name."""
+_TAGS_OF_SOURCES = {"selected_ratio": "selection/share", "enrichment": "selection/enrichment"}
+_NOT_DRAWN = {"step", "samples", "split", "set", "rows", "time", "selected_count", "valid_count", "excess_p50"}
+_RARE = {"skipped_steps", "rollbacks", "samples_skipped", "corrupt_samples"}
+"""Counters of which nothing is drawn while they are 0."""
+_IN_VALIDATION = {"excess_mean", "threshold"}
+"""What is drawn of a validation's selection."""
+
+
+def place_of(key: str, split: str | None = None) -> Place | None:
+    """Return the run and the tag of a metric; None for what is not drawn.
+
+    loss                                 the run itself   train/loss
+    loss_head_0                          head_0           train/loss
+    selected_ratio_head_1                head_1           selection/ratio
+    agreement_head_1_head_2              the run itself   selection/agreement/head_1_head_2
+    selected_ratio_head_1_source_NAME    source_NAME      selection/share/head_1
+    data_tokens_source_NAME              source_NAME      z_data/tokens
+    loss_head_0, split="validation"      head_0           validation/loss
+    loss_head_0_source_NAME, likewise    source_NAME      validation/loss/head_0
+    bits_per_byte, likewise              the run itself   validation/bits_per_byte
+    """
+    if key.startswith("data_") and key != "data_wait":
+        quantity, kind, name = _of_part(key.removeprefix("data_"))
+        return Place(_run_of(kind, name), f"{split or 'z_data'}/{quantity}")
+
+    key, source, name = key.partition("_source_")
+    quantity, head, number = key.partition("_head_")
+    if quantity in _NOT_DRAWN:
+        return None
+    if source:
+        tag = _tag_of_source(quantity, number, split)
+        return None if tag is None else Place(_run_of("source", name), tag)
+
+    tag = _TAGS.get(quantity, f"train/{quantity}")
+    if split is not None:
+        if tag.startswith("selection/") and quantity not in _IN_VALIDATION:
+            return None
+        tag = f"{split}/{quantity}"
+    if "_head_" in number:
+        return Place("", f"{tag}/head_{number}")
+    return Place(f"head_{number}" if head else "", tag)
+
+
+def is_drawn(key: str, value: Any) -> bool:
+    """Return whether a value is a point of its curve: there is one, and it is not the 0 of a rare event's counter."""
+    return value is not None and not (key in _RARE and value == 0)
 
 
 def split_of(record: Record) -> str | None:
@@ -13,79 +100,55 @@ def split_of(record: Record) -> str | None:
     return f"{split}_{name}" if name else split
 
 
-_TAGS = {
-    "loss": "loss",
-    "selected_ratio": "selection/ratio",
-    "selected_count": "selection/count",
-    "valid_count": "selection/valid",
-    "threshold": "selection/threshold",
-    "excess_mean": "selection/excess_mean",
-    "excess_p10": "selection/excess_p10",
-    "excess_p50": "selection/excess_p50",
-    "excess_p90": "selection/excess_p90",
-    "selected_loss": "selection/loss_of_selected",
-    "rejected_loss": "selection/loss_of_rejected",
-    "agreement": "selection/agreement",
-    "prediction_hit_rate": "selection/prediction_hit_rate",
-    "selection_ratio": "selection/selection_ratio",
-    "heads_per_position": "selection/heads_per_position",
-}
+def _of_part(key: str) -> tuple[str, str, str]:
+    """Split a metric of the data into quantity, kind (`source`, `set` or "") and name."""
+    found = re.search(r"_(source|set)_", key)
+    return (key, "", "") if found is None else (key[: found.start()], found[1], key[found.end() :])
 
 
-def tensorboard_tag(key: str, split: str | None = None) -> str | None:
-    """Map a metric's key to its TensorBoard tag; None for what is not a curve, such as `step`.
+def _tag_of_source(quantity: str, head: str, split: str | None) -> str | None:
+    """The tag of a source's metric: its selection by the heads that select, and in a validation each head's loss."""
+    if split is not None:
+        return f"{split}/loss/head_{head}" if quantity == "loss" and head else None
+    tag = _TAGS_OF_SOURCES.get(quantity)
+    return None if tag is None or head in ("", "0") else f"{tag}/head_{head}"
 
-    loss_head_0                          loss/head_0
-    selected_ratio_head_1                selection/ratio/head_1
-    selected_ratio_head_1_source_NAME    source/NAME/selected_ratio/head_1
-    excess_mean                          selection/excess_mean
-    data_tokens_source_NAME              data/tokens/source_NAME
-    loss, learning_rate                  train/loss, train/learning_rate
-    loss_head_0 with split="validation"  validation/loss/head_0
-    perplexity_head_0, likewise          validation/perplexity/head_0
-    bits_per_byte, likewise              validation/bits_per_byte
-    """
-    if key in ("step", "split", "set", "rows"):
-        return None
-    if key.startswith("data_") or key == "corrupt_samples":
-        tag = f"data/{key.removeprefix('data_').replace('_source_', '/source_', 1).replace('_set_', '/set_', 1)}"
-        return f"{split}/{tag}" if split else tag
 
-    key, source, name = key.partition("_source_")
-    quantity, head, number = key.partition("_head_")
-    if source:
-        tag = f"source/{name}/{quantity}"
-    elif quantity == "loss" and not head:
-        tag = "train/loss"
-    else:
-        tag = _TAGS.get(quantity, f"train/{quantity}")
-    tag += f"/head_{number}" if head else ""
-    return f"{split}/{tag.removeprefix('train/')}" if split else tag
+def _run_of(kind: str, name: str) -> str:
+    """The folder of a source or set, whatever its name holds; "" without one."""
+    unsafe = r"[/%\\\x00-\x1f]"
+    return f"{kind}_" + re.sub(unsafe, lambda found: f"%{ord(found[0]):02x}", name) if kind else ""
 
 
 def chart_layout(num_heads: int, held_out: Sequence[str]) -> dict[str, Any]:
-    """TensorBoard's custom scalars: one chart per quantity with all heads, one per head with all sources. Tags are regexes."""
-    charts = {
-        "policy loss": ("loss", 0),
-        "selected ratio": ("selection/ratio", 0),
-        "selected count": ("selection/count", 0),
-        "threshold": ("selection/threshold", 1),
-        "mean excess loss": ("selection/excess_mean", 1),
+    """Lay out TensorBoard's custom scalars: charts of heads, then of sources; the selected ratio, which a schedule moves, comes
+    last. Tags are regular expressions, but not those of a band."""
+    splits = [split_of({"split": "validation", "set": name}) or "" for name in held_out]
+    heads = {
+        "policy loss": _lines("train/loss"),
+        **{f"held-out loss ({split})": _lines(f"{split}/loss") for split in splits},
+        "excess loss: mean, and the band from the 10th to the 90th percentile": [
+            "Margin",
+            ["selection/excess_mean", "selection/excess_p10", "selection/excess_p90"],
+        ],
+        "threshold of the excess loss": _lines("selection/threshold"),
+        "policy loss of selected and of rejected pairs": _lines("selection/loss_of_selected", "selection/loss_of_rejected"),
+        "agreement: pairs that two heads select, of those that either selects": [
+            "Multiline",
+            ["^selection/agreement"],
+        ],
     }
-    for name in held_out:
-        split = split_of({"split": "validation", "set": name})
-        charts[f"held-out loss of {name}" if name else "held-out loss"] = (f"{re.escape(split or '')}/loss", 0)
-
-    # Title -> a chart of the tags that match these regular expressions.
-    by_head = {
-        title: ["Multiline", [f"^{tag}/head_{head}$" for head in range(first_head, num_heads)]]
-        for title, (tag, first_head) in charts.items()
-    }
-    by_source = {
-        f"selected ratio of each source, head {head}": ["Multiline", [f"^source/.*/selected_ratio/head_{head}$"]]
+    sources = {
+        f"enrichment by head {head}: a source's share of the selected pairs over its share of the data": _lines(
+            f"selection/enrichment/head_{head}"
+        )
         for head in range(1, num_heads)
     }
-    return {"heads": by_head, "sources": by_source}
+    return {"heads": heads, "sources": sources, "ratio": {"selected ratio": _lines("selection/ratio")}}
+
+
+def _lines(*tags: str) -> list[Any]:
+    return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
 
 
 def histogram_arguments(counts: list[float], first: int, last: int) -> dict[str, Any]:

@@ -192,12 +192,22 @@ def test_the_run_directory_explains_itself(pipeline) -> None:
     assert environment["versions"]["deepspeed"] == "0.19.8"
     assert load_settings(run_dir / "config.yaml").training.steps == STEPS
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:08d}"
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    board, drawn_at = run_dir / "tensorboard", [1, *range(STEPS // 10, STEPS + 1, STEPS // 10)]
     for head in (1, 2, 3):
-        drawn = events.Histograms(f"selection/excess/head_{head}")
-        assert [each.step for each in drawn] == [1, 20, STEPS]
-        counts = [line[f"valid_count_head_{head}"] for line in pipeline["steps"] if line["step"] in (1, 20, STEPS)]
+        drawn = (
+            EventAccumulator(str(board / f"head_{head}"), size_guidance={"histograms": 0})
+            .Reload()
+            .Histograms("selection/excess")
+        )
+        # The setting asks for every 20 steps; a run has ten all the same.
+        assert [each.step for each in drawn] == drawn_at
+        counts = [line[f"valid_count_head_{head}"] for line in pipeline["steps"] if line["step"] in drawn_at]
         assert [each.histogram_value.num for each in drawn] == counts
+    texts = EventAccumulator(str(board), size_guidance={"tensors": 0}).Reload()
+    assert f"    steps: {STEPS}\n" in texts.Tensors("run/recipe/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert {"run/command/text_summary", "_hparams_/session_start_info"} <= set(texts.Tags()["tensors"]) | set(
+        texts.summary_metadata
+    )
 
 
 def resume(settings: Settings, run_dir: Path) -> int:

@@ -15,7 +15,7 @@ from pipeline.data.loading.mixture import DataSet
 from pipeline.data.loading.stream import Stream
 from pipeline.data.shards.sample import Sample
 from pipeline.data_settings import DataSettings
-from pipeline.runtime.tensorboard import tensorboard_tag
+from pipeline.runtime.tensorboard import place_of
 from tests.data_sets import numbered_data
 from tests.ranks import run_ranks
 
@@ -133,11 +133,11 @@ def test_curves_have_regular_names_and_follow_each_set_and_source(tmp_path):
         "data_samples_set_code": 16,
         "data_epoch_set_code": 1.0,
     }
-    assert [tensorboard_tag(key) for key in ("data_epoch", "data_wait", "corrupt_samples")] == [
-        "data/epoch",
-        "data/wait",
-        "data/corrupt_samples",
+    assert [place_of(key) for key in ("data_epoch", "data_wait", "corrupt_samples")] == [
+        ("", "z_data/epoch"),
+        ("", "wall_clock/data_wait"),
+        ("", "z_data/corrupt_samples"),
     ]
-    assert tensorboard_tag("data_tokens_source_a_head_1") == "data/tokens/source_a_head_1"
-    assert tensorboard_tag("data_epoch_set_prose") == "data/epoch/set_prose"
-    assert tensorboard_tag("corrupt_samples", "validation") == "validation/data/corrupt_samples"
+    assert place_of("data_tokens_source_a_head_1") == ("source_a_head_1", "z_data/tokens")
+    assert place_of("data_epoch_set_prose") == ("set_prose", "z_data/epoch")
+    assert place_of("corrupt_samples", "validation") == ("", "validation/corrupt_samples")

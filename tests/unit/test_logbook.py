@@ -12,7 +12,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from pipeline.model.mtp import HeadLosses
 from pipeline.runtime.logbook import Logbook, read_records, without_non_finite
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, SelectionSums
-from pipeline.runtime.tensorboard import tensorboard_tag
+from pipeline.runtime.tensorboard import is_drawn, place_of, split_of
 from pipeline.runtime.terminal import held_out_text, progress_line, selection_block, summary_table
 from pipeline.weighting.selection import Selection
 
@@ -49,20 +49,34 @@ def validation_record(step, losses):
     }
 
 
+def events_of(directory, run=""):
+    """A run of a run directory's event files, as TensorBoard itself reads it."""
+    events = EventAccumulator(str(directory / "tensorboard" / run), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
+    return events.Reload()
+
+
 def scalars(directory):
-    """{tag: [(step, value), ...]} as TensorBoard itself reads it."""
-    events = EventAccumulator(str(directory / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    """{(run, tag): [(step, value), ...]}; the run itself is ""."""
+    folder = directory / "tensorboard"
+    runs = {path.parent.relative_to(folder).as_posix().removeprefix(".") for path in folder.rglob("events.*")}
+    found = {run: events_of(directory, run) for run in sorted(runs)}
+    return {
+        (run, tag): [(event.step, event.value) for event in events.Scalars(tag)]
+        for run, events in found.items()
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def charts(directory):
-    """{title: tags} of the custom-scalars layout."""
-    events = EventAccumulator(str(directory / "tensorboard"), size_guidance={"tensors": 0})
-    events.Reload()
-    (event,) = events.Tensors("custom_scalars__config__")
+    """{title: tags} of the custom-scalars layout, in its order; of a band value, lower and upper edge."""
+    (event,) = events_of(directory).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    return {
+        chart.title: list(chart.multiline.tag)
+        or [tag for series in chart.margin.series for tag in (series.value, series.lower, series.upper)]
+        for category in layout.category
+        for chart in category.chart
+    }
 
 
 def test_the_selection_block_is_that_of_the_plan():
@@ -161,42 +175,49 @@ def test_the_closing_table_does_without_validation_and_with_nothing_trained(tmp_
 
 
 @pytest.mark.parametrize(
-    ("key", "split", "tag"),
+    ("key", "split", "place"),
     [
-        ("loss", None, "train/loss"),
-        ("grad_norm", None, "train/grad_norm"),
-        ("loss_head_0", None, "loss/head_0"),
-        ("selected_ratio_head_1", None, "selection/ratio/head_1"),
-        ("selected_count_head_2", None, "selection/count/head_2"),
-        ("threshold_head_1", None, "selection/threshold/head_1"),
-        ("prediction_hit_rate_head_1", None, "selection/prediction_hit_rate/head_1"),
-        ("excess_mean_head_3", None, "selection/excess_mean/head_3"),
-        ("selection_ratio", None, "selection/selection_ratio"),
-        ("selected_ratio_head_1_source_my_head_2", None, "source/my_head_2/selected_ratio/head_1"),
-        ("selected_ratio_head_1_source_my_head_2_source_x", None, "source/my_head_2_source_x/selected_ratio/head_1"),
-        ("agreement_head_1_head_2", None, "selection/agreement/head_1_head_2"),
-        ("agreement_head_1_head_2_source_web", None, "source/web/agreement/head_1_head_2"),
-        ("excess_p10_head_1", None, "selection/excess_p10/head_1"),
-        ("excess_p10", None, "selection/excess_p10"),
-        ("excess_mean_source_web", None, "source/web/excess_mean"),
-        ("selection_ratio_source_web", None, "source/web/selection_ratio"),
-        ("selected_count", None, "selection/count"),
-        ("heads_per_position", None, "selection/heads_per_position"),
-        ("tokens_per_second", None, "train/tokens_per_second"),
-        ("excess_mean", "validation", "validation/selection/excess_mean"),
-        ("loss_head_0", "validation", "validation/loss/head_0"),
-        ("loss", "validation", "validation/loss"),
-        ("perplexity_head_1", "validation", "validation/perplexity/head_1"),
-        ("bits_per_byte", "validation", "validation/bits_per_byte"),
-        ("loss_head_0", "validation_web", "validation_web/loss/head_0"),
+        ("loss", None, ("", "train/loss")),
+        ("grad_norm", None, ("", "train/grad_norm")),
+        ("loss_head_0", None, ("head_0", "train/loss")),
+        ("selected_ratio_head_1", None, ("head_1", "selection/ratio")),
+        ("threshold_head_1", None, ("head_1", "selection/threshold")),
+        ("prediction_hit_rate_head_1", None, ("head_1", "selection/prediction_hit_rate")),
+        ("excess_mean_head_3", None, ("head_3", "selection/excess_mean")),
+        ("excess_p10_head_1", None, ("head_1", "selection/excess_p10")),
+        ("selection_ratio", None, ("", "selection/ratio")),
+        ("excess_mean", None, ("", "selection/excess_mean")),
+        ("heads_per_position", None, ("", "selection/heads_per_position")),
+        ("agreement", None, ("", "selection/agreement")),
+        ("agreement_head_1_head_2", None, ("", "selection/agreement/head_1_head_2")),
+        ("selected_ratio_head_1_source_my_head_2", None, ("source_my_head_2", "selection/share/head_1")),
+        ("selected_ratio_head_1_source_my_head_2_source_x", None, ("source_my_head_2_source_x", "selection/share/head_1")),
+        ("enrichment_head_2_source_../a", None, ("source_..%2fa", "selection/enrichment/head_2")),
+        ("tokens_per_second", None, ("", "wall_clock/tokens_per_second")),
+        ("data_wait", None, ("", "wall_clock/data_wait")),
+        ("data_epoch", None, ("", "z_data/epoch")),
+        ("data_tokens_source_web_source_x", None, ("source_web_source_x", "z_data/tokens")),
+        ("data_epoch_set_prose", None, ("set_prose", "z_data/epoch")),
+        ("excess_mean", "validation", ("", "validation/excess_mean")),
+        ("loss_head_0", "validation", ("head_0", "validation/loss")),
+        ("loss", "validation", ("", "validation/loss")),
+        ("loss_head_0_source_web", "validation", ("source_web", "validation/loss/head_0")),
+        ("perplexity_head_1", "validation", ("head_1", "validation/perplexity")),
+        ("bits_per_byte", "validation", ("", "validation/bits_per_byte")),
+        ("loss_head_0", "validation_web", ("head_0", "validation_web/loss")),
+        # Constants, and what a card each would be too much for, are in metrics.jsonl alone.
+        ("selected_ratio_head_0_source_web", None, None),
+        ("selected_count_head_2", None, None),
+        ("excess_mean_source_web", None, None),
+        ("agreement_head_1_head_2_source_web", None, None),
+        ("selected_ratio_head_1", "validation", None),
         ("step", None, None),
         ("set", "validation_web", None),
         ("rows", "validation", None),
-        ("split", "validation", None),
     ],
 )
-def test_every_key_has_its_tensorboard_tag(key, split, tag):
-    assert tensorboard_tag(key, split) == tag
+def test_every_key_has_its_place_in_tensorboard(key, split, place):
+    assert place_of(key, split) == place
 
 
 def test_tensorboard_reads_back_what_metrics_jsonl_holds(tmp_path):
@@ -206,14 +227,33 @@ def test_tensorboard_reads_back_what_metrics_jsonl_holds(tmp_path):
     logbook.write(training_record(2, threshold_head_1=None))
     logbook.close()
     found = scalars(tmp_path)
-    assert found["source/noise/selected_ratio/head_1"] == [(1, 0.25)]
-    assert found["selection/threshold/head_1"] == [(1, pytest.approx(0.4213))]  # null has no point
-    assert found["validation/loss/head_3"] == [(0, pytest.approx(5.3))]
+    assert found["source_noise", "selection/share/head_1"] == [(1, 0.25)]
+    assert found["head_1", "selection/threshold"] == [(1, pytest.approx(0.4213))]  # null has no point
+    assert found["head_3", "validation/loss"] == [(0, pytest.approx(5.3))]
     for record in read_records(tmp_path):
         for key, value in record.items():
-            tag = tensorboard_tag(key, record.get("split"))
-            if tag is not None and value is not None:
-                assert dict(found[tag])[record["step"]] == pytest.approx(value)
+            place = place_of(key, split_of(record))
+            if place is not None and is_drawn(key, value):
+                assert dict(found[place])[record["step"]] == pytest.approx(value)
+
+
+def test_the_heads_of_a_quantity_share_a_card_in_which_each_is_a_run(tmp_path):
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    logbook.write(training_record(1))
+    logbook.close()
+    drawn = scalars(tmp_path)
+    assert [run for run, tag in drawn if tag == "train/loss"] == ["", "head_0", "head_1", "head_2", "head_3"]
+    assert [run for run, tag in drawn if tag == "selection/threshold"] == ["head_1", "head_2", "head_3"]
+
+
+def test_counters_of_rare_events_are_drawn_from_the_first_event_on(tmp_path):
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    for step, skipped in enumerate((0, 0, 1, 1), start=1):
+        logbook.write(training_record(step, skipped_steps=skipped, rollbacks=0))
+    logbook.close()
+    drawn = scalars(tmp_path)
+    assert drawn["", "train/skipped_steps"] == [(3, 1.0), (4, 1.0)]
+    assert ("", "train/rollbacks") not in drawn
 
 
 def test_tensorboard_draws_the_excess_of_each_selecting_head_as_a_distribution(tmp_path):
@@ -227,13 +267,11 @@ def test_tensorboard_draws_the_excess_of_each_selecting_head_as_a_distribution(t
     sums = SelectionSums(4, 1, torch.device("cpu"))
     sums.add(losses, torch.cat([torch.ones(1, 3, 1, dtype=torch.bool), valid.T[None]], dim=-1), torch.zeros(1, 3).long())
     logbook = Logbook(tmp_path, 0, num_heads=4)
-    logbook.write_histograms(20, sums.over_ranks(None))
+    logbook.board.write_histograms(20, sums.over_ranks(None))
     logbook.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
     # Head 3 had no valid pair: there is nothing to draw.
-    assert events.Tags()["histograms"] == ["selection/excess/head_1", "selection/excess/head_2"]
-    (first,), (second,) = (events.Histograms(f"selection/excess/head_{head}") for head in (1, 2))
+    assert not (tmp_path / "tensorboard" / "head_3").exists()
+    (first,), (second,) = (events_of(tmp_path, f"head_{head}").Histograms("selection/excess") for head in (1, 2))
     assert (first.step, first.histogram_value.num, second.histogram_value.num) == (20, 3, 3)
     drawn = first.histogram_value
     filled = [(limit, count) for limit, count in zip(drawn.bucket_limit, drawn.bucket, strict=True) if count]
@@ -245,40 +283,28 @@ def test_tensorboard_draws_the_excess_of_each_selecting_head_as_a_distribution(t
     assert second.histogram_value.min <= 2.5 <= second.histogram_value.max
 
 
-def test_the_custom_scalars_layout_draws_the_heads_of_a_quantity_in_one_chart(tmp_path):
-    logbook = Logbook(tmp_path, 0, num_heads=4)
-    logbook.write(validation_record(0, (5.0, 5.1, 5.2, 5.3)))
-    sources = {f"selected_ratio_head_1_source_{name}": 0.5 for name in ("prose", "noise")}
-    logbook.write(training_record(1, **sources))
-    logbook.close()
-    found = charts(tmp_path)
-    # Tags are regular expressions: each must match one line and no other, such as a source's or the validation's.
-    drawn = {
-        title: [tag for tag in scalars(tmp_path) for pattern in patterns if re.search(pattern, tag)]
-        for title, patterns in found.items()
-    }
-    assert drawn["selected ratio"] == [f"selection/ratio/head_{head}" for head in range(4)]
-    assert drawn["policy loss"] == [f"loss/head_{head}" for head in range(4)]
-    assert drawn["held-out loss"] == [f"validation/loss/head_{head}" for head in range(4)]
-    assert drawn["threshold"] == [f"selection/threshold/head_{head}" for head in (1, 2, 3)]
-    assert drawn["mean excess loss"] == [f"selection/excess_mean/head_{head}" for head in (1, 2, 3)]
-    by_source = [f"source/{name}/selected_ratio/head_1" for name in ("prose", "noise")]
-    assert drawn["selected ratio of each source, head 1"] == by_source
-
-
-def test_held_out_sets_have_tags_and_charts_of_their_own(tmp_path):
+def test_the_custom_scalars_draw_bands_and_sources_and_the_ratio_last(tmp_path):
     logbook = Logbook(tmp_path, 0, num_heads=4, held_out=["web", "a.b"])
     for name in ("web", "a.b", "axb"):
         logbook.write(validation_record(0, (5.0, 5.1, 5.2, 5.3)) | {"set": name})
+    sources = {f"enrichment_head_1_source_{name}": 0.5 for name in ("prose", "noise")}
+    more = {"selected_loss_head_1": 3.0, "rejected_loss_head_1": 2.0, "agreement_head_1_head_2": 0.5, "agreement": 0.4}
+    logbook.write(training_record(1, **sources, **more))
     logbook.close()
-    found = scalars(tmp_path)
-    assert found["validation_web/loss/head_3"] == [(0, pytest.approx(5.3))]
-    drawn = {
-        title: [tag for tag in found for pattern in patterns if re.search(pattern, tag)]
-        for title, patterns in charts(tmp_path).items()
-    }
-    assert drawn["held-out loss of web"] == [f"validation_web/loss/head_{head}" for head in range(4)]
-    assert drawn["held-out loss of a.b"] == [f"validation_a.b/loss/head_{head}" for head in range(4)]
+    # Tags are regular expressions, but not a band's: each must match one card and no other.
+    found, layout = scalars(tmp_path), charts(tmp_path)
+    drawn = {title: [place for place in found for tag in tags if re.search(tag, place[1])] for title, tags in layout.items()}
+    heads = ["", "head_0", "head_1", "head_2", "head_3"]
+    assert drawn["policy loss"] == [(head, "train/loss") for head in heads]
+    assert drawn["held-out loss (validation_web)"] == [(head, "validation_web/loss") for head in heads]
+    assert drawn["held-out loss (validation_a.b)"] == [(head, "validation_a.b/loss") for head in heads]
+    assert drawn["threshold of the excess loss"] == [(head, "selection/threshold") for head in heads[2:]]
+    titles = {title.partition(":")[0].partition(" of ")[0]: title for title in layout}
+    assert layout[titles["excess loss"]] == [f"selection/excess_{name}" for name in ("mean", "p10", "p90")]
+    assert sorted(drawn[titles["agreement"]]) == [("", "selection/agreement"), ("", "selection/agreement/head_1_head_2")]
+    assert drawn[titles["enrichment by head 1"]] == [(f"source_{n}", "selection/enrichment/head_1") for n in ("noise", "prose")]
+    assert list(drawn)[-1] == "selected ratio"
+    assert {run for run, _ in drawn["selected ratio"]} == set(heads)
 
 
 def test_a_validation_is_a_line_with_the_losses_of_each_head_and_what_head_0s_mean():
@@ -290,9 +316,7 @@ def test_a_validation_is_a_line_with_the_losses_of_each_head_and_what_head_0s_me
 
 def test_a_run_without_further_heads_has_no_layout(tmp_path):
     Logbook(tmp_path, 0, num_heads=1).close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["tensors"] == []
+    assert events_of(tmp_path).Tags()["tensors"] == []
 
 
 def test_metrics_keep_full_precision_and_one_object_a_line(tmp_path):
@@ -322,8 +346,8 @@ def test_resuming_drops_what_was_logged_beyond_the_checkpoint(tmp_path):
         *((s, None, 10.0 + s) for s in (1, 2, 3)),
         *((s, None, 20.0 + s) for s in (4, 5, 6)),
     ]
-    assert scalars(tmp_path)["train/loss"] == [(1, 11.0), (2, 12.0), (3, 13.0), (4, 24.0), (5, 25.0), (6, 26.0)]
-    assert scalars(tmp_path)["validation/loss/head_0"] == [(0, 5.0)]
+    assert scalars(tmp_path)["", "train/loss"] == [(1, 11.0), (2, 12.0), (3, 13.0), (4, 24.0), (5, 25.0), (6, 26.0)]
+    assert scalars(tmp_path)["head_0", "validation/loss"] == [(0, 5.0)]
 
 
 def test_starting_again_from_nothing_drops_everything(tmp_path):
@@ -337,8 +361,43 @@ def test_starting_again_from_nothing_drops_everything(tmp_path):
     logbook.write(training_record(1, loss=21.0))
     logbook.close()
     assert [(record["step"], record["loss"]) for record in read_records(tmp_path)] == [(0, 1.0), (1, 21.0)]
-    assert scalars(tmp_path)["train/loss"] == [(1, 21.0)]
-    assert scalars(tmp_path)["validation/loss/head_0"] == [(0, 6.0)]
+    assert scalars(tmp_path)["", "train/loss"] == [(1, 21.0)]
+    assert scalars(tmp_path)["head_0", "validation/loss"] == [(0, 6.0)]
+
+
+def curves_after_a_resume(run_dir):
+    """Steps 1 to 5, and from step 3 on again without head 3 and the source, which then write no more."""
+    logbook = Logbook(run_dir, 0, num_heads=4)
+    for step in range(1, 6):
+        logbook.write(training_record(step, enrichment_head_1_source_noise=0.5))
+    logbook.close()
+    logbook = Logbook(run_dir, 3, num_heads=4)
+    for step in (4, 5, 6):
+        logbook.write({key: value for key, value in training_record(step).items() if not key.endswith("head_3")})
+    logbook.close()
+    return {place: [step for step, _ in points] for place, points in scalars(run_dir).items()}
+
+
+def test_resuming_cuts_each_head_and_source_also_where_nothing_more_is_written(tmp_path):
+    steps = curves_after_a_resume(tmp_path)
+    assert steps["head_1", "selection/threshold"] == [1, 2, 3, 4, 5, 6]
+    assert steps["head_3", "selection/threshold"] == [1, 2, 3]
+    assert steps["source_noise", "selection/enrichment/head_1"] == [1, 2, 3]
+
+
+def test_curves_go_on_where_the_clock_was_set_back_before_a_resume(tmp_path, monkeypatch):
+    clock = iter([2_000_000_000.0] * 1000)
+    monkeypatch.setattr("pipeline.runtime.event_files.time.time", lambda: next(clock))
+    logbook = Logbook(tmp_path, 0, num_heads=4)
+    for step in range(1, 6):
+        logbook.write(training_record(step))
+    logbook.close()
+    monkeypatch.undo()
+    logbook = Logbook(tmp_path, 3, num_heads=4)
+    logbook.write(training_record(4, loss=7.0))
+    logbook.close()
+    assert scalars(tmp_path)["", "train/loss"] == [(step, pytest.approx(2.8467)) for step in (1, 2, 3)] + [(4, 7.0)]
+    assert [step for step, _ in scalars(tmp_path)["head_2", "selection/threshold"]] == [1, 2, 3, 4]
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out_and_mended(tmp_path):

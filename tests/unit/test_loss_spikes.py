@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.loss_spikes import FEWEST, WINDOW, Recent
 from pipeline.progress import Progress
-from pipeline.runtime.logbook import tensorboard_tag
+from pipeline.runtime.tensorboard import place_of
 
 
 def naive_score(values: list[float]) -> float | None:
@@ -85,9 +85,5 @@ def test_what_an_older_checkpoint_does_not_have_begins_anew() -> None:
 
 
 def test_the_scores_are_curves_of_training() -> None:
-    assert [tensorboard_tag(key) for key in ("loss_spike_score", "grad_norm_spike_score", "rollbacks", "samples_skipped")] == [
-        "train/loss_spike_score",
-        "train/grad_norm_spike_score",
-        "train/rollbacks",
-        "train/samples_skipped",
-    ]
+    keys = ("loss_spike_score", "grad_norm_spike_score", "rollbacks", "samples_skipped")
+    assert [place_of(key) for key in keys] == [("", f"train/{key}") for key in keys]

@@ -104,6 +104,10 @@ def test_the_record_is_that_of_all_pairs_of_all_ranks_and_micro_batches() -> Non
         of_source = sources == number
         naive = naive_statistics(valid[of_source], selected[of_source], loss[of_source], excess[of_source])
         expected |= {f"{key}_source_{name}": value for key, value in naive.items()}
+        for head in range(1, HEADS):
+            # Among the selected pairs, and among all: the shares that are of this source.
+            among = [pairs[of_source, head].sum().item() / pairs[:, head].sum().item() for pairs in (selected, valid)]
+            expected[f"enrichment_head_{head}_source_{name}"] = among[0] / among[1]
     scales = zip([0.1, 0.2, 0.3, 0.4], loss.where(selected, 0).sum(0).tolist(), strict=True)
     expected["loss"] = sum(scale * total for scale, total in scales)
     for head in range(1, HEADS):
