@@ -2,7 +2,7 @@
 
 TensorBoard colours by run, not by tag. So each head is a run of its own below the run (`tensorboard/head_0` …), and the heads
 share one tag a quantity: one card, with the heads in their colours and under their names. The same holds for sources
-(`source_NAME`) and data sets (`set_NAME`). What has none of these lies in the run itself, pairs of heads too: the colours repeat
+(`source_NAME`) and data sets (`set_NAME`). What has none of these lies in the run itself, pairs of heads too: colours repeat
 after seven runs. Groups of cards are sorted by name, and the first two are open: `selection`, `train`, then `validation`,
 `wall_clock`, `z_data`.
 
