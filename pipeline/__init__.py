@@ -56,4 +56,5 @@ runtime/checkpoint/  checkpoints of our own format, which any layout of ranks co
 planning/           the memory plan, computed before anything is built
 benchmark/          what `launch/benchmark.py` measures
 audit/              what a run can prove by its own records, for `launch/audit.py`
+report/             pages and pictures of runs
 """

@@ -98,12 +98,17 @@ def write_json(path: Path, figures: Any) -> None:
 
 def json_problems(path: Path | None) -> list[str]:
     """List what speaks against writing figures to the --json path, before they are computed."""
+    return output_problems("--json", path)
+
+
+def output_problems(option: str, path: Path | None) -> list[str]:
+    """List what speaks against writing a file to an option's path."""
     if path is None:
         return []
     if path.is_dir():
-        return [f"--json: {path} is a directory; expected a file to write"]
+        return [f"{option}: {path} is a directory; expected a file to write"]
     if not path.parent.is_dir():
-        return [f"--json: {path.parent} is not a directory; make it first, or write elsewhere"]
+        return [f"{option}: {path.parent} is not a directory; make it first, or write elsewhere"]
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        return [f"--json: {path} cannot be written to; choose another file"]
+        return [f"{option}: {path} cannot be written to; choose another file"]
     return []

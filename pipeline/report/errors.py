@@ -1,0 +1,5 @@
+"""What ends a page before it is begun."""
+
+
+class ReportError(ValueError):
+    """Runs that no page can be made of; the message is ready to be shown."""

@@ -1,0 +1,174 @@
+"""The page about one or several runs: one HTML file that needs nothing else, no script and no network.
+
+All text that comes of a run is escaped, and secrets in it are masked.
+"""
+
+import base64
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+from pipeline.report.charts import bars_figure, colours_of, panels_figure
+from pipeline.report.figures import charts_of
+from pipeline.report.run_files import RunFiles
+from pipeline.storage.masking import masked_text
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 0.3rem; border-top: 1px solid #ddd; padding-top: 1rem; }
+p { margin: 0.3rem 0; color: #555; } img { max-width: 100%; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 0.5rem 0; } td, th { padding: 0.2rem 0.7rem; text-align: right; }
+td:first-child, th:first-child { text-align: left; } tr { border-bottom: 1px solid #eee; } th { color: #555; font-weight: 600; }
+.note { color: #a33; } .swatch { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.4em; }
+.charts { display: flex; flex-wrap: wrap; column-gap: 2rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+
+
+def page(runs: Sequence[RunFiles]) -> str:
+    """Return the page about these runs."""
+    names = ", ".join(run.name for run in runs)
+    colours = _colours(runs)
+    parts = [
+        *_summary(runs, colours),
+        *_notes(runs),
+        *_figures(runs, colours),
+        *_wall_clock(runs),
+        *_restarts(runs),
+        *_settings(runs),
+    ]
+    return document(names, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """Return a whole HTML document; the parts are HTML, the title is text."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        f"<title>{text(title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n<h1>{text(title)}</h1>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def text(value: object) -> str:
+    """Escape a text for HTML, its secrets masked."""
+    return escape(masked_text(str(value)))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows of HTML cells; the first row is the heading."""
+    head, *body = ["".join(f"<{kind}>{cell}</{kind}>" for cell in row) for kind, row in _kinds(rows)]
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in body)}</table></div>'
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Format a number; a dash where there is none."""
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return (f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}g}") if is_number else "–"
+
+
+def picture(svg: bytes, about: str) -> str:
+    """Return an image that is in the page itself."""
+    return f'<img alt="{text(about)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
+
+
+def _kinds(rows: Sequence[Sequence[str]]) -> Iterator[tuple[str, Sequence[str]]]:
+    for place, row in enumerate(rows):
+        yield ("td" if place else "th"), row
+
+
+def _colours(runs: Sequence[RunFiles]) -> dict[str, str]:
+    """One colour for each run, head and source, the same in all charts."""
+    colours = colours_of([f"head {head}" for head in range(max(run.num_heads for run in runs))])
+    colours |= {"selected": "#d95f02", "rejected": "#7f7f7f"}
+    colours |= colours_of([f"source {name}" for run in runs for name in run.sources])
+    return colours | colours_of([run.name for run in runs])
+
+
+def _summary(runs: Sequence[RunFiles], colours: dict[str, str]) -> Iterator[str]:
+    num_heads = max(run.num_heads for run in runs)
+    heads = [f"held-out loss, head {head}" for head in range(num_heads)]
+    rows = [["run", "state", "tokens", *heads, "bits per byte", "tokens/s", "peak memory", "starts", "productive"]]
+    for run in runs:
+        last = run.validation[-1] if run.validation else {}
+        speeds = [record["tokens_per_second"] for record in run.training if record.get("tokens_per_second")]
+        memory = max((record.get("memory_bytes") or 0 for record in run.training), default=0)
+        swatch = f'<span class="swatch" style="background:{colours[run.name]}"></span>' if len(runs) > 1 else ""
+        rows.append(
+            [
+                f"{swatch}{text(run.name)}",
+                text(run.state),
+                number(run.training[-1].get("tokens") if run.training else None),
+                *(number(last.get(f"loss_head_{head}")) for head in range(num_heads)),
+                number(last.get("bits_per_byte")),
+                number(statistics.median(speeds) if speeds else None, 5),
+                f"{memory / 1e9:.2f} GB" if memory else "–",
+                str(len(run.history.starts)),
+                f"{run.clock.percent['productive']:.1f} %" if run.clock.total else "–",
+            ]
+        )
+    yield table(rows)
+
+
+def _notes(runs: Sequence[RunFiles]) -> Iterator[str]:
+    notes = [f"{text(run.name)}: {text(note)}" for run in runs for note in run.notes]
+    if notes:
+        yield "<ul>" + "".join(f'<li class="note">{note}</li>' for note in notes) + "</ul>"
+
+
+def _figures(runs: Sequence[RunFiles], colours: dict[str, str]) -> Iterator[str]:
+    yield '<div class="charts">'
+    for chart in charts_of(runs):
+        svg = panels_figure(chart.panels, colours)
+        if svg is not None:
+            shown = picture(svg, chart.heading)
+            yield f"<section><h2>{text(chart.heading)}</h2>\n<p>{text(chart.text)}</p>\n{shown}</section>"
+    yield "</div>"
+
+
+def _wall_clock(runs: Sequence[RunFiles]) -> Iterator[str]:
+    svg = bars_figure({run.name: run.clock.percent for run in runs})
+    if svg is not None:
+        sentence = "Productive: applied steps that the weights descend from, without their waits for data."
+        yield f"<h2>Where the time went</h2>\n<p>{sentence}</p>\n{picture(svg, 'shares of the wall clock')}"
+        kinds = list(runs[0].clock.seconds)
+        rows = [["run", "seconds", *(text(kind.replace("_", " ")) for kind in kinds)]]
+        rows += [
+            [text(run.name), f"{run.clock.total:,.0f}", *(f"{run.clock.percent[kind]:.2f} %" for kind in kinds)] for run in runs
+        ]
+        yield table(rows)
+
+
+def _restarts(runs: Sequence[RunFiles]) -> Iterator[str]:
+    """Jobs of each run, where there was more than one."""
+    rows = [["run", "began", "host", "ranks", "went on from step"]]
+    for run in runs:
+        if len(run.history.starts) < 2:
+            continue
+        for event in run.history.events:
+            if event.kind == "start":
+                began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(event.values["began"]))
+                rows.append([text(run.name), began, text(event.values.get("host", "")), str(event.values["ranks"]), "–"])
+            elif event.kind == "resume":
+                rows[-1][-1] = str(event.step)
+    if len(rows) > 1:
+        yield f"<h2>Restarts</h2>\n{table(rows)}"
+
+
+def _settings(runs: Sequence[RunFiles]) -> Iterator[str]:
+    """Settings that differ; then all of them, folded."""
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    values = {name: [json.dumps(run.settings[name]) if name in run.settings else "–" for run in runs] for name in names}
+    differ = [name for name in names if len(set(values[name])) > 1]
+    heading = ["setting", *(text(run.name) for run in runs)]
+    if len(runs) > 1:
+        rows = [[text(name), *map(text, values[name])] for name in differ]
+        yield f"<h2>Settings that differ</h2>\n{table([heading, *rows]) if rows else '<p>None.</p>'}"
+    rows = [[text(name), *map(text, values[name])] for name in names]
+    yield f"<h2>All settings</h2>\n<details><summary>{len(rows)} settings</summary>{table([heading, *rows])}</details>"
+    commands = [f"{run.name}: {json.dumps(run.environment.get('command'))}" for run in runs if run.environment]
+    yield f"<pre>{text(chr(10).join(commands))}</pre>"
