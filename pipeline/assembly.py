@@ -20,7 +20,7 @@ from pipeline.data.loading.stream import Stream
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.reader import ShardReader
 from pipeline.data.shards.reference_losses import check_alike
-from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, reference_shape
+from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, reference_shape, vocab_size_of
 from pipeline.micro_step import Models
 from pipeline.run import Run
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
@@ -133,7 +133,7 @@ def resolve_settings(job: Job, settings: Settings, run_dir: Path) -> tuple[Setti
     """
     manifest = read_joined(settings.data)
     settings = settings.with_values(
-        data={"lanes": lanes_of(settings)}, model={"vocab_size": settings.model.vocab_size or manifest.vocab_size}
+        data={"lanes": lanes_of(settings)}, model={"vocab_size": vocab_size_of(settings, manifest.vocab_size)}
     )
     config = resolve_deepspeed_json(job.deepspeed, settings, job.world.size)
 

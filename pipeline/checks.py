@@ -13,7 +13,7 @@ from pipeline.config import ConfigError, Settings
 from pipeline.data.corpus.builtin import VOCAB_SIZE
 from pipeline.data.loading.sizes import check_sizes
 from pipeline.data_checks import cache_problems, data_problems, missing_cache, read_manifests
-from pipeline.derived import lanes_of
+from pipeline.derived import lanes_of, vocab_size_of
 from pipeline.model.huggingface import ModelFilesError, read_model_settings, weight_problems
 from pipeline.model_checks import reference_problems
 from pipeline.runtime.deepspeed_json import read_deepspeed_json, resolve_deepspeed_json
@@ -73,8 +73,11 @@ def check_before_planning(
     if num_ranks is not None and _are_meant(_SIZES, problems):
         found += size_problems(settings, num_ranks)
 
-    # The vocabulary: set, the built-in corpus's, or the data's if it is here.
-    vocab_size = settings.model.vocab_size or (VOCAB_SIZE if settings.data.builtin else None)
+    # The vocabulary: set, the pretrained model's, the built-in corpus's, or the data's if it is here.
+    try:
+        vocab_size = vocab_size_of(settings, VOCAB_SIZE if settings.data.builtin else 0) or None
+    except ModelFilesError as error:
+        raise ConfigError([*problems, *found, f"model.pretrained: {error}"]) from None
     if vocab_size is None and _are_meant(_COMPARED, problems):
         manifests, unreadable = read_manifests(settings)
         vocab_size = next((manifest.vocab_size for manifest in manifests.values()), None)

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field
 
 from pipeline.data_settings import DataSettings
+from pipeline.rope_settings import RopeScaling
 from pipeline.setting_types import (
     ChangesResult,
     DirectoryName,
@@ -79,10 +80,17 @@ class ModelSettings(Section):
     """H: head h predicts the token h + 1 places ahead. 1 is ordinary next-token training."""
     rope_theta: ChangesResult[PositiveFloat] = 10_000.0
     """Base of the rotary position embedding."""
+    rope_scaling: ChangesResult[RopeScaling | None] = None
+    """Scaling of the rotary positions: `{rope_type: linear, llama3 or yarn, factor: …}`, with the keys of Hugging Face's
+    config.json; null: none."""
     norm_eps: ChangesResult[PositiveFloat] = 1e-5
     """Added to the mean square in RMSNorm."""
     attention_bias: Fixed[bool] = False
     """Bias on query, key and value projections (Qwen2)."""
+    attention_output_bias: Fixed[bool] = False
+    """Bias on attention's output projection too (Llama and Qwen3 whose config.json has attention_bias)."""
+    mlp_bias: Fixed[bool] = False
+    """Bias on the three projections of the feed-forward layer (Llama)."""
     qk_norm: Fixed[bool] = False
     """RMSNorm on queries and keys, per attention head (Qwen3)."""
     tied_embeddings: Fixed[bool] = False

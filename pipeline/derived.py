@@ -17,6 +17,19 @@ def lanes_of(settings: Settings) -> int:
     return settings.data.lanes or default_lanes(settings.data.global_batch)
 
 
+def vocab_size_of(settings: Settings, needed: int) -> int:
+    """V: as set, else as the pretrained weights have it, else the ids that the data needs.
+
+    Models often have more rows than their tokenizer has ids, to a multiple of 64 or 128, and keep them.
+
+    Raises:
+        ModelFilesError: as `read_model_settings`.
+    """
+    if settings.model.vocab_size is not None or settings.model.pretrained is None:
+        return settings.model.vocab_size or needed
+    return read_model_settings(settings.model.pretrained).vocab_size or needed
+
+
 def next_token_model(shape: ModelSettings) -> ModelSettings:
     """The same model with the next-token head alone."""
     return shape.model_copy(update={"num_prediction_heads": 1})

@@ -15,7 +15,7 @@ from pipeline.data.shards.manifest import Manifest
 from pipeline.data.special_tokens import declared_bos_id
 from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, identity, load_tokenizer
 from pipeline.derived import next_token_model
-from pipeline.model.huggingface import ModelFilesError, read_max_positions, read_model_settings, weight_problems
+from pipeline.model.huggingface import ModelFilesError, read_longest_row, read_model_settings, weight_problems
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 
 
@@ -36,7 +36,12 @@ def model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
         except ModelFilesError as error:
             return [*problems, f"model.pretrained: {error}"]
         problems += [f"model.pretrained: {problem}" for problem in _length_problems(settings.model.pretrained, settings)]
-        own = settings.model.model_copy(update={"vocab_size": settings.model.vocab_size or needed or found.vocab_size})
+        own = settings.model.model_copy(update={"vocab_size": settings.model.vocab_size or found.vocab_size})
+        if (found.vocab_size or 0) < needed:
+            problems.append(
+                f"model.pretrained: {settings.model.pretrained} knows {found.vocab_size} ids, the data has {needed}; prepare "
+                "the data with the model's own tokenizer"
+            )
         differences = [
             f"model.{key}: {mine!r}, but {settings.model.pretrained} has {theirs!r}; they must be equal"
             for key, mine, theirs in _shape_differences(own, found)
@@ -120,12 +125,15 @@ def _named_token(tokenizer: Tokenizer, token_id: int | None) -> str:
 
 def _length_problems(directory: Path, settings: Settings) -> Iterator[str]:
     """Problems of the rows' length with the positions that a model was made for."""
-    longest, length = read_max_positions(directory), settings.data.sequence_length
-    if longest is not None and length > longest:
-        yield (
-            f"{directory} was made for {longest} positions (max_position_embeddings), data.sequence_length is {length}; "
-            "prepare shorter rows, or raise it in config.json if the model can do with more"
+    longest, length = read_longest_row(directory), settings.data.sequence_length
+    if longest is not None and length > longest.num_tokens:
+        remedy = (
+            "a longer row is another computation there, which is not supported: prepare shorter rows"
+            if longest.is_exact
+            else "prepare shorter rows, or raise it in config.json if the model can do with more"
         )
+        made_for = f"{longest.num_tokens} positions ({longest.key})"
+        yield f"{directory} was made for {made_for}, data.sequence_length is {length}; {remedy}"
 
 
 def _shape_differences(own: ModelSettings, found: ModelSettings) -> Iterator[tuple[str, Any, Any]]:

@@ -16,6 +16,7 @@ from pipeline.config import ConfigError, Settings, did_you_mean
 from pipeline.data_settings import MixtureSet
 from pipeline.other_names import ADVICE_ON, SETTING_OF
 from pipeline.recipe_layers import BASE, Values, lay_over, read_recipe_file
+from pipeline.rope_settings import ROPE_SCALINGS
 from pipeline.setting_types import rule_of
 from pipeline.storage.masking import masked
 from pipeline.yaml_text import parse_yaml
@@ -110,6 +111,8 @@ def _meant(detail: Any) -> str:
     *path, name = map(str, detail["loc"])
     if "mixture" in path:
         return did_you_mean(name, MixtureSet.model_fields)
+    if "rope_scaling" in path:
+        return did_you_mean(name, ROPE_SCALINGS[path[-1]].model_fields)
     if not path:
         # A misspelt section, or another trainer's, whose keys may be known.
         keys = detail["input"] if isinstance(detail["input"], dict) else {}

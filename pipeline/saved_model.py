@@ -16,7 +16,7 @@ from pipeline.config import ModelSettings
 from pipeline.data.special_tokens import SpecialTokens, special_tokens
 from pipeline.data.tokenizer import TOKENIZER_FILE, find_tokenizer, load_tokenizer, vocab_size
 from pipeline.model.drafter import drafter_verifier
-from pipeline.model.huggingface import FolderWeights, copy_weights, read_max_positions
+from pipeline.model.huggingface import FolderWeights, copy_weights, read_longest_row
 from pipeline.model.model_config import CONFIG_FILE, ModelFilesError, read_json
 from pipeline.model.mtp import MTPModel
 from pipeline.model.weight_files import Weights
@@ -195,4 +195,5 @@ def _of_model_folder(folder: Path, step: int | None) -> SavedModel:
     config = read_json(folder / CONFIG_FILE)
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-    return SavedModel(folder, weights.settings, weights, dtype, read_max_positions(folder))
+    longest = read_longest_row(folder)
+    return SavedModel(folder, weights.settings, weights, dtype, None if longest is None else longest.num_tokens)

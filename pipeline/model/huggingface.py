@@ -17,7 +17,9 @@ from torch import Tensor
 from pipeline.config import ModelSettings
 from pipeline.model.model_config import (
     CONFIG_FILE,
+    LongestRow,
     ModelFilesError,
+    longest_row,
     num_heads_in_files,
     read_json,
     settings_from_config,
@@ -61,15 +63,15 @@ def read_model_settings(directory: Path) -> ModelSettings:
     return settings_from_config(read_json(directory / CONFIG_FILE), directory)
 
 
-def read_max_positions(directory: Path) -> int | None:
-    """Read how many tokens a row of the model in `directory` may have, `max_position_embeddings`; None if it does not say.
+def read_longest_row(directory: Path) -> LongestRow | None:
+    """Read how many tokens a row of the model in `directory` may have; None if it does not say.
 
     Raises:
         ModelFilesError: as `read_model_settings`.
     """
     config = read_json(directory / CONFIG_FILE)
     settings_from_config(config, directory)
-    return config.get("max_position_embeddings")
+    return longest_row(config)
 
 
 def model_files(directory: Path) -> list[Path]:

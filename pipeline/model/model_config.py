@@ -1,28 +1,33 @@
 """The config.json of a Hugging Face model folder: what it says is used, or refused by name.
 
 The rules are transformers 5's, so that a folder means the same here as there: `rope_scaling` before `rope_parameters` before
-`rope_theta`, and each family's defaults for keys that are absent. What this package does not compute exactly (scaled rotary
-positions, sliding windows, quantised weights) is an error, because ignoring it would silently give other numbers.
+`rope_theta`, and each family's defaults for keys that are absent. What this package does not compute exactly (kinds of scaled
+rotary positions, sliding windows by layer, quantised weights) is an error, because ignoring it would silently give other
+numbers. What is exact for short rows alone bounds their length (`longest_row`): a window over all layers, as Mistral's, and
+`dynamic` positions.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from pipeline.config import ModelSettings
+from pipeline.model.rotary_config import UNSCALED, rope_kind, rope_of, scaling_of
 from pipeline.model.transformer import attention_head_dim, ffn_dim
+from pipeline.rope_settings import ROPE_SCALINGS
 from pipeline.storage.lfs_pointer import pointer_problem
 
 CONFIG_FILE = "config.json"
 
-_MODEL_TYPES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
-"""model_type: (attention_bias, qk_norm) of `ModelSettings`."""
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _DEFAULTS: dict[str, dict[str, int]] = {
-    "llama": {},
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
 }
 """transformers' values of keys that are absent; a null means something else."""
 
@@ -31,24 +36,25 @@ _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "interme
 
 _ONLY_SUPPORTED = {
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
     "compression_config": None,
 }
 """The only values supported of settings in config.json for features that this package does not implement."""
+_BIASES = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
+"""Keys that say which projections have a bias, and the families that heed them; Qwen2's queries, keys and values always do."""
 
 _INTEGER, _NUMBER = (int, "a whole number"), ((int, float), "a number")
 _TYPES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"), _INTEGER),
     **dict.fromkeys(("head_dim", "intermediate_size", "vocab_size", "num_prediction_heads"), _INTEGER),
-    "max_position_embeddings": _INTEGER,
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), _INTEGER),
     "rope_theta": _NUMBER,
-    "partial_rotary_factor": _NUMBER,
+    **dict.fromkeys(("partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"), _NUMBER),
+    **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _NUMBER),
     "rms_norm_eps": _NUMBER,
-    "tie_word_embeddings": (bool, "true or false"),
+    **dict.fromkeys(("tie_word_embeddings", "truncate", *_BIASES), (bool, "true or false")),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "auto_map"), (dict, "an object")),
     **dict.fromkeys(("layer_types", "architectures"), (list, "a list")),
 }
@@ -95,11 +101,11 @@ def settings_from_config(config: dict[str, Any], directory: Path) -> ModelSettin
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
         raise ModelFilesError(f"{directory}: model_type {model_type!r}; expected one of {', '.join(_MODEL_TYPES)}")
-    problem = _wrong_type(config)
+    problem = _wrong_type(config) or _wrong_type(rope_of(config))
 
     if problem is None:
         # Absent keys have the family's defaults; the rotary embedding's own parameters come before the keys beside it.
-        config = _DEFAULTS[model_type] | config | {key: value for key, value in _rope(config).items() if key in _ROTARY_KEYS}
+        config = _DEFAULTS[model_type] | config | {key: value for key, value in rope_of(config).items() if key in _ROTARY_KEYS}
         problem = _wrong_type(config) or _unsupported(config, model_type)
     if problem is not None:
         raise ModelFilesError(f"{directory}: {problem}")
@@ -111,7 +117,9 @@ def settings_from_config(config: dict[str, Any], directory: Path) -> ModelSettin
     try:
         settings = _shape(config, model_type)
     except ValidationError as error:
-        problem = "; ".join(f"{detail['loc'][0]}: got {detail['input']!r}; {detail['msg']}" for detail in error.errors())
+        problem = "; ".join(
+            f"{'.'.join(map(str, detail['loc']))}: got {detail['input']!r}; {detail['msg']}" for detail in error.errors()
+        )
     else:
         problem = impossible_heads(settings)
         if problem is None:
@@ -120,7 +128,7 @@ def settings_from_config(config: dict[str, Any], directory: Path) -> ModelSettin
 
 
 def _shape(config: dict[str, Any], model_type: str) -> ModelSettings:
-    attention_bias, qk_norm = _MODEL_TYPES[model_type]
+    has_bias = config.get("attention_bias") or False
     return ModelSettings(
         dim=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
@@ -132,8 +140,11 @@ def _shape(config: dict[str, Any], model_type: str) -> ModelSettings:
         num_prediction_heads=num_heads_in_files(config),
         rope_theta=config.get("rope_theta", 10_000.0),
         norm_eps=config["rms_norm_eps"],
-        attention_bias=attention_bias,
-        qk_norm=qk_norm,
+        rope_scaling=scaling_of(config),
+        attention_bias=has_bias or model_type == "qwen2",
+        attention_output_bias=has_bias,
+        mlp_bias=config.get("mlp_bias") or False,
+        qk_norm=model_type == "qwen3",
         tied_embeddings=config.get("tie_word_embeddings") or False,
     )
 
@@ -144,9 +155,23 @@ def num_heads_in_files(config: dict[str, Any]) -> int:
     return 1 if value is None else value
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the rotary embedding: all of `rope_scaling`, or of `rope_parameters` where that is empty."""
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+class LongestRow(NamedTuple):
+    """Tokens that a row may have, the key of config.json that says so, and whether a longer row is another computation."""
+
+    num_tokens: int
+    key: str
+    is_exact: bool
+
+
+def longest_row(config: Mapping[str, Any]) -> LongestRow | None:
+    """Return how long a row of the model that a valid config.json describes may be; None if it does not say."""
+    is_dynamic = rope_kind(rope_of(config)) == "dynamic"
+    known = {**_DEFAULTS[config["model_type"]], **config}
+    positions = known["max_position_embeddings"] if is_dynamic else config.get("max_position_embeddings")
+    limits = [] if positions is None else [LongestRow(positions, "max_position_embeddings", is_dynamic)]
+    if config["model_type"] == "mistral" and known["sliding_window"] is not None:
+        limits.append(LongestRow(known["sliding_window"], "sliding_window", True))
+    return min(limits, default=None)
 
 
 def _wrong_type(config: dict[str, Any]) -> str | None:
@@ -166,15 +191,18 @@ def _unsupported(config: dict[str, Any], model_type: str) -> str | None:
         if value is not None and value != supported:
             remedy = "; use the weights before they were quantised" if supported is None else ""
             return f"{key} is {value!r} in {CONFIG_FILE}; only {supported!r} is supported{remedy}"
+    ignored = [key for key, families in _BIASES.items() if config.get(key) and model_type not in families]
+    if ignored:
+        return f"{ignored[0]} is true in {CONFIG_FILE}, which {model_type} has no use for; only false is supported there"
     kinds = config.get("layer_types")
     if kinds is not None and kinds != ["full_attention"] * (config.get("num_hidden_layers") or 0):
         return f"layer_types is {kinds} in {CONFIG_FILE}; only 'full_attention' for every layer is supported"
 
     # Rotary positions. Parameters by layer type are a dict in the dict.
-    rope = _rope(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-        return f"scaled rotary positions ({rope}) are not supported"
+    rope = rope_of(config)
+    kind, known = rope_kind(rope), (*UNSCALED, *ROPE_SCALINGS)
+    if kind not in known or any(isinstance(value, dict) for value in rope.values()):
+        return f"rotary positions {rope} are not supported; expected one rope_type of {', '.join(known)} for all layers"
 
     # A classifier or an encoder of the same family, or a model whose code lies in the folder.
     expected = f"{model_type.capitalize()}ForCausalLM"
@@ -203,13 +231,10 @@ def config_of(settings: ModelSettings) -> dict[str, Any]:
 
     Raises:
         ModelFilesError: no known model type has this combination of switches.
-    """
-    kinds = {switches: model_type for model_type, switches in _MODEL_TYPES.items()}
-    switches = (settings.attention_bias, settings.qk_norm)
-    if switches not in kinds:
-        raise ModelFilesError("attention_bias and qk_norm together are no known model type; it cannot be exported")
 
-    model_type = kinds[switches]
+    Mistral's is written as Llama's, which computes the same on rows no longer than its window.
+    """
+    model_type = _family(settings)
     return {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
@@ -222,7 +247,24 @@ def config_of(settings: ModelSettings) -> dict[str, Any]:
         "vocab_size": settings.vocab_size,
         "num_prediction_heads": settings.num_prediction_heads,
         "rope_theta": settings.rope_theta,
+        **({} if settings.rope_scaling is None else {"rope_scaling": settings.rope_scaling.model_dump(exclude_none=True)}),
+        **{key: True for key, families in _BIASES.items() if model_type in families and _has(settings, key)},
         "rms_norm_eps": settings.norm_eps,
         "tie_word_embeddings": settings.tied_embeddings,
         "hidden_act": "silu",
     }
+
+
+def _family(settings: ModelSettings) -> str:
+    """The model type whose causal language model has these switches."""
+    attention = (settings.attention_bias, settings.attention_output_bias)
+    if attention == (True, False) and not (settings.qk_norm or settings.mlp_bias):
+        return "qwen2"
+    if attention[0] == attention[1] and not (settings.qk_norm and settings.mlp_bias):
+        return "qwen3" if settings.qk_norm else "llama"
+    on = [key for key in ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm") if getattr(settings, key)]
+    raise ModelFilesError(f"{' and '.join(on)} together are no known model type; it cannot be exported")
+
+
+def _has(settings: ModelSettings, key: str) -> bool:
+    return settings.attention_output_bias if key == "attention_bias" else settings.mlp_bias

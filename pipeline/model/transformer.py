@@ -1,7 +1,8 @@
 """A Llama-family transformer block in plain torch: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-Switches cover its relatives: bias on the query, key and value projections (Qwen2), RMSNorm on queries and keys (Qwen3). RoPE
-uses the half-rotation layout of Hugging Face checkpoints, so their weights load unchanged.
+Switches cover its relatives: bias on the query, key and value projections (Qwen2), on the output projection and the
+feed-forward layer too (some Llamas), RMSNorm on queries and keys (Qwen3). RoPE uses the half-rotation layout of Hugging Face
+checkpoints, so their weights load unchanged.
 
 Attention is causal within a document. Where the device has flash attention it runs over the documents' spans; elsewhere a
 boolean mask is built once per forward. A padding position attends to the padding before it (flash) or to itself (mask); no
@@ -22,6 +23,7 @@ from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import Spans
 from pipeline.model.elementwise import EAGER, Elementwise
 from pipeline.model.key_values import KeyValues
+from pipeline.model.rotary import attention_factor, scaled_frequencies
 
 Documents = Tensor | Spans | KeyValues
 """A `document_mask`, spans for flash attention, or the keys and values of earlier tokens of one document."""
@@ -96,15 +98,15 @@ def masked_attention(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, m
 
 
 def rotary_angles(num_tokens: int, settings: ModelSettings, device: torch.device) -> tuple[Tensor, Tensor]:
-    """RoPE's (cos, sin), float32 [T, 1, K].
+    """RoPE's (cos, sin), float32 [T, 1, K], times YaRN's attention factor if there is one.
 
     Positions count from the start of the row, not of the document: attention depends on differences of positions only.
     """
-    width = attention_head_dim(settings)
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+    scaling = settings.rope_scaling
+    frequencies = scaled_frequencies(settings.rope_theta, attention_head_dim(settings), scaling, device)
     positions = torch.arange(num_tokens, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, settings.rope_theta**-exponents).repeat(1, 2)[:, None]
-    return angles.cos(), angles.sin()
+    angles = torch.outer(positions, frequencies).repeat(1, 2)[:, None]
+    return angles.cos() * attention_factor(scaling), angles.sin() * attention_factor(scaling)
 
 
 class RMSNorm(nn.Module):
@@ -131,7 +133,7 @@ class Attention(nn.Module):
         self.query = nn.Linear(settings.dim, query_dim, bias=settings.attention_bias)
         self.key = nn.Linear(settings.dim, key_dim, bias=settings.attention_bias)
         self.value = nn.Linear(settings.dim, key_dim, bias=settings.attention_bias)
-        self.output = nn.Linear(query_dim, settings.dim, bias=False)
+        self.output = nn.Linear(query_dim, settings.dim, bias=settings.attention_output_bias)
         if settings.qk_norm:
             self.query_norm = RMSNorm(self.head_dim, settings.norm_eps)
             self.key_norm = RMSNorm(self.head_dim, settings.norm_eps)
@@ -161,9 +163,9 @@ class SwiGLU(nn.Module):
     def __init__(self, settings: ModelSettings, elementwise: Elementwise):
         super().__init__()
         self.gated = elementwise.gated
-        self.gate = nn.Linear(settings.dim, ffn_dim(settings), bias=False)
-        self.up = nn.Linear(settings.dim, ffn_dim(settings), bias=False)
-        self.down = nn.Linear(ffn_dim(settings), settings.dim, bias=False)
+        self.gate = nn.Linear(settings.dim, ffn_dim(settings), bias=settings.mlp_bias)
+        self.up = nn.Linear(settings.dim, ffn_dim(settings), bias=settings.mlp_bias)
+        self.down = nn.Linear(ffn_dim(settings), settings.dim, bias=settings.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(self.gated(self.gate(x_BTD), self.up(x_BTD)))

@@ -55,6 +55,7 @@ OTHER: dict[str, tuple[str, tuple[str, ...]]] = {
     "data.seed": ("1", ()),
     "data.shuffle_block": ("8", ()),
     "model.rope_theta": ("100", ()),
+    "model.rope_scaling": ("{rope_type: linear, factor: 2}", ()),
     "model.norm_eps": ("0.1", ()),
     "reference.horizon": ("matched", ()),
     "training.steps": ("80", ("training.warmup_steps=0",)),

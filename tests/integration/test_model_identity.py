@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import ConfigError, Settings
+from pipeline.config import ConfigError, ModelSettings, Settings
+from pipeline.data.shards.manifest import read_manifest
+from pipeline.model.export import save_model
+from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.progress import Progress
 from tests.checkpointing import write_state
 from tests.integration.test_pipeline_rho1 import DEEPSPEED_JSON, job_on_this_rank, settings_for
@@ -75,6 +78,51 @@ def test_rows_longer_than_a_model_was_made_for_are_refused(tiny_data: Path, tiny
         assert all(
             "was made for 15 positions (max_position_embeddings), data.sequence_length is 16" in each for each in problems
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 15}, "max_position_embeddings"),
+        (
+            {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 15, "num_key_value_heads": 2},
+            "sliding_window",
+        ),
+    ],
+)
+def test_rows_on_which_a_model_would_compute_otherwise_are_refused(tiny_data, tiny_reference, tmp_path, changes, key) -> None:
+    folder = shutil.copytree(tiny_reference, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    (problem,) = problems_of(settings_for(tiny_data, folder), tmp_path / "run")
+    assert f"was made for 15 positions ({key}), data.sequence_length is 16; a longer row is another computation" in problem
+    (folder / "config.json").write_text(json.dumps(config | {key: 16}))
+    assert problems_of(settings_for(tiny_data, folder), tmp_path / "run") == []
+
+
+def test_a_model_may_know_more_ids_than_the_data_has_but_not_fewer(tiny_data, tmp_path) -> None:
+    from pipeline.derived import vocab_size_of
+
+    vocab_size = read_manifest(tiny_data / "train").vocab_size
+    shape: dict[str, Any] = {"dim": 16, "num_layers": 2, "num_attention_heads": 2}
+    for number, problem in (
+        (vocab_size + 20, None),
+        (vocab_size - 1, f"knows {vocab_size - 1} ids, the data has {vocab_size}; prepare the data with the model's own"),
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        model = MTPModel(ModelSettings(**shape, num_prediction_heads=1, vocab_size=number))
+        initialize_weights(model)
+        save_model(model, folder)
+        shutil.copyfile(tiny_data / "tokenizer.json", folder / "tokenizer.json")
+        overrides = [f"model.{key}={value}" for key, value in shape.items()]
+        settings = settings_for(tiny_data, folder, *overrides, f"model.pretrained={folder}")
+        problems = problems_of(settings, tmp_path / "run")
+        if problem is None:
+            assert problems == []
+            assert vocab_size_of(settings, vocab_size) == number
+        else:
+            assert any(each.startswith("model.pretrained: ") and problem in each for each in problems)
 
 
 def test_a_run_is_not_resumed_with_other_pretrained_weights(tiny_data: Path, tiny_reference: Path, tmp_path: Path) -> None:

@@ -408,9 +408,29 @@ def test_of_what_is_free_no_difference_matters_and_of_the_rest_every_one(change,
 
 
 def test_what_a_runs_position_is_counted_in_and_the_shape_of_its_weights_are_fixed():
-    without_effect_on_the_shape = {"size", "rope_theta", "norm_eps", "pretrained"}
+    without_effect_on_the_shape = {"size", "rope_theta", "rope_scaling", "norm_eps", "pretrained"}
     shape = [f"model.{key}" for key in section_class("model").model_fields if key not in without_effect_on_the_shape]
     assert list(FIXED_SETTINGS) == ["data.global_batch", "data.lanes", *shape]
+
+
+LLAMA3 = "factor: 8, low_freq_factor: 1, original_max_position_embeddings: 8192"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("llama3", "model.rope_scaling: got 'llama3'; expected {rope_type: linear, llama3 or yarn, factor: …}"),
+        ("{rope_type: dynamic}", "model.rope_scaling: got {'rope_type': 'dynamic'}; expected {rope_type: linear, llama3 or"),
+        ("{rope_type: linear}", "model.rope_scaling.linear.factor: not set; it must be"),
+        ("{rope_type: linear, factor: 0}", "model.rope_scaling.linear.factor: got 0; expected more than 0"),
+        ("{rope_type: yarn, facter: 2}", "model.rope_scaling.yarn.facter: unknown setting; did you mean 'factor'?"),
+        (f"{{rope_type: llama3, {LLAMA3}, high_freq_factor: 1}}", "expected low_freq_factor below high_freq_factor, 1"),
+    ],
+)
+def test_a_scaling_of_rotary_positions_has_the_keys_of_its_kind(value: str, problem: str) -> None:
+    assert any(problem in each for each in problems_of(*SOURCES, f"model.rope_scaling={value}"))
+    settings = load_settings(None, [*SOURCES, f"model.rope_scaling={{rope_type: llama3, {LLAMA3}, high_freq_factor: 4}}"])
+    assert settings.model.rope_scaling.factor == 8
 
 
 def test_pretrained_weights_may_go_in_a_runs_life_but_others_never_come():

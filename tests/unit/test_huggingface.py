@@ -73,11 +73,18 @@ def test_what_cannot_be_computed_exactly_is_refused(tmp_path) -> None:
     save_model(initialized(small()), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
-        ({"model_type": "gpt2"}, "model_type 'gpt2'; expected one of llama, qwen2, qwen3"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "scaled rotary positions"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled rotary positions"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "scaled rotary positions"),
-        ({"mlp_bias": True}, "mlp_bias is True in config.json; only False is supported"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'; expected one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": "olmo2"}, "model_type 'olmo2'; expected one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": "smollm3"}, "model_type 'smollm3'; expected one of"),
+        (
+            {"rope_scaling": {"rope_type": "longrope"}},
+            "rotary positions .*longrope.* are not supported; expected one rope_type",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.linear.factor: got .*Field required"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "factor: got '4'; expected a number"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "for all layers"),
+        ({"model_type": "qwen2", "architectures": None, "mlp_bias": True}, "mlp_bias is true .*qwen2 has no use for"),
+        ({"model_type": "mistral", "architectures": None, "attention_bias": True}, "attention_bias is true .*mistral has no"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
@@ -108,7 +115,7 @@ WRONG_VALUES = [
     ({"rope_scaling": "linear"}, "rope_scaling: got 'linear'; expected an object"),
     ({"rope_parameters": [1]}, r"rope_parameters: got \[1\]"),
     ({"rope_parameters": {"rope_theta": "5e5"}}, "rope_theta: got '5e5'"),
-    ({"rope_parameters": {"rope_type": ["yarn"]}}, "scaled rotary positions"),
+    ({"rope_parameters": {"rope_type": ["yarn"]}}, "rotary positions .* are not supported"),
     ({"model_type": ["llama"]}, r"model_type \['llama'\]"),
     ({"architectures": "LlamaForCausalLM"}, "architectures: got 'LlamaForCausalLM'; expected a list"),
     ({"num_attention_heads": 3, "head_dim": None}, "hidden_size 16 is no multiple of num_attention_heads 3"),

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import targets_and_valid
-from pipeline.model.huggingface import ModelFilesError, load_weights, read_model_settings
+from pipeline.model.export import TextConventions, save_model
+from pipeline.model.huggingface import ModelFilesError, load_weights, read_longest_row, read_model_settings
 from pipeline.model.mtp import MTPModel
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -24,7 +25,19 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 ROWS, TOKENS, VOCAB = 2, 24, 31
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+POSITIONS = 64
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 3.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "llama3", "factor": 32, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.0, "beta_fast": 4.0, "truncate": False},
+    {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7, "attn_factor": 0.5},
+    {"rope_type": "yarn", "factor": 16.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4},
+]
 
 
 @st.composite
@@ -42,13 +55,17 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "vocab_size": VOCAB,
         "rms_norm_eps": draw(st.sampled_from((1e-6, 1e-2))),
         "tie_word_embeddings": draw(st.booleans()),
-        "rope_parameters": {"rope_type": "default", "rope_theta": draw(st.sampled_from((3.0, 10_000.0, 5e5)))},
+        "rope_parameters": draw(st.sampled_from(ROPES)) | {"rope_theta": draw(st.sampled_from((3.0, 10_000.0, 5e5)))},
+        "max_position_embeddings": POSITIONS,
     }
-    return (
-        shape | draw(st.sampled_from(({}, {"head_dim": width})))
-        if shape["model_type"] != "qwen3"
-        else shape | {"head_dim": width}
-    )
+    family = shape["model_type"]
+    if family in ("llama", "qwen3"):
+        shape["attention_bias"] = draw(st.booleans())
+    if family == "llama":
+        shape["mlp_bias"] = draw(st.booleans())
+    if family == "mistral":
+        shape["sliding_window"] = draw(st.sampled_from((None, TOKENS, 4096)))
+    return shape if family != "qwen3" and draw(st.booleans()) else shape | {"head_dim": width}
 
 
 CONFIG_EDITS: dict[str, list[Any]] = {
@@ -60,8 +77,11 @@ CONFIG_EDITS: dict[str, list[Any]] = {
         {"rope_type": "default", "rope_theta": 50.0},
         {"rope_type": "linear", "factor": 2.0},
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 9.0},
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "finetuned": True},
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0], "long_factor": [2.0]},
     ],
     "rope_parameters": [None, {}, {"rope_theta": 90.0}, {"rope_type": "yarn", "factor": 4.0, "rope_theta": 90.0}],
+    "original_max_position_embeddings": [8],
     "partial_rotary_factor": [0.5, 1.0],
     "tie_word_embeddings": [True, False, None],
     "attention_bias": [True, False],
@@ -72,7 +92,7 @@ CONFIG_EDITS: dict[str, list[Any]] = {
     "num_hidden_layers": [1, 2, 3],
     "max_position_embeddings": [16, 64],
     "use_sliding_window": [True, False],
-    "sliding_window": [4],
+    "sliding_window": [4, TOKENS, None],
     "max_window_layers": [0, 1],
     "layer_types": [["full_attention"], ["sliding_attention"] * 2],
     "rms_norm_eps": [1, 1e-3],
@@ -116,10 +136,7 @@ def save(shape: dict[str, Any], directory: Path, seed: int) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in name else noise * 0.6)
-    model.save_pretrained(directory)
-    # As in a file of today and of last year: rope_theta lies in the parameters, or beside them.
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    model.save_pretrained(directory, max_shard_size=("5GB", 2000)[seed % 2])
 
 
 def tokens() -> torch.Tensor:
@@ -136,18 +153,37 @@ def losses_of_transformers(directory: Path) -> torch.Tensor:
     return F.cross_entropy(logits.float(), tokens()[:, 1:].flatten(), reduction="none").view(ROWS, TOKENS - 1)
 
 
-def own_losses(directory: Path) -> torch.Tensor:
-    """float32 [B, T - 1]"""
+def loaded(directory: Path) -> MTPModel:
+    """The model in a folder; refused where rows of TOKENS are too long for it to be exact."""
     shape: ModelSettings = read_model_settings(directory)
+    longest = read_longest_row(directory)
+    if longest is not None and longest.is_exact and longest.num_tokens < TOKENS:
+        raise ModelFilesError("rows too long")
     model = MTPModel(shape)
     assert load_weights(model, directory) == []
-    documents = torch.zeros(ROWS, TOKENS, dtype=torch.int32)
-    targets, valid = targets_and_valid(tokens(), documents, 1)
+    return model
+
+
+def losses_of(model: MTPModel, tokens_BT: torch.Tensor, documents_BT: torch.Tensor) -> torch.Tensor:
+    """float32 [B, T - 1]"""
+    targets, valid = targets_and_valid(tokens_BT, documents_BT, 1)
     with torch.no_grad():
-        return model(tokens(), documents, targets, valid)[:, :-1, 0]
+        return model(tokens_BT, documents_BT, targets, valid)[:, :-1, 0]
 
 
-MANY = settings(max_examples=30, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
+def own_losses(directory: Path) -> torch.Tensor:
+    """float32 [B, T - 1]"""
+    return losses_of(loaded(directory), tokens(), torch.zeros(ROWS, TOKENS, dtype=torch.int32))
+
+
+def packed_losses(directory: Path) -> torch.Tensor:
+    """Both rows of `tokens` as two documents of one row, which is twice as long: float32 [B, T - 1]."""
+    documents = torch.arange(ROWS, dtype=torch.int32).repeat_interleave(TOKENS)[None]
+    losses = losses_of(loaded(directory), tokens().view(1, -1), documents)[0]
+    return torch.stack([losses[: TOKENS - 1], losses[TOKENS:]])
+
+
+MANY = settings(max_examples=20, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
 
 
 @MANY
@@ -155,10 +191,29 @@ MANY = settings(max_examples=30, suppress_health_check=list(HealthCheck), phases
 def test_a_model_that_transformers_saved_has_transformers_losses(shape: dict[str, Any], seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save(shape, Path(folder), seed)
-        torch.testing.assert_close(own_losses(Path(folder)), losses_of_transformers(Path(folder)), rtol=1e-5, atol=1e-4)
+        expected = losses_of_transformers(Path(folder))
+        torch.testing.assert_close(own_losses(Path(folder)), expected, rtol=1e-5, atol=1e-4)
+        # Packed documents have the losses that each has alone.
+        torch.testing.assert_close(packed_losses(Path(folder)), expected, rtol=1e-5, atol=1e-4)
 
 
-@settings(MANY, max_examples=80)
+@settings(MANY, max_examples=10)
+@given(shape=shapes(), seed=st.integers(0, 99))
+def test_an_exported_model_has_its_losses_in_transformers_and_read_back(shape: dict[str, Any], seed: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        pretrained, exported = Path(folder) / "in", Path(folder) / "out"
+        exported.mkdir()
+        save(shape, pretrained, seed)
+        text = TextConventions(context_length=TOKENS, end_of_document_id=0, bos_id=None, pad_id=0)
+        save_model(loaded(pretrained), exported, text=text)
+        expected = own_losses(pretrained)
+        torch.testing.assert_close(own_losses(exported), expected, rtol=0, atol=0)
+        torch.testing.assert_close(losses_of_transformers(exported), expected, rtol=1e-5, atol=1e-4)
+        scaling, again = (read_model_settings(each).rope_scaling for each in (pretrained, exported))
+        assert again == scaling
+
+
+@settings(MANY, max_examples=60)
 @given(shape=shapes(), data=st.data())
 def test_whatever_is_changed_in_a_folder_the_losses_are_transformers_or_it_is_refused(shape: dict[str, Any], data: Any) -> None:
     keys = data.draw(st.lists(st.sampled_from(sorted(CONFIG_EDITS)), max_size=3, unique=True))
@@ -166,7 +221,7 @@ def test_whatever_is_changed_in_a_folder_the_losses_are_transformers_or_it_is_re
     edit = data.draw(st.sampled_from(("", "", *TENSOR_EDITS)))
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
-        save(shape, directory, seed=3)
+        save(shape, directory, seed=2)
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps(config | changes))
         weights = directory / "model.safetensors"
