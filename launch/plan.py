@@ -53,6 +53,7 @@ def _figures(parser: OptionParser, read: Read):
     settings, problems = read_recipe(parser, read)
 
     from pipeline.checks import check_before_planning
+    from pipeline.planning.micro_batch import with_micro_batch
     from pipeline.planning.report import document
     from pipeline.planning.resolve import resolve_planned_job
     from pipeline.runtime.memory import total_bytes
@@ -63,7 +64,11 @@ def _figures(parser: OptionParser, read: Read):
     settings, content = check_before_planning(settings, options.deepspeed, options.gpus, problems)
     on_gpu = options.device == "cuda"
     memory = total_bytes() if options.device_memory is None and on_gpu else (options.device_memory or 0) * 2**30 or None
-    job, notes = resolve_planned_job(settings, content, options.gpus, on_gpu, memory)
+    chosen = with_micro_batch(settings, content, options.gpus, on_gpu, memory)
+    job, notes = resolve_planned_job(chosen, content, options.gpus, on_gpu, memory)
+    if chosen != settings:
+        limit = "the largest that fits" if memory else "the largest that divides a rank's lanes, as no memory is known"
+        notes.append(f"data.micro_batch: auto is {chosen.data.micro_batch} rows, {limit}.")
     return document(job, memory, notes)
 
 

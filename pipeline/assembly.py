@@ -70,7 +70,7 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
         HeldOutRows(
             each,
             num_rows=settings.logging.validation_samples,
-            micro_batch=settings.data.micro_batch,
+            micro_batch=settings.data.rows_per_rank,
             rank=job.world.rank,
             world_size=job.world.size,
             access=settings.data.access,
@@ -158,7 +158,7 @@ def open_stream(sets: Sequence[DataSet], settings: Settings, world: World, num_w
         sets,
         lanes=lanes_of(settings),
         global_batch=settings.data.global_batch,
-        micro_batch=settings.data.micro_batch,
+        micro_batch=settings.data.rows_per_rank,
         rank=world.rank,
         world_size=world.size,
         seed=settings.data.seed,

@@ -49,7 +49,9 @@ def check_before_start(
         found += [*read_manifests(settings)[1], *_problems_of_folders(settings)]
     found = [*problems, *(each for each in own if _are_meant([each.partition(":")[0]], problems)), *found]
     if not found:
-        found += cache_problems(settings, resolve_deepspeed_json(content, settings, world.size))
+        # A cache is looked up by its precision; no number of rows matters here.
+        one_row = settings.with_values(data={"micro_batch": 1})
+        found += cache_problems(settings, resolve_deepspeed_json(content, one_row, world.size))
     elif _are_meant(_COMPARED, problems):
         found += missing_cache(settings)
     if found:
@@ -73,14 +75,12 @@ def check_before_planning(
     if num_ranks is not None and _are_meant(_SIZES, problems):
         found += size_problems(settings, num_ranks)
 
-    # The vocabulary: set, the pretrained model's, the built-in corpus's, or the data's if it is here.
-    try:
-        vocab_size = vocab_size_of(settings, VOCAB_SIZE if settings.data.builtin else 0) or None
-    except ModelFilesError as error:
-        raise ConfigError([*problems, *found, f"model.pretrained: {error}"]) from None
-    if vocab_size is None and _are_meant(_COMPARED, problems):
-        manifests, unreadable = read_manifests(settings)
-        vocab_size = next((manifest.vocab_size for manifest in manifests.values()), None)
+    vocab_size = settings.model.vocab_size
+    if _are_meant(_COMPARED, problems):
+        try:
+            vocab_size, unreadable = vocabulary_of(settings)
+        except ModelFilesError as error:
+            raise ConfigError([*problems, *found, f"model.pretrained: {error}"]) from None
         if vocab_size is None:
             found.append(f"model.vocab_size: not set, and the data does not tell ({'; '.join(unreadable)}); set it")
     if problems or found:
@@ -99,12 +99,25 @@ def check_data(settings: Settings) -> None:
         raise ConfigError(problems)
 
 
+def vocabulary_of(settings: Settings) -> tuple[int | None, list[str]]:
+    """The vocabulary's size: set, the pretrained model's, the built-in corpus's, or the data's if it is here; else None, and why.
+
+    Raises:
+        ModelFilesError: the pretrained model cannot be read.
+    """
+    known = vocab_size_of(settings, VOCAB_SIZE if settings.data.builtin else 0)
+    if known:
+        return known, []
+    manifests, unreadable = read_manifests(settings)
+    return next((manifest.vocab_size for manifest in manifests.values()), None), unreadable
+
+
 def size_problems(settings: Settings, num_ranks: int) -> list[str]:
     """List the reasons why a step's rows cannot be divided among so many ranks."""
     return check_sizes(
         lanes=lanes_of(settings),
         global_batch=settings.data.global_batch,
-        micro_batch=settings.data.micro_batch,
+        micro_batch=None if settings.data.micro_batch == "auto" else settings.data.micro_batch,
         world_size=num_ranks,
         num_workers=settings.data.num_workers,
     )

@@ -110,12 +110,14 @@ def _run_on_all_ranks(
     from pipeline.config import ConfigError
     from pipeline.data.errors import DataError
     from pipeline.model.huggingface import ModelFilesError
+    from pipeline.planning.micro_batch import with_micro_batch
     from pipeline.run_length import resolution
     from pipeline.runtime import heartbeat
     from pipeline.runtime.agreement import RanksDisagreeError
     from pipeline.runtime.checkpoint.commit import SaveError
-    from pipeline.runtime.distributed import device_of, find_world, share_cores
+    from pipeline.runtime.distributed import device_of, find_world, min_over_ranks, missing_devices, share_cores
     from pipeline.runtime.engine import initialize_distributed
+    from pipeline.runtime.memory import bytes_for_a_rank
     from pipeline.runtime.non_finite import TrainingDivergedError
 
     try:
@@ -132,6 +134,8 @@ def _run_on_all_ranks(
         print("\n".join(notes), flush=True)
     device = device_of(world)
     share_cores(world)
+    if world.is_first and (reason := missing_devices()) is not None:
+        print(reason, flush=True)
     try:
         patience = settings.run.hang_timeout
         initialize_distributed(device, settings.logging.deepspeed_level, heartbeat.longest_collective(patience))
@@ -139,6 +143,8 @@ def _run_on_all_ranks(
         return fail(f"{prog}: error", _cannot_meet(error), EXIT_USAGE, True)
     # A job that Slurm requeued went back in its first life, and continues from there.
     from_step = None if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else getattr(options, "from_step", None)
+    usable = min_over_ranks(bytes_for_a_rank(device, world.local_size), device)
+    settings = with_micro_batch(settings, content, world.size, device.type == "cuda", usable)
     job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False), from_step)
     stop.wait_for_agreement()
     heartbeat.begin(world, patience, run_dir)

@@ -49,8 +49,9 @@ class DataSettings(Section):
     """T, tokens per row."""
     global_batch: Fixed[Positive] = 256
     """G, rows per optimizer step, over all ranks."""
-    micro_batch: Free[Positive] = 8
-    """B, rows per rank and micro-step. It may change with the number of ranks; the selection's pool does too where it is the
+    micro_batch: Free[Positive | Literal["auto"]] = 8
+    """B, rows per rank and micro-step; `auto`: the largest that divides a rank's lanes and fits the device's memory by the
+    plan, so that any number of ranks that divides `lanes` trains on the same samples. It may change with the number of ranks; the selection's pool does too where it is the
     micro-step (`training.selection_pool`), which is said when the run is resumed."""
     lanes: Fixed[Positive | None] = None
     """L, independent reading positions of the job; null: the largest divisor of `global_batch` up to 256."""
@@ -79,6 +80,12 @@ class DataSettings(Section):
         if self.validation_path is None:
             return {}
         return self.validation_path if isinstance(self.validation_path, dict) else {"": self.validation_path}
+
+    @property
+    def rows_per_rank(self) -> int:
+        """B, once `micro_batch: auto` is resolved (`planning.micro_batch`)."""
+        assert self.micro_batch != "auto", "data.micro_batch: auto is resolved before it is used"
+        return self.micro_batch
 
     @property
     def access(self) -> Access:

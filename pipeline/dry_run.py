@@ -89,7 +89,7 @@ def _report(job: Job, run: Run, result: StepResult, peak: float, seconds: tuple[
         f"parameters                {num_parameters(run.settings.model):,} of the policy",
         f"reference                 {_reference_of(run, planned.reference)}",
         f"a step                    {data.global_batch} rows = {run.stream.micro_steps} micro-step(s) × "
-        f"{job.world.size} rank(s) × {data.micro_batch} rows",
+        f"{job.world.size} rank(s) × {data.rows_per_rank} rows",
         f"peak memory of a step     {peak / 2**20:,.1f} MiB on the fullest rank ({_memory_source(job.device)})",
         f"memory plan               {summary(plan_memory(planned))}; what libraries take is in neither",
         f"token budget              {steps} steps × {tokens:,} tokens = {steps * tokens:,} tokens, "

@@ -2,6 +2,7 @@
 
 planned_job  the job that is planned: settings, ranks, device, sizes
 resolve      a recipe, a DeepSpeed JSON and a number of ranks into a planned job
+micro_batch  resolves `data.micro_batch: auto` by the plan
 states       what DeepSpeed holds: weights, master weights, optimizer states, gradients, buckets
 activations  what forward saves for backward, and what backward allocates
 plan         adds these up at each moment of a step and takes the highest

@@ -60,8 +60,8 @@ def _candidates(job: PlannedJob) -> Iterator[tuple[str, PlannedJob]]:
             f"training.activation_checkpointing={kind} ({checkpointing[kind]})",
             job.changed({"training": {"activation_checkpointing": kind}}),
         )
-    if data.micro_batch % 2 == 0:
-        half = data.micro_batch // 2
+    if data.rows_per_rank % 2 == 0:
+        half = data.rows_per_rank // 2
         yield f"data.micro_batch={half} (twice the micro-steps)", job.changed({"data": {"micro_batch": half}})
     if training.loss_phase == "dense":
         yield "training.loss_phase=predicted (and faster)", job.changed({"training": {"loss_phase": "predicted"}})

@@ -57,7 +57,7 @@ class PlannedJob:
 
     @property
     def num_tokens(self) -> int:
-        return self.settings.data.micro_batch * self.settings.data.sequence_length
+        return self.settings.data.rows_per_rank * self.settings.data.sequence_length
 
     @property
     def micro_steps(self) -> int:

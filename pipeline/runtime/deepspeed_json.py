@@ -69,7 +69,7 @@ def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any],
 
 def resolve_deepspeed_json(content: dict[str, Any], settings: Settings, world_size: int) -> dict[str, Any]:
     """Return the configuration for `deepspeed.initialize`: 'auto' resolved, the recipe's batch sizes and clipping filled in."""
-    batch, micro_batch = settings.data.global_batch, settings.data.micro_batch
+    batch, micro_batch = settings.data.global_batch, settings.data.rows_per_rank
 
     # DeepSpeed's default is to reduce and accumulate gradients in bf16.
     exact = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}

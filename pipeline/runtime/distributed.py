@@ -58,17 +58,48 @@ def find_world() -> World:
 
 
 def device_of(world: World) -> torch.device:
-    """This rank's CUDA device, made the current one; the CPU where there is none."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank)
-        return torch.device("cuda", world.local_rank)
-    return torch.device("cpu")
+    """This rank's CUDA device, made the current one; the CPU where there is none.
+
+    Where each task sees GPUs of its own (Slurm's --gpus-per-task, --gpu-bind) they count from 0 in each. LOCAL_RANK is set to
+    the device's index, because DeepSpeed takes it for that.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = world.local_rank % torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(index)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def missing_devices(drivers: Path = Path("/proc/driver/nvidia/gpus")) -> str | None:
+    """A sentence where this machine has GPUs, nobody has hidden them, and torch sees none; else None."""
+    if torch.cuda.is_available() or not drivers.is_dir() or os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return None
+    reason = "the driver is too old for this torch, or the job was given no GPU"
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA; install a build that has it"
+    return f"this machine has {len(list(drivers.iterdir()))} GPU(s), and torch sees none ({reason}): training on the CPU's cores"
 
 
 def share_cores(world: World) -> None:
     """Set torch's thread count to this rank's share of the machine's cores."""
-    cores = int(os.environ.get("SLURM_CPUS_ON_NODE", 0)) or len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // world.local_size))
+    torch.set_num_threads(cores_of_rank(world, len(os.sched_getaffinity(0))))
+
+
+def cores_of_rank(world: World, allowed: int) -> int:
+    """Cores of this rank, at least 1: its share of the smaller of what its process may run on and what Slurm gives its task.
+
+    A task's ranks share its cores: one if srun starts the ranks, several if `torchrun` does so in each task. Slurm need not bind
+    a task to its cores, and srun may bind it to fewer than the job asked for.
+    allowed: cores in this process's affinity.
+    """
+    env = os.environ
+    on_node, per_task = (int(env.get(name, 0)) for name in ("SLURM_CPUS_ON_NODE", "SLURM_CPUS_PER_TASK"))
+    if "SLURM_STEP_TASKS_PER_NODE" not in env or "SLURM_NODEID" not in env:
+        return max(1, min(allowed, on_node or allowed) // world.local_size)
+    tasks = int(_tasks_on_this_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"])))
+    given = per_task or on_node // tasks or allowed
+    return max(1, min(allowed, given) // max(1, world.local_size // tasks))
 
 
 def make_once(path: Path, make: Callable[[], None], world: World, again: bool = False) -> None:

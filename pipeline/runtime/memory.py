@@ -5,12 +5,14 @@ import ctypes
 import gc
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 MAX_REFERENCE_FRACTION = 0.25
 """`reference.sharding: auto` replicates a reference up to this fraction of the free memory; activations need the rest."""
+_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def sharding_that_fits(reference_bytes: float, free_bytes: float) -> str:
@@ -54,6 +56,17 @@ def total_bytes() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
+def bytes_for_a_rank(device: torch.device, local_size: int) -> float:
+    """Memory that a rank may plan with, in bytes: all of its GPU's, or its share of a half of the host's.
+
+    It does not depend on what is in use now, so that every start of a job plans alike. The other half of a host is for what the
+    plan does not count: libraries, loader processes, the system.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return min(_bytes_of_host("MemTotal"), _bytes_allowed_by_cgroups()) / 2 / local_size
+
+
 def free_bytes(device: torch.device, local_size: int) -> float:
     """Memory that this rank could still allocate, in bytes: all that is free on its GPU, or its share of the host's.
 
@@ -61,21 +74,30 @@ def free_bytes(device: torch.device, local_size: int) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_available_bytes(), _bytes_left_by_cgroups()) / local_size
+    return min(_bytes_of_host("MemAvailable"), _bytes_left_by_cgroups()) / local_size
 
 
-def _available_bytes() -> float:
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+def _bytes_of_host(kind: str) -> float:
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert found is not None
     return int(found[1]) * 1024
 
 
-def _bytes_left_by_cgroups(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
-    """Memory that the limits of this process's control groups leave, as Slurm and containers set them; infinite without one.
+def _bytes_left_by_cgroups(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float:
+    """Memory that the limits of this process's control groups leave; infinite without one."""
+    return max(0.0, min((limit - used for limit, used in _cgroup_limits(root, membership)), default=math.inf))
 
-    The kernel gives up clean pages of files before it refuses memory, so these count as left.
+
+def _bytes_allowed_by_cgroups(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float:
+    """The lowest limit of this process's control groups; infinite without one."""
+    return min((limit for limit, _ in _cgroup_limits(root, membership)), default=math.inf)
+
+
+def _cgroup_limits(root: Path, membership: Path) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use) of this process's control groups, as Slurm and containers set them.
+
+    The kernel gives up clean pages of files before it refuses memory, so these do not count as in use.
     """
-    left = math.inf
     for line in membership.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
@@ -89,8 +111,7 @@ def _bytes_left_by_cgroups(root: Path = Path("/sys/fs/cgroup"), membership: Path
             with contextlib.suppress(OSError, ValueError):
                 limit, used = (int((folder / name).read_text()) for name in names)
                 found = re.search(rf"^{clean_pages} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-                left = min(left, limit - used + (int(found[1]) if found else 0))
-    return max(0.0, left)
+                yield limit, used - (int(found[1]) if found else 0)
 
 
 _CGROUP_FILES = {

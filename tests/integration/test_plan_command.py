@@ -61,20 +61,20 @@ def test_the_demo_is_planned_without_its_data_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_everything_that_is_wrong_is_said_at_once() -> None:
-    done = plan("--gpus", 3, "--gpu=4", "training.k_percent=2", "model.dmi=3", "--device-memory", 0)
+    done = plan("--gpus", 5, "--gpu=4", "training.k_percent=2", "model.dmi=3", "--device-memory", 0)
     assert done.returncode == 2
     head, *problems = done.stderr.rstrip("\n").split("\n  - ")
     assert head == "plan.py: error: 5 problems with the settings:"
     assert problems[0] == "--gpu=4: unknown option; did you mean '--gpus'?"
     for problem, expected in zip(
         problems[1:],
-        ("model.dmi: unknown", "training.k_percent: got 2", "--device-memory: got 0", "data.lanes = 8 is not a multiple"),
+        ("model.dmi: unknown", "training.k_percent: got 2", "--device-memory: got 0", "data.lanes = 24 is not a multiple"),
         strict=True,
     ):
         assert expected in problem
-    done = plan("--gpus", 3)
+    done = plan("--gpus", 5)
     assert done.returncode == 2
-    assert "numbers of ranks that fit" in done.stderr
+    assert "numbers of ranks that fit: 1, 2, 3, 4, 6, 8, 12, 24" in done.stderr
 
 
 def test_figures_that_cannot_be_written_and_a_memory_without_end_are_refused_before_anything_is_computed(

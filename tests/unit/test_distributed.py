@@ -1,5 +1,6 @@
 """Which rank a process is, and work that one rank does for all."""
 
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,17 @@ import torch.distributed as dist
 
 from pipeline.data.errors import DataError
 from pipeline.runtime import distributed
-from pipeline.runtime.distributed import World, any_rank, find_world, make_once, max_over_ranks, min_over_ranks
+from pipeline.runtime.distributed import (
+    World,
+    any_rank,
+    cores_of_rank,
+    device_of,
+    find_world,
+    make_once,
+    max_over_ranks,
+    min_over_ranks,
+    missing_devices,
+)
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -48,6 +59,64 @@ def test_the_world_is_read_from_the_launchers_variables(monkeypatch, variables, 
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
     assert find_world() == expected
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 5, 5), (1, 5, 0), (2, 5, 1), (1, 0, 0)])
+def test_a_rank_takes_one_of_the_gpus_that_it_sees_and_has_deepspeed_take_it_too(
+    monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, index: int
+) -> None:
+    """With --gpus-per-task=1 each task sees one GPU, whose index is 0 in every task."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert device_of(World(13, 16, local_rank, 8)) == torch.device("cuda", index)
+    assert (chosen, os.environ["LOCAL_RANK"]) == ([index], str(index))
+
+
+STEP = {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_NODEID": "1", "SLURM_CPUS_ON_NODE": "128"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "local_size", "allowed", "cores"),
+    [
+        ({}, 2, 8, 4),
+        ({}, 4, 2, 1),
+        # Within an allocation of half a node whose processes are bound to nothing.
+        ({"SLURM_CPUS_ON_NODE": "64"}, 8, 128, 8),
+        # Tasks that are bound to their own cores, to nothing, and, as srun does without --cpus-per-task, to one.
+        (STEP | {"SLURM_CPUS_PER_TASK": "16"}, 8, 16, 16),
+        (STEP | {"SLURM_CPUS_PER_TASK": "12"}, 8, 128, 12),
+        (STEP, 8, 128, 16),
+        (STEP, 8, 1, 1),
+        # One task a node, in which torchrun starts eight ranks.
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_CPUS_PER_TASK": "96"}, 8, 128, 12),
+    ],
+)
+def test_a_rank_has_the_smaller_of_what_it_may_use_and_what_slurm_gives_it(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], local_size: int, allowed: int, cores: int
+) -> None:
+    for name in (*STEP, "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cores_of_rank(World(0, 16, 0, local_size), allowed) == cores
+
+
+def test_gpus_that_torch_does_not_see_are_said_unless_somebody_hid_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"0000:0{number}:00.0").mkdir()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    said = missing_devices(tmp_path)
+    assert said is not None
+    assert "2 GPU(s), and torch sees none" in said
+    assert "built without CUDA" in said
+    assert missing_devices(tmp_path / "none") is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert missing_devices(tmp_path) is None
 
 
 def make_slowly(path: Path) -> tuple[bool, str]:

@@ -9,7 +9,7 @@ def check_sizes(
     *,
     lanes: int,
     global_batch: int,
-    micro_batch: int,
+    micro_batch: int | None,
     world_size: int,
     num_workers: int = 0,
     num_samples: int | None = None,
@@ -17,7 +17,8 @@ def check_sizes(
     """Check the sizes of a run against each other.
 
     Args:
-        lanes: L. global_batch: G, rows a step. micro_batch: B, rows a rank and micro-step.
+        lanes: L. global_batch: G, rows a step. micro_batch: B, rows a rank and micro-step; None
+            if it will be chosen to fit the others.
         world_size: R, the number of ranks.
         num_workers: DataLoader processes of a rank.
         num_samples: of the smallest data set; None to leave that unchecked.
@@ -29,7 +30,7 @@ def check_sizes(
     sizes = {
         "data.lanes": lanes,
         "data.global_batch": global_batch,
-        "data.micro_batch": micro_batch,
+        "data.micro_batch": 1 if micro_batch is None else micro_batch,
         "the number of ranks": world_size,
     }
     problems = [f"{name} = {size}: expected at least 1" for name, size in sizes.items() if size < 1]
@@ -42,7 +43,7 @@ def check_sizes(
     if global_batch % lanes:
         problems.append(
             f"data.global_batch = {global_batch} is not a multiple of data.lanes = {lanes}; "
-            f"lanes that fit: {_listed(_divisors(global_batch), near=lanes)}"
+            f"lanes that fit: {_listed(divisors(global_batch), near=lanes)}"
         )
     problems += _rank_problems(lanes, global_batch, micro_batch, world_size, num_workers)
     if num_samples is not None and num_samples < lanes:
@@ -50,17 +51,23 @@ def check_sizes(
     return problems
 
 
-def _rank_problems(lanes: int, global_batch: int, micro_batch: int, world_size: int, num_workers: int) -> list[str]:
+def _rank_problems(lanes: int, global_batch: int, micro_batch: int | None, world_size: int, num_workers: int) -> list[str]:
+    if micro_batch is None and lanes % world_size:
+        return [
+            f"data.lanes = {lanes} is not a multiple of the number of ranks, {world_size}; numbers of ranks that fit: "
+            f"{_listed(divisors(lanes), near=world_size)}; for {world_size} ranks {_remedy(lanes, global_batch, 1, world_size)}"
+        ]
+    micro_batch = micro_batch or 1
     if lanes % (world_size * micro_batch):
         micro_step = world_size * micro_batch
-        fitting = [number for number in _divisors(global_batch) if number % micro_step == 0]
+        fitting = [number for number in divisors(global_batch) if number % micro_step == 0]
         return [
             f"data.lanes = {lanes} is not a multiple of ranks × data.micro_batch = {world_size} × {micro_batch}; "
             f"{_remedy(lanes, global_batch, micro_batch, world_size)}; "
             f"with micro-batches of {micro_batch}, numbers of ranks that fit: "
-            f"{_listed(_divisors(lanes // micro_batch) if lanes % micro_batch == 0 else [], near=world_size)}; "
+            f"{_listed(divisors(lanes // micro_batch) if lanes % micro_batch == 0 else [], near=world_size)}; "
             f"with {world_size} ranks, micro-batches that fit: "
-            f"{_listed(_divisors(lanes // world_size) if lanes % world_size == 0 else [], near=micro_batch)}; "
+            f"{_listed(divisors(lanes // world_size) if lanes % world_size == 0 else [], near=micro_batch)}; "
             f"with both as they are, data.lanes that fit: {_listed(fitting, near=lanes)}"
         ]
 
@@ -75,7 +82,7 @@ def _rank_problems(lanes: int, global_batch: int, micro_batch: int, world_size: 
 
 def _remedy(lanes: int, global_batch: int, micro_batch: int, world_size: int) -> str:
     """Suggest settings for as many ranks as there are: the largest micro-batch that fits, else a global batch that does."""
-    fitting = [size for size in _divisors(lanes // world_size) if size <= micro_batch] if lanes % world_size == 0 else []
+    fitting = [size for size in divisors(lanes // world_size) if size <= micro_batch] if lanes % world_size == 0 else []
     if fitting:
         return f"write data.micro_batch={fitting[-1]}"
     micro_step = world_size * micro_batch
@@ -83,7 +90,8 @@ def _remedy(lanes: int, global_batch: int, micro_batch: int, world_size: int) ->
     return f"write data.global_batch={rows} data.lanes={micro_step}"
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """List the divisors of a number, ascending."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
