@@ -50,7 +50,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.slow
 def test_the_selecting_heads_are_spared_most_of_the_noise(demo) -> None:
     steps = steps_of(demo[0])
-    assert [step["step"] for step in steps] == list(range(1, 151))
+    assert [step["step"] for step in steps] == list(range(1, 81))
     last_quarter = steps[-len(steps) // 4 :]
     assert 0.25 < noise_share(last_quarter, "valid", 0) < 0.4
     assert noise_share(last_quarter, "selected", 0) == noise_share(last_quarter, "valid", 0)
@@ -64,14 +64,14 @@ def test_the_demo_ends_with_its_table_and_says_where_to_look(demo) -> None:
     table = printed[printed.index("head 0 (t+1)") :]
     for line in (
         "held-out loss, start (step 0)",
-        "held-out loss, end (step 150)",
+        "held-out loss, end (step 80)",
         "selected ",
         "share of noise among selected",
     ):
         assert line in table
     assert f"run directory:  {run_dir}" in table
     assert f"tensorboard --logdir {run_dir.parent}" in table
-    assert "[Step 100] Training metrics:" in printed
+    assert "[Step 80] Training metrics:" in printed
     assert (run_dir / "reference" / "model.safetensors").is_file()
 
 
