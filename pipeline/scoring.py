@@ -133,7 +133,9 @@ def _score_data_set(
             raise DataError(damage or "another rank met damaged data, which it names")
         num_rows = _rows_per_round(missing, first, world.size)
         scored = []
-        for losses_BTC in _score_rows(reference, horizon, num_heads, settings.data.rows_per_rank, job.device, samples, num_rows):
+        for losses_BTC in _score_rows(
+            reference, horizon, num_heads, settings.data.rows_per_rank, job.device, samples, num_rows
+        ):
             scored.append(losses_BTC)
             heartbeat.go_on()
             if any_rank(stop.is_overdue, job.device):

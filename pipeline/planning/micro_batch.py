@@ -29,7 +29,9 @@ def with_micro_batch(
         return settings
     vocab_size, unreadable = vocabulary_of(settings)
     if vocab_size is None:
-        raise ConfigError([f"data.micro_batch: auto needs the vocabulary, which the data does not tell ({'; '.join(unreadable)})"])
+        raise ConfigError(
+            [f"data.micro_batch: auto needs the vocabulary, which the data does not tell ({'; '.join(unreadable)})"]
+        )
     sized = settings.with_values(model={"vocab_size": vocab_size})
 
     # Less memory with every smaller micro-batch; if none fits, one row at a time comes closest.

@@ -78,7 +78,9 @@ def missing_devices(drivers: Path = Path("/proc/driver/nvidia/gpus")) -> str | N
     reason = "the driver is too old for this torch, or the job was given no GPU"
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} is built without CUDA; install a build that has it"
-    return f"this machine has {len(list(drivers.iterdir()))} GPU(s), and torch sees none ({reason}): training on the CPU's cores"
+    return (
+        f"this machine has {len(list(drivers.iterdir()))} GPU(s), and torch sees none ({reason}): training on the CPU's cores"
+    )
 
 
 def share_cores(world: World) -> None:

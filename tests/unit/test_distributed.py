@@ -104,7 +104,9 @@ def test_a_rank_has_the_smaller_of_what_it_may_use_and_what_slurm_gives_it(
     assert cores_of_rank(World(0, 16, 0, local_size), allowed) == cores
 
 
-def test_gpus_that_torch_does_not_see_are_said_unless_somebody_hid_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_that_torch_does_not_see_are_said_unless_somebody_hid_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for number in range(2):
         (tmp_path / f"0000:0{number}:00.0").mkdir()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
