@@ -51,8 +51,9 @@ class DataSettings(Section):
     """G, rows per optimizer step, over all ranks."""
     micro_batch: Free[Positive | Literal["auto"]] = 8
     """B, rows per rank and micro-step; `auto`: the largest that divides a rank's lanes and fits the device's memory by the
-    plan, so that any number of ranks that divides `lanes` trains on the same samples. It may change with the number of ranks; the selection's pool does too where it is the
-    micro-step (`training.selection_pool`), which is said when the run is resumed."""
+    plan, so that any number of ranks that divides `lanes` trains on the same samples. It may change with the number of ranks;
+    the selection's pool does too where it is the micro-step (`training.selection_pool`), which is said when the run is
+    resumed."""
     lanes: Fixed[Positive | None] = None
     """L, independent reading positions of the job; null: the largest divisor of `global_batch` up to 256."""
     seed: ChangesResult[NonNegative] = 0

@@ -91,8 +91,8 @@ def share_cores(world: World) -> None:
 def cores_of_rank(world: World, allowed: int) -> int:
     """Cores of this rank, at least 1: its share of the smaller of what its process may run on and what Slurm gives its task.
 
-    A task's ranks share its cores: one if srun starts the ranks, several if `torchrun` does so in each task. Slurm need not bind
-    a task to its cores, and srun may bind it to fewer than the job asked for.
+    A task's ranks share its cores: one if srun starts the ranks, several if `torchrun` does so in each task. Slurm need not
+    bind a task to its cores, and srun may bind it to fewer than the job asked for.
     allowed: cores in this process's affinity.
     """
     env = os.environ
