@@ -119,11 +119,12 @@ ALLOWED = {
         "model",
         "option_parser",
         "options",
+        "planning",
         "run_length",
         "runtime",
     },
     "assembly": {"config", "data.loading", "data.shards", "derived", "micro_step", "run", "runtime", "storage"},
-    "planning": {"checks", "config", "derived", "model", "runtime", "weighting"},
+    "planning": {"checks", "config", "data.loading", "derived", "model", "runtime", "weighting"},
     "scoring": {
         "assembly",
         "data_checks",
