@@ -100,7 +100,7 @@ def check_data(settings: Settings) -> None:
 
 
 def vocabulary_of(settings: Settings) -> tuple[int | None, list[str]]:
-    """The vocabulary's size: set, the pretrained model's, the built-in corpus's, or the data's if it is here; else None, and why.
+    """The vocabulary's size: as set, the pretrained model's, the built-in corpus's, or the data's; else None, and why.
 
     Raises:
         ModelFilesError: the pretrained model cannot be read.
