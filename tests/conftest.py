@@ -6,9 +6,13 @@
         tokenizer.json          the BPE both were prepared with (each has its own copy too)
 
 Treat both as read-only: they are shared. A test that damages data copies them first (`shutil.copytree`).
+
+With REQUIRE_EXTRAS=1 in the environment, as CI has it, a test that is skipped because a library is missing or too old fails.
 """
 
+import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -36,3 +40,28 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as `reference.path` wants it, for `tiny_data`: D 16, 2 layers, 2 attention heads, untrained weights."""
     return make_tiny_reference(tiny_data, tmp_path_factory.mktemp("tiny_reference"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Fail a module that needs a missing library, where all are required."""
+    report = yield
+    fail_for_missing_library(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test that needs a missing library, where all are required."""
+    report = yield
+    fail_for_missing_library(report)
+    return report
+
+
+def fail_for_missing_library(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """Turn a skip by `pytest.importorskip` into a failure if REQUIRE_EXTRAS is set."""
+    reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
+    is_missing = "could not import" in reason or "has __version__" in reason
+    if is_missing and os.environ.get("REQUIRE_EXTRAS"):
+        report.outcome = "failed"
+        report.longrepr = f"REQUIRE_EXTRAS is set, and a library that this test needs is not there: {reason}"
