@@ -1,9 +1,10 @@
-"""Pages about runs, from their files alone: `launch/report.py` and `launch/compare.py`. Nothing here loads torch.
+"""Pages about runs, from their files alone: `launch/report.py` and `launch/compare.py`.
 
 errors      what ends a page before it is begun
 run_files   a run directory as it was read: records, settings, events, and what is wrong with them
 curves      the series of a metric over a run's steps, short enough to be drawn
 charts      matplotlib's figures, as pictures that a page carries with it
 figures     which charts a page has
+comparison  final figures of runs paired by seed, with intervals
 page        the page: a summary, the charts, restarts, settings that differ
 """

@@ -86,9 +86,14 @@ def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
     return runs
 
 
+def is_run(path: Path) -> bool:
+    """Return whether a folder has anything of a run in it."""
+    return any((path / file).is_file() for file in _RUN_FILES)
+
+
 def read_run(path: Path, name: str) -> RunFiles:
     """Read one run directory; nothing in it is changed."""
-    if not any((path / file).exists() for file in _RUN_FILES):
+    if not is_run(path):
         raise ReportError(f"{path}: expected a run directory, with {', '.join(_RUN_FILES[:-1])} or {_RUN_FILES[-1]}")
     records, notes = _records(path)
     history = read_history(path)

@@ -67,7 +67,7 @@ ALLOWED = {
     "data_checks": {"config", "data", "data.loading", "data.shards", "derived", "model_checks", "storage"},
     "checks": {"config", "data.corpus", "data.loading", "data_checks", "derived", "model", "model_checks", "runtime"},
     "audit": {"data", "data.loading", "runtime", "storage"},
-    "report": {"audit", "storage"},
+    "report": {"audit", "runtime", "storage"},
     "evaluate": {"config", "consumption", "data", "data.loading", "micro_step", "runtime", "weighting"},
     "run": {"config", "consumption", "data.loading", "micro_step", "runtime", "weighting"},
     "reporter": {"consumption", "data.loading", "evaluate", "progress", "run", "runtime", "schedule"},

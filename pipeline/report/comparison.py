@@ -1,0 +1,218 @@
+"""Compare arms of an experiment: runs that differ only in their seeds are one arm, and arms are compared seed by seed.
+
+A difference is that of two runs with the same seeds, on the same held-out rows, at the same step. Its interval is Student's:
+with n pairs of mean difference d and standard deviation s, d ± t(0.975, n − 1) · s / √n covers the true difference in 95 of 100
+repetitions, if the differences are about normal. One pair has no interval.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.errors import ReportError
+from pipeline.report.run_files import Record, RunFiles, is_run, read_runs
+from pipeline.runtime.checkpoint.folders import read_state_of, saved_steps, step_name
+from pipeline.runtime.identity import changed_settings
+from pipeline.runtime.table import aligned
+
+SEEDS = ("model.seed", "data.seed", "training.selection_seed")
+_PLACES = ("data.path", "data.validation_path", "data.mixture", "data.builtin", "reference.path")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run to be compared. identity: as its newest checkpoint knows it, with fingerprints of data and models; without one
+    its settings. batch: fingerprint of the held-out row by which checkpoints are checked; "" if unknown."""
+
+    run: RunFiles
+    identity: dict[str, Any]
+    batch: str
+
+    @property
+    def seeds(self) -> tuple[Any, ...]:
+        return tuple(self.identity.get(seed) for seed in SEEDS[:2])
+
+
+def compare(paths: Sequence[Path], allow_unlike: bool = False) -> dict[str, Any]:
+    """Compare runs; the first one's arm is what the others are compared with.
+
+    paths: run directories, or folders of run directories. allow_unlike: compare runs on unlike data all the same.
+
+    Returns:
+        The figures, as JSON values; `differences` are other arm minus first arm.
+
+    Raises:
+        ReportError: a path holds no run, data is unlike, there is only one arm, or no two runs share seeds and a step.
+    """
+    runs = [_compared(run) for run in read_runs(list(_expanded(paths)))]
+    unlike = [problem for other in runs[1:] for problem in _unlike(runs[0], other)]
+    if unlike and not allow_unlike:
+        raise ReportError("the runs' data is unlike; pass --allow-unlike to compare all the same:\n  " + "\n  ".join(unlike))
+    arms = _arms(runs)
+    step = _common_step(runs)
+    return {
+        "step": step,
+        "unlike": unlike,
+        "arms": [
+            {"name": name, "runs": [str(each.run.path) for each in arm], "differs_in": _differs_in(runs[0], arm[0])}
+            for name, arm in arms.items()
+        ],
+        "differences": list(_differences(arms, step)),
+    }
+
+
+def text(figures: Mapping[str, Any]) -> str:
+    """Format the figures for the terminal."""
+    first, *others = figures["arms"]
+    lines = [f"held-out figures after step {figures['step']}, each minus that of {first['name']}, seed by seed"]
+    for arm in [first, *others]:
+        what = "; ".join(arm["differs_in"]) or "the arm that others are compared with"
+        lines.append(f"  {arm['name']} ({len(arm['runs'])} run(s)): {what}")
+    rows = [["", "pairs", first["name"], "other", "difference", "95 % interval"]]
+    for each in figures["differences"]:
+        interval = "–" if each["low"] is None else f"{each['low']:+.4f} to {each['high']:+.4f}"
+        label = f"{each['arm']}: {each['set']}{' ' if each['set'] else ''}{each['metric']}"
+        numbers = [f"{each[name]:.4f}" for name in ("first", "other")]
+        rows.append([label, str(each["pairs"]), *numbers, f"{each['mean']:+.4f}", interval])
+    notes = [f"unlike: {problem}" for problem in figures["unlike"]]
+    return "\n".join([*lines, "", aligned(rows), *notes])
+
+
+def student_quantile(degrees: int, probability: float = 0.975) -> float:
+    """Return the quantile of Student's t with whole degrees of freedom, by bisection of its distribution."""
+    low, high = 0.0, 1e4
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_within(middle, degrees) < 2 * probability - 1 else (low, middle)
+    return (low + high) / 2
+
+
+def _student_within(t: float, degrees: int) -> float:
+    """P(|T| < t), a finite sum for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    # Odd: cos + 2/3 cos³ + 2·4/(3·5) cos⁵ …; even: 1 + 1/2 cos² + 1·3/(2·4) cos⁴ …, up to cos^(degrees - 2).
+    is_odd = degrees % 2
+    term, total = (cosine if is_odd else 1.0), 0.0
+    for power in range(is_odd, degrees - 1, 2):
+        total += term
+        term *= (power + 1) / (power + 2) * cosine**2
+    return 2 / math.pi * (angle + sine * total) if is_odd else sine * total
+
+
+def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
+    """Each run directory, and the run directories in each folder that is none itself."""
+    for path in paths:
+        within = [] if is_run(path) else [each for each in sorted(path.glob("*")) if is_run(each)]
+        yield from within or [path]
+
+
+def _compared(run: RunFiles) -> Compared:
+    for step in saved_steps(run.path / "checkpoints"):
+        state, _ = read_state_of(run.path / "checkpoints" / step_name(step))
+        if state is not None:
+            return Compared(run, dict(state.identity), state.held_out.batch)
+    return Compared(run, dict(run.settings), "")
+
+
+def _unlike(one: Compared, other: Compared) -> Iterator[str]:
+    """Say in what two runs' data differs."""
+    names = f"{one.run.name} and {other.run.name}"
+    if one.identity.get("data") != other.identity.get("data"):
+        yield f"{names}: other training data, by content"
+    if one.identity.get("data.sequence_length") != other.identity.get("data.sequence_length"):
+        yield f"{names}: other lengths of rows"
+    if one.batch and other.batch and one.batch != other.batch:
+        yield f"{names}: other held-out rows, by content"
+    if _held_out_rows(one.run) != _held_out_rows(other.run):
+        yield f"{names}: other held-out sets, or other numbers of their rows"
+
+
+def _held_out_rows(run: RunFiles) -> dict[str, Any]:
+    return {str(record.get("set", "")): record.get("rows") for record in run.validation}
+
+
+def _arms(runs: Sequence[Compared]) -> dict[str, list[Compared]]:
+    """Group runs that differ only in seeds, under the name of the first; {name: runs}."""
+    arms: list[list[Compared]] = []
+    for each in runs:
+        same = next((arm for arm in arms if not _differs_in(arm[0], each)), None)
+        arms.append([each]) if same is None else same.append(each)
+    for arm in arms:
+        twice = [each.run.name for each in arm if sum(other.seeds == each.seeds for other in arm) > 1]
+        if twice:
+            raise ReportError(f"{', '.join(twice)}: runs with the same settings and the same seeds; name one of them")
+    if len(arms) < 2:
+        raise ReportError("all runs have the same settings but for their seeds: there is nothing to compare")
+    return {arm[0].run.name: arm for arm in arms}
+
+
+def _differs_in(one: Compared, other: Compared) -> list[str]:
+    """Settings and models, but not seeds and places, in which two runs differ, and that change a result."""
+    changes = changed_settings(one.identity, other.identity)
+    ours = all(_trained_by_itself(each) for each in (one, other))
+    left_out = {*SEEDS, *_PLACES, "data", *(["reference model"] if ours else [])}
+    return [f"{each.key} {each.before!r} → {each.after!r}" for each in changes if each.key not in left_out]
+
+
+def _trained_by_itself(each: Compared) -> bool:
+    """True if the run has trained its own reference, whose weights then follow from its seeds."""
+    path = each.identity.get("reference.path")
+    return path is not None and Path(path).resolve().is_relative_to(each.run.path.resolve())
+
+
+def _common_step(runs: Sequence[Compared]) -> int:
+    """The last step at which all runs were validated."""
+    steps = [{record["step"] for record in each.run.validation} for each in runs]
+    common = set.intersection(*steps)
+    if not common:
+        raise ReportError("there is no step at which all of the runs were validated (logging.validation_every)")
+    return max(common)
+
+
+def _differences(arms: Mapping[str, list[Compared]], step: int) -> Iterator[dict[str, Any]]:
+    first_name, first = next(iter(arms.items()))
+    by_seed = {each.seeds: each for each in first}
+    for name, arm in arms.items():
+        if name == first_name:
+            continue
+        pairs = [(by_seed[each.seeds], each) for each in arm if each.seeds in by_seed]
+        if not pairs:
+            raise ReportError(f"{first_name} and {name}: no two runs have the same {' and '.join(SEEDS[:2])}")
+        for set_name in first[0].run.sets:
+            records = [tuple(_record(each, set_name, step) for each in pair) for pair in pairs]
+            for metric in _metrics(records):
+                yield {"arm": name, "set": set_name, "metric": metric} | _difference(
+                    [(a[metric], b[metric]) for a, b in records]
+                )
+
+
+def _record(each: Compared, set_name: str, step: int) -> Record:
+    found = [r for r in each.run.validation if r["step"] == step and str(r.get("set", "")) == set_name]
+    return found[-1] if found else {}
+
+
+def _metrics(records: Sequence[tuple[Record, ...]]) -> list[str]:
+    """Losses of each head and bits per byte, where all have them."""
+    names = [*(f"loss_head_{head}" for head in range(len(records[0][0]))), "bits_per_byte"]
+    return [name for name in names if all(isinstance(each.get(name), int | float) for pair in records for each in pair)]
+
+
+def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Mean difference of pairs (first, other), and its interval."""
+    differences = [other - first for first, other in pairs]
+    mean, count = statistics.fmean(differences), len(differences)
+    half = None
+    if count > 1:
+        half = student_quantile(count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return {
+        "pairs": count,
+        "first": statistics.fmean(first for first, _ in pairs),
+        "other": statistics.fmean(other for _, other in pairs),
+        "mean": mean,
+        "low": None if half is None else mean - half,
+        "high": None if half is None else mean + half,
+    }

@@ -1,0 +1,121 @@
+"""Comparisons of runs: arms, pairs by seed, intervals, and what is refused."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.compare import main
+from pipeline.report.comparison import compare, student_quantile, text
+from pipeline.report.errors import ReportError
+from pipeline.runtime.checkpoint.folders import step_name
+from pipeline.runtime.checkpoint.state import State, encode
+
+
+def made_run(
+    path: Path, score: str, seed: int, loss: float, data: str = "d", steps: tuple[int, ...] = (0, 50, 100), rows: int = 8
+) -> Path:
+    """A run with a checkpoint; its held-out loss falls to `loss` in the last step."""
+    path.mkdir(parents=True)
+    settings = {"training.selection_score": score, "model.seed": seed, "data.path": str(path / "data"), "run.name": path.name}
+    records = [
+        {"step": step, "split": "validation", "rows": rows, "loss_head_0": loss + steps[-1] - step, "loss_head_1": 2 * loss}
+        for step in steps
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        sections.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = value
+    (path / "config.yaml").write_text(json.dumps(sections))
+    state = State(
+        format=1,
+        world_size=1,
+        progress={"step": steps[-1]},
+        identity=settings | {"data": data},
+        optimizer_step=steps[-1],
+        held_out={"batch": "b", "losses": [loss]},  # type: ignore[arg-type]
+        files=[],
+        parameters={},
+    )
+    folder = path / "checkpoints" / step_name(steps[-1])
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_bytes(encode(state))
+    return path
+
+
+FIRST, OTHER = {0: 3.0, 1: 3.5, 2: 3.2}, {0: 2.9, 1: 3.35, 2: 3.15, 3: 9.0}
+
+
+def experiment(folder: Path) -> list[Path]:
+    first = [made_run(folder / f"random-{seed}", "random", seed, loss) for seed, loss in FIRST.items()]
+    return [*first, *(made_run(folder / f"rho1-{seed}", "excess", seed, loss) for seed, loss in OTHER.items())]
+
+
+def test_arms_are_paired_by_seed_and_differences_have_students_interval(tmp_path: Path) -> None:
+    figures = compare(experiment(tmp_path))
+    assert [arm["name"] for arm in figures["arms"]] == ["random-0", "rho1-0"]
+    assert [len(arm["runs"]) for arm in figures["arms"]] == [3, 4]
+    assert figures["arms"][1]["differs_in"] == ["training.selection_score 'random' → 'excess'"]
+    first = next(each for each in figures["differences"] if each["metric"] == "loss_head_0")
+    # Seed 3 has no partner. By hand: t(0.975, 2) = 4.302653.
+    differences = [OTHER[seed] - FIRST[seed] for seed in (0, 1, 2)]
+    mean, half = statistics.fmean(differences), 4.302653 * statistics.stdev(differences) / math.sqrt(3)
+    assert first["pairs"] == 3
+    assert [first[key] for key in ("mean", "low", "high")] == pytest.approx([mean, mean - half, mean + half], rel=1e-6)
+    assert "-0.1000" in text(figures)
+
+
+def test_a_folder_of_runs_stands_for_the_runs_in_it(tmp_path: Path) -> None:
+    made_run(tmp_path / "a" / "0", "random", 0, 3.0)
+    made_run(tmp_path / "b" / "0", "excess", 0, 2.0)
+    (only, _) = compare([tmp_path / "a", tmp_path / "b"])["differences"]
+    assert (only["pairs"], only["mean"], only["low"]) == (1, -1.0, None)
+
+
+def test_runs_are_compared_after_the_last_step_that_all_share(tmp_path: Path) -> None:
+    made_run(tmp_path / "a", "random", 0, 3.0)
+    made_run(tmp_path / "b", "excess", 0, 2.0, steps=(0, 50))
+    figures = compare([tmp_path / "a", tmp_path / "b"])
+    assert figures["step"] == 50
+    assert figures["differences"][0]["first"] == 53.0
+
+
+@pytest.mark.parametrize(("unlike", "said"), [({"data": "e"}, "other training data"), ({"rows": 9}, "other held-out sets")])
+def test_unlike_data_is_refused_without_being_told(tmp_path: Path, unlike: dict[str, Any], said: str) -> None:
+    made_run(tmp_path / "a", "random", 0, 3.0)
+    made_run(tmp_path / "b", "excess", 0, 2.0, **unlike)
+    with pytest.raises(ReportError, match=said):
+        compare([tmp_path / "a", tmp_path / "b"])
+    figures = compare([tmp_path / "a", tmp_path / "b"], allow_unlike=True)
+    assert said in text(figures)
+
+
+def test_what_cannot_be_paired_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = made_run(tmp_path / "a", "random", 0, 3.0), made_run(tmp_path / "b", "random", 1, 2.0)
+    other = made_run(tmp_path / "c", "excess", 7, 2.0)
+    again = made_run(tmp_path / "d", "random", 0, 3.0)
+    late = made_run(tmp_path / "e", "excess", 0, 2.0, steps=(7,))
+    for runs, said in (
+        ([a, b], "the same settings but for their seeds"),
+        ([a, other], "no two runs have the same model.seed and data.seed"),
+        ([a, again, other], "the same seeds; name one of them"),
+        ([a, late], "no step at which all of the runs were validated"),
+    ):
+        assert main([*map(str, runs)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_figures_are_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = experiment(tmp_path / "runs")
+    assert main([*map(str, runs), "--json", str(tmp_path / "figures.json")]) == 0
+    assert json.loads((tmp_path / "figures.json").read_text()) == compare(runs)
+    assert "95 % interval" in capsys.readouterr().out
+
+
+def test_students_quantiles_are_those_of_the_tables() -> None:
+    # Abramowitz and Stegun, table 26.10.
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
+    assert {degrees: round(student_quantile(degrees), 3) for degrees in known} == known
