@@ -42,6 +42,7 @@ yaml_text.py        parses YAML that somebody wrote
 checks.py           all checks before any compute is spent, as one error
 data_checks.py      those of data sets and cached losses
 model_checks.py     those of reference and pretrained weights
+processes.py        processes of this machine, known by number and start time
 derived.py          values derived from the settings and the files they name
 
 data/               errors, tokenizer, special tokens, permutations, a bounded cache

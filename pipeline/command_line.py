@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from pipeline.failures import EXIT_USAGE, fail, guarded
 from pipeline.option_parser import OptionParser
 from pipeline.options import read_options, read_recipe
+from pipeline.processes import kill_children
 from pipeline.runtime import launcher
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, STOPPING_SIGNALS, StoppedError, StopRequest, interrupt_once
 
@@ -203,10 +204,12 @@ def end_process(exit_code: int) -> NoReturn:
 
     Two things would change the code. A launcher that sees one rank fail sends SIGTERM to the others, which are about to end
     with the same code, and a scheduler may send one signal after another, so both are ignored. And after an error the process
-    group is still open; its threads abort a process that shuts down normally, so the process ends by `os._exit`.
+    group is still open; its threads abort a process that shuts down normally, so the process ends by `os._exit`. Processes
+    that read data are not left behind.
     """
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    kill_children()
     if exit_code == 0:
         sys.exit(exit_code)
     sys.stdout.flush()

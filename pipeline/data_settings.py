@@ -67,7 +67,8 @@ class DataSettings(Section):
     max_corrupt: ChangesResult[NonNegative] = 100
     """Largest number of damaged samples that `skip` tolerates, over all ranks and the whole run."""
     retry_seconds: Free[PositiveFloat] = 120.0
-    """Seconds for which a failed read of remote data is retried, with growing pauses, before the job ends."""
+    """Seconds for which a failed read of remote data is retried, with growing pauses, before the job ends; and for which the
+    command of a `pipe:` may give nothing."""
     cache_dir: Free[UserPath | None] = None
     """Local folder that caches remote data, shared by all ranks of the machine; null: no cache."""
     cache_bytes: Free[Annotated[int, Field(ge=2**20)]] = 64 * 2**30

@@ -9,7 +9,6 @@ model_content   fingerprints of model folders, of every byte, read by the ranks 
 preemption      requests to stop: SIGTERM, SIGUSR1, a file STOP
 beat            what a rank tells the others of itself
 launcher        ends a rank whose launcher is gone
-processes       processes of this machine, known by number and start time
 run_lock        one job per run directory
 heartbeat       this process's heartbeat: no rank waits for another without end
 rank_watch      notices a rank that died or stands still, names it, ends the job

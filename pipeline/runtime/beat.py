@@ -5,7 +5,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.runtime.processes import Process
+from pipeline.processes import Process
 
 
 @dataclass(frozen=True)

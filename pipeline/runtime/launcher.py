@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.runtime import events, processes
+from pipeline import processes
+from pipeline.processes import Process
+from pipeline.runtime import events
 from pipeline.runtime.preemption import EXIT_HANG, StopRequest
-from pipeline.runtime.processes import Process
 
 SECONDS_TO_STOP = 20.0
 """Time that ranks have to save after their launcher is gone."""
@@ -84,6 +85,7 @@ def _watch(chain: Sequence[Process], stop: StopRequest) -> None:
     time.sleep(SECONDS_TO_STOP)
     _say(f"{rank}: could not stop within {SECONDS_TO_STOP:g} s after its launcher was gone; it ends as it stands")
     events.note_end(EXIT_HANG, _SECONDS_TO_NOTE)
+    processes.kill_children()
     os._exit(EXIT_HANG)
 
 

@@ -28,7 +28,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime import events, flight_recorder, launcher, processes
+from pipeline import processes
+from pipeline.runtime import events, flight_recorder, launcher
 from pipeline.runtime.beat import Beat, doing, main_thread, named
 from pipeline.runtime.distributed import World, gather_over_ranks
 from pipeline.runtime.preemption import EXIT_HANG
@@ -218,6 +219,7 @@ class RankWatch:
         if self._run_dir is not None:
             flight_recorder.write(self._run_dir, self._world.rank, _SECONDS_TO_TELL)
         self._let_others_read()
+        processes.kill_children()
         os._exit(EXIT_HANG)
 
     def _tell(self, verdict: str) -> None:

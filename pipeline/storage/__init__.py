@@ -3,6 +3,7 @@
 location       paths, URLs and pipes
 masking        masks secrets in URLs and commands
 files          reads byte ranges of local files, remote files (with retries) and pipes
+command        runs the command of a pipe, for as long as it gives something
 disk_cache     a bounded cache of remote files on the local disk, shared by processes
 faults         tells errors of the machine from damaged data
 json_lines     reads files of one JSON object a line, torn lines included

@@ -6,11 +6,11 @@ Remote files are read by range requests through fsspec. Connections drop, server
 is retried, with growing pauses, for `retry_seconds`. Errors that no retry can mend (no such file, no permission, a file that
 is too short) are raised at once.
 
-A pipe has no ranges: its whole output is written to a temporary file first.
+A pipe has no ranges: its whole output is written to a temporary file first. A command that gives nothing for `retry_seconds` is
+ended.
 """
 
 import os
-import subprocess
 import tempfile
 import threading
 import time
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.storage.command import Ended, run_command
 from pipeline.storage.disk_cache import DiskCache
 from pipeline.storage.location import PIPE, Location, Url
 from pipeline.storage.masking import masked_text
@@ -39,7 +40,7 @@ class StorageError(OSError):
 class Access:
     """Settings of access to data that is not on this machine.
 
-    retry_seconds: for how long a read is retried.
+    retry_seconds: for how long a read is retried, and a pipe's command may give nothing.
     cache_dir: local folder of the disk cache; None for no cache.
     cache_bytes: capacity of the disk cache.
     allow_pipe: if true, a `pipe:` may run its command.
@@ -162,26 +163,28 @@ class PipeFile:
 
         # Run the command. An error code may mean that there is no such file, or that a connection broke: a second try tells
         # most of these apart.
-        done = self._run(pipe)
-        if 0 < done.returncode < _NOT_RUN:
+        done = self._run(pipe, access)
+        if done.code is not None and 0 < done.code < _NOT_RUN:
             time.sleep(min(_PIPE_PAUSE, access.retry_seconds))
-            done = self._run(pipe)
+            done = self._run(pipe, access)
 
         self.size = os.fstat(self._file.fileno()).st_size
-        if done.returncode:
-            self.close()
-            last_line = masked_text(" ".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:]))
-            if not 0 < done.returncode < _NOT_RUN:
-                raise StorageError(
-                    f"{pipe}: the command could not be run to its end, code {done.returncode}: {last_line}; the machine is at "
-                    "fault and not the data: mend that and go on"
-                )
-            raise FileNotFoundError(2, f"the command ended with code {done.returncode}: {last_line}", str(pipe))
+        if done.code == 0:
+            return
+        self.close()
+        last_line = masked_text(" ".join(done.errors.strip().splitlines()[-1:]))
+        if done.code is None:
+            silent = f"the command gave nothing for {access.retry_seconds:g} s (data.retry_seconds), and was ended"
+            raise StorageError(f"{pipe}: {silent}: {last_line}" if last_line else f"{pipe}: {silent}")
+        if not 0 < done.code < _NOT_RUN:
+            raise StorageError(
+                f"{pipe}: the command could not be run to its end, code {done.code}: {last_line}; the machine is at fault and "
+                "not the data: mend that and go on"
+            )
+        raise FileNotFoundError(2, f"the command ended with code {done.code}: {last_line}", str(pipe))
 
-    def _run(self, pipe: Url) -> "subprocess.CompletedProcess[bytes]":
-        self._file.seek(0)
-        self._file.truncate()
-        return subprocess.run(pipe.removeprefix(PIPE), shell=True, stdout=self._file, stderr=subprocess.PIPE, check=False)
+    def _run(self, pipe: Url, access: Access) -> Ended:
+        return run_command(pipe.removeprefix(PIPE), self._file, access.retry_seconds, access.cancelled)
 
     def read(self, start: int, size: int) -> bytes:
         return os.pread(self._file.fileno(), size, start)

@@ -1,6 +1,7 @@
 """A rank that dies or stands still is named, and the job ends on all ranks; real processes, gloo."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline import processes
 from pipeline.runtime import heartbeat
 from pipeline.runtime.distributed import find_world
 from pipeline.runtime.events import begun_and_ended, last_event
@@ -59,7 +61,14 @@ def run_rank(rank: int, case: str, victim: int, folder: Path) -> None:
     os._exit(0)
 
 
+def suspend_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def stand_still() -> None:
+    worker = multiprocessing.get_context("fork").Process(target=suspend_itself, daemon=True)
+    worker.start()
+    print(worker.pid, flush=True)
     time.sleep(1000)
 
 
@@ -151,6 +160,14 @@ def test_a_rank_that_stands_still_is_named_with_the_function_it_is_in(cases: Any
     for text in errors:
         assert "the job cannot go on: rank 1 on " in text
         assert "in training step 20, in stand_still (test_heartbeat.py:" in text
+
+
+def test_a_suspended_worker_is_not_left_behind_by_the_rank_that_it_held_up(cases: Any) -> None:
+    _, _, folder = cases["stands still", 1]
+    worker, ends = int((folder / "1.out").read_text()), time.monotonic() + 60
+    while processes.find(worker).started:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
 
 
 def test_a_job_that_its_heartbeat_ends_has_its_end_among_its_events(cases: Any) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from pipeline import processes
 from pipeline.config import Settings
 from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.held_out import HeldOutRows
-from pipeline.runtime import preemption, processes
+from pipeline.runtime import preemption
 from pipeline.runtime.logbook import read_records
 from pipeline.runtime.preemption import EXIT_HANG
 from tests.integration.test_command_line import ENVIRONMENT, SCRIPT, ZERO3, checkpoints

@@ -41,6 +41,12 @@ def die_at_three(number, report):
     return number
 
 
+def suspend_itself_at_three(number, report):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return number
+
+
 def report_without_rest_until_killed(number, report):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
     while True:
@@ -225,6 +231,12 @@ def test_workers_of_an_impatient_parent_end_without_a_word(tmp_path):
 def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do():
     with pytest.raises(DataError, match=r"a worker process was killed.*fewer --processes"):
         list(work_on(die_at_three, range(20), 3, lambda *counts: None))
+
+
+def test_a_worker_that_stays_suspended_is_ended_and_said(monkeypatch):
+    monkeypatch.setattr("pipeline.data.corpus.workers.SUSPENDED_SECONDS", 2.0)
+    with pytest.raises(DataError, match=r"was suspended for 2 s; run the same command again"):
+        list(work_on(suspend_itself_at_three, range(20), 3, lambda *counts: None))
 
 
 @pytest.mark.timeout(60)

@@ -14,6 +14,7 @@ UNIT_TESTS = Path(__file__).parent
 # imports nothing above itself.
 ALLOWED = {
     "storage": set(),
+    "processes": set(),
     "setting_types": {"storage"},
     "other_names": set(),
     "data_settings": {"setting_types", "storage"},
@@ -37,12 +38,12 @@ ALLOWED = {
     "loss_spikes": set(),
     "progress": {"loss_spikes", "weighting"},
     "data": {"storage"},
-    "data.corpus": {"data", "data.shards", "storage"},
+    "data.corpus": {"data", "data.shards", "processes", "storage"},
     "data.shards": {"data", "storage"},
     "data.loading": {"data_settings", "data", "data.shards", "storage"},
     "weighting": set(),
     "model": {"config", "data.loading", "rope_settings", "storage", "weighting"},
-    "runtime": {"config", "data_settings", "model", "progress", "setting_types", "storage", "weighting"},
+    "runtime": {"config", "data_settings", "model", "processes", "progress", "setting_types", "storage", "weighting"},
     "benchmark": {
         "assembly",
         "config",
@@ -120,6 +121,7 @@ ALLOWED = {
         "option_parser",
         "options",
         "planning",
+        "processes",
         "run_length",
         "runtime",
     },

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime import processes
+from pipeline import processes
 from pipeline.runtime.launcher import _is_launcher, launcher_chain
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAIN = (
-    "import json, os; from pipeline.runtime import launcher, processes\n"
+    "import json, os; from pipeline import processes; from pipeline.runtime import launcher\n"
     "print(json.dumps([each.command for each in launcher.launcher_chain(processes.find(os.getpid()))]))"
 )
 START = "import subprocess, sys; subprocess.run({command!r}, check=True)"
@@ -88,6 +88,37 @@ def test_a_process_is_known_by_its_start_too_and_a_dead_one_is_dead_before_it_is
         assert time.monotonic() < ends
         time.sleep(0.01)
     assert child.wait() == -signal.SIGKILL
+
+
+SUSPENDED_WORKER = """
+import multiprocessing, os, signal
+from pipeline.command_line import end_process
+
+def suspend():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("fork").Process(target=suspend, daemon=True)
+    worker.start()
+    print(os.waitpid(worker.pid, os.WUNTRACED)[0], flush=True)
+    end_process({code})
+"""
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_process_that_ends_neither_waits_for_a_suspended_worker_nor_leaves_it_behind(code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SUSPENDED_WORKER.format(code=code)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert done.returncode == code, done.stderr
+    ends = time.monotonic() + 60
+    while processes.find(int(done.stdout)).started:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
 
 
 def test_of_a_process_that_cannot_be_looked_at_nothing_is_concluded() -> None:

@@ -9,6 +9,7 @@ import http.server
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline import processes
 from pipeline.data.errors import DataError
 from pipeline.data.loading.mixture import DataSet
 from pipeline.data.loading.stream import Stream
@@ -585,6 +587,27 @@ def test_a_pipe_whose_command_cannot_be_run_is_the_machines_fault_and_no_damage(
         reader.read(1, 0)
     assert raised.type is DataError  # and not a damaged sample
     reader.close()
+
+
+def test_a_pipe_whose_command_gives_nothing_any_more_is_ended_with_all_that_it_started(folder, tmp_path):
+    hanging = f"(echo $BASHPID > {tmp_path}/pid; sleep 1000); true"
+    pipe = Url(f"pipe:case {{}} in *1.tar) bash -c {shlex.quote(hanging)};; *) cat {folder}/{{}};; esac")
+    reader = ShardReader(pipe, read_manifest(folder), Access(allow_pipe=True, retry_seconds=1.0))
+    with pytest.raises(DataError, match=r"gave nothing for 1 s \(data.retry_seconds\), and was ended") as raised:
+        reader.read(1, 0)
+    assert raised.type is DataError  # and not a damaged sample
+    reader.close()
+    assert not processes.find(int((tmp_path / "pid").read_text())).started
+
+
+def test_a_pipe_may_take_as_long_as_it_gives_something_and_no_longer_than_its_reader(folder, tmp_path):
+    drops = "for i in 1 2 3 4 5 6 7 8; do sleep 0.5; printf %s $i; done"
+    assert read_whole(Url(f"pipe:{drops}"), Access(allow_pipe=True, retry_seconds=2.5)) == b"12345678"
+
+    cancelled = threading.Event()
+    threading.Timer(0.5, cancelled.set).start()
+    with pytest.raises(StorageError):
+        read_whole(Url("pipe:sleep 1000"), Access(allow_pipe=True, retry_seconds=1000.0, cancelled=cancelled))
 
 
 def test_pipes_that_fail_for_the_manifest_too_are_no_damage(folder, tmp_path):

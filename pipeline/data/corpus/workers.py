@@ -24,6 +24,7 @@ import pickle
 import signal
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -32,10 +33,12 @@ from itertools import islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
+from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from pipeline.data.errors import DataError
+from pipeline.processes import find
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -44,7 +47,11 @@ Report = Callable[[int, int, int], None]
 _Worker = Callable[[Callable[[Any, Report], Any], Any], Any]
 """Calls a function with a task and its own way to report."""
 
+SUSPENDED_SECONDS = 60.0
+"""Time for which a worker may be suspended while the others are not."""
+
 _THREADS = 2
+_SECONDS_BETWEEN_LOOKS = 1.0
 _POLL_SECONDS = 0.2
 # Of the cells: the first tells all workers to stop, then come each one's documents, tokens and bytes.
 _STOP, _COUNTS = 0, 3
@@ -137,7 +144,7 @@ def _workers_in_processes(workers: int) -> Iterator[tuple["SimpleQueue[_Worker]"
     context = multiprocessing.get_context("spawn")
     cells = context.RawArray("q", 1 + workers * _COUNTS)
     connections: list[Connection] = []
-    processes = []
+    processes: list[SpawnProcess] = []
 
     def start() -> None:
         # Ctrl-C reaches all processes of a terminal, and the parent says what happens: what a thread that blocks it starts is
@@ -157,6 +164,8 @@ def _workers_in_processes(workers: int) -> Iterator[tuple["SimpleQueue[_Worker]"
             for other, _ in theirs:
                 other.close()
 
+    over = threading.Event()
+    threading.Thread(target=_kill_suspended, args=(processes, over), daemon=True).start()
     try:
         # KeyboardInterrupt is raised in the first thread, whichever the signal came to: so it does not break off a start.
         with ThreadPoolExecutor(1) as starter:
@@ -167,6 +176,20 @@ def _workers_in_processes(workers: int) -> Iterator[tuple["SimpleQueue[_Worker]"
             connection.close()
         for process in processes:
             process.join()
+        over.set()
+
+
+def _kill_suspended(workers: Sequence[SpawnProcess], over: threading.Event) -> None:
+    """Thread: kill a worker that was suspended for long by itself; it would be waited for without end.
+
+    Time in which all are suspended together does not count, because this thread is then as well.
+    """
+    seen_suspended: Counter[int] = Counter()
+    while not over.wait(_SECONDS_BETWEEN_LOOKS):
+        for process in map(find, [worker.pid for worker in workers if worker.pid is not None]):
+            seen_suspended[process.pid] = seen_suspended[process.pid] + 1 if process.is_stopped else 0
+            if seen_suspended[process.pid] * _SECONDS_BETWEEN_LOOKS >= SUSPENDED_SECONDS:
+                process.kill()
 
 
 def _queue(workers: Iterable[_Worker]) -> "SimpleQueue[_Worker]":
@@ -186,8 +209,8 @@ def _ask(connection: Connection, function: Callable[[Task, Report], Result], tas
         result, error = connection.recv()
     except (EOFError, OSError):
         raise DataError(
-            "a worker process was killed, perhaps for want of memory; run the same command again to continue where it "
-            "stopped, with fewer --processes"
+            f"a worker process was killed, perhaps for want of memory, or was suspended for {SUSPENDED_SECONDS:g} s; run the "
+            "same command again to continue where it stopped, with fewer --processes"
         ) from None
     if error is not None:
         raise error

@@ -3,6 +3,7 @@
 A number alone does not name a process: it is given to another one later. Number and start time together do.
 """
 
+import multiprocessing
 import os
 import signal
 from dataclasses import dataclass
@@ -51,6 +52,15 @@ def find(pid: int) -> Process:
     """The process that has this number now; with start time 0 where there is none, or a dead one."""
     fields = _fields(pid)
     return Process(pid, 0 if fields is None or fields[0] == "Z" else int(fields[19]))
+
+
+def kill_children() -> None:
+    """Kill what `multiprocessing` has started from this process, such as a loader's workers; the process is about to end.
+
+    It would wait for them without end, or leave them behind: a suspended one takes no notice of anything else.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _fields(pid: int) -> list[str] | None:
