@@ -15,6 +15,7 @@ rollback.py         the answer to a loss spike: back to a checkpoint, and on wit
 rank_checks.py      what all ranks must hold alike, and compare at intervals
 reporter.py         metrics, validations and terminal lines, each at its interval
 evaluate.py         held-out losses
+samples.py          what the policy writes while it is trained, in lock step on all ranks
 scoring.py          stores a frozen reference's losses beside the data
 saved_model.py      finds the model that a path means, and reads it without an engine
 export_model.py     writes a model for other programs, and verifies it

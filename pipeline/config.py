@@ -212,6 +212,11 @@ class LoggingSettings(Section):
     """Steps between validations (there is one at the start and one at the end as well)."""
     validation_samples: Free[Positive | None] = None
     """Rows of each held-out folder that a validation reads: always the same ones, spread evenly over the folder; null: all."""
+    samples_every: Free[Positive | None] = 1000
+    """Steps between samples of the policy (RUN/samples.jsonl and TensorBoard's text): beginnings of held-out documents,
+    continued greedily, plainly and self-speculatively; null: none."""
+    sample_tokens: Free[Positive] = 32
+    """Tokens by which a sample continues its prompt. Plainly that takes as many forwards of a few short rows."""
     deepspeed_level: Free[Literal["debug", "info", "warning", "error"]] = "error"
     """Lowest level of DeepSpeed's own log messages that are shown."""
 

@@ -32,6 +32,7 @@ from pipeline.micro_step import (
 )
 from pipeline.runtime import heartbeat
 from pipeline.runtime.distributed import World
+from pipeline.runtime.draft_agreement import AgreementSums
 from pipeline.runtime.metrics import Record, SelectionSums
 from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.weighting.exchange import Group, all_reduce_sum
@@ -68,6 +69,7 @@ def evaluate(
     """
     num_heads, training = settings.model.num_prediction_heads, settings.training
     sums, byte_sums = SelectionSums(num_heads, len(source_names), device), ByteSums(token_bytes, device)
+    agreement = AgreementSums(num_heads, len(source_names), device)
     # The pool `step` spans the micro-steps of an optimizer step. A validation has no such steps, so it pools each micro-batch.
     objective = replace(objective, pool="global" if objective.pool == "step" else objective.pool)
     num_pairs_H, first_sample = [0] * num_heads, 0
@@ -93,8 +95,11 @@ def evaluate(
             (losses,) = policy_losses(models, micro_batches, selectors, counts, training)
 
             # Sums, and the pairs by which the objective is divided.
-            sums.add(losses, micro_batches[0].valid_BTH, micro_batches[0].batch.sources_BT)
-            byte_sums.add(micro_batches[0], losses)
+            (micro,) = micro_batches
+            sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
+            assert losses.choices_BTH is not None, "without gradients the choices are there"
+            agreement.add(losses.choices_BTH, micro.valid_BTH, micro.batch.sources_BT)
+            byte_sums.add(micro, losses)
             counted_H = counts.num_valid if objective.normalize_by == "valid" else counts.num_selected_H
             num_pairs_H = [total + count for total, count in zip(num_pairs_H, counted_H, strict=True)]
 
@@ -102,6 +107,7 @@ def evaluate(
     # Without gradients nothing is predicted, so a hit rate would mean nothing.
     record = {key: value for key, value in record.items() if not key.startswith("prediction_hit_rate")}
     record |= {f"perplexity_head_{head}": _perplexity(record[f"loss_head_{head}"]) for head in range(num_heads)}
+    record |= agreement.record(source_names, models.group)
     return record | byte_sums.record(models.group) | {"corrupt_samples": len(replaced)}, replaced
 
 

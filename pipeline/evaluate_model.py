@@ -30,7 +30,7 @@ from pipeline.runtime.distributed import World, device_of, find_world, share_cor
 from pipeline.saved_model import SavedModel, find_model
 from pipeline.schedule import objective_at
 
-_KEPT = ("loss_head_", "perplexity_head_", "valid_count_head_", "bits_per_byte", "corrupt_samples")
+_KEPT = ("loss_head_", "perplexity_head_", "draft_agreement_head_", "valid_count_head_", "bits_per_byte", "corrupt_samples")
 _DECODED_TOKENS = 32
 
 

@@ -20,7 +20,9 @@ from pipeline.runtime.events import EventLog, last_event
 from pipeline.runtime.logbook import Logbook, without_non_finite
 from pipeline.runtime.metrics import Record, Totals
 from pipeline.runtime.preemption import StoppedError, StopRequest
+from pipeline.runtime.sample_log import sample_line
 from pipeline.runtime.terminal import held_out_text, progress_line, selection_block
+from pipeline.samples import Sampler
 from pipeline.schedule import objective_at
 
 
@@ -50,6 +52,7 @@ class Reporter:
         self.last_end = time.perf_counter()
         # The held-out folders of which it was said that they have no bits per byte.
         self.without_bytes: set[str] = set()
+        self.sampler = Sampler(run)
         # Number and end time of this process's first step.
         self.first: tuple[int, float] | None = None
         for note in self.logbook.notes if self.logbook is not None else []:
@@ -191,6 +194,18 @@ class Reporter:
             self.without_bytes.add(held_out.name)
             reason = held_out.token_bytes.unknown or "its rows have tokens whose text is not known, or none with text"
             self.say(f"no bits per byte{of_name}: {reason}")
+
+    def sample_if_due(self, progress: Progress) -> None:
+        """Take samples of the policy at their interval, and log them. Collective."""
+        every = self.run.settings.logging.samples_every
+        if every is None or progress.step % every:
+            return
+        with self.events.timed("validation", progress.step), heartbeat.during("validating"):
+            samples = self.sampler.take(progress.step)
+        if self.logbook is not None and samples:
+            self.logbook.write_samples(progress.step, samples)
+            self.say(f"step {progress.step}: sample {sample_line(samples[0])}")
+        self.restart_clock()
 
     def sync(self) -> None:
         """Have the records on the disk, before a checkpoint says that they are."""

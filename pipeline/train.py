@@ -106,9 +106,10 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
                 steps.close()
                 return returned
 
-        # Validation.
+        # Validation, samples.
         is_last = following is None
         validated = reporter.validate_if_due(progress, stop)
+        reporter.sample_if_due(progress)
 
         # Checkpoint: in the background at its interval, but not after a step that was discarded; at once at the end and
         # before a stop.

@@ -16,9 +16,11 @@ flight_recorder  keeps a rank's last collectives when a job ends because a rank 
 agreement       checks that ranks have not diverged; agrees to stop where nothing is to be saved
 non_finite      the rule for numbers that are not finite, and its collective parts
 metrics         the selection's statistics, summed on the device, reduced over ranks at intervals
+draft_agreement  how often a head's choice is the one that head 0 will make
 events          events.jsonl: what has happened to a run, for `launch/audit.py`
 logbook         writes metrics.jsonl, and gives its records to trackers
 event_files     TensorBoard's files: the run itself, each head and each source
+sample_log      samples.jsonl: what the policy wrote while it was trained
 tensorboard     runs, tags, charts and histograms in TensorBoard
 terminal        progress lines, selection blocks, the table that closes a run
 table           plain-text tables

@@ -13,6 +13,7 @@ from typing import Protocol, TextIO
 
 from pipeline.runtime.event_files import EventFiles
 from pipeline.runtime.metrics import Record
+from pipeline.runtime.sample_log import append_samples, cut_samples, samples_text
 from pipeline.storage.json_lines import read_json_lines
 from pipeline.storage.whole_file import naming, write_file
 
@@ -54,6 +55,7 @@ class Logbook:
         self.validated = {str(record.get("set", "")) for record in of_step}
         write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.file: TextIO = path.open("a", encoding="utf-8")
+        self.samples_path = cut_samples(run_dir, first_step)
         self.board = EventFiles(run_dir / "tensorboard", first_step, num_heads, tuple(held_out))
         self.trackers: list[Tracker] = [self.board, *trackers]
 
@@ -70,6 +72,11 @@ class Logbook:
         for tracker in self.trackers:
             tracker.sync()
         os.fsync(self.file.fileno())
+
+    def write_samples(self, step: int, samples: Sequence[Record]) -> None:
+        """Append samples to samples.jsonl, and show them as a text in TensorBoard."""
+        append_samples(self.samples_path, samples)
+        self.board.write_text("samples", samples_text(samples), step)
 
     def close(self) -> None:
         self.file.close()

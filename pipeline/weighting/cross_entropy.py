@@ -46,15 +46,24 @@ def rows_per_chunk(num_rows: int, vocab_size: int, device_type: str = "cpu") -> 
     return max(1, min(CHUNK_ELEMENTS[device_type] // vocab_size, -(-num_rows // 4)))
 
 
-def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: Tensor, chunk_rows: int) -> Tensor:
+def token_losses(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    rows: Tensor,
+    chunk_rows: int,
+    choices_N: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of the rows numbered `rows` (int64) in float32 [N], 0 for all others, without gradient. `targets_N`
-    is int64 in [0, V)."""
+    is int64 in [0, V). choices_N: int64, takes the most likely token of each of these rows."""
     with torch.no_grad():
         loss_N = torch.zeros(targets_N.shape, dtype=torch.float32, device=hidden_ND.device)
         buffer_CV = _chunk_buffer(weight_VD, chunk_rows)
         for rows_C in _chunks(rows, chunk_rows):
             log_probability_CV = _log_probabilities(hidden_ND[rows_C], weight_VD, buffer_CV)
             loss_N[rows_C] = _losses(log_probability_CV, targets_N[rows_C])
+            if choices_N is not None:
+                choices_N[rows_C] = log_probability_CV.argmax(1)
         return loss_N
 
 

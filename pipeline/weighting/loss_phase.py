@@ -37,12 +37,14 @@ class HeadLosses(NamedTuple):
     policy_loss_BTH: float32, 0 at invalid pairs, without gradient.
     selection: of heads 1..., as the selector returned it.
     predicted_BTK: bool, the pairs that were predicted to be selected; None without a prediction.
+    choices_BTH: int64, the token that each head finds most likely, 0 at invalid pairs; None where gradients are computed.
     """
 
     loss: Tensor
     policy_loss_BTH: Tensor
     selection: Selection
     predicted_BTK: Tensor | None = None
+    choices_BTH: Tensor | None = None
 
 
 def score_tokens(
@@ -51,11 +53,14 @@ def score_tokens(
     targets_BTH: Tensor,
     valid_BTH: Tensor,
     num_valid_H: Sequence[int] | None = None,
+    choices_N: Tensor | None = None,
 ) -> Tensor:
-    """Compute the losses of all valid pairs without gradient, as `HeadLosses.policy_loss_BTH`."""
+    """Compute the losses of all valid pairs without gradient, as `HeadLosses.policy_loss_BTH`. choices_N: int64, takes each
+    pair's most likely token."""
     rows = indices_of(valid_BTH, None if num_valid_H is None else sum(num_valid_H))
     chunk_rows = _chunk_rows(targets_BTH, weight_VD)
-    return token_losses(hidden_BTHD.flatten(0, 2), weight_VD, targets_BTH.flatten(), rows, chunk_rows).view(valid_BTH.shape)
+    loss_N = token_losses(hidden_BTHD.flatten(0, 2), weight_VD, targets_BTH.flatten(), rows, chunk_rows, choices_N)
+    return loss_N.view(valid_BTH.shape)
 
 
 def chunked_losses(
@@ -73,10 +78,11 @@ def chunked_losses(
     Where autograd records nothing no gradient is computed either. `predict` False ignores the selector's prediction.
     """
     if not (torch.is_grad_enabled() and (hidden_BTHD.requires_grad or weight_VD.requires_grad)):
-        policy_loss_BTH = score_tokens(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, num_valid_H)
+        choices_BTH = torch.zeros_like(targets_BTH)
+        policy_loss_BTH = score_tokens(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, num_valid_H, choices_BTH.view(-1))
         selection = selector.select(policy_loss_BTH[..., 1:])
         loss = _objective(policy_loss_BTH, _with_first_head(valid_BTH, selection.selected_BTK), scale_H)
-        return HeadLosses(loss, policy_loss_BTH, selection)
+        return HeadLosses(loss, policy_loss_BTH, selection, choices_BTH=choices_BTH)
 
     hidden_ND, shape = hidden_BTHD.flatten(0, 2), valid_BTH.shape
     predictor = selector if predict and selector.predicts else None
@@ -112,14 +118,16 @@ def dense_losses(
     hidden_BTHD: Tensor, weight_VD: Tensor, targets_BTH: Tensor, valid_BTH: Tensor, selector: Selector, scale_H: Tensor
 ) -> HeadLosses:
     """Compute the same by the formula, slowly: all logits of a head at once, and autograd."""
-    losses, weight_DV = [], weight_VD.float().T
+    losses, choices, weight_DV = [], [], weight_VD.float().T
     for hidden_BTD, targets_BT in zip(hidden_BTHD.unbind(2), targets_BTH.unbind(2), strict=True):
         logits_NV = hidden_BTD.flatten(0, 1).float() @ weight_DV
         losses.append(F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none").view(targets_BT.shape))
+        choices.append(logits_NV.argmax(1).view(targets_BT.shape))
     policy_loss_BTH = torch.stack(losses, dim=-1).where(valid_BTH, 0.0)
     selection = selector.select(policy_loss_BTH.detach()[..., 1:])
     loss = _objective(policy_loss_BTH, _with_first_head(valid_BTH, selection.selected_BTK), scale_H)
-    return HeadLosses(loss, policy_loss_BTH.detach(), selection)
+    choices_BTH = None if torch.is_grad_enabled() else torch.stack(choices, dim=-1).where(valid_BTH, 0)
+    return HeadLosses(loss, policy_loss_BTH.detach(), selection, choices_BTH=choices_BTH)
 
 
 def _chunk_rows(targets_BTH: Tensor, weight_VD: Tensor) -> int:

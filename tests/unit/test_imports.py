@@ -71,7 +71,8 @@ ALLOWED = {
     "report": {"audit", "runtime", "storage"},
     "evaluate": {"config", "consumption", "data", "data.loading", "micro_step", "runtime", "weighting"},
     "run": {"config", "consumption", "data.loading", "micro_step", "runtime", "weighting"},
-    "reporter": {"consumption", "data.loading", "evaluate", "progress", "run", "runtime", "schedule"},
+    "samples": {"data.loading", "generation", "run", "runtime", "storage", "weighting"},
+    "reporter": {"consumption", "data.loading", "evaluate", "progress", "run", "runtime", "samples", "schedule"},
     "rank_checks": {"config", "progress", "run", "runtime", "weighting"},
     "rollback": {"config", "data.loading", "progress", "run", "runtime"},
     "train": {
