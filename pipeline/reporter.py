@@ -52,7 +52,6 @@ class Reporter:
         self.last_end = time.perf_counter()
         # The held-out folders of which it was said that they have no bits per byte.
         self.without_bytes: set[str] = set()
-        self.sampler = Sampler(run)
         # Number and end time of this process's first step.
         self.first: tuple[int, float] | None = None
         for note in self.logbook.notes if self.logbook is not None else []:
@@ -201,7 +200,7 @@ class Reporter:
         if every is None or progress.step % every:
             return
         with self.events.timed("validation", progress.step), heartbeat.during("validating"):
-            samples = self.sampler.take(progress.step)
+            samples = Sampler(self.run).take(progress.step)
         if self.logbook is not None and samples:
             self.logbook.write_samples(progress.step, samples)
             self.say(f"step {progress.step}: sample {sample_line(samples[0])}")
