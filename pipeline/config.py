@@ -98,8 +98,10 @@ class ModelSettings(Section):
     seed: Fixed[NonNegative] = 0
     """Seed of the initial weights."""
     pretrained: Free[UserPath | None] = None
-    """Directory of a causal language model (config.json, *.safetensors) to start from; its last block becomes every
-    prediction head. Its shape must equal this section's."""
+    """Directory of a causal language model (config.json, *.safetensors) to start from. Its shape must equal this section's."""
+    new_heads: Fixed[Literal["copied", "fresh"]] = "copied"
+    """Initial weights of prediction heads that the pretrained model lacks: copies of its last block (`copied`), or random ones
+    as without it (`fresh`)."""
 
 
 class ReferenceSettings(Section):
@@ -182,6 +184,9 @@ class TrainingSettings(Section):
     compile: ChangesResult[Literal["auto", "off"]] = "auto"
     """Compile RoPE and SwiGLU's product: `auto` on CUDA, except under `selective` checkpointing. The first step takes some
     seconds longer, later ones up to a fifth less."""
+    freeze_trunk_steps: ChangesResult[NonNegative] = 0
+    """Applied steps at the beginning in which embedding and trunk stay as they are, to the byte, while all heads, the final
+    norm and an unembedding of its own train. Such a step takes as long as any other."""
     check_ranks_every: Free[Positive | None] = 100
     """Steps between checks that all ranks hold equal values; null: never."""
     max_skipped_steps: Free[Positive] = 10

@@ -139,7 +139,7 @@ def _length_problems(directory: Path, settings: Settings) -> Iterator[str]:
 def _shape_differences(own: ModelSettings, found: ModelSettings) -> Iterator[tuple[str, Any, Any]]:
     """(key, own, found) where two shapes differ, after defaults that depend on other keys are filled in."""
     mine, theirs = (
-        shape.model_dump(exclude={"size", "seed", "pretrained", "num_prediction_heads"})
+        shape.model_dump(exclude={"size", "seed", "pretrained", "new_heads", "num_prediction_heads"})
         | {
             "num_key_value_heads": shape.num_key_value_heads or shape.num_attention_heads,
             "head_dim": attention_head_dim(shape),

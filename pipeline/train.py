@@ -32,9 +32,9 @@ from pipeline.runtime.agreement import check_ranks_agree
 from pipeline.runtime.checkpoint.state import HeldOut
 from pipeline.runtime.engine import (
     backward,
+    begin_step,
     end_micro_step,
     give_up_gathered,
-    set_learning_rate,
 )
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.runtime.non_finite import TrainingDivergedError, describe_bad_numbers, finite_and_loss
@@ -205,7 +205,7 @@ def train_step(run: Run, fetched: FetchedStep, progress: Progress) -> StepResult
     replaced = handle_damage(consumed, batches, settings.data, progress.corrupt_samples)
 
     rate = learning_rate(training, progress.applied_steps)
-    set_learning_rate(run.engine, rate)
+    begin_step(run.engine, rate, trunk_is_frozen=progress.applied_steps < training.freeze_trunk_steps)
     sums = SelectionSums(settings.model.num_prediction_heads, len(consumed.tokens_by_source), run.device)
     run.engine.module.bad_gradient_rows.clear()
 

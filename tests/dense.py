@@ -52,12 +52,15 @@ def all_losses(model: MTPModel, batch: Batch) -> torch.Tensor:
     return torch.stack(losses, -1)
 
 
-def dense_objective(settings: Settings, world_size: int) -> tuple[torch.Tensor, MTPModel]:
-    """The objective by its formula; every pool is a range of consecutive rows, in whose order ties are taken."""
+def dense_objective(settings: Settings, world_size: int, policy: MTPModel | None = None) -> tuple[torch.Tensor, MTPModel]:
+    """The objective by its formula; every pool is a range of consecutive rows, in whose order ties are taken.
+
+    policy: by default one with its initial weights.
+    """
     micro_batch = settings.data.micro_batch
     rows_a_pool = {"global": world_size * micro_batch, "step": ROWS, "rank": micro_batch, "row": 1}
     num_pools = ROWS // rows_a_pool[settings.training.selection_pool]
-    batch, policy = whole_batch(), dense_model(settings)
+    batch, policy = whole_batch(), policy or dense_model(settings)
     reference = dense_model(settings, num_prediction_heads=1, seed=1, tied_embeddings=False)
     policy_loss = all_losses(policy, batch)
     with torch.no_grad():

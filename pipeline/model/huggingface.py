@@ -24,7 +24,7 @@ from pipeline.model.model_config import (
     read_json,
     settings_from_config,
 )
-from pipeline.model.mtp import Gather, MTPModel, no_gather
+from pipeline.model.mtp import Gather, MTPModel, initialize_parameter, no_gather
 from pipeline.model.weight_files import Weights, opened_tensors, weight_files
 
 _MAX_LISTED = 8
@@ -117,7 +117,8 @@ def copy_weights(model: MTPModel, weights: Weights) -> None:
 def load_weights(model: MTPModel, directory: Path, gather: Gather = no_gather) -> list[str]:
     """Load the weights in `directory` into `model`, one tensor at a time; collective if the model is partitioned.
 
-    Prediction heads that the files lack start as copies of the files' last block.
+    Prediction heads that the files lack start as copies of the files' last block, or freshly initialised, as `model.new_heads`
+    says.
 
     Returns:
         The names of the tensors in which a value is not finite in the model's dtype, found by the ranks that read the files.
@@ -133,7 +134,9 @@ def load_weights(model: MTPModel, directory: Path, gather: Gather = no_gather) -
     with opened_tensors(directory) as tensors:
         for name, parameter in model.named_parameters():
             with gather(parameter) as is_writer, torch.no_grad():
-                if is_writer:
+                if is_writer and model.settings.new_heads == "fresh" and _is_new(name, num_heads):
+                    initialize_parameter(model.settings, name, parameter)
+                elif is_writer:
                     source = _source_name(name, model.settings, num_heads)
                     parameter.copy_(tensors[source].get_tensor(source))
                     if not torch.isfinite(parameter).all():
@@ -218,10 +221,15 @@ def _num_heads(directory: Path) -> int:
 
 def _source_name(name: str, settings: ModelSettings, num_heads: int) -> str:
     """Name of the tensor to load into parameter `name`: its own, or the last block's for heads that the files lack."""
-    parts = name.split(".", 2)
-    if parts[0] == "heads" and int(parts[1]) >= num_heads:
-        name = f"heads.0.{parts[2]}"
+    if _is_new(name, num_heads):
+        name = f"heads.0.{name.split('.', 2)[2]}"
     return export_name(name, settings)
+
+
+def _is_new(name: str, num_heads: int) -> bool:
+    """True of a parameter of a prediction head that the files lack."""
+    module_list, _, rest = name.partition(".")
+    return module_list == "heads" and int(rest.partition(".")[0]) >= num_heads
 
 
 def export_name(name: str, settings: ModelSettings) -> str:

@@ -41,6 +41,7 @@ class Unembedding(nn.Module):
         assert settings.vocab_size is not None
         self.norm = RMSNorm(settings.dim, settings.norm_eps)
         self.weight = embedding if settings.tied_embeddings else _matrix(settings.vocab_size, settings.dim)
+        self.is_frozen = False
 
     def forward(
         self,
@@ -53,12 +54,13 @@ class Unembedding(nn.Module):
         num_valid_H: Sequence[int] | None,
     ) -> Tensor | HeadLosses:
         hidden_BTHD = self.norm(hidden_BTHD)
+        weight_VD = self.weight.detach() if self.is_frozen else self.weight
         if selector is None or scale_H is None:
-            return score_tokens(hidden_BTHD, self.weight, targets_BTH, valid_BTH, num_valid_H)
+            return score_tokens(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, num_valid_H)
         if loss_phase == "dense":
-            return dense_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, selector, scale_H)
+            return dense_losses(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, selector, scale_H)
         predict = loss_phase == "predicted"
-        return chunked_losses(hidden_BTHD, self.weight, targets_BTH, valid_BTH, selector, scale_H, num_valid_H, predict)
+        return chunked_losses(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, selector, scale_H, num_valid_H, predict)
 
 
 class MTPModel(nn.Module):
@@ -80,6 +82,7 @@ class MTPModel(nn.Module):
         self.run_block = block_runner(activation_checkpointing)
         # One bool [B] per backward since the caller last cleared the list: rows whose gradient at the embedding was not finite.
         self.bad_gradient_rows: list[Tensor] = []
+        self.trunk_is_frozen = False
 
     def forward(
         self,
@@ -121,14 +124,25 @@ class MTPModel(nn.Module):
         documents = document_mask(document_ids_BT) if masks else spans
 
         # Backward ends here, so a row's gradient that became non-finite on the way arrives non-finite.
-        if hidden_BTD.requires_grad:
+        if hidden_BTD.requires_grad and not self.trunk_is_frozen:
             hidden_BTD.register_hook(self._note_bad_rows)
 
         # Under ZeRO-3 a block whose input needs no gradient would train with gradients of zero (`runtime.engine` says why).
         assert hidden_BTD.requires_grad or not torch.is_grad_enabled() or not self.trains, "detach().requires_grad_()"
         for block in self.trunk:
             hidden_BTD = self.run_block(block, hidden_BTD, angles, documents)
+
+        # A frozen trunk gets gradients of zero, since every parameter must be reached by backward.
+        if hidden_BTD.requires_grad and self.trunk_is_frozen:
+            hidden_BTD.register_hook(self._note_bad_rows)
+            hidden_BTD.register_hook(torch.zeros_like)
         return torch.stack([self.run_block(head, hidden_BTD, angles, documents) for head in self.heads], dim=2)
+
+    def freeze_trunk(self, is_frozen: bool) -> None:
+        """Send gradients of zero into the trunk, or the true ones; an embedding that is also the unembedding is frozen with
+        the trunk."""
+        self.trunk_is_frozen = is_frozen
+        self.unembed.is_frozen = is_frozen and self.settings.tied_embeddings
 
     @property
     def trains(self) -> bool:
@@ -153,23 +167,26 @@ def initialize_weights(model: MTPModel, gather: Gather = no_gather) -> None:
     Each parameter has its own generator, seeded by `model.seed` and its name, so its values depend neither on the number of
     ranks nor on the rest of the model. At most one parameter is gathered at a time.
     """
-    residual_std = INIT_STD / math.sqrt(2 * model.settings.num_layers)
     for name, parameter in model.named_parameters():
         with gather(parameter) as is_writer, torch.no_grad():
-            if not is_writer:
-                continue
+            if is_writer:
+                initialize_parameter(model.settings, name, parameter)
 
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                std = residual_std if name.endswith(("attention.output.weight", "ffn.down.weight")) else INIT_STD
-                seed = hashlib.sha256(f"{model.settings.seed}/{name}".encode()).digest()[:8]
-                generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
-                # Drawn on the CPU in float32 and then cast, so that the values are the same on every device.
-                shape = tuple(parameter.shape)
-                parameter.copy_(torch.randn(shape, generator=generator, dtype=torch.float32) * std)
+
+def initialize_parameter(settings: ModelSettings, name: str, parameter: Tensor) -> None:
+    """Initialise one parameter, which is whole; as `initialize_weights`."""
+    if name.endswith("norm.weight"):
+        parameter.fill_(1.0)
+    elif name.endswith("bias"):
+        parameter.zero_()
+    else:
+        writes_residual = name.endswith(("attention.output.weight", "ffn.down.weight"))
+        std = INIT_STD / math.sqrt(2 * settings.num_layers) if writes_residual else INIT_STD
+        seed = hashlib.sha256(f"{settings.seed}/{name}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+        # Drawn on the CPU in float32 and then cast, so that the values are the same on every device.
+        shape = tuple(parameter.shape)
+        parameter.copy_(torch.randn(shape, generator=generator, dtype=torch.float32) * std)
 
 
 def _matrix(rows: int, columns: int) -> nn.Parameter:

@@ -176,12 +176,26 @@ def build_reference(
 
 
 def parameter_groups(model: nn.Module, training: TrainingSettings) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: weight decay on matrices, none on norms and biases."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if len(full_shape(parameter)) >= 2]
-    vectors = [parameter for parameter in parameters if len(full_shape(parameter)) < 2]
-    groups = [(matrices, training.weight_decay), (vectors, 0.0)]
-    return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
+    """AdamW's parameter groups: weight decay on matrices, none on norms and biases.
+
+    Where the trunk is frozen at first its parameters have groups of their own, with "is_trunk".
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = []
+    for is_trunk in (False, True):
+        members = [each for name, each in named if is_trunk == (training.freeze_trunk_steps > 0 and _is_of_trunk(name))]
+        matrices = [parameter for parameter in members if len(full_shape(parameter)) >= 2]
+        vectors = [parameter for parameter in members if len(full_shape(parameter)) < 2]
+        groups += [
+            {"params": each, "weight_decay": decay, "is_trunk": is_trunk}
+            for each, decay in ((matrices, training.weight_decay), (vectors, 0.0))
+            if each
+        ]
+    return groups
+
+
+def _is_of_trunk(name: str) -> bool:
+    return name.startswith(("embed.", "trunk."))
 
 
 def backward(engine: Engine, loss: Tensor) -> None:
@@ -208,11 +222,15 @@ def end_micro_step(engine: Engine) -> bool:
     return engine.was_step_applied()
 
 
-def set_learning_rate(engine: Engine, learning_rate: float) -> None:
-    """Set the learning rate of all parameter groups for the next update."""
+def begin_step(engine: Engine, learning_rate: float, trunk_is_frozen: bool) -> None:
+    """Set the learning rate of all parameter groups for the next update, and whether it leaves the trunk as it is.
+
+    A frozen trunk has gradients of zero, and a learning rate of 0, so that neither AdamW's decay nor its moments move it.
+    """
+    engine.module.freeze_trunk(trunk_is_frozen)
     optimizer: Any = engine.optimizer
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = 0.0 if trunk_is_frozen and group["is_trunk"] else learning_rate
 
 
 def give_up_gathered(engine: Engine) -> None:

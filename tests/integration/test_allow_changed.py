@@ -76,6 +76,7 @@ OTHER: dict[str, tuple[str, tuple[str, ...]]] = {
     "training.normalize_by": ("selected", ()),
     "training.loss_phase": ("dense", ()),
     "training.head_weights": ("[1, 2, 1, 1]", ()),
+    "training.freeze_trunk_steps": ("9", ()),
 }
 # Read from the settings in each step; without effect where no sample is damaged, on a CPU, and where no loss spikes.
 WITHOUT_EFFECT_HERE = {

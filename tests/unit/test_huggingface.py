@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.model import export
 from pipeline.model.export import save_model
 from pipeline.model.huggingface import ModelFilesError, load_weights, read_model_settings, weight_problems
-from pipeline.model.mtp import MTPModel
+from pipeline.model.mtp import MTPModel, initialize_weights
 from tests.unit.test_model import initialized, rows, small
 
 
@@ -67,6 +67,18 @@ def test_heads_that_the_files_lack_start_as_copies_of_the_last_block(tmp_path) -
         expected = pretrained.hidden_states(tokens, documents)
         found = policy.hidden_states(tokens, documents)
     assert all(torch.equal(found[:, :, h], expected[:, :, 0]) for h in range(4))
+
+
+def test_heads_that_the_files_lack_may_start_fresh_as_those_of_an_untrained_model(tmp_path) -> None:
+    pretrained = initialized(small(num_prediction_heads=2, seed=5))
+    save_model(pretrained, tmp_path)
+    policy, fresh = MTPModel(small(new_heads="fresh")), MTPModel(small())
+    initialize_weights(fresh)
+    assert load_weights(policy, tmp_path) == []
+    for name, parameter in policy.named_parameters():
+        # Head 1 is in the files.
+        expected = (fresh if name.startswith(("heads.2", "heads.3")) else pretrained).get_parameter(name)
+        assert torch.equal(parameter, expected), name
 
 
 def test_what_cannot_be_computed_exactly_is_refused(tmp_path) -> None:
