@@ -56,7 +56,8 @@ def run_command(
     stop = StopRequest()
     stop.end_at_once(is_first)
     launcher.watch(stop)
-    if is_first and not options.print_config:
+    only_prints = options.print_config or options.print_run_dir
+    if is_first and not only_prints:
         print("selective multi-token prediction: loading torch and DeepSpeed", flush=True)
 
     def body() -> int:
@@ -64,13 +65,14 @@ def run_command(
 
         try:
             settings, problems = read_recipe(parser, read)
-            if not options.print_config:
+            if not only_prints:
                 return _run_on_all_ranks(parser.prog, options, settings, problems, stop, command, own_checks)
             if problems:
                 raise ConfigError(problems)
         except ConfigError as error:
             return fail(prefix, error, EXIT_USAGE, is_first or stop.wait_for_the_first())
-        print(_printed(settings), end="") if is_first else None
+        if is_first:
+            print(f"{run_dir_of(options, settings)}\n" if options.print_run_dir else _printed(settings), end="")
         return 0
 
     # Whatever takes time is imported inside, where an interruption is one line.
@@ -92,6 +94,11 @@ def _printed(settings: "Settings") -> str:
     except DataError as error:
         notes = [f"training.steps: follows from the data, once it can be read ({error})"]
     return "".join(f"# {' '.join(note.split())}\n" for note in notes) + settings.to_yaml()
+
+
+def run_dir_of(options: argparse.Namespace, settings: "Settings") -> Path:
+    """The run directory that options and settings name."""
+    return options.run_dir or Path("runs") / settings.run.name
 
 
 def _run_on_all_ranks(
@@ -127,7 +134,7 @@ def _run_on_all_ranks(
         return fail(
             f"{prog}: error", f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, all or none set: {error}", EXIT_USAGE, True
         )
-    run_dir = options.run_dir or Path("runs") / settings.run.name
+    run_dir = run_dir_of(options, settings)
     own = [] if own_checks is None else own_checks(settings, options, run_dir)
     content = check_before_start(settings, options.deepspeed, run_dir, world, problems, own)
     settings, notes = resolution(settings)

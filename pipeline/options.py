@@ -43,6 +43,7 @@ def job_parser(name: str, description: str | None, default_recipe: Path) -> Opti
     parser = recipe_parser(name, description, default_recipe)
     parser.add_argument("--run-dir", type=path_argument, metavar="DIR", help="default: runs/ and the recipe's run.name")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--print-run-dir", action="store_true", help="print the name of the run directory and stop")
     # Appended by the deepspeed launcher; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

@@ -25,5 +25,6 @@ tensorboard     runs, tags, charts and histograms in TensorBoard
 terminal        progress lines, selection blocks, the table that closes a run
 table           plain-text tables
 description     config.yaml and environment.json of a run directory
+code_version    the commit of the code that runs
 memory          measures memory in use and at the peak
 """

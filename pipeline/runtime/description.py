@@ -3,7 +3,6 @@
 import json
 import platform
 import socket
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Settings
+from pipeline.runtime.code_version import git_commit
 from pipeline.runtime.distributed import World
 from pipeline.storage.masking import masked_values
 from pipeline.storage.whole_file import write_file
@@ -25,7 +25,7 @@ def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], w
     write_file(run_dir / "config.yaml", settings.to_yaml().encode())
     environment = {
         "command": masked_values(sys.argv),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(Path(__file__).parents[2]),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "host": socket.gethostname(),
@@ -35,12 +35,3 @@ def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], w
         "deepspeed_json": masked_values(deepspeed),
     }
     write_file(run_dir / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
-
-
-def _git_commit() -> str | None:
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

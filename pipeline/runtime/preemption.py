@@ -39,6 +39,9 @@ _SECONDS_TO_INTERRUPT = 2.0
 
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+ASKED_TO_STOP = "asked to stop by "
+"""Beginning of the line that the first rank prints when it hears a signal; `pipeline.slurm` looks out for it."""
+
 
 class StoppedError(Exception):
     """A request to stop came where nothing is to be saved; raised on all ranks alike."""
@@ -92,6 +95,10 @@ class StopRequest:
             self._end("stopped on request before anything was begun; run the same command again\n", EXIT_TRY_AGAIN)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._says and self._woken is None and not self.is_signalled:
+            # One write, because a print may be what the signal has interrupted.
+            with suppress(OSError):
+                os.write(1, f"{ASKED_TO_STOP}{signal.Signals(number).name}\n".encode())
         self.request()
 
     def _listen(self, here: socket.socket) -> None:

@@ -96,16 +96,23 @@ def test_the_slurm_script_runs_one_task_a_rank(tmp_path) -> None:
     commands, run_dir = tmp_path / "bin", tmp_path / "run"
     commands.mkdir()
     (commands / "scontrol").write_text("#!/bin/sh\nprintf '127.0.0.1\\nother\\n'\n")
+    (commands / "sinfo").write_text("#!/bin/sh\necho '(null)'\n")
     (commands / "srun").write_text(
-        "#!/bin/bash\n[[ $1 == --kill-on-bad-exit=1 ]] && shift\n"
+        "#!/bin/bash\n[[ $1 == --kill-on-bad-exit=1 ]] && out=${2#--output=} err=${3#--error=} && shift 3\n"
         "export SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_STEP_TASKS_PER_NODE='1(x2)' SLURM_LOCALID=0 SLURM_CPUS_ON_NODE=1\n"
-        'SLURM_PROCID=1 SLURM_NODEID=1 "$@" &\nSLURM_PROCID=0 SLURM_NODEID=0 "$@" && wait $!\n'
+        'task() { SLURM_PROCID=$1 SLURM_NODEID=$1 "${@:2}" >"${out/\\%5t/0000$1}" 2>"${err/\\%5t/0000$1}"; }\n'
+        'task 1 "$@" &\ntask 0 "$@" && wait $!\n'
     )
     for command in commands.iterdir():
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
     slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-2]"}
     short = ["training.steps=3", "reference.training_steps=3", "logging.validation_samples=8", "data.num_workers=0"]
-    run("launch/train.sbatch", "--run-dir", run_dir, *short, PATH=f"{commands}{os.pathsep}{PATH}", **slurm)
+    printed = run("launch/train.sbatch", "--run-dir", run_dir, *short, PATH=f"{commands}{os.pathsep}{PATH}", **slurm)
     assert [step["step"] for step in steps_of(run_dir)] == [1, 2, 3]
     environment = json.loads((run_dir / "environment.json").read_text())
     assert (environment["ranks"], environment["threads_per_rank"]) == (2, 1)
+
+    # The job's log is the first rank's; the job keeps its code, by which the run is described.
+    assert (run_dir / "slurm" / "12345" / "life-0" / "rank-00000.out").read_text() in printed
+    assert environment["command"][0] == f"{run_dir}/slurm/12345/code/launch/train.py"
+    assert (run_dir / "slurm" / "12345" / "code" / "COMMIT").read_text() == (environment["git_commit"] or "")

@@ -1,0 +1,183 @@
+"""Run a life of a job on Slurm, in the place of its batch script: `python3 -m pipeline.slurm.batch_job train.py …`.
+
+The checks come first, so that what cannot work ends in seconds. Then srun starts a task a rank, from the job's own copy of the
+code, with a log a rank. When they have ended the job is put into the queue again where that is of use. `RUN/slurm/JOB/` has all
+of it: `code/`, the logs of each life (`life-0/`), and `lives.jsonl`, with what became of each and why.
+
+Exit code: srun's, the highest of all ranks; 2 if the job cannot start.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.slurm.before_start import StartError, add_to_environment, check_gpus
+from pipeline.slurm.code_copy import keep_code, with_kept_files
+from pipeline.slurm.commands import SlurmError, host_names, properties, requeue, usable_nodes
+from pipeline.slurm.rank_logs import Ended, accused_rank, ends_of_ranks, last_words
+from pipeline.slurm.ranks import Ranks, or_none, say
+from pipeline.slurm.requeueing import Decision, Life, decide, failures_in_a_row, record
+
+CONTAINER = "SELECTIVE_MTP_CONTAINER"
+"""Environment variable with the command that runs another one in a container, such as `apptainer exec --nv image.sif`."""
+
+EXIT_USAGE = 2
+_OUTPUT = "--output"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as this life of it finds it. number: Slurm's. restarts: lives before this one. arguments: the script's."""
+
+    number: str
+    restarts: int
+    nodes: list[str]
+    script: str
+    arguments: list[str]
+    run_dir: Path
+
+    @property
+    def directory(self) -> Path:
+        return self.run_dir / "slurm" / self.number
+
+    @property
+    def logs(self) -> Path:
+        return self.directory / f"life-{self.restarts}"
+
+    @property
+    def records(self) -> Path:
+        return self.directory / "lives.jsonl"
+
+    def saved(self) -> set[Path]:
+        """What the job has saved so far: checkpoints, a reference that it trained, pieces that it scored."""
+        checkpoints = [*self.run_dir.glob("checkpoints/*/state.json"), *self.run_dir.glob("reference/**/*.json")]
+        outputs = [value for option, value in zip(self.arguments, self.arguments[1:], strict=False) if option == _OUTPUT]
+        outputs += [each.partition("=")[2] for each in self.arguments if each.startswith(f"{_OUTPUT}=")]
+        found = [*checkpoints, *(file for output in outputs for file in Path(output).expanduser().rglob("*"))]
+        return {file for file in found if ".partial" not in str(file)}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a life of a job; returns the exit code. arguments: a script of launch/, and its own."""
+    try:
+        warning = check_gpus(os.environ)
+        if warning is not None:
+            say(warning)
+        environment = add_to_environment(os.environ)
+        job = find_job(arguments[0], arguments[1:])
+    except (StartError, SlurmError) as error:
+        say(f"error: {error}")
+        return EXIT_USAGE
+
+    before = job.saved()
+    ranks = start(job, environment)
+    ranks.wait()
+    ends = ends_of_ranks(ranks.lines)
+    show_failure(job, ranks.code, ends)
+
+    # The record comes before the requeueing, which ends this process.
+    cancelled = ranks.cancelled and not ranks.is_preempted
+    life = Life(ranks.code, job.saved() != before, ends, ranks.asked_by_slurm, accused_node(job, ends), cancelled)
+    decision = decide(life, failures_in_a_row(job.records))
+    record(job.records, life, decision, job.nodes)
+    obey(job, decision)
+    return ranks.code
+
+
+def find_job(script: str, arguments: Sequence[str]) -> Job:
+    """Describe the job by Slurm's variables; the script itself says which run directory its options mean.
+
+    Raises:
+        StartError: the script refuses its options, and has said why.
+    """
+    # This module's own code is the checkout's, or in a life after the first the copy's.
+    here = Path(__file__).resolve().parents[2]
+    named = any(argument.partition("=")[0] == "--deepspeed" for argument in arguments)
+    given = [*arguments] if named else ["--deepspeed", "ds_configs/zero3.json", *arguments]
+    if here != Path.cwd().resolve():
+        given = with_kept_files(given, Path.cwd(), here)
+
+    command = [*_python(), str(here / "launch" / script), *given, "--print-run-dir"]
+    environment = dict(os.environ) | {"PYTHONPATH": _python_path(here)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0 or not done.stdout.strip():
+        raise StartError("the options or the recipe are to be corrected, see above")
+
+    number, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    nodes = host_names(os.environ["SLURM_JOB_NODELIST"])
+    return Job(number, restarts, nodes, script, given, Path(done.stdout.splitlines()[-1]))
+
+
+def start(job: Job, environment: dict[str, str]) -> Ranks:
+    """Start the ranks, from the copy of the code."""
+    job.logs.mkdir(parents=True, exist_ok=True)
+    here, copy = Path(__file__).resolve().parents[2], (job.directory / "code").resolve()
+    keep_code(here, copy)
+    arguments = with_kept_files(job.arguments, Path.cwd(), copy)
+    command = [*_python(), str(copy / "launch" / job.script), *arguments]
+    say(f"life {job.restarts} on {' '.join(job.nodes)}; the logs of the ranks are in {job.logs}")
+    return Ranks(job.number, command, environment | {"PYTHONPATH": _python_path(copy)}, job.logs)
+
+
+def show_failure(job: Job, code: int, ends: Sequence[Ended]) -> None:
+    """Print the message of the rank that failed first: one with an error of its own, else one that names another."""
+    own = [end.rank for end in ends if end.code is not None and end.code not in (4, 75)]
+    accused = accused_rank(job.logs)
+    first = own or ([] if accused is None else [accused[0]]) or [end.rank for end in ends]
+    words = "" if code in (0, 75) else last_words(job.logs, [*first, 0])
+    if words:
+        say(words)
+
+
+def accused_node(job: Job, ends: Sequence[Ended]) -> str | None:
+    """The node of the rank that the others name as dead or standing still; of one that a signal ended, where none is named."""
+    accused = accused_rank(job.logs)
+    killed = [end for end in ends if end.code is None]
+    named = [end for end in ends if accused is not None and end.rank == accused[1]]
+    return next((end.node for end in [*named, *(killed if accused is None else [])]), None)
+
+
+def obey(job: Job, decision: Decision) -> None:
+    """Put the job into the queue again if that was decided, and say what was."""
+    if not decision.requeue:
+        if decision.why:
+            say(f"not put into the queue again: {decision.why}")
+        return
+    found = or_none(properties, job.number) or {}
+    if found.get("Requeue") == "0":
+        say(f"{decision.why}; it was submitted with --no-requeue: the same command continues it")
+        return
+
+    excluded = {node for node in found.get("ExcNodeList", "").split(",") if node and node != "(null)"}
+    if decision.exclude is not None:
+        left = usable_nodes(os.environ["SLURM_JOB_PARTITION"]) - set(_expanded(excluded)) - {decision.exclude}
+        if len(left) >= len(job.nodes):
+            excluded.add(decision.exclude)
+            say(f"it goes on without {decision.exclude}")
+        else:
+            say(f"it may come to {decision.exclude} again: no other node of the partition can take its place")
+    say(f"put into the queue again: {decision.why}")
+    try:
+        requeue(job.number, sorted(excluded))
+    except SlurmError as error:
+        say(f"Slurm refuses that ({error}); the same command continues it")
+
+
+def _expanded(nodes: set[str]) -> list[str]:
+    return host_names(",".join(sorted(nodes))) if nodes else []
+
+
+def _python() -> list[str]:
+    return [*shlex.split(os.environ.get(CONTAINER, "")), "python3"]
+
+
+def _python_path(code: Path) -> str:
+    return os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

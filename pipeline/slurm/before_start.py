@@ -1,0 +1,135 @@
+"""Checks and preparations before the ranks of a job start: GPUs, the address of the first node, a port there."""
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.slurm.commands import gpus_of, host_names, node_address
+
+ON_CPU = "SELECTIVE_MTP_ON_CPU"
+"""Environment variable that allows a job without GPUs on nodes that have some."""
+
+_FIRST_PORT, _PORTS = 20000, 10000
+_FIRST_EPHEMERAL = 32768
+_EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+class StartError(Exception):
+    """The job cannot start; the message says what to do."""
+
+
+def check_gpus(environment: Mapping[str, str]) -> str | None:
+    """See that a job on nodes with GPUs uses them; returns a warning where some are left idle.
+
+    Raises:
+        StartError: the nodes have GPUs, and the job asked for none.
+    """
+    nodes = environment["SLURM_JOB_NODELIST"]
+    allocated = environment.get("SLURM_GPUS_ON_NODE") or environment.get("SLURM_JOB_GPUS")
+    if not allocated:
+        gpus = None if environment.get(ON_CPU) else gpus_of(nodes)
+        if gpus is None:
+            return None
+        count = gpus.partition("(")[0].rpartition(":")[2]
+        number = count if count.isdecimal() else "N"
+        raise StartError(
+            f"the nodes {nodes} have GPUs ({gpus}) and this job asked for none, so it would train in float32 on CPU cores; add "
+            f"--gpus-per-node={number} --ntasks-per-node={number} to sbatch's options (a rank a GPU), or to train on CPU cores "
+            f"all the same --export=ALL,{ON_CPU}=1"
+        )
+    tasks = environment.get("SLURM_TASKS_PER_NODE", "").partition(",")[0].partition("(")[0]
+    if allocated.isdecimal() and tasks.isdecimal() and int(tasks) < int(allocated):
+        return (
+            f"each node has {allocated} GPUs for this job and {tasks} task(s): a rank uses one GPU, so the others stay idle; "
+            f"--ntasks-per-node={allocated} uses them all"
+        )
+    return None
+
+
+def meeting_address(nodes: str) -> str:
+    """The address at which all ranks meet: the first node's name, or where nothing knows that name, the address by which Slurm
+    reaches the node.
+
+    Raises:
+        StartError: neither can be looked up; ranks would try for ever.
+    """
+    name = host_names(nodes)[0]
+    if _is_known(name):
+        return name
+    address = node_address(name)
+    if address and _is_known(address):
+        return address
+    raise StartError(
+        f"the name of the first node, {name}, cannot be looked up on {socket.gethostname()}, nor can its NodeAddr "
+        f"({address or 'none'}); have the cluster's names resolve (DNS or /etc/hosts), or set MASTER_ADDR in launch/site.sh"
+    )
+
+
+def meeting_port(job: str, taken: Mapping[str, str]) -> int:
+    """A port that is free on this machine, the first node of the job: MASTER_PORT if it is set, else one of a range of its own.
+
+    Linux gives ports of its ephemeral range to any connection, so the range lies below that. Jobs that share a node begin
+    their search at different ports.
+
+    Raises:
+        StartError: MASTER_PORT is in use, or no port is free.
+    """
+    given = taken.get("MASTER_PORT")
+    if given is not None:
+        if not (given.isdecimal() and _is_free(int(given))):
+            raise StartError(f"MASTER_PORT={given} is in use on {socket.gethostname()}; unset it, or choose another one")
+        return int(given)
+
+    first, count = _port_range()
+    begin = int(job) if job.isdecimal() else 0
+    for offset in range(count):
+        port = first + (begin + offset) % count
+        if _is_free(port):
+            return port
+    raise StartError(f"no port from {first} to {first + count - 1} is free on {socket.gethostname()}; set MASTER_PORT")
+
+
+def _port_range() -> tuple[int, int]:
+    try:
+        lowest = int(_EPHEMERAL_RANGE.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        lowest = _FIRST_EPHEMERAL
+    # A site that begins the ephemeral range far down leaves little, and port numbers below 1024 are the system's.
+    first = _FIRST_PORT if lowest >= _FIRST_PORT + 100 else max(1024, lowest - _PORTS)
+    return first, max(1, min(_PORTS, lowest - first))
+
+
+def _is_known(name: str) -> bool:
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return False
+    return True
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except (OSError, OverflowError):
+            return False
+    return True
+
+
+def add_to_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the ranks: where they meet, and what srun does not pass on by itself.
+
+    Raises:
+        StartError: they could not meet.
+    """
+    added = dict(environment)
+    if "MASTER_ADDR" not in environment:
+        added["MASTER_ADDR"] = meeting_address(environment["SLURM_JOB_NODELIST"])
+    added["MASTER_PORT"] = str(meeting_port(environment["SLURM_JOB_ID"], environment))
+    added["PYTHONUNBUFFERED"] = "1"
+    # From 22.05 to 23.02 srun does not take sbatch's --cpus-per-task over: each rank would have a single core.
+    if "SLURM_CPUS_PER_TASK" in environment:
+        added.setdefault("SRUN_CPUS_PER_TASK", os.fspath(environment["SLURM_CPUS_PER_TASK"]))
+    return added

@@ -1,0 +1,111 @@
+"""The ranks of a job: srun, their logs, and the request to stop that reaches them when it is time.
+
+Slurm signals the batch script alone (`--signal=B:USR1@600` of launch/train.sbatch); a person's `scancel --signal=USR1 JOB`
+reaches the ranks alone. The first rank prints a line when it hears a request (`preemption.ASKED_TO_STOP`), by which one that
+came without the batch script is seen, and dated.
+"""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.runtime.preemption import ASKED_TO_STOP
+from pipeline.slurm.commands import SlurmError, properties, time_left, time_limit
+from pipeline.slurm.rank_logs import Follower, rank_file
+from pipeline.slurm.requeueing import is_slurms, seconds_to_wait
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_TO_END = 60.0
+
+Value = TypeVar("Value")
+
+
+class Ranks:
+    """A job step with a task a rank. code: srun's exit code. lines: what srun itself wrote.
+
+    asked_by_slurm: None if nobody asked the ranks to stop. cancelled: Slurm ended the job (scancel, the time limit).
+    """
+
+    def __init__(self, job: str, command: Sequence[str], environment: Mapping[str, str], logs: Path):
+        self._job = job
+        self._signalled = False
+        self.code = 0
+        self.lines: list[str] = []
+        self.asked_by_slurm: bool | None = None
+        self.cancelled = False
+        signal.signal(signal.SIGUSR1, self._on_request)
+        signal.signal(signal.SIGTERM, self._on_cancelled)
+
+        out, err = (rank_file(logs, "%5t", stream) for stream in ("out", "err"))
+        options = ["--kill-on-bad-exit=1", f"--output={out}", f"--error={err}"]
+        self._srun = subprocess.Popen(
+            ["srun", *options, *command], env=dict(environment), stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        self._follower = Follower(rank_file(logs, 0, "out"), sys.stdout, ASKED_TO_STOP)
+        self._reader = threading.Thread(target=self._pass_on, name="srun's own lines", daemon=True)
+        self._reader.start()
+
+    def wait(self) -> None:
+        """Wait for the end of all ranks, and ask them to stop when Slurm has signalled and it is time."""
+        due: float | None = None
+        while self._srun.poll() is None:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            if self._signalled and due is None:
+                due = time.monotonic() + self._seconds_to_wait()
+            if due is not None and time.monotonic() >= due:
+                due = float("inf")
+                self._srun.send_signal(signal.SIGUSR1)  # srun passes it on to all tasks
+            if self._follower.seen.is_set() and self.asked_by_slurm is None:
+                self.asked_by_slurm = is_slurms(or_none(time_left, self._job), self.is_preempted)
+
+        self._reader.join(_SECONDS_TO_END)
+        self._follower.end(_SECONDS_TO_END)
+        # As a shell has it where a signal ended the process.
+        code = self._srun.returncode
+        self.code = code if code >= 0 else 128 - code
+
+    @property
+    def is_preempted(self) -> bool:
+        """True if Slurm takes the nodes away for another job."""
+        found = or_none(properties, self._job) or {}
+        return found.get("PreemptTime", "None") not in ("None", "Unknown")
+
+    def _seconds_to_wait(self) -> float:
+        left, limit = or_none(time_left, self._job), or_none(time_limit, self._job)
+        # Without a limit Slurm sends nothing by itself.
+        self.asked_by_slurm = left is not None
+        wait = 0.0 if left is None or limit is None else seconds_to_wait(left, limit)
+        if wait > 0:
+            say(f"the time limit, {limit:g} s, is short: the ranks are asked to stop in {wait:.0f} s, when a quarter is left")
+        return wait
+
+    def _on_request(self, *_: object) -> None:
+        self._signalled = True
+
+    def _on_cancelled(self, *_: object) -> None:
+        self.cancelled = True
+
+    def _pass_on(self) -> None:
+        assert self._srun.stderr is not None
+        for line in self._srun.stderr:
+            self.lines.append(line.rstrip("\n"))
+            print(line, end="", file=sys.stderr, flush=True)
+
+
+def or_none(ask: Callable[[str], Value], job: str) -> Value | None:
+    """Slurm's answer, or None where it does not answer; the ranks go on all the same."""
+    try:
+        return ask(job)
+    except SlurmError as error:
+        say(f"Slurm does not answer: {error}")
+        return None
+
+
+def say(text: str) -> None:
+    """Print a line of the batch script's own into the job's log."""
+    print(f"slurm: {text}", flush=True)

@@ -1,0 +1,148 @@
+"""A job on Slurm before its ranks start, and the logs and the code that it keeps; Slurm's commands are stand-ins."""
+
+import io
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.runtime.code_version import git_commit
+from pipeline.slurm import before_start
+from pipeline.slurm.before_start import ON_CPU, StartError, add_to_environment, check_gpus, meeting_address, meeting_port
+from pipeline.slurm.code_copy import keep_code, with_kept_files
+from pipeline.slurm.rank_logs import Ended, Follower, accused_rank, ends_of_ranks, last_words, rank_file
+
+UNKNOWN = "no-such-node.invalid"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of stand-ins for Slurm's commands, first in the path."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path
+
+
+def answer(folder: Path, command: str, text: str) -> None:
+    path = folder / command
+    path.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+    path.chmod(0o755)
+
+
+def test_a_job_without_gpus_on_nodes_that_have_some_is_refused_with_the_options_to_add(slurm: Path) -> None:
+    answer(slurm, "sinfo", "gpu:a100:8(S:0-1)\ngpu:a100:8(S:0-1)")
+    job = {"SLURM_JOB_NODELIST": "g[1-2]", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    with pytest.raises(StartError, match=r"g\[1-2\] have GPUs .* --gpus-per-node=8 --ntasks-per-node=8"):
+        check_gpus(job)
+    assert check_gpus(job | {ON_CPU: "1"}) is None
+    assert "--ntasks-per-node=8 uses them all" in str(check_gpus(job | {"SLURM_GPUS_ON_NODE": "8"}))
+    assert check_gpus(job | {"SLURM_GPUS_ON_NODE": "8", "SLURM_TASKS_PER_NODE": "8(x2)"}) is None
+    answer(slurm, "sinfo", "(null)\n(null)")
+    assert check_gpus(job) is None
+
+
+def test_the_first_node_is_looked_up_before_anybody_waits_for_it(slurm: Path) -> None:
+    answer(slurm, "scontrol", "localhost\nother")
+    assert meeting_address("ignored") == "localhost"
+
+    # A name that only Slurm knows has an address there.
+    (slurm / "scontrol").write_text(
+        f"#!/bin/sh\ncase $2 in hostnames) echo {UNKNOWN} ;; *) echo NodeName={UNKNOWN} NodeAddr=127.0.0.1 Port=1 ;; esac\n"
+    )
+    assert meeting_address("ignored") == "127.0.0.1"
+    answer(slurm, "scontrol", UNKNOWN)
+    with pytest.raises(StartError, match=f"{UNKNOWN}, cannot be looked up .* set MASTER_ADDR in launch/site.sh"):
+        meeting_address("ignored")
+
+
+def test_the_port_is_free_and_outside_of_the_ephemeral_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = meeting_port("41", {})
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert first < lowest
+    with socket.socket() as server:
+        server.bind(("", first))
+        server.listen()
+        assert first < meeting_port("41", {}) < lowest
+        with pytest.raises(StartError, match=f"MASTER_PORT={first} is in use"):
+            meeting_port("41", {"MASTER_PORT": str(first)})
+    assert meeting_port("41", {"MASTER_PORT": str(first)}) == first
+
+    # A site whose ephemeral ports begin at 1024 or 10,000.
+    (tmp_path / "range").write_text("10000 65535\n")
+    monkeypatch.setattr(before_start, "_EPHEMERAL_RANGE", tmp_path / "range")
+    assert 1024 <= meeting_port("41", {}) < 10000
+
+
+def test_srun_is_told_the_cores_of_a_task_which_it_forgets(slurm: Path) -> None:
+    answer(slurm, "scontrol", "localhost")
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    assert add_to_environment(job | {"SLURM_CPUS_PER_TASK": "8"})["SRUN_CPUS_PER_TASK"] == "8"
+    assert "SRUN_CPUS_PER_TASK" not in add_to_environment(job)
+    assert add_to_environment(job | {"MASTER_ADDR": "head"})["MASTER_ADDR"] == "head"
+
+
+def test_a_copy_of_the_code_stays_what_it_was(tmp_path: Path) -> None:
+    checkout, copy = tmp_path / "checkout", tmp_path / "run" / "slurm" / "7" / "code"
+    for name in ("launch/train.py", "launch/recipes/a.yaml", "pipeline/train.py", "ds_configs/zero3.json", "mine.yaml"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("before")
+    (tmp_path / "outside.yaml").write_text("before")
+    copy.parent.mkdir(parents=True)
+    keep_code(checkout, copy)
+
+    given = ["--deepspeed", f"{checkout}/ds_configs/zero3.json", f"--config={checkout}/mine.yaml", "a.b=c", "--config", "typo"]
+    kept = with_kept_files(given, checkout, copy)
+    assert kept == ["--deepspeed", f"{copy}/ds_configs/zero3.json", f"--config={copy}/mine.yaml", "a.b=c", "--config", "typo"]
+    assert with_kept_files(kept, checkout, copy) == kept
+    assert with_kept_files(["--config", f"{tmp_path}/outside.yaml"], checkout, copy) == ["--config", f"{tmp_path}/outside.yaml"]
+
+    # Edited and removed afterwards.
+    (checkout / "launch" / "train.py").write_text("after")
+    (checkout / "mine.yaml").unlink()
+    keep_code(checkout, copy)
+    assert (copy / "launch" / "train.py").read_text() == "before"
+    assert with_kept_files(given, checkout, copy) == kept
+    assert (copy / "mine.yaml").read_text() == "before"
+
+
+def test_a_copy_knows_the_commit_of_its_origin(tmp_path: Path) -> None:
+    (tmp_path / "COMMIT").write_text("0123abc-dirty\n")
+    assert git_commit(tmp_path) == "0123abc-dirty"
+    (tmp_path / "COMMIT").write_text("")
+    assert git_commit(tmp_path) is None
+
+
+def test_the_ends_of_ranks_are_read_from_the_lines_of_srun() -> None:
+    lines = [
+        "srun: error: n2: task 1: Killed",
+        "srun: launch/slurm: _step_signal: Terminating StepId=2.0",
+        "srun: error: n1: tasks 0,2-3: Exited with exit code 4",
+        "srun: error: n3: task 4: Segmentation fault (core dumped)",
+        "a rank's own words",
+    ]
+    ends = [Ended("n2", 1, None), *(Ended("n1", rank, 4) for rank in (0, 2, 3)), Ended("n3", 4, None)]
+    assert ends_of_ranks(lines) == ends
+
+
+def test_the_jobs_log_gets_the_message_of_one_rank(tmp_path: Path) -> None:
+    rank_file(tmp_path, 0, "err").write_text("")
+    rank_file(tmp_path, 1, "err").write_text("rank 1 on a: the job cannot go on: rank 3 on b died in training step 7\n")
+    rank_file(tmp_path, 2, "err").write_text("\n".join(f"line {number}" for number in range(100)))
+    assert accused_rank(tmp_path) == (1, 3)
+    assert last_words(tmp_path, [0, 1, 2]).splitlines()[1].startswith("rank 1 on a: ")
+    long = last_words(tmp_path, [2]).splitlines()
+    assert (long[1], long[-1], len(long)) == ("… (40 lines before)", "line 99", 62)
+    assert last_words(tmp_path, [0, 9]) == ""
+
+
+def test_the_first_ranks_output_is_followed_as_it_grows(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    follower = Follower(tmp_path / "out", stream, "asked to stop")
+    with (tmp_path / "out").open("w") as file:
+        for text in ("step 1\n", "asked to ", "stop by SIGUSR1\n", "no line break"):
+            file.write(text)
+            file.flush()
+            time.sleep(0.05)
+    assert follower.seen.wait(30)
+    follower.end(30)
+    assert stream.getvalue() == (tmp_path / "out").read_text()
