@@ -123,7 +123,14 @@ def _run_on_all_ranks(
     from pipeline.runtime import heartbeat
     from pipeline.runtime.agreement import RanksDisagreeError
     from pipeline.runtime.checkpoint.commit import SaveError
-    from pipeline.runtime.distributed import device_of, find_world, min_over_ranks, missing_devices, share_cores
+    from pipeline.runtime.distributed import (
+        device_of,
+        find_world,
+        look_up_meeting_point,
+        min_over_ranks,
+        missing_devices,
+        share_cores,
+    )
     from pipeline.runtime.engine import initialize_distributed
     from pipeline.runtime.memory import bytes_for_a_rank
     from pipeline.runtime.non_finite import TrainingDivergedError
@@ -146,6 +153,7 @@ def _run_on_all_ranks(
         print(reason, flush=True)
     try:
         patience = settings.run.hang_timeout
+        look_up_meeting_point()
         initialize_distributed(device, settings.logging.deepspeed_level, heartbeat.longest_collective(patience))
     except (dist.DistError, ValueError) as error:
         return fail(f"{prog}: error", _cannot_meet(error), EXIT_USAGE, True)
@@ -198,6 +206,10 @@ def _stopped_or(command: Command, job: "Job", options: argparse.Namespace, stop:
 
 
 def _cannot_meet(error: Exception) -> str:
+    from pipeline.runtime.distributed import UnknownAddressError
+
+    if isinstance(error, UnknownAddressError):
+        return f"the ranks cannot meet: {error}"
     address, port = (os.environ.get(name, "not set") for name in ("MASTER_ADDR", "MASTER_PORT"))
     reason = str(error).partition("\n")[0]
     return (

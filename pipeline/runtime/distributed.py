@@ -41,7 +41,8 @@ def find_world() -> World:
     # Under srun: Slurm's own variables, one task per rank.
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        # Of this step: an interactive shell on a node has the tasks of its whole allocation in SLURM_NTASKS.
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         env["LOCAL_WORLD_SIZE"] = _tasks_on_this_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))
 
@@ -55,6 +56,26 @@ def find_world() -> World:
 
     local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]
     return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(local_size))
+
+
+class UnknownAddressError(ValueError):
+    """MASTER_ADDR is a name that this machine cannot look up."""
+
+
+def look_up_meeting_point() -> None:
+    """See that the address at which the ranks meet can be looked up: torch would try again for minutes, in silence.
+
+    Raises:
+        UnknownAddressError: it cannot.
+    """
+    address = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise UnknownAddressError(
+            f"MASTER_ADDR is {address}, and {socket.gethostname()} cannot look that name up ({error}); have machines' names "
+            "resolve (DNS, /etc/hosts), or set MASTER_ADDR to an address"
+        ) from error
 
 
 def device_of(world: World) -> torch.device:

@@ -170,6 +170,16 @@ def test_print_config_without_a_recipe_is_the_demo():
     assert finished.stdout == load_settings(ROOT / "launch" / "recipes" / "demo.yaml").to_yaml()
 
 
+def test_print_run_dir_prints_its_name_alone(arguments, tmp_path):
+    """A batch script asks for it, before there are ranks."""
+    finished = run(*arguments, "--print-run-dir")
+    assert (finished.returncode, finished.stdout) == (0, f"{tmp_path / 'run'}\n")
+    finished = run("--deepspeed", ZERO3, "--print-run-dir", "run.name=mine")
+    assert (finished.returncode, finished.stdout) == (0, "runs/mine\n")
+    (problem,) = assert_one_clear_message(run("--deepspeed", ZERO3, "--print-run-dir", "run.nam=mine"))
+    assert problem.startswith("run.nam: unknown setting")
+
+
 def test_without_a_deepspeed_json_it_is_asked_for():
     (problem,) = assert_one_clear_message(run("--print-config"))
     assert problem == "the following arguments are required: --deepspeed; train.py --help says more"
@@ -492,6 +502,27 @@ def test_a_port_that_is_in_use_is_one_message_with_the_remedy(arguments, tmp_pat
     assert "choose another one (deepspeed --master_port N, or MASTER_PORT=N)" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_of_the_first_machine_that_is_unknown_is_one_message_at_once(arguments, tmp_path):
+    """torch would try again for half an hour."""
+    of_two = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "no-such-node.invalid", "MASTER_PORT": "29500"}
+    finished = run_script("train.py", *arguments, "data.micro_batch=1", environment=ENVIRONMENT | of_two, timeout=120)
+    assert finished.returncode == 2, finished.stderr
+    assert "train.py: error: the ranks cannot meet: MASTER_ADDR is no-such-node.invalid, and " in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_launcher_one_rank_trains_also_within_a_job_of_slurms(arguments, tmp_path):
+    """In a batch script, and in the shell that salloc opens on a node."""
+    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    shell = batch | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    for name, variables in (("batch", batch), ("shell", shell)):
+        given = [*arguments, "--run-dir", tmp_path / name, "training.steps=1"]
+        finished = run_script("train.py", *given, environment=ENVIRONMENT | variables)
+        assert finished.returncode == 0, finished.stderr
+        assert f"run directory {tmp_path / name}; 1 rank on " in finished.stdout
 
 
 def test_one_head_is_trained_without_a_reference_though_one_could_be_trained(arguments, tiny_data, tmp_path):

@@ -2,6 +2,8 @@
 
 import io
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -146,3 +148,11 @@ def test_the_first_ranks_output_is_followed_as_it_grows(tmp_path: Path) -> None:
     assert follower.seen.wait(30)
     follower.end(30)
     assert stream.getvalue() == (tmp_path / "out").read_text()
+
+
+def test_a_batch_script_needs_no_package_of_the_ranks() -> None:
+    """The machine that runs it may have torch in a container only. -S: without site-packages."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-S", "-c", "import sys; import pipeline.slurm.batch_job as job; print(job.__file__)"]
+    done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{root}/pipeline/slurm/batch_job.py\n", done.stderr
