@@ -44,7 +44,6 @@ ALLOWED = {
     "weighting": set(),
     "model": {"config", "data.loading", "rope_settings", "storage", "weighting"},
     "runtime": {"config", "data_settings", "model", "processes", "progress", "setting_types", "storage", "weighting"},
-    "runtime": {"config", "data_settings", "model", "progress", "setting_types", "storage", "weighting"},
     "slurm": {"runtime", "storage"},
     "benchmark": {
         "assembly",
