@@ -21,15 +21,19 @@ from pipeline.data.tokenizer_files import tokenizer_files
 from pipeline.derived import has_selecting_heads
 from pipeline.model.export import TextConventions, save_model
 from pipeline.model.mtp import MTPModel
+from pipeline.planning.plan import plan_memory
+from pipeline.planning.report import summary
+from pipeline.planning.resolve import resolve_planned_job
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.runtime import heartbeat
 from pipeline.runtime.agreement import end_if_signalled
 from pipeline.runtime.description import describe_run
-from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once
-from pipeline.runtime.engine import gathered, release
+from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once, min_over_ranks
+from pipeline.runtime.engine import gathered, num_parameters, release
 from pipeline.runtime.events import OF_REFERENCE, begun_and_ended, time_of_start
 from pipeline.runtime.logbook import read_records
+from pipeline.runtime.memory import free_bytes, total_bytes
 from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.runtime.run_lock import RunLock
 from pipeline.runtime.terminal import summary_table
@@ -207,16 +211,27 @@ def describe_changes(run: Run) -> str:
 
 def describe(job: Job, run: Run) -> None:
     """Describe the run on disk (config.yaml, environment.json) and on the terminal."""
-    stream, settings = run.stream, run.settings
     if job.world.is_first:
-        describe_run(run.run_dir, settings, job.deepspeed, job.world, job.device)
+        describe_run(run.run_dir, run.settings, job.deepspeed, job.world, job.device)
         for name, content in _text_of(run)[0].items():
             write_file(run.run_dir / name, content)
-    say(
-        job,
-        f"{stream.samples_per_epoch} rows of {settings.data.sequence_length} tokens an epoch ({stream.dropped_per_epoch} left "
-        f"over), {settings.training.steps} steps of {settings.data.global_batch} rows",
-    )
+    say(job, "\n".join(start_lines(job, run)))
+
+
+def start_lines(job: Job, run: Run) -> list[str]:
+    """Say what is about to run: sizes, the batch's layout over ranks, memory as planned and as free, where things go."""
+    stream, settings, data = run.stream, run.settings, run.settings.data
+    planned, _ = resolve_planned_job(settings, job.deepspeed, job.world.size, job.device.type == "cuda", total_bytes())
+    tokens = data.global_batch * data.sequence_length
+    free = min_over_ranks(free_bytes(job.device, job.world.local_size), job.device)
+    return [
+        f"{num_parameters(settings.model):,} parameters, {settings.model.num_prediction_heads} prediction head(s)",
+        f"a step: {job.world.size} rank(s) × {data.micro_batch} rows × {stream.micro_steps} micro-step(s) = "
+        f"{data.global_batch} rows of {data.sequence_length} tokens = {tokens:,} tokens; {settings.training.steps} steps",
+        f"an epoch: {stream.samples_per_epoch} rows ({stream.dropped_per_epoch} left over)",
+        f"memory plan: {summary(plan_memory(planned))}; free now beside the models: {free / 2**30:,.1f} GiB",
+        f"records, checkpoints and TensorBoard: {run.run_dir}",
+    ]
 
 
 def export(run: Run, directory: Path) -> None:

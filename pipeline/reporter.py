@@ -5,11 +5,14 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from pipeline.consumption import data_metrics
 from pipeline.data.loading.held_out import HeldOutRows
 from pipeline.data.loading.order_record import record_of_order
 from pipeline.data.loading.prefetch import EVALUATION_BATCHES_AHEAD, prefetched
 from pipeline.evaluate import evaluate
+from pipeline.flops import flops_a_token, peak_flops
 from pipeline.progress import Progress
 from pipeline.run import Run, StepResult
 from pipeline.runtime import heartbeat
@@ -18,10 +21,11 @@ from pipeline.runtime.distributed import broadcast_from_first, max_over_ranks
 from pipeline.runtime.engine import gradient_norm
 from pipeline.runtime.events import EventLog, last_event
 from pipeline.runtime.logbook import Logbook, without_non_finite
+from pipeline.runtime.memory import peak_bytes
 from pipeline.runtime.metrics import Record, Totals
 from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.runtime.sample_log import sample_line
-from pipeline.runtime.terminal import held_out_text, progress_line, selection_block
+from pipeline.runtime.terminal import Terminal, held_out_text, progress_line, selection_block
 from pipeline.samples import Sampler
 from pipeline.schedule import objective_at
 
@@ -34,6 +38,7 @@ class Reporter:
 
     def __init__(self, run: Run, first_step: int):
         self.run = run
+        self.terminal = Terminal()
         self.events = EventLog(run.run_dir if run.world.is_first else None)
         self.logbook = None
         if run.world.is_first:
@@ -50,6 +55,11 @@ class Reporter:
         # The last 20 steps: tokens, seconds since the end of the step before, and the part of these spent waiting for data.
         self.recent: deque[tuple[int, float, float]] = deque(maxlen=20)
         self.last_end = time.perf_counter()
+        # Seconds in which training has stood still for checkpoints since the last logged step.
+        self.seconds_saving = 0.0
+        # FLOP/s that tokens/s are compared with; None where the device's peak is not known.
+        self.peak_flops = peak_flops(torch.cuda.get_device_name()) if run.device.type == "cuda" else None
+        self.flops_a_token = flops_a_token(run.settings) if self.peak_flops is not None else 0.0
         # The held-out folders of which it was said that they have no bits per byte.
         self.without_bytes: set[str] = set()
         # Number and end time of this process's first step.
@@ -92,8 +102,10 @@ class Reporter:
     @contextmanager
     def saving(self, step: int) -> Iterator[None]:
         """Record the block as time in which a checkpoint held up training, and what it has completed."""
+        started = time.perf_counter()
         with self.events.timed("save", step) as values:
             yield
+            self.seconds_saving += time.perf_counter() - started
             saved, self.run.checkpoints.saved = self.run.checkpoints.saved, None
             if saved is not None:
                 values["saved"] = {"name": step_name(saved.step), "bytes": saved.num_bytes, "seconds": round(saved.seconds, 4)}
@@ -122,18 +134,21 @@ class Reporter:
 
         # Collective: every rank takes part in the reductions, then only the first goes on.
         totals = result.sums.over_ranks(self.run.models.group)
-        data_wait = max_over_ranks(self._data_wait(), self.run.device)
+        of_each = (self._data_wait(), peak_bytes(self.run.device))
+        data_wait, memory = (max_over_ranks(value, self.run.device) for value in of_each)
         if self.logbook is None:
             return False
 
-        record = self._record(progress, result, totals) | {"data_wait": data_wait}
+        record = self._record(progress, result, totals) | self._of_the_machine(data_wait, memory)
         if metrics_due:
             self.logbook.write(record)
+            self.seconds_saving = 0.0
         if histogram_due:
             self.logbook.board.write_histograms(step, totals)
         if progress_due:
             left = self.run.settings.training.steps - step
-            self.say(progress_line(record, self.run.settings.training.steps, left * self._seconds_a_step(progress)))
+            seconds_left = left * self._seconds_a_step(progress)
+            self.terminal.progress(progress_line(record, self.run.settings.training.steps, seconds_left))
         if selection_due and step % logging.selection_every == 0 and self.run.settings.model.num_prediction_heads > 1:
             self.say(selection_block(record))
         return metrics_due
@@ -218,9 +233,10 @@ class Reporter:
 
     def say(self, text: str) -> None:
         if self.run.world.is_first:
-            print(text, flush=True)
+            self.terminal.say(text)
 
     def close(self) -> None:
+        self.terminal.clear()
         self.events.close()
         if self.logbook is not None:
             self.logbook.close()
@@ -241,12 +257,10 @@ class Reporter:
         record = totals.record(result.counts.scale_H, self.run.stream.manifest.source_names or ("",))
         if not result.applied:
             record["loss"] = None
-        tokens, seconds, _ = map(sum, zip(*self.recent, strict=True))
         position = {"step": progress.step, "samples": progress.samples, "tokens": progress.tokens}
         more = {
             "learning_rate": result.learning_rate,
             "grad_norm": gradient_norm(self.run.engine),
-            "tokens_per_second": tokens / seconds,
             "skipped_steps": progress.skipped_steps,
             "loss_spike_score": progress.losses.score() if result.applied else None,
             "grad_norm_spike_score": progress.gradient_norms.score() if result.applied else None,
@@ -255,3 +269,18 @@ class Reporter:
         }
         data = data_metrics(self.run.stream, progress.samples, progress, result.consumed)
         return without_non_finite(position | record | more | data)
+
+    def _of_the_machine(self, data_wait: float, memory: float) -> Record:
+        """Metrics of time and memory (`metrics.OF_THE_MACHINE`). data_wait, memory: of the worst rank."""
+        tokens, seconds, _ = map(sum, zip(*self.recent, strict=True))
+        record: Record = {
+            "time": time.time(),
+            "tokens_per_second": tokens / seconds,
+            "seconds_per_step": seconds / len(self.recent),
+            "seconds_saving": self.seconds_saving,
+            "memory_bytes": int(memory),
+            "data_wait": data_wait,
+        }
+        if self.peak_flops is not None:
+            record["mfu"] = tokens / seconds * self.flops_a_token / (self.peak_flops * self.run.world.size)
+        return record

@@ -18,7 +18,7 @@ from tests.forked import ROOT, as_main, call, forking
 from tests.tiny import SEQUENCE_LENGTH
 
 ROWS = 32
-_CLOCKS = re.compile(r"tokens_per_second|data_wait|seconds|time")
+_CLOCKS = re.compile(r"tokens_per_second|data_wait|seconds|time|memory|mfu")
 _PATIENCE_SECONDS = 800
 
 Alter = Callable[..., None]

@@ -27,10 +27,11 @@ from pipeline.config import ModelSettings, Settings
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.prefetch import prefetched
+from pipeline.derived import next_token_model
+from pipeline.flops import forward_flops, peak_flops, selective_flops
 from pipeline.micro_step import load_micro_batches
 from pipeline.model.model_config import impossible_heads
 from pipeline.model.reference import losses_by_head
-from pipeline.model.transformer import attention_head_dim, ffn_dim
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.runtime.distributed import device_of, find_world
@@ -40,8 +41,6 @@ from pipeline.weighting.selectors import EveryPair
 
 K_PERCENT, HEADS = 0.6, 4
 WARM_UP_ROUNDS = 2
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16 FLOP/s by a part of the device's name, from its makers' data sheets; SXM where nothing else is said."""
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     shape = shape_of(vars(options))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    peak = peak_flops(device)
     keys = options.sequence_length / (2 * NUM_DOCUMENTS) if torch.cuda.is_available() else options.sequence_length
     tokens, plain = options.rows * options.sequence_length, figures["next_token"]
     for name, own in figures.items():
@@ -74,8 +73,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         own["peak_ratio"] = own["peak_bytes"] / plain["peak_bytes"]
         own["flop_ratio"] = flops / (tokens * flops_a_token("next_token", shape, keys))
         own["time_over_flops"] = own["time_ratio"] / own["flop_ratio"]
-        if peak_flops is not None:
-            own["mfu"] = flops / own["seconds"] / peak_flops
+        if peak is not None:
+            own["mfu"] = flops / own["seconds"] / peak
 
     return {
         "variants": figures,
@@ -116,24 +115,13 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def flops_a_token(variant: str, shape: ModelSettings, keys_a_query: float) -> float:
-    """Count the FLOPs of a whole step, forward and backward: two for each weight of a matrix, and attention's two products."""
-    query_dim = shape.num_attention_heads * attention_head_dim(shape)
-    key_dim = (shape.num_key_value_heads or shape.num_attention_heads) * attention_head_dim(shape)
-    weights = shape.dim * (2 * query_dim + 2 * key_dim + 3 * ffn_dim(shape))
-    block = 2 * weights + 4 * keys_a_query * query_dim
-
-    assert shape.vocab_size is not None
-    logits = 2 * shape.dim * shape.vocab_size
-
-    trunk = (shape.num_layers - 1) * block
-    reference = trunk + block + logits
-    all_heads = trunk + HEADS * (block + logits)
+    """Count the FLOPs of a whole step, forward and backward (`pipeline.flops`)."""
+    one_head, all_heads = (forward_flops(shape, keys_a_query, heads) for heads in (1, HEADS))
     return {
-        "next_token": 3 * (trunk + block + logits),
+        "next_token": 3 * one_head,
         "mtp": 3 * all_heads,
-        # Backward makes two products of each of forward's; of logits only for what is selected.
-        "selective": 3 * (trunk + HEADS * block) + (HEADS + 2 + 2 * K_PERCENT * (HEADS - 1)) * logits + reference,
-        "origin": 4 * all_heads + reference,
+        "selective": selective_flops(shape, keys_a_query, HEADS, K_PERCENT, next_token_model(shape)),
+        "origin": 4 * all_heads + one_head,
     }[variant]
 
 

@@ -26,6 +26,17 @@ from pipeline.weighting.exchange import Group, all_reduce_sum
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
 
+OF_THE_MACHINE = (
+    "time",
+    "tokens_per_second",
+    "seconds_per_step",
+    "seconds_saving",
+    "memory_bytes",
+    "mfu",
+    "data_wait",
+)
+"""Metrics in which two runs with equal results need not be equal."""
+
 EXCESS_LOWEST, EXCESS_BIN_WIDTH, EXCESS_BINS = -16.0, 1 / 16, 512
 """The histogram of excess losses: 512 bins of 1/16 from -16 to 16, in nats; 12 KiB a source with three such heads."""
 PERCENTILES = (10, 50, 90)

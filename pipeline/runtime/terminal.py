@@ -1,20 +1,74 @@
-"""Format metrics for the terminal: progress lines, blocks of selection statistics, the table that closes a run."""
+"""What a run shows: progress lines, blocks of selection statistics, the table that closes it.
+
+On a terminal progress is one line that is written over, in colour; in a file, or through a pipe, it is a plain line each time.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
+from rich.text import Text
 
 from pipeline.runtime.metrics import Record, ratio
 from pipeline.runtime.table import aligned
 
 
+class Terminal:
+    """Standard output: lines that stay, and one live line below them where it is a terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.has_live_line = False
+
+    def say(self, text: str) -> None:
+        """Print lines that stay."""
+        self.clear()
+        print(text, flush=True)
+
+    def progress(self, line: str) -> None:
+        """Show how far the run is."""
+        if not self.console.is_terminal:
+            return self.say(line)
+        self.clear()
+        # The cursor stays visible at the line's beginning, so that a killed process leaves the terminal as it was.
+        shown = Text(line, no_wrap=True, overflow="ellipsis")
+        shown.truncate(max(1, self.console.width - 1), overflow="ellipsis")
+        shown.highlight_regex(r"^step +\d+/\d+", "bold")
+        shown.highlight_regex(r"loss \S+", "bold cyan")
+        shown.highlight_regex(r"none", "bold red")
+        shown.highlight_regex(r"ETA \S+", "green")
+        self.console.print(shown, end="\r")
+        self.has_live_line = True
+
+    def clear(self) -> None:
+        """Take the live line away."""
+        if self.has_live_line:
+            self.console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
+            self.has_live_line = False
+
+
 def progress_line(record: Record, total_steps: int, seconds_left: float) -> str:
-    """Format one line: step/total, objective, selected share of each head, tokens/s, time left."""
+    """Format one line: step/total, objective, loss and threshold of each head, learning rate, gradient norm, speed, memory,
+    waits, time left."""
     heads = _heads(record)
-    shares = " ".join(_percent(record[f"selected_ratio_head_{head}"]) for head in heads)
-    return (
-        f"step {record['step']:>{len(str(total_steps))}}/{total_steps}  loss {_number(record['loss'], 4)}  "
-        f"selected {shares}  {record['tokens_per_second']:,.0f} tokens/s  ETA {_duration(seconds_left)}"
-    )
+    losses = " ".join(_number(record[f"loss_head_{head}"], 3) for head in heads)
+    thresholds = " ".join(_number(record[f"threshold_head_{head}"], 2) for head in heads[1:])
+    parts = [
+        f"step {record['step']:>{len(str(total_steps))}}/{total_steps}",
+        f"loss {_number(record['loss'], 4)}",
+        f"heads {losses}",
+        f"threshold {thresholds}" if heads[1:] else "",
+        f"lr {record['learning_rate']:.2e}",
+        f"grad {_number(record['grad_norm'], 2)}",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+        f"MFU {_percent(record['mfu'])}" if "mfu" in record else "",
+        f"{record['memory_bytes'] / 1e9:.2f} GB" if "memory_bytes" in record else "",
+        f"wait {_percent(record['data_wait'])}" if "data_wait" in record else "",
+        f"ETA {_duration(seconds_left)}",
+    ]
+    return "  ".join(filter(None, parts))
 
 
 def selection_block(record: Record) -> str:
@@ -75,7 +129,11 @@ def summary_table(records: Sequence[Record], run_dir: Path, source_names: Sequen
         rows += _source_rows(tokens, counts, heads)
         note = f"data: all tokens of steps {before['step'] + 1} to {last}; {note}"
 
-    where = [f"run directory:  {run_dir}", f"look at it:     tensorboard --logdir {run_dir.parent}"]
+    where = [
+        f"run directory:  {run_dir}",
+        f"look at it:     tensorboard --logdir {run_dir.parent}   (each head is a run of its own)",
+        f"as one page:    python launch/report.py {run_dir} -o page.html",
+    ]
     return "\n".join([aligned(rows), f"({note})", "", *where])
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.audit.report import audit, figures
 from pipeline.runtime.logbook import read_records
+from pipeline.runtime.metrics import OF_THE_MACHINE
 from pipeline.runtime.preemption import EXIT_HANG
 from tests.integration.test_command_line import ENVIRONMENT, SCRIPT, ZERO3, checkpoints
 
@@ -83,7 +84,7 @@ def test_a_run_continues_exactly_after_kills_and_with_other_numbers_of_ranks(rec
         assert job.end() == [-signal.SIGKILL]
     whole = trained(tmp_path / "whole")
     without_times = [
-        {key: value for key, value in record.items() if key not in ("tokens_per_second", "data_wait")}
+        {key: value for key, value in record.items() if key not in OF_THE_MACHINE}
         for record in (*whole[:8], *trained(run_dir)[:8])
     ]
     assert without_times[:8] == without_times[8:], "to the bit, on the same ranks"

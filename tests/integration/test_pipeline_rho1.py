@@ -15,6 +15,7 @@ from pipeline.config import Settings
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.shards.reader import ShardReader
 from pipeline.recipe import load_settings
+from pipeline.runtime.metrics import OF_THE_MACHINE
 from tests.ranks import run_ranks
 
 STEPS, K_PERCENT = 30, 0.6
@@ -185,6 +186,17 @@ def test_no_rank_holds_the_whole_model_between_forwards(pipeline) -> None:
     assert all(rank["partitioned"] for rank in pipeline["ranks"])
 
 
+def test_every_record_says_when_it_was_and_what_a_step_took(pipeline) -> None:
+    steps = pipeline["steps"]
+    times = [line["time"] for line in steps]
+    assert times == sorted(times)
+    assert all(line["seconds_per_step"] > 0 and line["memory_bytes"] > 1e7 for line in steps)
+    # Checkpoints are begun after steps 10 and 20, and completed some steps later; the last one comes after the last record.
+    saving = {line["step"] for line in steps if line["seconds_saving"] > 0}
+    assert {11, 21} <= saving <= set(range(11, STEPS + 1))
+    assert all("mfu" not in line for line in steps)  # of a CPU no peak is known
+
+
 def test_the_run_directory_explains_itself(pipeline) -> None:
     run_dir = pipeline["run_dir"]
     environment = json.loads((run_dir / "environment.json").read_text())
@@ -231,7 +243,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pipeline, tiny_d
     assert len(resumed) == STEPS
 
     def without_speed(line: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in line.items() if key not in ("tokens_per_second", "data_wait")}
+        return {key: value for key, value in line.items() if key not in OF_THE_MACHINE}
 
     assert [without_speed(line) for line in resumed] == [without_speed(line) for line in pipeline["steps"]]
     assert [line for line in lines if "split" in line] == pipeline["validation"]

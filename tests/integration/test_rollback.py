@@ -20,6 +20,7 @@ from pipeline.data.shards.manifest import Manifest, write_manifest
 from pipeline.data.shards.writer import Row, write_shards
 from pipeline.recipe import load_settings
 from pipeline.runtime.logbook import read_records
+from pipeline.runtime.metrics import OF_THE_MACHINE
 from tests.forked import forking
 from tests.ranks import run_ranks
 
@@ -49,7 +50,7 @@ SETTINGS = (
     "logging.metrics_every=1",
 )
 # Of a start, and of a returned run: whose clock it is, and by how much it was left alone.
-OF_TIME = ("tokens_per_second", "data_wait")
+OF_TIME = OF_THE_MACHINE
 
 
 @pytest.fixture(scope="module")

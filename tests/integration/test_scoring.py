@@ -23,6 +23,7 @@ from pipeline.data.shards.reference_losses import (
     read_losses_manifest,
 )
 from pipeline.recipe import load_settings
+from pipeline.runtime.metrics import OF_THE_MACHINE
 from tests.integration.test_pipeline_rho1 import DEEPSPEED_JSON, job_on_this_rank, settings_for
 from tests.ranks import run_ranks
 
@@ -45,7 +46,7 @@ def score_then_train(settings: Settings, cache: Path, dtype: str, run_dir: Path)
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    timed = ("tokens_per_second", "data_wait")
+    timed = OF_THE_MACHINE
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if key not in timed} for record in records]
 

@@ -19,6 +19,7 @@ from pipeline.data.loading.batch import Batch
 from pipeline.data.loading.held_out import HeldOutRows
 from pipeline.runtime import preemption
 from pipeline.runtime.logbook import read_records
+from pipeline.runtime.metrics import OF_THE_MACHINE
 from pipeline.runtime.preemption import EXIT_HANG
 from tests.integration.test_command_line import ENVIRONMENT, SCRIPT, ZERO3, checkpoints
 from tests.integration.test_interrupted_runs import Ranks, recipe
@@ -58,7 +59,7 @@ def run_jobs(settings: Settings, run_dir: Path, signals_in: list[int | None]) ->
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    timed = ("tokens_per_second", "data_wait")
+    timed = OF_THE_MACHINE
     return [{key: value for key, value in record.items() if key not in timed} for record in read_records(run_dir)]
 
 

@@ -1,5 +1,6 @@
 """What is written and shown: the formats that people and tools rely on, and a log book that survives a kill."""
 
+import io
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from pipeline.model.mtp import HeadLosses
 from pipeline.runtime.logbook import Logbook, read_records, without_non_finite
 from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, SelectionSums
 from pipeline.runtime.tensorboard import is_drawn, place_of, split_of
-from pipeline.runtime.terminal import held_out_text, progress_line, selection_block, summary_table
+from pipeline.runtime.terminal import Terminal, held_out_text, progress_line, selection_block, summary_table
 from pipeline.weighting.selection import Selection
 
 # The block of the project's plan, to the character.
@@ -96,10 +97,51 @@ def test_numbers_that_do_not_exist_are_shown_as_none():
     assert lines[-1] == "  Avg excess loss: t+2=none, t+3=0.51, t+4=0.38"
 
 
-def test_the_progress_line_has_place_loss_shares_speed_and_time_left():
-    line = progress_line(training_record(7), total_steps=1500, seconds_left=3723.9)
-    assert line == "step    7/1500  loss 2.8467  selected 100.0% 60.0% 60.0% 60.0%  12,346 tokens/s  ETA 1:02:03"
+def test_the_progress_line_has_losses_thresholds_speed_and_time_left():
+    record = training_record(7, memory_bytes=2.5e9, data_wait=0.003)
+    assert progress_line(record, total_steps=1500, seconds_left=3723.9) == (
+        "step    7/1500  loss 2.8467  heads 2.500 2.750 3.000 3.250  threshold 0.42 0.51 0.38  lr 1.00e-03  grad 0.50  "
+        "12,346 tokens/s  2.50 GB  wait 0.3%  ETA 1:02:03"
+    )
+    assert "MFU 41.5%" in progress_line(record | {"mfu": 0.415}, 1500, 59.2)
     assert progress_line(training_record(7), 1500, 59.2).endswith("ETA 0:59")
+    one_head = {key: value for key, value in record.items() if not key.endswith(("_1", "_2", "_3"))}
+    assert "loss 2.8467  heads 2.500  lr" in progress_line(one_head, 1500, 1.0)
+
+
+def written_to(file, monkeypatch, **environment):
+    """What a terminal shows of two steps and a message between them, written to a file."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", file)
+    terminal = Terminal()
+    terminal.progress("step 1/2  loss 3.0")
+    terminal.say("saved step 1")
+    terminal.progress("step 2/2  loss 2.0")
+    terminal.clear()
+    return file.getvalue()
+
+
+class FileOfATerminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_what_is_piped_has_plain_lines_and_no_colours(monkeypatch):
+    shown = written_to(io.StringIO(), monkeypatch)
+    assert shown == "step 1/2  loss 3.0\nsaved step 1\nstep 2/2  loss 2.0\n"
+
+
+def test_a_terminal_has_one_live_line_and_messages_stay_above_it(monkeypatch):
+    shown = written_to(FileOfATerminal(), monkeypatch, TERM="xterm-256color", COLUMNS="12")
+    kept = re.sub(r"[^\n]*\r", "", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown))
+    assert kept == "saved step 1\n"
+    assert "\x1b[1m" in shown
+    assert "\x1b[?25l" not in shown  # the cursor is never hidden, since a rank may be killed
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\n", "\r").split("\r")
+    assert max(map(len, lines)) < 13
 
 
 def with_sources(step, valid, selected):
