@@ -221,8 +221,20 @@ def test_heads_of_an_export_draft_in_generate_of_transformers(run, tmp_path) -> 
     options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
     assert torch.equal(theirs.generate(ids, custom_generate=drafting, **options), theirs.generate(ids, **options))
 
+    assert drafting.counts is not None
+    assert drafting.counts.steps + sum(drafting.counts.accepted) >= 16
+
     # Drawn tokens by temperature and top_p; what is not computed is refused.
     drawn = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
     assert theirs.generate(ids, custom_generate=drafting, top_k=0, **drawn).shape == (2, 8)
     with pytest.raises(ValueError, match="does not compute TopKLogitsWarper; pass top_k=0"):
         theirs.generate(ids, custom_generate=drafting, top_k=5, **drawn)
+    for name, value in (("num_beams", 2), ("return_dict_in_generate", True), ("num_return_sequences", 2)):
+        with pytest.raises(ValueError, match=f"does not compute {name}={value}"):
+            theirs.generate(ids, custom_generate=drafting, top_k=0, **drawn, **{name: value})
+
+    # A model that was trained on is not what the folder holds.
+    with torch.no_grad():
+        theirs.model.norm.weight[0] += 1
+    with pytest.raises(ValueError, match=r"differs from .*out in model\.norm\.weight"):
+        theirs.generate(ids, custom_generate=self_speculative(tmp_path / "out"), **options)
