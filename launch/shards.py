@@ -7,6 +7,8 @@
     python launch/shards.py order DIR --global-batch G --ranks R --steps N …
                                                           print a line `step rank shard key` for each sample: which rank reads
                                                           it in which step, by the code that feeds training
+    python launch/shards.py export-rows DIR               print a line of JSON for each row: key, tokens, documents; to compute
+                                                          external scores from (launch/score.py --import)
 
 DIR may also be a folder of prepared folders (train, validation). Exit code 0; 1 if `verify` found damage; 2, with one message,
 if the arguments or the data must be corrected; 130 on Ctrl-C.
@@ -23,6 +25,7 @@ from pipeline.data.corpus.display import Display
 from pipeline.data.errors import DataError
 from pipeline.data.loading.order import default_lanes
 from pipeline.data.shards.adoption import index
+from pipeline.data.shards.external_scores import export_rows
 from pipeline.data.shards.inspection import inspect
 from pipeline.data.shards.manifest import Manifest, read_manifest
 from pipeline.data.shards.merging import merge, prepared_folders
@@ -34,6 +37,7 @@ from pipeline.failures import guarded
 from pipeline.option_parser import OptionParser, at_least
 from pipeline.options import path_argument
 from pipeline.storage.location import Url, parse_location
+from pipeline.storage.whole_file import atomic_write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,6 +86,11 @@ def _parser() -> OptionParser:
         "--source", action="append", default=[], metavar="NAME", help="the name of source 0, 1, …; may be repeated"
     )
     indexed.set_defaults(command=_index)
+
+    exported = commands.add_parser("export-rows", help="print keys and ids of all rows, to score them")
+    exported.add_argument("directory", metavar="DIR", help="prepared shards: a folder or a URL")
+    exported.add_argument("--output", type=path_argument, metavar="FILE", help="write there instead")
+    exported.set_defaults(command=_export_rows)
 
     order = commands.add_parser("order", help="print what reaches which rank in which step")
     order.add_argument("directory", metavar="DIR", help="prepared shards: a folder or a URL")
@@ -132,6 +141,17 @@ def _order(options: argparse.Namespace) -> int:
     )
     for arrival in found:
         print(arrival.step, arrival.rank, arrival.shard, arrival.key)
+    return 0
+
+
+def _export_rows(options: argparse.Namespace) -> int:
+    rows = export_rows(parse_location(options.directory))
+    if options.output is None:
+        for row in rows:
+            print(row)
+        return 0
+    with atomic_write(options.output) as file:
+        file.writelines(f"{row}\n".encode() for row in rows)
     return 0
 
 

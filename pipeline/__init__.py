@@ -42,6 +42,7 @@ run_length.py       steps, from tokens or epochs
 other_names.py      what other trainers call our settings
 yaml_text.py        parses YAML that somebody wrote
 checks.py           all checks before any compute is spent, as one error
+objective_checks.py  those between settings of the objective
 data_checks.py      those of data sets and cached losses
 model_checks.py     those of reference and pretrained weights
 processes.py        processes of this machine, known by number and start time

@@ -22,6 +22,7 @@ from pipeline.setting_types import (
     DirectoryName,
     Fixed,
     Fraction,
+    FractionOverTime,
     Free,
     NonNegative,
     NonNegativeFloat,
@@ -31,6 +32,7 @@ from pipeline.setting_types import (
     Size,
     TokenCount,
     UserPath,
+    WeightsOverTime,
 )
 from pipeline.storage.location import LocationSetting
 
@@ -109,9 +111,10 @@ class ReferenceSettings(Section):
 
     path: Free[UserPath | None] = None
     """Directory of the frozen reference: config.json, model.safetensors (or its index) and tokenizer.json."""
-    horizon: ChangesResult[Literal["shifted", "matched"]] = "shifted"
-    """The reference loss that head h is compared with: the next-token loss of its target (`shifted`), or the loss of the
-    reference's own head h (`matched`; the reference then needs all heads)."""
+    horizon: ChangesResult[Literal["shifted", "matched", "own"]] = "shifted"
+    """The reference loss that head h is compared with: the next-token loss of its target (`shifted`), the loss of the
+    reference's own head h (`matched`; the reference then needs all heads), or the policy's own next-token loss of its target
+    (`own`: head 0 is the reference; there is no other model and nothing more to compute)."""
     sharding: Free[Literal["auto", "zero3", "replicate"]] = "auto"
     """Partition the reference by ZeRO-3 (`zero3`) or keep it whole on every rank (`replicate`); `auto` replicates it if it
     takes at most a quarter of the memory that is free once the policy is built."""
@@ -153,8 +156,13 @@ class TrainingSettings(Section):
     """AdamW's epsilon."""
     gradient_clipping: ChangesResult[PositiveFloat | None] = 1.0
     """Largest L2 norm of the whole gradient; null: no clipping."""
-    k_percent: ChangesResult[Fraction] = 0.6
-    """Fraction of the valid pairs of each of heads 1, 2, … that is trained on; 1 turns the selection off."""
+    k_percent: ChangesResult[FractionOverTime] = 0.6
+    """Fraction of the valid pairs of each of heads 1, 2, … that is trained on; 1 turns the selection off. Over time:
+    `[[from_step, fraction], …]`, the first from step 0."""
+    k_percent_change: ChangesResult[Literal["stepwise", "linear"]] = "stepwise"
+    """Course of a `k_percent` that changes over time: constant from one listed step to the next, or linear between them."""
+    selection_warmup_steps: ChangesResult[NonNegative] = 0
+    """First steps, in which every valid pair is selected, whatever `k_percent` says."""
     selection_pool: ChangesResult[Literal["global", "step", "rank", "row"]] = "global"
     """Pool in which the top k_percent are selected: the micro-step over all ranks (`global`), all micro-steps of the optimizer
     step over all ranks (`step`; a second policy forward if there are several), the rank's micro-batch (`rank`) or each row
@@ -163,9 +171,12 @@ class TrainingSettings(Section):
     """Algorithm by which ranks find the top of a shared pool; the result is the same to the bit. `all_gather` sends 4 bytes
     per pair; `radix` sends histograms, whose size does not grow with the tokens; `auto` gathers pools of up to 1 MiB of keys,
     where the two cost the same (`launch/benchmark.py selection`)."""
-    selection_score: ChangesResult[Literal["excess", "policy_loss", "random"]] = "excess"
-    """Score by which pairs are ranked: policy minus reference loss (`excess`), or, as controls, the policy's loss alone or
-    random numbers."""
+    selection_score: ChangesResult[Literal["excess", "policy_loss", "random", "external"]] = "excess"
+    """Score by which pairs are ranked: policy minus reference loss (`excess`); scores of your own making, a number a token
+    (`external`); or, as controls, the policy's loss alone or random numbers."""
+    external_scores: Free[UserPath | None] = None
+    """Directory of `external` scores of all data sets, made by `launch/score.py --import`. The score of token j is that of
+    every pair whose target is j."""
     selection_seed: ChangesResult[NonNegative] = 0
     """Seed of the `random` score."""
     normalize_by: ChangesResult[Literal["valid", "selected"]] = "valid"
@@ -175,8 +186,14 @@ class TrainingSettings(Section):
     selects, then computes the selected ones again with gradient. `predicted` computes gradients already while scoring, for the
     pairs that earlier steps' thresholds predict, and repairs the rest (without effect in the pools `rank` and `row`, which have
     no common threshold). `dense` holds all logits: the slow oracle of the other two."""
-    head_weights: ChangesResult[list[NonNegativeFloat] | None] = None
-    """Weight of each head's loss; null: 1 for all."""
+    head_weights: ChangesResult[WeightsOverTime | None] = None
+    """Weight of each head's loss; null: 1 for all. Over time: `[[from_step, weights], …]`, the first from step 0, as the
+    curricula of arXiv 2505.22757."""
+    head_weights_change: ChangesResult[Literal["stepwise", "linear"]] = "stepwise"
+    """Course of `head_weights` that change over time: constant from one listed step to the next, or linear between them."""
+    detach_heads: ChangesResult[bool] = False
+    """Stop the gradients of heads 1, 2, … at the trunk's output: they train themselves and the unembedding alone, and the trunk
+    learns of the next token alone."""
     activation_checkpointing: Free[Literal["none", "selective", "full"]] = "none"
     """Activations that are saved for backward: all (`none`), the outputs of matrix products and attention (`selective`), or
     each block's input alone (`full`; its forward runs twice). The others are recomputed; the gradient is the same,
@@ -265,11 +282,6 @@ class Settings(Section):
         if self.training.tokens is not None or self.training.epochs is not None:
             del values["training"]["steps"]  # It follows from the other one.
         return yaml.safe_dump(values, sort_keys=False)
-
-    @property
-    def head_weights(self) -> list[float]:
-        """The weight of each of the H heads."""
-        return self.training.head_weights or [1.0] * self.model.num_prediction_heads
 
 
 def did_you_mean(unknown: str, known: Iterable[str]) -> str:

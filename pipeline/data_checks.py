@@ -13,7 +13,7 @@ from pipeline.data.loading.mixture import held_out_sets, sets_of
 from pipeline.data.loading.order import too_few_samples
 from pipeline.data.shards.manifest import Manifest, read_manifest, tokenizer_difference
 from pipeline.data.shards.reference_losses import CachedLosses, check_alike
-from pipeline.derived import cached_losses, has_selecting_heads, lanes_of
+from pipeline.derived import cache_of, cached_losses, has_selecting_heads, lanes_of
 from pipeline.model_checks import model_problems
 from pipeline.storage.location import Location
 
@@ -82,21 +82,22 @@ def cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]:
     """Problems of the cached losses; the built-in corpus has none, because the job is yet to prepare it."""
     if settings.data.builtin or not has_selecting_heads(settings):
         return
+    key, _ = cache_of(settings)
     found: list[CachedLosses] = []
     for location in data_locations(settings):
         try:
             # The reference itself is read later, when the ranks can share the work.
             found += filter(None, [cached_losses(settings, location, config, reference_sha256=None)])
         except DataError as error:
-            yield f"reference.cached: {error}"
+            yield f"{key}: {error}"
     try:
         check_alike(found)
     except DataError as error:
-        yield f"reference.cached: {error}"
+        yield f"{key}: {error}"
 
 
 def missing_cache(settings: Settings) -> Iterator[str]:
     """Problems of the cache's folder by itself, where nothing can be compared with it."""
-    cached = settings.reference.cached
+    key, cached = cache_of(settings)
     if cached is not None and not cached.is_dir():
-        yield f"reference.cached: {cached}: no such folder; make it with launch/score.py"
+        yield f"{key}: {cached}: no such folder; make it with launch/score.py"

@@ -1,5 +1,6 @@
 """Values derived from the settings and the files they name: lanes, the reference's shape, its cached losses."""
 
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import ModelSettings, Settings
@@ -46,7 +47,7 @@ def reference_shape(settings: Settings, include_untrained: bool = False) -> Mode
     It is read from the reference's files, with the next-token head alone unless `reference.horizon` is `matched`.
     include_untrained: also return the shape of a reference that the job is yet to train.
     """
-    if not has_selecting_heads(settings) or settings.reference.cached is not None:
+    if not has_selecting_heads(settings) or settings.reference.cached is not None or settings.reference.horizon == "own":
         return None
     if settings.reference.path is not None:
         shape = read_model_settings(settings.reference.path)
@@ -54,10 +55,17 @@ def reference_shape(settings: Settings, include_untrained: bool = False) -> Mode
     return next_token_model(settings.model) if include_untrained and settings.reference.training_steps is not None else None
 
 
+def cache_of(settings: Settings) -> tuple[str, Path | None]:
+    """The directory of what is read beside the data, cached losses or external scores, and the setting that names it."""
+    if settings.training.selection_score == "external":
+        return "training.external_scores", settings.training.external_scores
+    return "reference.cached", settings.reference.cached
+
+
 def cached_losses(
     settings: Settings, location: Location, config: dict[str, Any], reference_sha256: str | None
 ) -> CachedLosses | None:
-    """Find the cached reference losses of the data set at `location`; None if `reference.cached` is not set.
+    """Find the cached reference losses, or the external scores, of the data set at `location`; None if none are to be read.
 
     Args:
         config: the resolved DeepSpeed configuration, for the precision.
@@ -66,15 +74,17 @@ def cached_losses(
     Raises:
         DataError: the cache has no losses for this data, or none computed under these settings.
     """
-    reference = settings.reference
-    if reference.cached is None:
+    _, cache = cache_of(settings)
+    if cache is None:
         return None
+    horizon: str = settings.reference.horizon
+    is_external = settings.training.selection_score == "external"
     return find_losses(
-        reference.cached,
+        cache,
         data_fingerprint(read_whole(location / MANIFEST_FILE, settings.data.access)),
         str(location),
-        horizon=reference.horizon,
-        columns=settings.model.num_prediction_heads if reference.horizon == "matched" else 1,
-        precision=precision_of(config),
-        reference_sha256=reference_sha256,
+        horizon="external" if is_external else horizon,
+        columns=settings.model.num_prediction_heads if horizon == "matched" and not is_external else 1,
+        precision=None if is_external else precision_of(config),
+        reference_sha256=None if is_external else reference_sha256,
     )

@@ -59,11 +59,12 @@ def _step(run: Run, batches: Iterator[Any], progress: Progress) -> StepResult:
 def _load_libraries(job: Job, settings: Settings) -> None:
     """Have libraries load what these settings need, by two steps of a model of a few values, and free what that took."""
     with_reference = any((settings.reference.path, settings.reference.cached, settings.reference.training_steps))
+    horizon = "own" if settings.reference.horizon == "own" else "shifted"
     shape = {"dim": 16, "num_layers": 2, "num_attention_heads": 2, "num_key_value_heads": None, "head_dim": None}
     tiny = settings.with_values(
         data={"num_workers": 0, "validation_path": None},
         model=shape | {"ffn_dim": None, "pretrained": None},
-        reference={"path": None, "cached": None, "horizon": "shifted", "training_steps": 1 if with_reference else None},
+        reference={"path": None, "cached": None, "horizon": horizon, "training_steps": 1 if with_reference else None},
     )
     run = build_run(job, tiny, job.run_dir, dry=True)
     progress, batches = Progress(), run.stream.iterate(0)
@@ -100,6 +101,8 @@ def _report(job: Job, run: Run, result: StepResult, peak: float, seconds: tuple[
 
 def _reference_of(run: Run, shape: ModelSettings | None) -> str:
     """Describe the reference for a dry run. shape: the live one's; None without it."""
+    if shape is None and run.settings.reference.horizon == "own":
+        return "the policy's own head 0"
     if shape is None:
         return "none" if run.settings.reference.cached is None else f"cached losses in {run.settings.reference.cached}"
     size = f"{num_parameters(shape):,} parameters"

@@ -45,7 +45,19 @@ from pipeline.train import train
 # The reference has one head and selects nothing. With these settings at their defaults, a change of the policy's selection does
 # not count as a change of the reference.
 _NO_SELECTION = TrainingSettings().model_dump(
-    include={"k_percent", "selection_pool", "selection_exchange", "selection_score", "selection_seed", "loss_phase"}
+    include={
+        "k_percent",
+        "k_percent_change",
+        "selection_warmup_steps",
+        "selection_pool",
+        "selection_exchange",
+        "selection_score",
+        "selection_seed",
+        "loss_phase",
+        "head_weights",
+        "head_weights_change",
+        "detach_heads",
+    }
 )
 
 
@@ -140,7 +152,7 @@ def with_trained_reference(job: Job, settings: Settings, stop: StopRequest) -> t
         data={"path": settings.reference.training_data, "mixture": None},
         model={"num_prediction_heads": 1},
         reference={"training_steps": None, "training_data": None, "cached": None},
-        training={"steps": settings.reference.training_steps, "head_weights": None} | _NO_SELECTION,
+        training={"steps": settings.reference.training_steps} | _NO_SELECTION,
     )
 
     with_reference = settings.with_values(reference={"path": directory, "training_steps": None, "training_data": None})

@@ -64,7 +64,7 @@ class Models:
     """The trained policy, the frozen reference, and the ranks that share a pool.
 
     reference: None where nothing is compared, or where its losses come with the data.
-    horizon: `shifted` or `matched`, the reference's loss that a pair is compared with.
+    horizon: the reference's loss that a pair is compared with, as `reference.horizon`.
     """
 
     policy: Callable[..., Any]
@@ -147,20 +147,23 @@ def comparisons(models: Models, micro_batches: Sequence[MicroBatch], training: T
     The reference runs when a comparison is asked for, unless its losses came with the data.
     """
     for micro in micro_batches:
-        valid_BTK = micro.valid_BTH[..., 1:]
+        valid_BTK, num_heads = micro.valid_BTH[..., 1:], micro.valid_BTH.shape[-1]
 
+        # Scores that no loss takes part in.
+        given_BTK, columns_BTC = None, micro.batch.reference_losses_BTC
+        if training.selection_score == "random":
+            given_BTK = random_scores(training.selection_seed, micro.rows_B, *valid_BTK.shape[1:])
+        if training.selection_score == "external":
+            assert columns_BTC is not None, "external scores come with the data"
+            given_BTK, columns_BTC = losses_by_head(columns_BTC, "shifted", num_heads)[..., 1:], None
+
+        # The reference's losses; the policy's own come later.
         reference_loss_BTK = None
-        columns_BTC = micro.batch.reference_losses_BTC
         if models.reference is not None:
             columns_BTC = reference_columns(models.reference, models.horizon, *micro.inputs, **micro.known)
         if columns_BTC is not None:
-            reference_loss_BTK = losses_by_head(columns_BTC, models.horizon, micro.valid_BTH.shape[-1])[..., 1:]
-
-        random_BTK = None
-        if training.selection_score == "random":
-            random_BTK = random_scores(training.selection_seed, micro.rows_B, *valid_BTK.shape[1:])
-
-        yield Comparison(training.selection_score, valid_BTK, reference_loss_BTK, random_BTK)
+            reference_loss_BTK = losses_by_head(columns_BTC, models.horizon, num_heads)[..., 1:]
+        yield Comparison(training.selection_score, valid_BTK, reference_loss_BTK, given_BTK, models.horizon == "own")
 
 
 def selectors_of(
@@ -218,7 +221,7 @@ def policy_losses(
 
 def _compete(models: Models, micro: MicroBatch, training: TrainingSettings) -> bool:
     """Return whether pairs compete at all: there is a head that selects, and something to compare with."""
-    has_reference = models.reference is not None or micro.batch.reference_losses_BTC is not None
+    has_reference = models.reference is not None or micro.batch.reference_losses_BTC is not None or models.horizon == "own"
     return micro.valid_BTH.shape[-1] > 1 and (has_reference or training.selection_score != "excess")
 
 
@@ -232,11 +235,14 @@ def _decide_before(
     """Select from the pool of a whole step: every micro-batch is scored before the first is trained on."""
     scores, excesses, valid = [], [], []
     for micro, comparison in zip(micro_batches, compared, strict=True):
-        # Head 0 does not compete: without valid pairs it costs the scoring pass nothing.
-        scored_BTH = torch.cat([torch.zeros_like(micro.valid_BTH[..., :1]), micro.valid_BTH[..., 1:]], dim=-1)
-        known = micro.known | {"num_valid_H": [0, *micro.known["num_valid_H"][1:]]}
+        # Head 0 does not compete: without valid pairs it costs the scoring pass nothing. It may be the reference, though.
+        scored_BTH, known = micro.valid_BTH, micro.known
+        if not comparison.is_own:
+            scored_BTH = torch.cat([torch.zeros_like(scored_BTH[..., :1]), scored_BTH[..., 1:]], dim=-1)
+            known = known | {"num_valid_H": [0, *known["num_valid_H"][1:]]}
         with torch.no_grad():
-            policy_loss_BTK = models.policy(*micro.inputs[:3], scored_BTH, **known)[..., 1:]
+            policy_loss_BTH = models.policy(*micro.inputs[:3], scored_BTH, **known)
+        comparison, policy_loss_BTK = comparison.after_first_head(policy_loss_BTH[..., 0]), policy_loss_BTH[..., 1:]
         scores.append(comparison.scores(policy_loss_BTK))
         excesses.append(comparison.excess(policy_loss_BTK))
         valid.append(comparison.valid_BTK)

@@ -24,10 +24,12 @@ _SETTINGS = (
     "training.schedule",
     "training.weight_decay",
     "training.k_percent",
+    "training.selection_warmup_steps",
     "training.selection_pool",
     "training.selection_score",
     "training.normalize_by",
     "training.head_weights",
+    "training.detach_heads",
     "reference.horizon",
 )
 _FIGURES = ("loss_head_", "perplexity_head_", "bits_per_byte")

@@ -38,6 +38,8 @@ _SETTINGS: dict[str, str] = {
     # Reference and selection.
     "reference.path": "reference ref_model reference_model ref reference_model_path",
     "training.k_percent": "k top_k topk ratio select_ratio selection_ratio token_ratio",
+    "training.detach_heads": "mtp_detach_heads detach_mtp mtp_decoder_input_detach",
+    "training.head_weights": "mtp_loss_weight mtp_loss_scaling_factor mtp_lambda",
     # Checkpoints and records.
     "checkpoint.every": "save_steps save_interval save_every checkpoint_interval ckpt_interval",
     "checkpoint.keep": "save_total_limit keep_last keep_checkpoints",

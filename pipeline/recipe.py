@@ -14,10 +14,11 @@ from pydantic import ValidationError
 
 from pipeline.config import ConfigError, Settings, did_you_mean
 from pipeline.data_settings import MixtureSet
+from pipeline.objective_checks import objective_inconsistencies
 from pipeline.other_names import ADVICE_ON, SETTING_OF
 from pipeline.recipe_layers import BASE, Values, lay_over, read_recipe_file
 from pipeline.rope_settings import ROPE_SCALINGS
-from pipeline.setting_types import rule_of
+from pipeline.setting_types import CONSTANT, OVER_TIME, rule_of
 from pipeline.storage.masking import masked
 from pipeline.yaml_text import parse_yaml
 
@@ -83,7 +84,7 @@ def _removed_settings(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _dotted(loc: Iterable[int | str]) -> str:
-    return ".".join(str(part) for part in loc)
+    return ".".join(str(part) for part in loc if part not in (CONSTANT, OVER_TIME))
 
 
 def _without(values: dict[str, Any], refused: set[str]) -> dict[str, Any]:
@@ -172,6 +173,7 @@ def _inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
     """Problems between settings that are valid by themselves: (the settings involved, a sentence)."""
     yield from _model_inconsistencies(settings)
     yield from _head_inconsistencies(settings)
+    yield from objective_inconsistencies(settings)
     yield from _source_inconsistencies(settings)
     training = settings.training
     if training.rollback_on_spike is not None and training.rollback_skip_steps < training.rollback_steps:
@@ -209,20 +211,13 @@ def _model_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]
 
 
 def _head_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
-    model, data, weights = settings.model, settings.data, settings.training.head_weights
+    model, data = settings.model, settings.data
     if data.sequence_length <= model.num_prediction_heads:
         yield (
             {"data.sequence_length", "model.num_prediction_heads"},
             f"data.sequence_length: {data.sequence_length} leaves head {model.num_prediction_heads - 1} nothing to "
             f"predict; expected more than model.num_prediction_heads, {model.num_prediction_heads}",
         )
-    if weights is not None and len(weights) != model.num_prediction_heads:
-        yield (
-            {"training.head_weights", "model.num_prediction_heads"},
-            f"training.head_weights: {len(weights)} weights for {model.num_prediction_heads} heads; give one a head",
-        )
-    if weights is not None and not any(weights):
-        yield {"training.head_weights"}, "training.head_weights: all are zero, nothing would be trained"
 
 
 def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
@@ -246,7 +241,9 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
 
     # The reference: a path, cached losses, or training one. Only a selection by excess loss needs it.
     training = settings.training
-    compares = settings.model.num_prediction_heads > 1 and training.k_percent < 1 and training.selection_score == "excess"
+    fractions = [each for _, each in training.k_percent] if isinstance(training.k_percent, list) else [training.k_percent]
+    compares = settings.model.num_prediction_heads > 1 and min(fractions) < 1 and training.selection_score == "excess"
+    compares = compares and reference.horizon != "own"
     if compares and reference.path is None and reference.training_steps is None and reference.cached is None:
         yield (
             {
@@ -256,9 +253,10 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
                 "model.num_prediction_heads",
                 "training.k_percent",
                 "training.selection_score",
+                "reference.horizon",
             },
             "reference.path: not set; name the directory of a reference model, or set reference.training_steps to "
-            "train one, or training.k_percent=1 to train without selection",
+            "train one, reference.horizon=own to take the policy's head 0, or training.k_percent=1 to train without selection",
         )
     if reference.training_data is not None and reference.training_steps is None:
         yield (

@@ -1,6 +1,7 @@
 """The settings that depend on the step: the learning rate, and those of the objective."""
 
 import math
+from collections.abc import Sequence
 
 from pipeline.config import Settings, TrainingSettings
 from pipeline.weighting.objective import ObjectiveSettings
@@ -33,4 +34,37 @@ def objective_at(settings: Settings, step: int) -> ObjectiveSettings:
     on what came of the steps before.
     """
     training = settings.training
-    return ObjectiveSettings(training.k_percent, settings.head_weights, training.selection_pool, training.normalize_by)
+    k_percent = 1.0 if step < training.selection_warmup_steps else k_percent_at(training, step)
+    return ObjectiveSettings(k_percent, head_weights_at(settings, step), training.selection_pool, training.normalize_by)
+
+
+def k_percent_at(training: TrainingSettings, step: int) -> float:
+    """Return `training.k_percent` in a step, without regard to the selection's warm-up."""
+    if not isinstance(training.k_percent, list):
+        return training.k_percent
+    pieces = [(from_step, [fraction]) for from_step, fraction in training.k_percent]
+    return values_at(pieces, step, training.k_percent_change)[0]
+
+
+def head_weights_at(settings: Settings, step: int) -> list[float]:
+    """Return the weight of each of the H heads in a step."""
+    weights, change = settings.training.head_weights, settings.training.head_weights_change
+    if weights is None:
+        return [1.0] * settings.model.num_prediction_heads
+    pieces = [each for each in weights if isinstance(each, tuple)]
+    return values_at(pieces, step, change) if pieces else [each for each in weights if not isinstance(each, tuple)]
+
+
+def values_at(pieces: Sequence[tuple[int, Sequence[float]]], step: int, change: str) -> list[float]:
+    """Return the values in a step of a course of `(from_step, values)`, in ascending order and the first from step 0.
+
+    change: `stepwise`, constant from one piece to the next, or `linear` between them; the last one stays.
+    """
+    number = max(index for index, (from_step, _) in enumerate(pieces) if from_step <= step)
+    (begins, before), *later = pieces[number:]
+    if change == "stepwise" or not later:
+        return list(before)
+
+    ends, after = later[0]
+    share = (step - begins) / (ends - begins)
+    return [old + (new - old) * share for old, new in zip(before, after, strict=True)]

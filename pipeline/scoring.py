@@ -69,6 +69,8 @@ def scoring_problems(settings: Settings, run_dir: Path) -> list[str]:
     """List what a recipe lacks for scoring, though it may do for training."""
     if not has_selecting_heads(settings):
         return ["model.num_prediction_heads: 1, so nothing selects and there is nothing to score for"]
+    if settings.reference.horizon == "own":
+        return ["reference.horizon: 'own', which has no reference but the policy itself; there is nothing to score with"]
     if settings.reference.path is not None:
         return []
     problem = "reference.path: not set; name the directory of the reference that is to score the data"

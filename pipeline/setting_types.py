@@ -14,9 +14,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
     PlainValidator,
+    Tag,
     ValidationInfo,
     field_validator,
 )
@@ -106,6 +108,31 @@ OneOrNamedLocations = Annotated[
 ]
 """A location, or several by name."""
 
+CONSTANT, OVER_TIME = "(constant)", "(over time)"
+"""Marks of the two forms of a setting that may change over time; in the place of an error they stand beside the key."""
+
+
+def _form_of_number(value: Any) -> str:
+    return OVER_TIME if isinstance(value, list | tuple) else CONSTANT
+
+
+def _form_of_list(value: Any) -> str:
+    is_over_time = isinstance(value, list | tuple) and len(value) > 0 and isinstance(value[0], list | tuple)
+    return OVER_TIME if is_over_time else CONSTANT
+
+
+FractionOverTime = Annotated[
+    Annotated[Fraction, Tag(CONSTANT)] | Annotated[list[tuple[NonNegative, Fraction]], Field(min_length=1), Tag(OVER_TIME)],
+    Discriminator(_form_of_number),
+]
+"""A fraction, or `[[from_step, fraction], …]`."""
+WeightsOverTime = Annotated[
+    Annotated[list[NonNegativeFloat], Tag(CONSTANT)]
+    | Annotated[list[tuple[NonNegative, list[NonNegativeFloat]]], Tag(OVER_TIME)],
+    Discriminator(_form_of_list),
+]
+"""Weights, or `[[from_step, weights], …]`."""
+
 
 _RULES = {
     "greater_than": "expected more than {gt}",
@@ -120,6 +147,8 @@ _RULES = {
     "literal": "expected {expected}",
     "enum": "expected {expected}",
     "list": "expected a list, [1, 2]",
+    "tuple": "expected a pair, [from_step, value]",
+    "too_long": "expected at most {max_length}",
     "too_short": "expected at least {min_length}",
     "path": "expected a path",
     "model": "expected keys and values",
@@ -149,7 +178,12 @@ class Section(BaseModel):
     @classmethod
     def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false for other settings; pydantic would read them as 1 and 0."""
-        given = value if isinstance(value, list) else [value]
-        if any(isinstance(each, bool) for each in given) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        if _holds_boolean(value) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("expected a value other than true and false (YAML reads yes, no, on and off so too; quote a name)")
         return value
+
+
+def _holds_boolean(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_boolean, value))
+    return isinstance(value, bool)

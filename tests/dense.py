@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pipeline.config import Settings
 from pipeline.data.loading.batch import Batch
 from pipeline.model.mtp import MTPModel, initialize_weights
+from pipeline.schedule import head_weights_at
 from tests.rows import batch_with
 
 ROWS, TOKENS, HEADS, VOCAB = 8, 14, 4, 37
@@ -20,6 +21,7 @@ def settings_for(world_size: int, micro_steps: int, **training: Any) -> Settings
             "data": {"global_batch": ROWS, "micro_batch": ROWS // (world_size * micro_steps), "sequence_length": TOKENS},
             "model": {"dim": 16, "num_layers": 2, "num_attention_heads": 2, "ffn_dim": 32, "vocab_size": VOCAB}
             | training.pop("model", {}),
+            "reference": {"horizon": training.pop("horizon", "shifted")},
             "training": {"head_weights": [1.0, 0.5, 2.0, 0.7], "gradient_clipping": None} | training,
         }
     )
@@ -52,11 +54,21 @@ def all_losses(model: MTPModel, batch: Batch) -> torch.Tensor:
     return torch.stack(losses, -1)
 
 
-def dense_objective(settings: Settings, world_size: int, policy: MTPModel | None = None) -> tuple[torch.Tensor, MTPModel]:
-    """The objective by its formula; every pool is a range of consecutive rows, in whose order ties are taken.
+def external_scores() -> torch.Tensor:
+    """A score of each token of the whole batch, [rows, tokens]."""
+    return torch.randn(ROWS, TOKENS, generator=torch.Generator().manual_seed(9))
 
-    policy: by default one with its initial weights.
-    """
+
+def dense_objective(settings: Settings, world_size: int, policy: MTPModel | None = None) -> tuple[torch.Tensor, MTPModel]:
+    """The objective by its formula. policy: by default one with its initial weights."""
+    by_head, policy = dense_objective_by_head(settings, world_size, policy)
+    return torch.stack(by_head).sum(), policy
+
+
+def dense_objective_by_head(
+    settings: Settings, world_size: int, policy: MTPModel | None = None
+) -> tuple[list[torch.Tensor], MTPModel]:
+    """Each head's part of the objective; every pool is a range of consecutive rows, in whose order ties are taken."""
     micro_batch = settings.data.micro_batch
     rows_a_pool = {"global": world_size * micro_batch, "step": ROWS, "rank": micro_batch, "row": 1}
     num_pools = ROWS // rows_a_pool[settings.training.selection_pool]
@@ -72,7 +84,8 @@ def dense_objective(settings: Settings, world_size: int, policy: MTPModel | None
                 document = batch.document_ids_BT[row, t]
                 if document >= 0 and batch.document_ids_BT[row, t + 1 + head] == document:
                     pairs[head][row // (ROWS // num_pools)].append((row, t))
-    objective = torch.zeros(())
+    by_head = []
+    scores, own = external_scores(), settings.reference.horizon == "own"
     for head, pools in pairs.items():
         selected = []
         for pool in pools:
@@ -81,10 +94,14 @@ def dense_objective(settings: Settings, world_size: int, policy: MTPModel | None
 
             def excess(place: tuple[int, int], head: int = head) -> float:
                 row, t = place
+                if settings.training.selection_score == "external":
+                    return scores[row, t + 1 + head].item()
+                if own:
+                    return (policy_loss[row, t, head] - policy_loss[row, t + head, 0]).item()
                 return (policy_loss[row, t, head] - next_token[row, t + head]).item()
 
             selected += sorted(pool, key=lambda place: (-excess(place), place))[: count if pool else 0]
         total = len(selected) if settings.training.normalize_by == "selected" else sum(map(len, pools))
-        for row, t in selected:
-            objective = objective + settings.head_weights[head] / HEADS * policy_loss[row, t, head] / total
-    return objective, policy
+        weight = head_weights_at(settings, 0)[head] / HEADS
+        by_head.append(sum((weight * policy_loss[row, t, head] / total for row, t in selected), torch.zeros(())))
+    return by_head, policy

@@ -15,6 +15,9 @@ class Given:
     def predicts(self) -> bool:
         return self.predicted_BTK is not None
 
+    def after_first_head(self, first_loss_BT: torch.Tensor) -> "Given":
+        return self
+
     def select(self, policy_loss_BTK: torch.Tensor) -> Selection:
         return select_all(policy_loss_BTK, self.selected_BTK)
 

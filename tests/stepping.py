@@ -57,7 +57,7 @@ def run_of(
         device=device,
         run_dir=Path(),
         engine=engine,
-        models=Models(policy or engine, reference, "shifted", dist.group.WORLD),
+        models=Models(policy or engine, reference, settings.reference.horizon, dist.group.WORLD),
         stream=SimpleNamespace(micro_steps=micro_steps, manifest=SimpleNamespace(source_names=())),  # type: ignore[arg-type]
         held_out=(),
         checkpoints=None,  # type: ignore[arg-type]
@@ -92,12 +92,13 @@ class WatchedEngine:
         batches: Sequence[Batch],
         prediction: Prediction,
         device: torch.device = CPU,
+        number: int = 0,
     ) -> Answer:
-        """One step over this rank's micro-batches."""
+        """One step over this rank's micro-batches. number: of the step, in the run."""
         from pipeline.progress import Progress
         from pipeline.train import fetch_step, train_step
 
         self.gradients = {}
         run = run_of(settings, self.engine, reference, len(batches), device)
-        result = train_step(run, fetch_step(run, iter(batches), 0, 0), Progress(prediction=prediction))
+        result = train_step(run, fetch_step(run, iter(batches), number, 0), Progress(prediction=prediction))
         return self.gradients, result.sums.record(result.counts.scale_H, ("",), dist.group.WORLD)

@@ -69,12 +69,20 @@ class MTPModel(nn.Module):
     settings: the shape; its vocab_size must be set.
     activation_checkpointing: `none`, `selective` or `full`, see `recompute`.
     elementwise: the eager or compiled elementwise functions of the blocks.
+    detach_heads: as `training.detach_heads`.
     """
 
-    def __init__(self, settings: ModelSettings, activation_checkpointing: str = "none", elementwise: Elementwise = EAGER):
+    def __init__(
+        self,
+        settings: ModelSettings,
+        activation_checkpointing: str = "none",
+        elementwise: Elementwise = EAGER,
+        detach_heads: bool = False,
+    ):
         super().__init__()
         assert settings.vocab_size is not None, "vocab_size is resolved from the data before a model is built"
         self.settings = settings
+        self.detach_heads = detach_heads
         self.embed = nn.Embedding(settings.vocab_size, settings.dim)
         self.trunk = nn.ModuleList(Block(settings, elementwise) for _ in range(settings.num_layers - 1))
         self.heads = nn.ModuleList(Block(settings, elementwise) for _ in range(settings.num_prediction_heads))
@@ -136,7 +144,16 @@ class MTPModel(nn.Module):
         if hidden_BTD.requires_grad and self.trunk_is_frozen:
             hidden_BTD.register_hook(self._note_bad_rows)
             hidden_BTD.register_hook(torch.zeros_like)
-        return torch.stack([self.run_block(head, hidden_BTD, angles, documents) for head in self.heads], dim=2)
+
+        # Heads 1, 2, … may be cut off the trunk; what goes into their blocks must need a gradient all the same, as above.
+        cut_BTD = hidden_BTD
+        if self.detach_heads and hidden_BTD.requires_grad:
+            cut_BTD = hidden_BTD.detach().requires_grad_()
+        inputs = [hidden_BTD, *[cut_BTD] * (len(self.heads) - 1)]
+        return torch.stack(
+            [self.run_block(head, each_BTD, angles, documents) for head, each_BTD in zip(self.heads, inputs, strict=True)],
+            dim=2,
+        )
 
     def freeze_trunk(self, is_frozen: bool) -> None:
         """Send gradients of zero into the trunk, or the true ones; an embedding that is also the unembedding is frozen with

@@ -146,7 +146,13 @@ def _dense_loss_casts(job: PlannedJob) -> int:
 def block_backward(job: PlannedJob) -> int:
     """Memory that one block's backward adds: recomputed tensors, gradients of the stream and of two feed-forward tensors."""
     wide = 2 * job.num_tokens * ffn_dim(job.settings.model) * job.dtype_bytes
-    return recomputed(job) + head_outputs(job) + 2 * block_input(job) + wide
+    return recomputed(job) + head_outputs(job) + 2 * block_input(job) + detached_gradient(job) + wide
+
+
+def detached_gradient(job: PlannedJob) -> int:
+    """The gradient at the heads' copy of the trunk's output, which stays until backward ends, where heads are detached."""
+    is_cut = job.settings.training.detach_heads and job.settings.model.num_prediction_heads > 1
+    return block_input(job) if is_cut else 0
 
 
 def _projections(job: PlannedJob) -> tuple[int, int]:

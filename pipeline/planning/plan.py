@@ -146,7 +146,7 @@ def _end_of_backward(job: PlannedJob) -> dict[str, int]:
         "gathered parameters": job.dtype_bytes * job.embedding_size if _gathered_beyond_persistent(job) else 0,
         "gradients": states.gradients_after_backward(job) + own,
         "reduce buckets": _buckets_beyond_rest(job, job.num_parameters) + states.reduction_buffers(job),
-        "activations": activations.block_input(job) * 2,
+        "activations": activations.block_input(job) * 2 + activations.detached_gradient(job),
     }
 
 

@@ -105,8 +105,11 @@ def missing_devices(drivers: Path = Path("/proc/driver/nvidia/gpus")) -> str | N
 
 
 def share_cores(world: World) -> None:
-    """Set torch's thread count to this rank's share of the machine's cores."""
-    torch.set_num_threads(cores_of_rank(world, len(os.sched_getaffinity(0))))
+    """Set torch's thread count to OMP_NUM_THREADS where that is set (as `torchrun` does for several ranks), else to this rank's
+    share of the machine's cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    is_asked = asked.isdigit() and int(asked) > 0
+    torch.set_num_threads(int(asked) if is_asked else cores_of_rank(world, len(os.sched_getaffinity(0))))
 
 
 def cores_of_rank(world: World, allowed: int) -> int:

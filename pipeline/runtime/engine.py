@@ -120,7 +120,14 @@ def build_policy(settings: Settings, config: dict[str, Any]) -> Engine:
     config: the resolved DeepSpeed configuration.
     """
     training = settings.training
-    model = _build_model(settings.model, config, settings.model.pretrained, training.compile, training.activation_checkpointing)
+    model = _build_model(
+        settings.model,
+        config,
+        settings.model.pretrained,
+        training.compile,
+        training.activation_checkpointing,
+        training.detach_heads,
+    )
     # An optimizer object rather than the JSON's "optimizer": DeepSpeed would compile its own FusedAdam, which takes minutes.
     optimizer = torch.optim.AdamW(
         parameter_groups(model, training),
@@ -277,6 +284,7 @@ def _build_model(
     weights: Path | None,
     compile_setting: str,
     activation_checkpointing: str = "none",
+    detach_heads: bool = False,
 ) -> MTPModel:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     elementwise = elementwise_for(compile_setting, activation_checkpointing, device_type)
@@ -284,7 +292,7 @@ def _build_model(
     # Under ZeRO-3 each parameter is partitioned as soon as its module is built, so the whole model never exists on a rank.
     partitioned = config.get("zero_optimization", {}).get("stage", 0) == 3
     with deepspeed.zero.Init(config_dict_or_path=dict(config)) if partitioned else nullcontext():
-        model = MTPModel(settings, activation_checkpointing, elementwise)
+        model = MTPModel(settings, activation_checkpointing, elementwise, detach_heads)
     if partitioned:
         # Gather a block in one collective instead of one per linear layer and norm. That is a third of the collectives and half
         # the time in DeepSpeed's Python hooks, for which the GPU waited (22 layers: 0.22 s of a step before, 0.11 s after).

@@ -114,8 +114,10 @@ def identity_of(
         deepspeed: the resolved DeepSpeed configuration.
         models: content of the `reference` and of the `pretrained` model; None of one that is not read.
         cached: manifests of the reference's cached losses, if any. In float32 they select exactly what the live reference
-            does, so both have the same identity.
+            does, so both have the same identity. Or manifests of external scores.
     """
+    is_external = settings.training.selection_score == "external"
+    losses = [] if is_external else cached
     sha256 = {name: None if content is None else content.sha256 for name, content in models.items()}
     parts = {
         _parts(f"{name} model"): {"files": content.files, "config": content.config}
@@ -124,10 +126,11 @@ def identity_of(
     }
     return flatten(settings) | {
         "data": _data_fingerprint(settings.data),
-        "reference model": cached[0].reference_sha256 if cached else sha256["reference"],
+        "reference model": losses[0].reference_sha256 if losses else sha256["reference"],
+        "external scores": [each.reference_sha256 for each in cached] if is_external else None,
         "pretrained model": sha256["pretrained"],
         **parts,
-        "reference losses": cached[0].dtype if cached else "float32",
+        "reference losses": losses[0].dtype if losses else "float32",
         "deepspeed bf16": deepspeed.get("bf16", {}).get("enabled", False),
         "deepspeed communication_data_type": deepspeed.get("communication_data_type"),
         "deepspeed grad_accum_dtype": deepspeed.get("data_types", {}).get("grad_accum_dtype"),

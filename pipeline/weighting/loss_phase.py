@@ -80,12 +80,11 @@ def chunked_losses(
     if not (torch.is_grad_enabled() and (hidden_BTHD.requires_grad or weight_VD.requires_grad)):
         choices_BTH = torch.zeros_like(targets_BTH)
         policy_loss_BTH = score_tokens(hidden_BTHD, weight_VD, targets_BTH, valid_BTH, num_valid_H, choices_BTH.view(-1))
-        selection = selector.select(policy_loss_BTH[..., 1:])
+        selection = selector.after_first_head(policy_loss_BTH[..., 0]).select(policy_loss_BTH[..., 1:])
         loss = _objective(policy_loss_BTH, _with_first_head(valid_BTH, selection.selected_BTK), scale_H)
         return HeadLosses(loss, policy_loss_BTH, selection, choices_BTH=choices_BTH)
 
     hidden_ND, shape = hidden_BTHD.flatten(0, 2), valid_BTH.shape
-    predictor = selector if predict and selector.predicts else None
     with torch.no_grad():
         sums = WeightedCrossEntropy(
             hidden_ND,
@@ -99,6 +98,8 @@ def chunked_losses(
         first_BTH = _with_first_head(valid_BTH, torch.zeros_like(valid_BTH[..., 1:]))
         num_first, num_others = (None, None) if num_valid_H is None else (num_valid_H[0], sum(num_valid_H[1:]))
         sums.score(indices_of(first_BTH, num_first), take=1)
+        selector = selector.after_first_head(sums.loss_N.view(shape)[..., 0])
+        predictor = selector if predict and selector.predicts else None
 
         # Heads 1... are scored, with the gradients of the pairs that will probably be selected.
         others = indices_of(valid_BTH & ~first_BTH, num_others)
@@ -124,7 +125,8 @@ def dense_losses(
         losses.append(F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none").view(targets_BT.shape))
         choices.append(logits_NV.argmax(1).view(targets_BT.shape))
     policy_loss_BTH = torch.stack(losses, dim=-1).where(valid_BTH, 0.0)
-    selection = selector.select(policy_loss_BTH.detach()[..., 1:])
+    known_BTH = policy_loss_BTH.detach()
+    selection = selector.after_first_head(known_BTH[..., 0]).select(known_BTH[..., 1:])
     loss = _objective(policy_loss_BTH, _with_first_head(valid_BTH, selection.selected_BTK), scale_H)
     choices_BTH = None if torch.is_grad_enabled() else torch.stack(choices, dim=-1).where(valid_BTH, 0)
     return HeadLosses(loss, policy_loss_BTH.detach(), selection, choices_BTH=choices_BTH)

@@ -1,8 +1,11 @@
 """The scores by which pairs compete to be selected.
 
     excess       policy loss - reference loss, signed: Rho-1's quantity (arXiv 2404.07965), the default
+    external     the user's own score of the pair's target
     policy_loss  the hardest pairs, without a reference
     random       any pairs, the control of an experiment
+
+The reference's loss may be the policy's own: that of its head 0 (`Comparison.after_first_head`).
 
 All go through the same exact selection. A policy loss that is not finite makes the score NaN whichever competes, so that the
 selection sees it.
@@ -11,37 +14,53 @@ Shapes: B rows, T tokens, K = H - 1 the heads that select, P some pairs in a fla
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from pipeline.weighting.selection import shifted_reference_loss
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The values by which the pairs of one micro-batch compete.
 
-    score: `excess`, `policy_loss` or `random`.
+    score: as `training.selection_score`.
     valid_BTK: bool.
-    reference_loss_BTK: float32; None without a reference.
-    random_BTK: float32 in [0, 1); None unless `score` is `random`.
+    reference_loss_BTK: float32; None without a reference, or where it is not known yet.
+    given_BTK: float32, scores that no loss takes part in: random or external ones; None for the others.
+    is_own: true if the policy's head 0 is the reference, whose losses `after_first_head` fills in.
     """
 
     score: str
     valid_BTK: Tensor
     reference_loss_BTK: Tensor | None
-    random_BTK: Tensor | None
+    given_BTK: Tensor | None
+    is_own: bool = False
+
+    def after_first_head(self, first_loss_BT: Tensor) -> "Comparison":
+        """Fill in the policy's own losses of head 0 (float32, at the positions that predict), if they are the reference's:
+
+        reference_loss_BTH[b, t, h] = first_loss_BT[b, t + h], which are two losses of one target.
+        """
+        if not self.is_own:
+            return self
+        token_loss_BT = functional.pad(first_loss_BT[:, :-1], (1, 0))
+        loss_BTH = shifted_reference_loss(token_loss_BT, self.valid_BTK.shape[-1] + 1)
+        return replace(self, reference_loss_BTK=loss_BTH[..., 1:])
 
     def scores(self, policy_loss_BTK: Tensor) -> Tensor:
         """Score every pair, float32 [B, T, K]; meaningful where a pair is valid."""
-        return score(self.score, policy_loss_BTK, self.reference_loss_BTK, self.random_BTK)
+        return score(self.score, policy_loss_BTK, self.reference_loss_BTK, self.given_BTK)
 
     def scores_at(self, policy_loss_P: Tensor, indices_P: Tensor) -> Tensor:
         """Score some pairs, given by their indices into the flattened [B, T, K] (int64)."""
-        reference_loss_P, random_P = (
-            None if table_BTK is None else table_BTK.take(indices_P) for table_BTK in (self.reference_loss_BTK, self.random_BTK)
+        reference_loss_P, given_P = (
+            None if table_BTK is None else table_BTK.take(indices_P) for table_BTK in (self.reference_loss_BTK, self.given_BTK)
         )
-        return score(self.score, policy_loss_P, reference_loss_P, random_P)
+        return score(self.score, policy_loss_P, reference_loss_P, given_P)
 
     def excess(self, policy_loss_BTK: Tensor) -> Tensor | None:
         """Excess losses, float32 [B, T, K], 0 at invalid pairs; None without a reference.
@@ -54,7 +73,7 @@ class Comparison:
         return (policy - reference).where(self.valid_BTK, 0.0)
 
 
-def score(name: str, policy_loss: Tensor, reference_loss: Tensor | None, random: Tensor | None) -> Tensor:
+def score(name: str, policy_loss: Tensor, reference_loss: Tensor | None, given: Tensor | None) -> Tensor:
     """The named score of pairs, from tensors of one shape."""
     if name == "policy_loss":
         return policy_loss
@@ -62,8 +81,8 @@ def score(name: str, policy_loss: Tensor, reference_loss: Tensor | None, random:
         assert reference_loss is not None
         competing = policy_loss - reference_loss
     else:
-        assert random is not None
-        competing = random
+        assert given is not None
+        competing = given
     return torch.where(torch.isfinite(policy_loss), competing, torch.nan)
 
 

@@ -58,8 +58,13 @@ class Selector(MarginPredictor, Protocol):
         """True if `predicted_margin` may be called."""
         ...
 
+    def after_first_head(self, first_loss_BT: Tensor) -> "Selector":
+        """Return the selector that knows the policy's losses of head 0 (float32), which come first and may be what the others
+        are compared with."""
+        ...
+
     def select(self, policy_loss_BTK: Tensor) -> Selection:
-        """Select exactly, from float32 losses."""
+        """Select exactly, from float32 losses of heads 1…."""
         ...
 
 

@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, H heads, K = H - 1 the heads that select, P some pairs
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class EveryPair:
     valid_BTK: Tensor
     share = 1.0
     predicts = True
+
+    def after_first_head(self, first_loss_BT: Tensor) -> "EveryPair":
+        """Nothing is compared."""
+        return self
 
     def select(self, policy_loss_BTK: Tensor) -> Selection:
         """Select all of `valid_BTK`."""
@@ -68,6 +72,10 @@ class TopOfPool:
         """True if `predicted_margin` may be called."""
         return self.predicted_threshold_K is not None
 
+    def after_first_head(self, first_loss_BT: Tensor) -> "TopOfPool":
+        """Return the selector that knows the policy's losses of head 0."""
+        return replace(self, compared=self.compared.after_first_head(first_loss_BT))
+
     def select(self, policy_loss_BTK: Tensor) -> Selection:
         """Select exactly; runs the pool's collectives."""
         score_BTK, valid_BTK = self.compared.scores(policy_loss_BTK), self.compared.valid_BTK
@@ -95,6 +103,10 @@ class DecidedBefore:
     selection: Selection
     share: float
     predicts = True
+
+    def after_first_head(self, first_loss_BT: Tensor) -> "DecidedBefore":
+        """Everything is decided."""
+        return self
 
     def select(self, policy_loss_BTK: Tensor) -> Selection:
         """Return what was decided."""

@@ -70,6 +70,8 @@ OTHER: dict[str, tuple[str, tuple[str, ...]]] = {
     "training.adam_eps": ("0.01", ()),
     "training.gradient_clipping": ("0.001", ()),
     "training.k_percent": ("0.3", ()),
+    "training.k_percent_change": ("linear", ("training.k_percent=[[0, 1.0], [4, 0.2]]",)),
+    "training.selection_warmup_steps": ("9", ()),
     "training.selection_pool": ("row", ()),
     "training.selection_score": ("policy_loss", ()),
     "training.selection_seed": ("1", ("training.selection_score=random",)),
@@ -77,6 +79,8 @@ OTHER: dict[str, tuple[str, tuple[str, ...]]] = {
     "training.loss_phase": ("dense", ()),
     "training.head_weights": ("[1, 2, 1, 1]", ()),
     "training.freeze_trunk_steps": ("9", ()),
+    "training.head_weights_change": ("linear", ("training.head_weights=[[0, [1, 1, 1, 1]], [4, [1, 5, 1, 1]]]",)),
+    "training.detach_heads": ("true", ()),
 }
 # Read from the settings in each step; without effect where no sample is damaged, on a CPU, and where no loss spikes.
 WITHOUT_EFFECT_HERE = {

@@ -139,6 +139,9 @@ def some_steps(content: dict[str, Any], bads: list[Bad], with_bad_ones: bool) ->
         class Poisoned:
             share, predicts, predicted_margin = selector.share, selector.predicts, selector.predicted_margin
 
+            def after_first_head(self, first_loss_BT: torch.Tensor) -> Any:
+                return self
+
             def select(self, policy_loss_BTK: torch.Tensor) -> Any:
                 if is_here("head 2's loss"):
                     policy_loss_BTK[..., 1][inputs[3][..., 2]] = bad.value  # type: ignore[union-attr]

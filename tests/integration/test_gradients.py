@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,21 +11,26 @@ import torch.distributed as dist
 
 from pipeline.config import Settings
 from pipeline.weighting.prediction import Prediction
-from tests.dense import HEADS, dense_objective, settings_for, whole_batch
+from tests.dense import HEADS, dense_objective_by_head, external_scores, settings_for, whole_batch
 from tests.ranks import run_ranks
 from tests.rows import part_of
 from tests.stepping import Answer, WatchedEngine
 
 
 def dense_gradient(settings: Settings, world_size: int) -> dict[str, torch.Tensor]:
-    objective, policy = dense_objective(settings, world_size)
-    objective.backward()
+    (first, *others), policy = dense_objective_by_head(settings, world_size)
+    sum(others, first).backward(retain_graph=settings.training.detach_heads)
+    if settings.training.detach_heads:
+        # What lies below the heads learns of the first alone.
+        below = [*policy.trunk.parameters(), *policy.embed.parameters()]
+        for parameter, gradient in zip(below, torch.autograd.grad(first, below), strict=True):
+            parameter.grad = gradient
     return {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None}
 
 
 class Case(NamedTuple):
     """One step: under which stage of ZeRO and how many micro-steps, with what settings of training and what expected of
-    its thresholds; how the reference lies, and whether embedding and unembedding are one matrix."""
+    its thresholds; how the reference lies, whether embedding and unembedding are one matrix, and the step's number."""
 
     stage: int
     micro_steps: int
@@ -32,6 +38,7 @@ class Case(NamedTuple):
     prediction: Prediction = Prediction()
     sharding: str = "zero3"
     tied: bool = False
+    number: int = 0
 
     def settings(self, world_size: int) -> Settings:
         # With this rate a step leaves every weight as it is, to the bit: one engine serves many cases.
@@ -45,7 +52,7 @@ def sharded_gradients(cases: Sequence[Case]) -> list[Answer]:
     from pipeline.runtime.engine import build_reference, initialize_distributed
 
     initialize_distributed(torch.device("cpu"), "error")
-    engines: dict[tuple[int, int, bool, str], Any] = {}
+    engines: dict[tuple[Any, ...], Any] = {}
     references: dict[str, Any] = {}
     answers = []
     for case in cases:
@@ -54,13 +61,26 @@ def sharded_gradients(cases: Sequence[Case]) -> list[Answer]:
         if case.sharding not in references:
             shape = settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1, "tied_embeddings": False})
             references[case.sharding] = build_reference(shape, None, case.sharding, config)
-        key = (case.stage, case.micro_steps, case.tied, settings.training.activation_checkpointing)
+        key = (
+            case.stage,
+            case.micro_steps,
+            case.tied,
+            settings.training.activation_checkpointing,
+            settings.training.detach_heads,
+        )
         if key not in engines:
             engines[key] = WatchedEngine(settings, config)
         rank, world_size, rows = dist.get_rank(), dist.get_world_size(), settings.data.micro_batch
         starts = [(step * world_size + rank) * rows for step in range(case.micro_steps)]
         batches = [part_of(whole_batch(), slice(start, start + rows)) for start in starts]
-        answers.append(engines[key].step(settings, references[case.sharding], batches, case.prediction))
+        if settings.training.selection_score == "external":
+            scores = external_scores()[..., None]
+            batches = [
+                replace(batch, reference_losses_BTC=scores[start : start + rows])
+                for batch, start in zip(batches, starts, strict=True)
+            ]
+        reference = references[case.sharding] if settings.reference.horizon == "shifted" else None
+        answers.append(engines[key].step(settings, reference, batches, case.prediction, number=case.number))
     return answers
 
 
@@ -132,3 +152,55 @@ def test_the_gradient_is_exact_for_the_other_settings_too() -> None:
                 # What a whole step chose together is known before its first micro-step; a chunk may still want for room.
                 hit_rate = record[f"prediction_hit_rate_head_{head}"]
                 assert (hit_rate > 0.9) if name == "step" else hit_rate is None, name
+
+
+FORESEEN = Prediction.of([0.0] * 3)
+OPTIONS = {
+    "own": Case(3, 2, {"horizon": "own"}, FORESEEN),
+    "own-step": Case(3, 2, {"horizon": "own", "selection_pool": "step"}, FORESEEN),
+    "own-row-dense": Case(3, 2, {"horizon": "own", "selection_pool": "row", "loss_phase": "dense"}),
+    "external": Case(3, 2, {"selection_score": "external", "normalize_by": "selected"}, FORESEEN),
+    "external-step": Case(3, 2, {"selection_score": "external", "selection_pool": "step"}, FORESEEN),
+    "detached": Case(3, 2, {"detach_heads": True}, FORESEEN),
+    "detached-recompute": Case(3, 2, {"detach_heads": True, "activation_checkpointing": "full"}),
+    "detached-stage-1": Case(1, 2, {"detach_heads": True}, FORESEEN),
+}
+
+
+def test_the_gradient_of_each_option_is_that_of_one_dense_process() -> None:
+    by_rank = run_ranks(sharded_gradients, 2, list(OPTIONS.values()))
+    for name, case, *answers in zip(OPTIONS, OPTIONS.values(), *by_rank, strict=True):
+        expected = dense_gradient(case.settings(2), world_size=2)
+        for gradients, record in answers:
+            assert relative_error(gradients, expected) < 1e-5, name
+            assert record == answers[0][1]
+            assert record["selected_ratio_head_1"] < 0.7
+            # Predictions that are right in part, or come of a scoring pass.
+            hit_rate = record["prediction_hit_rate_head_1"]
+            assert (hit_rate is not None) == (case.prediction is FORESEEN), name
+
+
+# A step of settings that change over time, and constant ones that it must equal.
+WEIGHTS = [[0, [1.0, 0.0, 0.0, 4.0]], [10, [2.0, 1.0, 0.0, 0.0]]]
+COURSES = {
+    "stepwise, before": (Case(3, 2, {"head_weights": WEIGHTS}, number=9), {"head_weights": [1.0, 0.0, 0.0, 4.0]}),
+    "stepwise, from its step on": (Case(3, 2, {"head_weights": WEIGHTS}, number=10), {"head_weights": [2.0, 1.0, 0.0, 0.0]}),
+    "linear": (
+        Case(3, 2, {"head_weights": WEIGHTS, "head_weights_change": "linear"}, number=4),
+        {"head_weights": [1.4, 0.4, 0.0, 2.4]},
+    ),
+    "k_percent": (
+        Case(3, 2, {"k_percent": [[0, 1.0], [8, 0.2]], "k_percent_change": "linear", "normalize_by": "selected"}, number=5),
+        {"k_percent": 0.5, "normalize_by": "selected"},
+    ),
+    "in the warm-up": (Case(3, 2, {"selection_warmup_steps": 6}, number=5), {"k_percent": 1.0}),
+    "after the warm-up": (Case(3, 2, {"selection_warmup_steps": 6, "k_percent": 0.3}, number=6), {"k_percent": 0.3}),
+}
+
+
+def test_a_step_of_settings_that_change_over_time_is_one_of_constant_ones() -> None:
+    by_rank = run_ranks(sharded_gradients, 2, [case for case, _ in COURSES.values()])
+    for (name, (_, constant)), *answers in zip(COURSES.items(), *by_rank, strict=True):
+        expected = dense_gradient(settings_for(2, 2, **constant), world_size=2)
+        for gradients, _ in answers:
+            assert relative_error(gradients, expected) < 1e-5, name

@@ -30,8 +30,10 @@ TWO_RANKS = {
     "zero3, few gathered, cached losses, selective checkpointing, two micro-steps": Job(
         FEW_GATHERED, "cached", micro_steps=2, training={"activation_checkpointing": "selective"}
     ),
-    "zero3, full checkpointing, two passes": Job(
-        SHIPPED["zero3"], "replicate", training={"activation_checkpointing": "full", "loss_phase": "two_pass"}
+    "zero3, full checkpointing, two passes, detached heads": Job(
+        SHIPPED["zero3"],
+        "replicate",
+        training={"activation_checkpointing": "full", "loss_phase": "two_pass", "detach_heads": True},
     ),
     "zero3, dense, no reference": Job(SHIPPED["zero3"], rows=2, training={"loss_phase": "dense"}),
     "zero3, optimiser offloaded": Job(SHIPPED["zero3_offload"], "cached"),

@@ -10,6 +10,7 @@ from pipeline.config import ConfigError, Settings, did_you_mean
 from pipeline.other_names import ADVICE_ON, SETTING_OF
 from pipeline.recipe import load_settings, read_settings
 from pipeline.runtime.identity import FIXED_SETTINGS, RESUME_RULES, changed_settings, flatten
+from pipeline.schedule import head_weights_at
 from pipeline.setting_types import ResumeRule
 from pipeline.storage.location import Url
 
@@ -62,7 +63,7 @@ def test_an_override_replaces_the_recipes_value_and_the_last_of_two_wins(tmp_pat
 def test_an_override_may_hold_equals_signs_and_any_yaml():
     settings = load_settings(None, [*SOURCES, "data.path=runs/a=b", "training.head_weights=[1, 2, 3, 4]"])
     assert settings.data.path == Path("runs/a=b")
-    assert settings.head_weights == [1.0, 2.0, 3.0, 4.0]
+    assert head_weights_at(settings, 0) == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_held_out_folders_are_one_or_several_by_name_and_survive_being_written(tmp_path):
@@ -85,7 +86,7 @@ def test_held_out_folders_without_a_name_or_a_path_are_refused_in_one_sentence(t
 
 
 def test_head_weights_default_to_one_for_each_head():
-    assert load_settings(None, [*SOURCES, "model.num_prediction_heads=3"]).head_weights == [1.0, 1.0, 1.0]
+    assert head_weights_at(load_settings(None, [*SOURCES, "model.num_prediction_heads=3"]), 0) == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(("text", "value"), [("2e-3", 0.002), ("2.0e-3", 0.002), ("1E-4", 1e-4), (".5", 0.5), ("1", 1.0)])
@@ -103,7 +104,7 @@ def test_every_shipped_recipe_loads_and_every_key_in_it_takes_effect(recipe):
     assert not isinstance(written.pop("base", None), dict)
     for section, keys in written.items():
         for key, value in keys.items():
-            assert loaded[f"{section}.{key}"] == {"15B": 15 * 10**9, "100B": 100 * 10**9}.get(value, value)
+            assert loaded[f"{section}.{key}"] == {"15B": 15 * 10**9, "100B": 100 * 10**9}.get(str(value), value)
 
 
 def test_there_is_a_recipe_to_ship():
@@ -285,12 +286,79 @@ def test_head_weights_below_zero_or_all_zero_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("head_weights=[[0, [1, 1]]]", "training.head_weights: 2 weights for 4 heads from step 0 on; give one a head"),
+        (
+            "head_weights=[[0, [1, 0, 0, 0]], [9, [0, 0, 0, 0]]]",
+            "training.head_weights: all are zero from step 9 on, nothing would be trained",
+        ),
+        (
+            "head_weights=[[1, [1, 1, 1, 1]]]",
+            "training.head_weights: from the steps 1; expected ascending steps, the first of them 0",
+        ),
+        (
+            "k_percent=[[0, 1], [5, 0.5], [5, 0.4]]",
+            "training.k_percent: from the steps 0, 5, 5; expected ascending steps, the first of them 0",
+        ),
+        ("k_percent=[[0, 1.5]]", "training.k_percent.0.1: got 1.5; expected a fraction in (0, 1]"),
+        ("k_percent=[[0]]", "training.k_percent.0.1: not set; it must be"),
+        ("k_percent=[0.5]", "training.k_percent.0: got 0.5; expected a pair, [from_step, value]"),
+        ("head_weights=[[0, [1, -1, 1, 1]]]", "training.head_weights.0.1.1: got -1; expected at least 0"),
+        (
+            "k_percent_change=linear",
+            "training.k_percent_change: set, but training.k_percent does not change; list it as [[from_step, value], …], or "
+            "leave this out",
+        ),
+    ],
+)
+def test_a_course_over_time_that_cannot_be_meant_is_refused(override, problem):
+    assert problems_of(*SOURCES, f"training.{override}") == [problem]
+
+
+def test_a_course_over_time_is_read_and_printed_as_it_is_written(tmp_path):
+    course = "training: {head_weights: [[0, [1, 0, 0, 0]], [9, [1, 1, 0, 0]]], k_percent: [[0, 1.0], [9, 0.5]]}"
+    settings = load_settings(written(tmp_path, course), SOURCES)
+    again = load_settings(written(tmp_path, settings.to_yaml()))
+    assert again == settings
+    assert flatten(again)["training.k_percent"] == [[0, 1.0], [9, 0.5]]
+    other = settings.with_values(training={"k_percent": [[0, 1.0], [8, 0.5]]})
+    assert [change.key for change in changed_settings(flatten(settings), flatten(other))] == ["training.k_percent"]
+
+
+def test_truth_values_are_no_numbers_within_a_course_either():
+    (problem,) = problems_of(*SOURCES, "training.head_weights=[[0, [yes, 1, 1, 1]]]")
+    assert "expected a value other than true and false" in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "beginning"),
+    [
+        (["training.selection_score=external"], "training.external_scores: not set; name the directory that launch/score.py"),
+        (["training.external_scores=x"], "training.external_scores: set, but training.selection_score is 'excess'"),
+        (
+            ["training.selection_score=external", "training.external_scores=x", "reference.cached=y"],
+            "reference.cached: set, and so is training.external_scores",
+        ),
+        (["reference.horizon=own"], "reference.path: set, but reference.horizon 'own' takes the policy's head 0"),
+    ],
+)
+def test_what_pairs_are_ranked_by_is_said_once(overrides, beginning):
+    (problem,) = problems_of(*SOURCES, *overrides)
+    assert problem.startswith(beginning)
+
+
+def test_the_policys_own_head_needs_no_reference():
+    load_settings(None, ["data.path=data", "reference.horizon=own"])
+
+
+@pytest.mark.parametrize(
     ("setting", "known"),
     [
         ("training.selection_pool", "'global', 'step', 'rank' or 'row'"),
         ("training.selection_exchange", "'all_gather', 'radix' or 'auto'"),
-        ("training.selection_score", "'excess', 'policy_loss' or 'random'"),
-        ("reference.horizon", "'shifted' or 'matched'"),
+        ("training.selection_score", "'excess', 'policy_loss', 'random' or 'external'"),
+        ("reference.horizon", "'shifted', 'matched' or 'own'"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(setting, known):

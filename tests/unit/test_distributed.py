@@ -22,6 +22,7 @@ from pipeline.runtime.distributed import (
     max_over_ranks,
     min_over_ranks,
     missing_devices,
+    share_cores,
 )
 from tests.ranks import run_ranks
 
@@ -213,3 +214,15 @@ def test_extremes_over_ranks() -> None:
 
 def test_a_flag_of_one_rank_is_everybodys() -> None:
     assert run_ranks(ask_all, 2) == [[False, True, True]] * 2
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("1", 1), ("3", 3), ("2,1", 2), ("", None), ("0", None), ("all", None)])
+def test_as_many_threads_as_the_environment_asks_for_else_a_share_of_the_cores(monkeypatch, asked, threads) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    before = torch.get_num_threads()
+    try:
+        share_cores(World(0, 2, 0, 2))
+        share = cores_of_rank(World(0, 2, 0, 2), len(os.sched_getaffinity(0)))
+        assert torch.get_num_threads() == (threads or share)
+    finally:
+        torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """The collectives of a step's objective, from its counts to its metrics: how many, how large, the same on every rank."""
 
+import hashlib
 import itertools
 import math
 from functools import partial
@@ -152,6 +153,35 @@ def selected_in_each_way() -> list[tuple[torch.Tensor, dict[str, Any]]]:
     return found
 
 
+def drawn_by_hand(seed: int, rows: range) -> torch.Tensor:
+    """A number in [0, 1) of each pair [rows, T, K]: the upper 24 bits of SplitMix64's answer to the pair's number."""
+    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little")
+    drawn = []
+    for number in range(rows.start * TOKENS * SELECTING, rows.stop * TOKENS * SELECTING):
+        mixed = (start + number * 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+        drawn.append(((mixed ^ mixed >> 31) >> 40) / 2**24)
+    return torch.tensor(drawn).view(len(rows), TOKENS, SELECTING)
+
+
+@pytest.mark.parametrize("first_row", [0, 10**6, 2**40])
+def test_random_scores_are_those_of_the_generator_as_it_was_published(first_row: int) -> None:
+    rows = range(first_row, first_row + 5)
+    for seed in (0, 7, 2**53):
+        found = random_scores(seed, torch.tensor(list(rows)), TOKENS, SELECTING)
+        assert torch.equal(found, drawn_by_hand(seed, rows))
+
+
+def test_random_scores_are_even_and_those_of_neighbours_independent() -> None:
+    drawn = random_scores(3, torch.arange(4000), TOKENS, SELECTING).double()
+    counts = torch.histc(drawn.flatten().float(), 16, 0, 1) / drawn.numel()
+    assert (counts - 1 / 16).abs().max() < 0.002
+    for one, other in ((drawn[:-1], drawn[1:]), (drawn[:, :-1], drawn[:, 1:]), (drawn[..., :-1], drawn[..., 1:])):
+        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].abs() < 0.012
+    assert not torch.equal(drawn, random_scores(4, torch.arange(4000), TOKENS, SELECTING).double())
+
+
 def test_every_pool_score_and_horizon_selects_what_a_sort_of_the_whole_pool_does() -> None:
     settings, batch = settings_for(2, MICRO_STEPS), whole_batch()
     policy, frozen, rows = dense_model(settings), references(settings), settings.data.micro_batch
@@ -162,7 +192,7 @@ def test_every_pool_score_and_horizon_selects_what_a_sort_of_the_whole_pool_does
     for head, t in itertools.product(range(HEADS), range(TOKENS)):
         if t + 1 + head < TOKENS:
             compared["shifted"][:, t, head] = next_token[:, t + head]
-    drawn = random_scores(SEED, torch.arange(FIRST_ROW, FIRST_ROW + ROWS), TOKENS, SELECTING)
+    drawn = drawn_by_hand(SEED, range(FIRST_ROW, FIRST_ROW + ROWS))
     assert len(set(drawn.flatten().tolist())) > 0.99 * drawn.numel()
     for (pool, score, horizon, _), *answers in zip(SETTINGS, *run_ranks(selected_in_each_way, 2), strict=True):
         excess = (policy_loss - compared[horizon])[..., 1:]

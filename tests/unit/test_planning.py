@@ -447,6 +447,9 @@ def test_what_backward_adds_is_counted_by_its_steps() -> None:
     again = case(training={"activation_checkpointing": "full"})
     added = activations.block_backward(again) - activations.block_backward(single)
     assert added == activations.saved_by_block(again) > 0
+    # Heads that are cut off: the gradient at their copy of the trunk's output.
+    cut = case(training={"detach_heads": True})
+    assert activations.block_backward(cut) - activations.block_backward(single) == 4 * TOKENS * DIM
 
 
 def test_adding_in_two_precisions_takes_a_copy_on_a_cpu_alone() -> None:

@@ -6,6 +6,7 @@ Writing
     shard_files       the files of a shard, checked by their sizes
     table             the shards of a manifest as columns, for a million of them
     output_folder     the folder that a command writes: appears complete, one writer at a time
+    external_scores   a number a token of the user's own making: rows out, scores in
     losses_writer     cached losses of a frozen reference, by many processes, resumable
 
 Reading

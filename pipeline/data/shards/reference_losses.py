@@ -1,4 +1,5 @@
 """Cached reference losses: the losses of a frozen reference on every token of a data set, computed once and read in training.
+External scores, a number a token of the user's own making, are kept and read in the same way.
 
 A cache directory holds a folder for each data set that was scored, named by the sha256 of its manifest:
 
@@ -9,11 +10,12 @@ A cache directory holds a folder for each data set that was scored, named by the
 A checksum is seeded with the identity of the losses: the data set, the reference, the settings of scoring, and the sha256 of
 the shard (`LossesManifest.checksum`). Files of another shard, data set or reference therefore fail the check as damage would.
 
-C is 1 if the reference gives each token's loss given all tokens before it (`shifted`), or H, one column for each head of the
-reference, stored at the position from which the head predicts (`matched`). float32 keeps every bit, so the selection equals
-that of the live reference. float16 takes half the space and rounds a loss by at most one part in 2,048 (0.005 nats at 10).
+C is 1 if the reference gives each token's loss given all tokens before it (`shifted`), and for external scores; or H, one
+column for each head of the reference, stored at the position from which the head predicts (`matched`). float32 keeps every bit,
+so the selection equals that of the live reference. float16 takes half the space and rounds a loss by at most one part in 2,048
+(0.005 nats at 10).
 
-`losses_writer` writes these files, `launch/score.py` computes the losses.
+`losses_writer` writes these files, `launch/score.py` computes the losses, or imports scores (`external_scores`).
 """
 
 import hashlib
@@ -44,10 +46,12 @@ class LossesManifest(BaseModel):
     """The manifest of cached losses: what was scored, with which reference, and how.
 
     data_sha256: of the data's manifest.
-    reference_sha256: fingerprint of the reference: of every byte of its weights and its config.json.
-    reference: its location when the data was scored; not part of the identity of the losses.
+    reference_sha256: fingerprint of the reference: of every byte of its weights and its config.json; of external scores their
+        own, without those of padding.
+    reference: its location when the data was scored, or the file of the external scores; not part of the identity of the
+        losses.
     precision: in which the reference ran.
-    horizon: meaning of the columns, see above.
+    horizon: meaning of the columns, see above, or `external`.
     dtype: of the stored losses.
     sequence_length: T.
     columns: C.
@@ -60,7 +64,7 @@ class LossesManifest(BaseModel):
     reference_sha256: str
     reference: str
     precision: str
-    horizon: Literal["shifted", "matched"]
+    horizon: Literal["shifted", "matched", "external"]
     dtype: Literal["float32", "float16"]
     sequence_length: int
     columns: int
@@ -141,7 +145,7 @@ def find_losses(
     *,
     horizon: str,
     columns: int,
-    precision: str,
+    precision: str | None,
     reference_sha256: str | None,
 ) -> CachedLosses:
     """Find the losses of a data set in a cache directory, and check that they are those that the run needs.
@@ -150,7 +154,7 @@ def find_losses(
         cache: the cache directory.
         data_sha256: fingerprint of the data set.
         data: its name in error messages.
-        horizon, columns, precision: that the losses must have.
+        horizon, columns, precision: that the losses must have; None to accept any precision.
         reference_sha256: fingerprint that the reference must have; None to accept any reference.
 
     Raises:
@@ -175,7 +179,8 @@ def check_alike(found: Sequence[CachedLosses]) -> None:
         DataError: names two sets that differ.
     """
     for each in found[1:]:
-        for name in ("reference_sha256", "dtype"):
+        # The scores of each data set are a file of their own.
+        for name in ("dtype",) if each.manifest.horizon == "external" else ("reference_sha256", "dtype"):
             first, other = (getattr(one.manifest, name) for one in (found[0], each))
             if first != other:
                 folders = [losses_folder(one.cache, one.manifest.data_sha256) for one in (found[0], each)]
