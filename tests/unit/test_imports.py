@@ -23,9 +23,11 @@ ALLOWED = {
     "yaml_text": set(),
     "model_sizes": set(),
     "recipe_layers": {"config", "model_sizes", "storage", "yaml_text"},
+    "objective_checks": {"config"},
     "recipe": {
         "config",
         "data_settings",
+        "objective_checks",
         "other_names",
         "recipe_layers",
         "rope_settings",
