@@ -50,8 +50,8 @@ def selective_flops(
     return 3 * blocks * block_flops(shape, keys_a_query) + logits * logits_flops(shape) + live
 
 
-def flops_a_token(settings: Settings) -> float:
-    """FLOPs of a token of training with these settings, as if each document filled its row."""
-    shape, training = settings.model, settings.training
+def flops_a_token(settings: Settings, k_percent: float) -> float:
+    """FLOPs of a token of training with these settings, as if each document filled its row. k_percent: in the step at hand."""
+    shape = settings.model
     keys_a_query = (settings.data.sequence_length + 1) / 2
-    return selective_flops(shape, keys_a_query, shape.num_prediction_heads, training.k_percent, reference_shape(settings))
+    return selective_flops(shape, keys_a_query, shape.num_prediction_heads, k_percent, reference_shape(settings))

@@ -59,7 +59,6 @@ class Reporter:
         self.seconds_saving = 0.0
         # FLOP/s that tokens/s are compared with; None where the device's peak is not known.
         self.peak_flops = peak_flops(torch.cuda.get_device_name()) if run.device.type == "cuda" else None
-        self.flops_a_token = flops_a_token(run.settings) if self.peak_flops is not None else 0.0
         # The held-out folders of which it was said that they have no bits per byte.
         self.without_bytes: set[str] = set()
         # Number and end time of this process's first step.
@@ -282,5 +281,6 @@ class Reporter:
             "data_wait": data_wait,
         }
         if self.peak_flops is not None:
-            record["mfu"] = tokens / seconds * self.flops_a_token / (self.peak_flops * self.run.world.size)
+            flops = flops_a_token(self.run.settings, result.counts.objective.k_percent)
+            record["mfu"] = tokens / seconds * flops / (self.peak_flops * self.run.world.size)
         return record
