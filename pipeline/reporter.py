@@ -138,7 +138,8 @@ class Reporter:
         if self.logbook is None:
             return False
 
-        record = self._record(progress, result, totals) | self._of_the_machine(data_wait, memory)
+        k_percent = result.counts.objective.k_percent
+        record = self._record(progress, result, totals) | self._of_the_machine(data_wait, memory, k_percent)
         if metrics_due:
             self.logbook.write(record)
             self.seconds_saving = 0.0
@@ -269,8 +270,8 @@ class Reporter:
         data = data_metrics(self.run.stream, progress.samples, progress, result.consumed)
         return without_non_finite(position | record | more | data)
 
-    def _of_the_machine(self, data_wait: float, memory: float) -> Record:
-        """Metrics of time and memory (`metrics.OF_THE_MACHINE`). data_wait, memory: of the worst rank."""
+    def _of_the_machine(self, data_wait: float, memory: float, k_percent: float) -> Record:
+        """Metrics of time and memory (`metrics.OF_THE_MACHINE`). data_wait, memory: the worst rank's; k_percent: the step's."""
         tokens, seconds, _ = map(sum, zip(*self.recent, strict=True))
         record: Record = {
             "time": time.time(),
@@ -281,6 +282,6 @@ class Reporter:
             "data_wait": data_wait,
         }
         if self.peak_flops is not None:
-            flops = flops_a_token(self.run.settings, result.counts.objective.k_percent)
+            flops = flops_a_token(self.run.settings, k_percent)
             record["mfu"] = tokens / seconds * flops / (self.peak_flops * self.run.world.size)
         return record
