@@ -4,7 +4,7 @@ The checks come first, so that what cannot work ends in seconds. Then srun start
 code, with a log a rank. When they have ended the job is put into the queue again where that is of use. `RUN/slurm/JOB/` has all
 of it: `code/`, the logs of each life (`life-0/`), and `lives.jsonl`, with what became of each and why.
 
-Exit code: srun's, the highest of all ranks; 2 if the job cannot start.
+Exit code: that of the first rank with an error of its own, else srun's, the highest of all; 2 if the job cannot start.
 """
 
 import os
@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.runtime.preemption import EXIT_TRY_AGAIN
 from pipeline.slurm.before_start import StartError, add_to_environment, check_gpus
 from pipeline.slurm.code_copy import keep_code, with_kept_files
 from pipeline.slurm.commands import SlurmError, host_names, properties, requeue, usable_nodes
-from pipeline.slurm.rank_logs import Ended, accused_rank, ends_of_ranks, last_words
+from pipeline.slurm.rank_logs import Ended, accused_rank, ends_of_ranks, last_words, own_errors
 from pipeline.slurm.ranks import Ranks, or_none, say
 from pipeline.slurm.requeueing import Decision, Life, decide, failures_in_a_row, record
 
@@ -77,15 +78,17 @@ def main(arguments: Sequence[str]) -> int:
     ranks = start(job, environment)
     ranks.wait()
     ends = ends_of_ranks(ranks.lines)
-    show_failure(job, ranks.code, ends)
+    # srun has the highest code, which may be that of a rank that it ended itself, after another one had failed.
+    code = next((end.code for end in own_errors(ends) if end.code is not None), ranks.code)
+    show_failure(job, code, ends)
 
     # The record comes before the requeueing, which ends this process.
     cancelled = ranks.cancelled and not ranks.is_preempted
-    life = Life(ranks.code, job.saved() != before, ends, ranks.asked_by_slurm, accused_node(job, ends), cancelled)
+    life = Life(code, job.saved() != before, ends, ranks.asked_by_slurm, accused_node(job, ends), cancelled)
     decision = decide(life, failures_in_a_row(job.records))
     record(job.records, life, decision, job.nodes)
     obey(job, decision)
-    return ranks.code
+    return code
 
 
 def find_job(script: str, arguments: Sequence[str]) -> Job:
@@ -125,10 +128,9 @@ def start(job: Job, environment: dict[str, str]) -> Ranks:
 
 def show_failure(job: Job, code: int, ends: Sequence[Ended]) -> None:
     """Print the message of the rank that failed first: one with an error of its own, else one that names another."""
-    own = [end.rank for end in ends if end.code is not None and end.code not in (4, 75)]
     accused = accused_rank(job.logs)
-    first = own or ([] if accused is None else [accused[0]]) or [end.rank for end in ends]
-    words = "" if code in (0, 75) else last_words(job.logs, [*first, 0])
+    first = [end.rank for end in own_errors(ends)] or ([] if accused is None else [accused[0]]) or [end.rank for end in ends]
+    words = "" if code in (0, EXIT_TRY_AGAIN) else last_words(job.logs, [*first, 0])
     if words:
         say(words)
 

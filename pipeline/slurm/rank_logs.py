@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from pipeline.runtime.preemption import EXIT_HANG, EXIT_TRY_AGAIN
+
 _SECONDS_BETWEEN_LOOKS = 0.3
 _MOST_LINES = 60
 _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,\-]+): (?:Exited with exit code (\d+)|(\w[\w ]*))")
@@ -38,6 +40,11 @@ def ends_of_ranks(lines: Sequence[str]) -> list[Ended]:
             node, ranks, code, _ = match.groups()
             found += [Ended(node, rank, None if code is None else int(code)) for rank in _numbers(ranks)]
     return found
+
+
+def own_errors(ends: Sequence[Ended]) -> list[Ended]:
+    """Those with an error of their own: who ended neither on request, nor for another rank's sake, nor by a signal."""
+    return [end for end in ends if end.code not in (None, EXIT_HANG, EXIT_TRY_AGAIN)]
 
 
 def _numbers(text: str) -> Iterator[int]:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pipeline.runtime.preemption import EXIT_HANG, EXIT_TRY_AGAIN
-from pipeline.slurm.rank_logs import Ended
+from pipeline.slurm.rank_logs import Ended, own_errors
 from pipeline.storage.json_lines import end_torn_line, read_json_lines
 
 LEAD_SECONDS = 600.0
@@ -31,7 +31,7 @@ _TOLERANCE_SECONDS = 60.0
 class Life:
     """One start of a job, from what it left.
 
-    code: srun's exit code. ends: the ranks that ended badly, in their order. progressed: something new was saved.
+    code: the job's exit code. ends: the ranks that ended badly, in their order. progressed: something new was saved.
     asked_by_slurm: None if nobody asked the ranks to stop.
     accused: node of the rank that died or stood still, if it is known.
     """
@@ -46,9 +46,8 @@ class Life:
     @property
     def has_lost_a_rank(self) -> bool:
         """True if a rank died or stood still, and none ended with an error of its own, which would come again."""
-        own = {end.code for end in self.ends if end.code is not None}
-        of_signals = any(end.code is None for end in self.ends)
-        return self.code != 0 and (of_signals or EXIT_HANG in own) and own <= {EXIT_HANG, EXIT_TRY_AGAIN}
+        is_lost = any(end.code in (None, EXIT_HANG) for end in self.ends)
+        return self.code != 0 and is_lost and not own_errors(self.ends)
 
 
 @dataclass(frozen=True)

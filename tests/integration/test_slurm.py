@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,12 @@ class Submitted:
         self._cluster, self._folder = cluster, folder
         self.log = folder / "job.log"
 
-    def submit(self, nodes: int, gate: int, *options: str) -> str:
-        """Submit the job, on so many nodes; its ranks wait before step `gate`."""
+    def submit(self, nodes: int, gate: int, *options: str, more: Sequence[str] = ()) -> str:
+        """Submit the job, on so many nodes; its ranks wait before step `gate`. options: sbatch's. more: settings."""
         self.let_pass(gate)
         script = [*options, f"--nodes={nodes}", "--time=60", "launch/train.sbatch", "--config", "launch/recipes/tiny.yaml"]
         given = [f"--run-dir={self.run_dir}", f"data.micro_batch={16 // nodes}"]
-        return self._cluster.submit(self.checkout, self.log, *script, *given, GATE=str(self.gate))
+        return self._cluster.submit(self.checkout, self.log, *script, *given, *more, GATE=str(self.gate))
 
     def let_pass(self, steps: int) -> None:
         partial = self.gate.with_suffix(".partial")
@@ -189,11 +189,46 @@ def test_a_job_that_cannot_work_says_so_within_seconds(cluster: Cluster, recipe:
     assert "add --gpus-per-node=2 --ntasks-per-node=2 to sbatch's options" in made.shown()
     assert "loading torch" not in made.shown()
 
-    typo = made.submit(1, 100, "--no-requeue")
-    assert cluster.wait_for(typo, "RUNNING") == "RUNNING"
-    cluster.run("scancel", typo)
+    # A mistake that only ranks can see: srun ends the other rank, which then exits with 75, and has that for the job's code.
+    wrong = made.submit(2, 100, more=["data.path=/nowhere"])
+    assert cluster.wait_for(wrong) == "FAILED"
+    assert cluster.property(wrong, "ExitCode") == "2:0"
+    assert made.shown().count("data.path: ") == 1
+
+    cancelled = made.submit(1, 100, "--no-requeue")
+    assert cluster.wait_for(cancelled, "RUNNING") == "RUNNING"
+    cluster.run("scancel", cancelled)
     started = time.monotonic()
-    assert cluster.wait_for(typo, seconds=60) == "CANCELLED"
-    wait_until(lambda: cluster.run("squeue", "-h", "-j", typo) == "", made.shown)
+    assert cluster.wait_for(cancelled, seconds=60) == "CANCELLED"
+    wait_until(lambda: cluster.run("squeue", "-h", "-j", cancelled) == "", made.shown)
     assert time.monotonic() - started < 60, "what Slurm kills at last has not ended by itself"
     assert set(cluster.run("sinfo", "-h", "-N", "-o", "%N").split()) == {*NODES, GPU_NODE}
+
+
+def test_an_array_prepares_data_and_a_job_after_it_joins_the_parts_and_another_scores_them(
+    cluster: Cluster, recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    made = Submitted(cluster, tmp_path, recipe)
+    inputs, output = tmp_path / "in", tmp_path / "a mix"
+    inputs.mkdir()
+    for number in range(2):
+        lines = "".join(json.dumps({"text": f"{number} {line} the cat sees the dog"}) + "\n" for line in range(3000))
+        (inputs / f"{number}.jsonl").write_text(lines)
+    given = [
+        "launch/prepare.sbatch",
+        f"--input={inputs}",
+        f"--tokenizer={tiny_data}",
+        "--sequence-length=16",
+        "--output",
+        output,
+    ]
+    array = cluster.submit(made.checkout, tmp_path / "prepare-%a.log", "--array=1-2", *given)
+    wait_until(lambda: (output / "manifest.json").exists(), lambda: "\n".join(map(Path.read_text, tmp_path.glob("*.log"))))
+    assert sorted(path.name for path in Path(f"{output}.parts").iterdir()) == ["00001", "00002"]
+    assert cluster.property(array, "ArrayJobId") == array
+
+    # Scored on two nodes, by the checkout's recipe.
+    given = ["launch/score.sbatch", "--config", "launch/recipes/tiny.yaml", f"--run-dir={made.run_dir}"]
+    score = cluster.submit(made.checkout, made.log, "--nodes=2", *given, f"--output={tmp_path}/losses")
+    assert cluster.wait_for(score) == "COMPLETED", made.shown()
+    assert list((tmp_path / "losses").rglob("manifest.json"))
