@@ -183,7 +183,8 @@ def _run_on_all_ranks(
         # A peer that died breaks the collectives of the others: then the heartbeat ends this process, and names the peer.
         if world.size > 1 and heartbeat.is_of_a_peer(error):
             heartbeat.wait_for_verdict()
-        if "DataLoader worker" in str(error):
+        # One that failed with an error of its own is not meant, whose message has the same words.
+        if "DataLoader worker (pid" in str(error):
             remedy = "is the machine's memory used up? Try a smaller data.num_workers"
             return fail(
                 f"{prog}: error", f"rank {world.rank}: a process that reads data died: {error}; {remedy}", EXIT_USAGE, True

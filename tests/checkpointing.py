@@ -70,6 +70,10 @@ def train_on(layout: Layout, run_dir: Path, first_step: int, num_steps: int, sav
         freeze_while_building(patch, layout.frozen)
         engine = build_policy(settings, resolve_deepspeed_json(layout.deepspeed, settings, ranks))
 
+    # With hpZ forwards see a second copy of the weights, which a loader that forgot it would leave as it was.
+    second_copies = [getattr(each, "ds_secondary_tensor", None) is not None for each in engine.module.parameters()]
+    assert any(second_copies) == ("zero_hpz_partition_size" in layout.zero)
+
     world = World(rank, ranks, rank, ranks)
     checkpoints = Checkpoints(run_dir, world, {"deepspeed bf16": layout.bf16}, CheckpointSettings(), say=lambda text: None)
     fixed = fixed_batch()

@@ -14,6 +14,7 @@ import pytest
 from pipeline.runtime.checkpoint.folders import saved_steps, step_name
 from pipeline.runtime.checkpoint.state import STATE_FILE, read_state
 from pipeline.runtime.logbook import read_records
+from tests.drawn import scalars
 from tests.forked import ROOT, as_main, call, forking
 from tests.tiny import SEQUENCE_LENGTH
 
@@ -104,18 +105,20 @@ def _run_rank(rank: int, command: list[str], job: dict[str, Any], log: Path, alt
 
 
 def left_by(run_dir: Path) -> dict[str, Any]:
-    """All that must be equal of two runs: every record but its clocks, and the last checkpoint, by the hashes of its files."""
+    """All that must be equal of two runs: every record but its clocks, the same as TensorBoard draws it, and the last
+    checkpoint, by the hashes of its files."""
     records = [{key: value for key, value in record.items() if not _CLOCKS.search(key)} for record in read_records(run_dir)]
     newest = step_name(saved_steps(run_dir / "checkpoints")[0])
     state = read_state(run_dir / "checkpoints" / newest / STATE_FILE)
     identity = {key: value for key, value in state.identity.items() if key != "data.num_workers"}
-    return {"records": records, "state": state.model_dump(mode="json") | {"identity": identity}}
+    curves = {place: points for place, points in scalars(run_dir).items() if not place[1].startswith("wall_clock/")}
+    return {"records": records, "curves": curves, "state": state.model_dump(mode="json") | {"identity": identity}}
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any], but_steps: Sequence[int] = ()) -> str:
     """Name the first thing that differs between what two runs left; "" where nothing does.
 
-    but_steps: their records of training are not compared.
+    but_steps: their records of training, and what is drawn of these steps, are not compared.
     """
     both = [
         [record for record in left["records"] if "split" in record or record["step"] not in but_steps]
@@ -128,5 +131,13 @@ def difference(found: dict[str, Any], expected: dict[str, Any], but_steps: Seque
         keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
         if keys:
             return f"step {one['step']}: {keys[0]} is {one.get(keys[0])}, expected {other.get(keys[0])}"
+    curves = [
+        {place: [point for point in points if point[0] not in but_steps] for place, points in left["curves"].items()}
+        for left in (found, expected)
+    ]
+    for place in sorted({**curves[0], **curves[1]}):
+        points = [each.get(place) for each in curves]
+        if points[0] != points[1]:
+            return f"TensorBoard draws {place[1]} of {place[0] or 'the run'} through {points[0]}, expected {points[1]}"
     keys = [key for key in expected["state"] if found["state"][key] != expected["state"][key]]
     return f"the last checkpoint's {', '.join(keys)}" if keys else ""

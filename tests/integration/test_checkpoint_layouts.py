@@ -43,6 +43,13 @@ def test_the_same_layout_continues_to_the_bit(saved: tuple[Path, Figures, Figure
     assert continued.after == trained(Layout(2), tmp_path, 0, 6).after
 
 
+def test_second_copies_of_weights_within_a_node_continue_to_the_bit(tmp_path: Path) -> None:
+    first = trained(LAYOUTS["hpz"], tmp_path / "cut", 0, 2, save=True)
+    continued = trained(LAYOUTS["hpz"], tmp_path / "cut", 2, 2)
+    assert continued.before == first.after
+    assert continued.after == trained(LAYOUTS["hpz"], tmp_path / "whole", 0, 4).after
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_another_layout_continues(saved: tuple[Path, Figures, Figures], name: str) -> None:
     run_dir, _, continued = saved

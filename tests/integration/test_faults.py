@@ -23,6 +23,7 @@ FAULTS = [
         ("exception", "after the update", 0),
         ("exception", "after state.json", 0),
         ("disk full", "in a rank's file", 1),
+        ("exception", "in a loader's worker", 0),
         ("EIO", "in the loader", 1),
         ("EIO", "in a checkpoint's file", 1),
     ]

@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from pipeline.model.mtp import HeadLosses
@@ -16,6 +15,7 @@ from pipeline.runtime.metrics import EXCESS_BIN_WIDTH, SelectionSums
 from pipeline.runtime.tensorboard import is_drawn, place_of, split_of
 from pipeline.runtime.terminal import Terminal, held_out_text, progress_line, selection_block, summary_table
 from pipeline.weighting.selection import Selection
+from tests.drawn import events_of, scalars
 
 # The block of the project's plan, to the character.
 EXPECTED_BLOCK = """\
@@ -47,24 +47,6 @@ def training_record(step, **values):
 def validation_record(step, losses):
     return {"step": step, "samples": 8 * step, "split": "validation", "loss": 1.0} | {
         f"loss_head_{head}": loss for head, loss in enumerate(losses)
-    }
-
-
-def events_of(directory, run=""):
-    """A run of a run directory's event files, as TensorBoard itself reads it."""
-    events = EventAccumulator(str(directory / "tensorboard" / run), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
-    return events.Reload()
-
-
-def scalars(directory):
-    """{(run, tag): [(step, value), ...]}; the run itself is ""."""
-    folder = directory / "tensorboard"
-    runs = {path.parent.relative_to(folder).as_posix().removeprefix(".") for path in folder.rglob("events.*")}
-    found = {run: events_of(directory, run) for run in sorted(runs)}
-    return {
-        (run, tag): [(event.step, event.value) for event in events.Scalars(tag)]
-        for run, events in found.items()
-        for tag in events.Tags()["scalars"]
     }
 
 
