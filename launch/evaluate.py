@@ -9,6 +9,7 @@ over all valid pairs, in nats. Exit code 0; 2, with one message, if something mu
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,8 @@ from pipeline.options import json_problems, path_argument, write_json
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
-    return guarded(f"{parser.prog}: error", lambda: _evaluate(parser, arguments), (ValueError,))
+    is_first = os.environ.get("RANK", "0") == "0"
+    return guarded(f"{parser.prog}: error", lambda: _evaluate(parser, arguments), (ValueError,), is_first)
 
 
 def _parser() -> OptionParser:

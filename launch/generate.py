@@ -74,6 +74,8 @@ def _problems(options: argparse.Namespace) -> list[str]:
         problems.append(f"--temperature: got {options.temperature}; expected a number of at least 0")
     if not 0 < options.top_p <= 1:
         problems.append(f"--top-p: got {options.top_p}; expected a share above 0, at most 1")
+    elif options.top_p < 1 and options.temperature == 0:
+        problems.append("--top-p: nothing is drawn at temperature 0; add --temperature 1, or leave it out")
     return problems
 
 

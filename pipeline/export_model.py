@@ -62,6 +62,7 @@ def export_model(
         DataError, ModelFilesError: there is no tokenizer of the model.
     """
     check_place(directory)
+    directory = directory.resolve()  # `.` has no name to write beside
     problem = None if engine is None else drafter_problem(model.settings, engine)
     if problem is not None:
         raise ExportError(f"--drafter: {problem}")

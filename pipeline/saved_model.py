@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from pipeline.config import ModelSettings
 from pipeline.data.special_tokens import SpecialTokens, special_tokens
-from pipeline.data.tokenizer import TOKENIZER_FILE, find_tokenizer, load_tokenizer, vocab_size
+from pipeline.data.tokenizer import TOKENIZER_FILE, find_tokenizer, identity, load_tokenizer, vocab_size
 from pipeline.model.drafter import drafter_verifier
 from pipeline.model.huggingface import FolderWeights, copy_weights, read_longest_row
 from pipeline.model.model_config import CONFIG_FILE, ModelFilesError, read_json
@@ -65,7 +65,8 @@ class SavedModel:
         given: a tokenizer.json, or its folder, to take in place of the model's own.
 
         Raises:
-            DataError: there is none, or it contradicts what lies beside it. ModelFilesError: none is known.
+            DataError: there is none, or it contradicts what lies beside it. ModelFilesError: none is known, or it is another
+                model's.
         """
         folder = given if given is not None else self._tokenizer_folder()
         file = find_tokenizer(folder)
@@ -76,19 +77,27 @@ class SavedModel:
             raise ModelFilesError(
                 f"{file}: has ids up to {needed - 1}, and {self.directory} knows {known} ids; it is another model's tokenizer"
             )
+        own = None if given is None else self._tokenizer_folder_if_any()
+        if own is not None and identity(load_tokenizer(own)) != identity(tokenizer):
+            raise ModelFilesError(f"{file}: is another tokenizer than the model's own, {own}; leave --tokenizer out")
         return file, found
 
     def _tokenizer_folder(self) -> Path:
-        """The folder with the tokenizer: the run directory or the model folder, else the run's data."""
-        candidates = [self.directory if self.run_dir is None else self.run_dir]
-        identity = {} if self.state is None else self.state.identity
-        data = identity.get("data.path") or next((each["path"] for each in identity.get("data.mixture") or []), None)
-        candidates += [Path(data)] if isinstance(data, str) else []
-        for folder in candidates:
-            if (folder / TOKENIZER_FILE).is_file():
-                return folder
-        places = " or ".join(map(str, candidates))
-        raise ModelFilesError(f"{self.directory}: no {TOKENIZER_FILE} in {places}; name it with --tokenizer")
+        """The folder with the model's own tokenizer."""
+        found = self._tokenizer_folder_if_any()
+        if found is None:
+            places = " or ".join(map(str, self._tokenizer_places()))
+            raise ModelFilesError(f"{self.directory}: no {TOKENIZER_FILE} in {places}; name it with --tokenizer")
+        return found
+
+    def _tokenizer_folder_if_any(self) -> Path | None:
+        return next((folder for folder in self._tokenizer_places() if (folder / TOKENIZER_FILE).is_file()), None)
+
+    def _tokenizer_places(self) -> list[Path]:
+        """The run directory or the model folder, then the run's data."""
+        known = {} if self.state is None else self.state.identity
+        data = known.get("data.path") or next((each["path"] for each in known.get("data.mixture") or []), None)
+        return [self.run_dir or self.directory, *([Path(data)] if isinstance(data, str) else [])]
 
 
 def find_model(path: Path, step: int | None = None) -> SavedModel:

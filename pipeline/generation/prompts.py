@@ -20,7 +20,8 @@ def read_prompts(file: Path) -> list[str]:
         PromptError: the file cannot be read as UTF-8, or has no prompt.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # A byte order mark is none of the text; of the characters that part lines elsewhere only the newline ends a prompt.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise PromptError(f"--prompt-file: {file} is not UTF-8: {error}") from None
     prompts = [line for line in lines if line.strip()]

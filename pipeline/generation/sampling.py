@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LEAST_TEMPERATURE = 1e-30  # less is zero in float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,7 +33,9 @@ class Sampling:
         """Return what tokens are drawn from, float32 [..., V]."""
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        probabilities = (logits / self.temperature).softmax(-1)
+        # Differences from the largest stay finite or become -inf, however small the temperature.
+        differences = logits - logits.amax(-1, keepdim=True)
+        probabilities = (differences / max(self.temperature, _LEAST_TEMPERATURE)).softmax(-1)
         return probabilities if self.top_p >= 1 else self._nucleus(probabilities)
 
     def _nucleus(self, probabilities: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "tied": {"tied_embeddings": True},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
+    "biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
 }
 
 

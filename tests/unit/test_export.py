@@ -97,7 +97,7 @@ def test_losses_block_by_block_are_the_models(run) -> None:
     torch.testing.assert_close(block_losses(source.settings, source.weights, tokens), expected)
 
 
-def test_a_folder_with_anything_in_it_is_left_alone(run, tmp_path, capsys) -> None:
+def test_a_folder_with_anything_in_it_is_left_alone(run, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path)
@@ -106,7 +106,9 @@ def test_a_folder_with_anything_in_it_is_left_alone(run, tmp_path, capsys) -> No
         assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "notes.txt"]
     (tmp_path / "empty").mkdir()
-    assert exported(run, tmp_path / "empty") == 0
+    monkeypatch.chdir(tmp_path / "empty")
+    assert exported(run, Path(".")) == 0
+    assert (tmp_path / "empty" / "config.json").is_file()
 
 
 def fill_the_disk(*arguments) -> None:

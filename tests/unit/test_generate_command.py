@@ -61,9 +61,9 @@ def test_an_export_continues_as_its_checkpoint_does(run, tmp_path) -> None:
 
 
 def test_prompts_of_a_file_are_continued_a_batch_at_a_time_as_they_are_alone(run, tmp_path) -> None:
-    (tmp_path / "prompts.txt").write_text("the dog\n\nthe bird likes the\n0: the fish\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("the dog\r\n\nthe bird likes the\n0: the\x0bfish\n", encoding="utf-8-sig")
     found = generated(run, tmp_path, "--prompt-file", str(tmp_path / "prompts.txt"), "--batch", "2", "--max-tokens", "5")
-    assert [each["prompt"] for each in found["completions"]] == ["the dog", "the bird likes the", "0: the fish"]
+    assert [each["prompt"] for each in found["completions"]] == ["the dog", "the bird likes the", "0: the\x0bfish"]
     for each in found["completions"]:
         assert generated(run, tmp_path, "--prompt", each["prompt"], "--max-tokens", "5")["completions"] == [each]
 
@@ -106,6 +106,7 @@ def test_drawn_tokens_depend_on_the_seed_alone(run, tmp_path) -> None:
             "  - --max-token: unknown option; did you mean '--max-tokens'?\n"
             "  - --temperature: got -1.0; expected a number of at least 0\n  - --top-p: got 0.0; expected a share",
         ),
+        (["--prompt", "x", "--top-p", "0.5"], "--top-p: nothing is drawn at temperature 0; add --temperature 1"),
         ([], "--prompt or --prompt-file: got neither; expected one of them"),
         (["--prompt", "x", "--prompt-file", "y"], "got --prompt and --prompt-file; expected one of them"),
         (["--prompt", "x", "--prompt", "y", "--stream"], "--stream: got 2 prompts; expected one"),

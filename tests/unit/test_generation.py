@@ -151,3 +151,10 @@ def test_the_nucleus_is_the_smallest_set_with_the_probability() -> None:
     found = Sampling(1.0, top_p=0.7).probabilities(logits)
     torch.testing.assert_close(found, torch.tensor([[2 / 3, 1 / 3, 0, 0], [0, 0, 3 / 7, 4 / 7]]))
     assert torch.equal(Sampling(1.0, top_p=1e-9).probabilities(logits), Sampling(0.0).probabilities(logits))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-6])
+def test_at_the_least_temperature_the_likeliest_token_is_drawn(temperature) -> None:
+    logits = torch.tensor([[3.0e4, -1.0e4, 2.9e4], [0.5, 0.7, 0.6]])
+    assert torch.equal(Sampling(temperature).probabilities(logits), Sampling(0.0).probabilities(logits))
+    assert torch.allclose(Sampling(1e308).probabilities(logits), torch.full((2, 3), 1 / 3))

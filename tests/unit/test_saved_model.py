@@ -1,5 +1,6 @@
 """A model is found by a run directory, a checkpoint folder or an export, read exactly, or refused in one sentence."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,14 @@ def test_a_tokenizer_that_is_missing_or_of_another_model_is_refused(tmp_path, ti
         found.tokenizer()
     with pytest.raises(ModelFilesError, match="knows 29 ids; it is another model's tokenizer"):
         found.tokenizer(Path(tiny_data))
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_where_the_models_own_is_known(tmp_path, tiny_data) -> None:
+    vocab_size = read_manifest(tiny_data / "train").vocab_size
+    write_checkpoint(tmp_path / "run", model_of(vocab_size), 1, tiny_data / "train")
+    other = tmp_path / "tokenizer.json"
+    content = json.loads((tiny_data / "tokenizer.json").read_text())
+    content["model"]["merges"].reverse()
+    other.write_text(json.dumps(content))
+    with pytest.raises(ModelFilesError, match=r"another tokenizer than the model's own, .*train; leave --tokenizer out"):
+        find_model(tmp_path / "run").tokenizer(other)
