@@ -239,6 +239,9 @@ class LoggingSettings(Section):
     continued greedily, plainly and self-speculatively; null: none."""
     sample_tokens: Free[Positive] = 32
     """Tokens by which a sample continues its prompt. Plainly that takes as many forwards of a few short rows."""
+    passage_every: Free[Positive | None] = 500
+    """Steps between pictures of a held-out passage whose tokens are coloured by the heads that select them (RUN/passages and
+    TensorBoard's images); null: none. There is one at the end as well; none without a live reference."""
     deepspeed_level: Free[Literal["debug", "info", "warning", "error"]] = "error"
     """Lowest level of DeepSpeed's own log messages that are shown."""
 

@@ -13,7 +13,9 @@ from pipeline.data.loading.order_record import record_of_order
 from pipeline.data.loading.prefetch import EVALUATION_BATCHES_AHEAD, prefetched
 from pipeline.evaluate import evaluate
 from pipeline.flops import flops_a_token, peak_flops
+from pipeline.passage import passage_of
 from pipeline.progress import Progress
+from pipeline.report.passage_page import passage_html, passage_png
 from pipeline.run import Run, StepResult
 from pipeline.runtime import heartbeat
 from pipeline.runtime.checkpoint.folders import step_name
@@ -208,6 +210,16 @@ class Reporter:
             self.without_bytes.add(held_out.name)
             reason = held_out.token_bytes.unknown or "its rows have tokens whose text is not known, or none with text"
             self.say(f"no bits per byte{of_name}: {reason}")
+
+    def passage_if_due(self, progress: Progress) -> None:
+        """Colour the held-out passage by what heads select, at its interval and after the last step. Collective."""
+        every, step = self.run.settings.logging.passage_every, progress.step
+        if every is None or (step % every and step != self.run.settings.training.steps):
+            return
+        passage = passage_of(self.run, step)
+        if passage is not None and self.logbook is not None:
+            self.logbook.write_passage(step, passage_html(passage), passage_png(passage))
+        self.restart_clock()
 
     def sample_if_due(self, progress: Progress) -> None:
         """Take samples of the policy at their interval, and log them. Collective."""

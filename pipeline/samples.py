@@ -71,13 +71,18 @@ class Sampler:
     def _text(self, token_ids: list[int]) -> str | None:
         """The text of some tokens; None where the data's tokenizer is of no use."""
         if self._tokenizer is None:
-            stream = self.run.stream
-            content = read_whole(stream.sets[0].location / stream.manifest.tokenizer_file, self.run.settings.data.access)
-            try:
-                self._tokenizer = Tokenizer.from_buffer(content)
-            except Exception:  # The library raises bare ones.
-                return None
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+            self._tokenizer = tokenizer_of(self.run)
+        return None if self._tokenizer is None else str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+
+
+def tokenizer_of(run: Run) -> Tokenizer | None:
+    """Read the data's tokenizer; None where it is of no use."""
+    file = run.stream.sets[0].location / run.stream.manifest.tokenizer_file
+    content = read_whole(file, run.settings.data.access)
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception:  # The library raises bare ones.
+        return None
 
 
 class Rows:

@@ -110,6 +110,7 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
         is_last = following is None
         validated = reporter.validate_if_due(progress, stop)
         reporter.sample_if_due(progress)
+        reporter.passage_if_due(progress)
 
         # Checkpoint: in the background at its interval, but not after a step that was discarded; at once at the end and
         # before a stop.

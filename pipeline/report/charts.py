@@ -9,9 +9,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.report.colours import colours_of
 from pipeline.report.curves import Curve, has_values
 
-COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#e6ab02", "#8c564b", "#e377c2", "#7f7f7f", "#17becf", "#222222")
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -37,11 +37,6 @@ class Panel(NamedTuple):
     marks: Sequence[float] = ()
     line_at: float | None = None
     is_share: bool = False
-
-
-def colours_of(keys: Sequence[str]) -> dict[str, str]:
-    """A colour for each key, in their order."""
-    return {key: COLOURS[number % len(COLOURS)] for number, key in enumerate(dict.fromkeys(keys))}
 
 
 def panels_figure(panels: Sequence[Panel], colours: Mapping[str, str], file_format: str = "svg") -> bytes | None:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from pipeline.report.charts import bars_figure, colours_of, panels_figure
+from pipeline.report.charts import bars_figure, panels_figure
+from pipeline.report.colours import colours_of
 from pipeline.report.figures import charts_of
 from pipeline.report.run_files import RunFiles
 from pipeline.storage.masking import masked_text

@@ -8,11 +8,12 @@ would be read last, and take the newer points away. Older files are therefore re
 import json
 import re
 import shlex
+import struct
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -71,9 +72,12 @@ class EventFiles:
         for summary in (columns, started):
             self._writer("")._get_file_writer().add_summary(summary)
 
-    def write_image(self, tag: str, image_HWC: np.ndarray, step: int) -> None:
-        """Add a picture, uint8."""
-        self._writer("").add_image(tag, image_HWC, step, dataformats="HWC")
+    def write_png(self, tag: str, png: bytes, step: int) -> None:
+        """Add a picture that is encoded already."""
+        width, height = struct.unpack(">II", png[16:24])
+        image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self._writer("")._get_file_writer().add_summary(summary, step)
 
     def sync(self) -> None:
         """Have on the disk what was written so far."""

@@ -56,6 +56,10 @@ class Logbook:
         write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.file: TextIO = path.open("a", encoding="utf-8")
         self.samples_path = cut_samples(run_dir, first_step)
+        self.passages = run_dir / "passages"
+        for path in self.passages.glob("step-*"):
+            if not path.stem.removeprefix("step-").isdecimal() or int(path.stem.removeprefix("step-")) > first_step:
+                path.unlink()
         self.board = EventFiles(run_dir / "tensorboard", first_step, num_heads, tuple(held_out))
         self.trackers: list[Tracker] = [self.board, *trackers]
 
@@ -66,6 +70,13 @@ class Logbook:
             self.file.flush()
         for tracker in self.trackers:
             tracker.write(record)
+
+    def write_passage(self, step: int, html: str, png: bytes) -> None:
+        """Keep a coloured passage in the run's folder, and show it as an image in TensorBoard."""
+        self.passages.mkdir(exist_ok=True)
+        write_file(self.passages / f"step-{step:08d}.html", html.encode())
+        write_file(self.passages / f"step-{step:08d}.png", png)
+        self.board.write_png("passage/selected_tokens", png, step)
 
     def sync(self) -> None:
         """Have on the disk what was written so far."""

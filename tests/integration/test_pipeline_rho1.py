@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def settings_for(tiny_data: Path, tiny_reference: Path, *more: str) -> Settings:
         "logging.metrics_every=1",
         "logging.selection_every=10",
         "logging.histogram_every=20",
+        "logging.passage_every=null",
         "checkpoint.every=10",
     ]
     return load_settings(None, [*overrides, *more])
@@ -233,11 +235,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pipeline, tiny_d
     import shutil
 
     again = tmp_path / "again"
+    # Neither move the training: where its data is read, and looks at what heads select.
+    changed = ("data.num_workers=0", "logging.passage_every=8")
     shutil.copytree(pipeline["run_dir"], again)
     for step in (20, 30):
         shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
     (again / "checkpoints" / "latest").write_text("step-00000010\n")
-    assert run_ranks(resume, 2, settings_for(tiny_data, tiny_reference, "data.num_workers=0"), again) == [0, 0]
+    assert run_ranks(resume, 2, settings_for(tiny_data, tiny_reference, *changed), again) == [0, 0]
     lines = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
     resumed = [line for line in lines if "split" not in line]
     assert len(resumed) == STEPS
@@ -248,3 +252,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pipeline, tiny_d
     assert [without_speed(line) for line in resumed] == [without_speed(line) for line in pipeline["steps"]]
     assert [line for line in lines if "split" in line] == pipeline["validation"]
     assert not math.isnan(resumed[-1]["grad_norm"])
+    check_passages(again)
+
+
+def check_passages(run_dir: Path) -> None:
+    """There is a passage at its interval since the resume, and of the last step, as page, picture and TensorBoard's image."""
+    steps = (16, 24, STEPS)
+    found = sorted(path.name for path in (run_dir / "passages").iterdir())
+    assert found == sorted(f"step-{step:08d}.{kind}" for step in steps for kind in ("html", "png"))
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    pictures = [(run_dir / "passages" / f"step-{step:08d}.png").read_bytes() for step in steps]
+    assert [image.encoded_image_string for image in events.Images("passage/selected_tokens")] == pictures
+
+    # Exactly 60 % of what a head predicts in the row is selected, by the page's own words.
+    page = (run_dir / "passages" / f"step-{STEPS:08d}.html").read_text(encoding="utf-8")
+    for head in (1, 2, 3):
+        selected = page.count(f"head {head}: excess ") - len(re.findall(rf"head {head}: excess -?[0-9.]+, left out", page))
+        assert selected == math.floor(K_PERCENT * page.count(f"head {head}: excess ") + 0.5) > 0

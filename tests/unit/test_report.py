@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from launch.report import main
-from pipeline.report.charts import COLOURS, Panel, colours_of, panels_figure
+from pipeline.report.charts import Panel, panels_figure
+from pipeline.report.colours import COLOURS, colours_of
 from pipeline.report.curves import MOST_POINTS, Curve, Enrichment, Metric, curve_of
 from pipeline.report.errors import ReportError
 from pipeline.report.run_files import read_run, read_runs
