@@ -11,22 +11,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Collective(NamedTuple):
-    """One collective: its kind, `all_gather` or `all_reduce`, and the payload, the bytes that a rank hands in."""
+    """One collective: its kind (`all_gather`, `all_reduce`, `reduce_scatter`) and payload, the bytes that a rank hands in."""
 
     kind: str
     payload: int
 
     def wire_bytes(self, ranks: int) -> float:
-        """Return the bytes that each rank sends (and receives): (R-1) n of a gather, 2 (R-1)/R n of a sum.
+        """Return the bytes that each rank sends (and receives): (R-1) n of a gather, (R-1)/R n of a scattered sum, 2 (R-1)/R n
+        of a sum that all receive.
 
         Both a ring and recursive doubling and halving send as much; no algorithm does with less (Chan et al. 2007, doi
         10.1002/cpe.1206).
         """
         whole = (ranks - 1) * self.payload
-        return whole if self.kind == "all_gather" else 2 * whole / ranks
+        return {"all_gather": whole, "reduce_scatter": whole / ranks}.get(self.kind, 2 * whole / ranks)
 
 
-KINDS = {"_allgather_base_": "all_gather", "allgather_": "all_gather", "allreduce_": "all_reduce"}
+KINDS = {
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allreduce_": "all_reduce",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+}
 
 
 class CollectiveRecorder(TorchDispatchMode):
@@ -39,8 +46,10 @@ class CollectiveRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
             name = function._opname
-            given = args[1] if name.startswith("_allgather") else args[0]
+            # The output comes first where it is not the input.
+            given = args[1] if name.startswith(("_allgather", "allgather", "_reduce_scatter", "reduce_scatter")) else args[0]
             tensors = given if isinstance(given, list) else [given]
+            tensors = [tensor for each in tensors for tensor in (each if isinstance(each, list) else [each])]
             payload = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             self.collectives.append(Collective(KINDS.get(name, name), payload))
         return function(*args, **(kwargs or {}))

@@ -79,6 +79,19 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_traffic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=at_least(1), default=9, metavar="N", help="depth of the next-token path (default: 9)")
+    parser.add_argument("--dim", type=at_least(1), default=64, metavar="D", help="default: 64")
+    parser.add_argument("--ranks", type=at_least(2), default=2, metavar="R", help="gloo processes (default: 2)")
+    parser.add_argument("--attention-heads", type=at_least(1), default=2, help="default: 2")
+    parser.add_argument("--vocabulary", type=at_least(1), default=512, metavar="V", help="default: 512")
+    parser.add_argument("--sequence-length", type=at_least(5), default=16, metavar="T", help="default: 16")
+    parser.add_argument(
+        "--live-blocks", type=_positive_float, default=5, help="stage3_max_live_parameters, in blocks (default: 5)"
+    )
+    parser.add_argument("--deepspeed", type=user_path, metavar="FILE", help="default: ds_configs/zero3.json")
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parts = {"preparing": _add_preparing, "streaming": _add_streaming}
     parser.add_argument("--only", choices=list(parts), help="measure one of the two")
@@ -124,5 +137,6 @@ ADD_OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "step": _add_step,
     "data": _add_data,
     "checkpoint": _add_checkpoint,
+    "traffic": _add_traffic,
 }
 """By command, what adds its options to a parser."""

@@ -170,6 +170,17 @@ def persistent_parameters(job: PlannedJob, sizes: list[int]) -> int:
     return job.dtype_bytes * sum(size for size in sizes if size <= job.zero.param_persistence_threshold)
 
 
+def node_partition(job: PlannedJob) -> int:
+    """The second partition of the weights, over the ranks of a node alone, from which backward gathers.
+
+    zero_hpz_partition_size (arXiv 2306.10209); it exists from the first forward on.
+    """
+    ranks = int(job.zero.zero_hpz_partition_size)
+    if job.stage != 3 or not 1 < ranks <= job.num_ranks:
+        return 0
+    return job.dtype_bytes * sum(-(-size // ranks) for size in job.parameter_sizes)
+
+
 def gathered_parameters(job: PlannedJob) -> int:
     """Gathered weights that stage 3 holds at most, from the third step on, when it knows the order of modules.
 

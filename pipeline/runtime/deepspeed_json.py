@@ -6,7 +6,8 @@ integration that DeepSpeed itself does not know, so it is resolved here.
 """
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Settings, did_you_mean
-from pipeline.runtime.engine import JSON_SECTIONS
+from pipeline.runtime.engine import JSON_SECTIONS, PERSISTENCE_THRESHOLD, gathered_block_size
 from pipeline.setting_types import rule_of
 
 _ALLOWED_KEYS = {
@@ -76,7 +77,7 @@ def resolve_deepspeed_json(content: dict[str, Any], settings: Settings, world_si
     resolved = exact | {key: value for key, value in content.items() if key not in RECIPE_OWNS}
     for dotted in _auto_keys(resolved):
         section, key = dotted.split(".")
-        resolved[section] = resolved[section] | {key: _AUTO_VALUES[dotted](settings)}
+        resolved[section] = resolved[section] | {key: _AUTO_VALUES[dotted](settings, resolved[section], world_size)}
     if resolved.get("zero_optimization", {}).get("offload_optimizer"):
         # With an offloaded optimizer DeepSpeed insists on its own CPU Adam, which it compiles at first use (minutes, needs a
         # compiler). torch's fused AdamW runs on a CPU as well.
@@ -205,13 +206,32 @@ def _auto_keys(content: Any, prefix: str = "") -> list[str]:
     return [found for key, value in content.items() for found in _auto_keys(value, f"{prefix}.{key}" if prefix else key)]
 
 
-# The formulas of Hugging Face's integration, so that one JSON serves both, with a lower bound: at dim ** 2 a small model
-# would reduce each parameter in a collective of its own, which costs more than a tenth of its step.
+def _threshold(settings: Settings) -> int:
+    return 10 * settings.model.dim
+
+
+def _block(settings: Settings, zero: dict[str, Any], _: int) -> int:
+    """A block's gathered values, so that the prefetcher, which takes whole parameters until its bucket is full, stops where a
+    block ends. With a smaller bucket a block comes in several all-gathers; a larger one runs into the next block, and spends
+    `stage3_max_live_parameters` on it."""
+    threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+    return gathered_block_size(settings.model, _threshold(settings) if threshold == "auto" else threshold)
+
+
+def _ranks_of_a_node(world_size: int) -> int:
+    """The ranks of a node as the launcher says, else 8; 1, which turns hpZ off, for a job of one node or nodes that differ."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 8)
+    return ranks if world_size > ranks and world_size % ranks == 0 else 1
+
+
+# The others are the formulas of Hugging Face's integration, so that one JSON serves both, with a lower bound: at dim ** 2 a
+# small model would reduce each parameter in a collective of its own, which costs more than a tenth of its step.
 _SMALLEST_BUCKET = 2**22
-_AUTO_VALUES = {
-    "bf16.enabled": lambda settings: torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-    "zero_optimization.reduce_bucket_size": lambda settings: max(settings.model.dim**2, _SMALLEST_BUCKET),
-    "zero_optimization.allgather_bucket_size": lambda settings: max(settings.model.dim**2, _SMALLEST_BUCKET),
-    "zero_optimization.stage3_prefetch_bucket_size": lambda settings: int(0.9 * settings.model.dim**2),
-    "zero_optimization.stage3_param_persistence_threshold": lambda settings: 10 * settings.model.dim,
+_AUTO_VALUES: dict[str, Callable[[Settings, dict[str, Any], int], Any]] = {
+    "bf16.enabled": lambda *_: torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
+    "zero_optimization.reduce_bucket_size": lambda settings, *_: max(settings.model.dim**2, _SMALLEST_BUCKET),
+    "zero_optimization.allgather_bucket_size": lambda settings, *_: max(settings.model.dim**2, _SMALLEST_BUCKET),
+    "zero_optimization.stage3_prefetch_bucket_size": _block,
+    "zero_optimization.zero_hpz_partition_size": lambda *given: _ranks_of_a_node(given[-1]),
+    "zero_optimization.stage3_param_persistence_threshold": lambda settings, *_: _threshold(settings),
 }

@@ -55,6 +55,8 @@ JSON_SECTIONS: dict[str, type[BaseModel]] = {
     "comms_logger": CommsLoggerConfig,
 }
 """DeepSpeed's pydantic models of the sections of its JSON."""
+PERSISTENCE_THRESHOLD = DeepSpeedZeroConfig().param_persistence_threshold
+"""DeepSpeed's default of `stage3_param_persistence_threshold`, in values."""
 
 # On a CPU DeepSpeed compiles this extension at its first start. That takes 45 s, fails without a compiler, and hangs on a stale
 # lock if an earlier build was killed. gloo does the same work without it.
@@ -103,6 +105,13 @@ def num_parameters(settings: ModelSettings) -> int:
     """The number of parameters of a model of this shape."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in MTPModel(settings).parameters())
+
+
+def gathered_block_size(settings: ModelSettings, persistence_threshold: float) -> int:
+    """The number of a block's values that ZeRO-3 gathers: those of parameters above `stage3_param_persistence_threshold`."""
+    with torch.device("meta"):
+        sizes = [parameter.numel() for parameter in Block(settings).parameters()]
+    return sum(size for size in sizes if size > persistence_threshold)
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
@@ -163,12 +172,14 @@ def build_reference(
     }
     zero = policy_config.get("zero_optimization", {})
     names = (
-        "stage3_prefetch_bucket_size",
         "stage3_param_persistence_threshold",
         "stage3_max_live_parameters",
         "stage3_max_reuse_distance",
     )
     kept = {name: zero[name] for name in names if name in zero}
+    # What is gathered ahead is a block of its own (`deepspeed_json` says why), unless the policy gathers nothing ahead.
+    if zero.get("stage3_prefetch_bucket_size", 1):
+        kept["stage3_prefetch_bucket_size"] = gathered_block_size(settings, zero.get(names[0], PERSISTENCE_THRESHOLD))
 
     # Whole means stage 0: stages 1 and 2 assert that there is an optimizer.
     config |= {

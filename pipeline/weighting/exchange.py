@@ -64,7 +64,9 @@ def ranks_of(group: Group) -> int:
 
 
 def on_device(numbers: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy numbers from the host to a tensor without waiting for the device, by way of pinned memory."""
+    """Copy numbers from the host to a tensor without waiting for the device, by way of pinned memory; cast what is there."""
+    if isinstance(numbers, Tensor) and numbers.device == device:
+        return numbers.to(dtype)
     values = torch.as_tensor(numbers, dtype=dtype)
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
@@ -112,8 +114,10 @@ def select_by_gathering(keys_MBTK: Tensor, num_selected_K: Sequence[int], group:
     return torch.stack(selected, dim=-1), torch.stack(thresholds), (keys_MRBTK != NON_FINITE_KEY).all()
 
 
-def select_by_radix(keys_MBTK: Tensor, num_selected_K: Sequence[int], group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """Select by the exchange `radix`: the threshold's key digit by digit, highest first, then the ties."""
+def select_by_radix(keys_MBTK: Tensor, num_selected_K: Sequence[int] | Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Select by the exchange `radix`: the threshold's key digit by digit, highest first, then the ties.
+
+    `num_selected_K` may lie on the device: it is not waited for."""
     num_heads = keys_MBTK.shape[-1]
     keys_KP = keys_MBTK.movedim(-1, 0).reshape(num_heads, -1)
     count_K = on_device(num_selected_K, torch.int64, keys_KP.device)

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.weighting.exchange import Group, exchange_named, on_device, rank_in
-from pipeline.weighting.selection import NON_FINITE_KEY, Selection, excess_keys, nums_selected, select_top_of_rows
+from pipeline.weighting.exchange import Group, exchange_named, on_device, rank_in, select_by_radix
+from pipeline.weighting.selection import Selection, excess_keys, nums_selected
 
 SHARED_POOLS = ("global", "step")
 
@@ -53,13 +53,32 @@ def select_local(score_BTK: Tensor, valid_BTK: Tensor, k_percent: float, pool: s
     num_rows, _, num_heads = keys_BTK.shape
     keys_PTK = keys_BTK.view(num_rows if pool == "row" else 1, -1, num_heads)
     valid_PK = valid_BTK.view(keys_PTK.shape).sum(1)
-    selected_PTK, threshold_PK = select_top_of_rows(keys_PTK, nums_selected(k_percent, valid_PK))
+    selected_PTK, threshold_PK, finite = select_top_of_each(keys_PTK, nums_selected(k_percent, valid_PK))
     weight_K = valid_PK.sum(0).double()
     weighted_PK = torch.where(valid_PK > 0, threshold_PK.double() * valid_PK, 0.0)
     return Selection(
-        selected_BTK=selected_PTK.view(keys_BTK.shape),
+        selected_BTK=selected_PTK.reshape(keys_BTK.shape),
         threshold_K=(weighted_PK.sum(0) / weight_K).float(),
         threshold_weight_K=weight_K,
         excess_BTK=None,
-        finite=(keys_BTK != NON_FINITE_KEY).all(),
+        finite=finite,
     )
+
+
+def select_top_of_each(keys_PTK: Tensor, count_PK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`selection.select_top` with every entry of P and K a pool of its own.
+
+    Returns (selected_PTK, threshold_PK, NaN where the count is 0, and whether every valid key is that of a finite number). The
+    shared pools' algorithms do it, without a group, so that these pools cost what those cost on one rank. On a device the
+    counts are not waited for, which leaves `radix`.
+    """
+    num_pools, num_tokens, num_heads = keys_PTK.shape
+    # Each pool in one piece of memory, as a head of one long row.
+    keys_11TQ = keys_PTK.transpose(1, 2).reshape(-1, num_tokens).T[None, None]
+    if keys_PTK.device.type == "cpu":
+        select = exchange_named("auto", num_tokens * num_heads, None)
+        selected_11TQ, threshold_Q, finite = select(keys_11TQ, count_PK.flatten().tolist(), None)
+    else:
+        selected_11TQ, threshold_Q, finite = select_by_radix(keys_11TQ, count_PK.flatten(), None)
+    selected_PTK = selected_11TQ.view(num_tokens, num_pools, num_heads).transpose(0, 1)
+    return selected_PTK, threshold_Q.view(num_pools, num_heads), finite

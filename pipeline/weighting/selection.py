@@ -118,16 +118,6 @@ def select_top(keys_P: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return taken_P, excess_of_key(threshold_key)
 
 
-def select_top_of_rows(keys_BTK: Tensor, count_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """`select_top` with every row and head a pool: (selected_BTK, threshold_BK, NaN where `count_BK`, int64, is 0)."""
-    sorted_BTK, order_BTK = keys_BTK.sort(dim=1, descending=True, stable=True)
-    position_T = torch.arange(keys_BTK.shape[1], device=keys_BTK.device)
-    taken_BTK = position_T[None, :, None] < count_BK[:, None]
-    selected_BTK = torch.zeros_like(taken_BTK).scatter(1, order_BTK, taken_BTK)
-    threshold_BK = excess_of_key(sorted_BTK.gather(1, (count_BK - 1).clamp(min=0)[:, None])[:, 0])
-    return selected_BTK, torch.where(count_BK > 0, threshold_BK, math.nan)
-
-
 def select_all(policy_loss_BTK: Tensor, valid_BTK: Tensor) -> Selection:
     """Select every valid pair, as training without a reference does."""
     none_K = policy_loss_BTK.new_zeros(policy_loss_BTK.shape[-1:])

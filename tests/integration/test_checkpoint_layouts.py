@@ -1,5 +1,6 @@
 """A checkpoint continues on any layout: number of ranks, ZeRO stage, offloading, hpZ, precision."""
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from pipeline.config import CheckpointSettings, Settings
 from pipeline.progress import Progress
 from pipeline.runtime.checkpoint.state import HeldOut
 from tests.checkpointing import SHAPE, Figures, Layout, losses_without_engine, trained
+from tests.forked import ROOT
 from tests.planned import in_use, resident_anonymous
 from tests.ranks import run_ranks
 
-HPZ = {"zero_hpz_partition_size": 2}
+# The shipped file's, on two nodes of two ranks.
+HPZ = json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text())["zero_optimization"] | {"zero_hpz_partition_size": 2}
 OTHER_KEYS = {"sub_group_size": 1000, "reduce_bucket_size": 777, "stage3_param_persistence_threshold": 0}
 LAYOUTS = {
     "1 rank": Layout(1),

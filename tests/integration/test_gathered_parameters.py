@@ -16,7 +16,6 @@ from tests.stepping import run_of
 DIM, FEED_FORWARD = 32, 128
 # Of a block, which is gathered as one; its norms are never given back.
 BLOCK = 4 * DIM**2 + 3 * DIM * FEED_FORWARD
-LARGEST = DIM * FEED_FORWARD
 HEADS = (2, 6)
 
 
@@ -63,7 +62,7 @@ def steps(settings: Any, zero: dict[str, Any]) -> dict[str, list[int]]:
 WINDOWS = {
     0: {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
     BLOCK: {
-        "stage3_prefetch_bucket_size": LARGEST,
+        "stage3_prefetch_bucket_size": BLOCK,  # as `auto` is
         "stage3_max_live_parameters": BLOCK,
         "stage3_max_reuse_distance": BLOCK,
     },

@@ -48,7 +48,7 @@ def all_values(content):
 
 
 def test_there_is_a_json_to_ship():
-    assert [path.name for path in SHIPPED] == ["zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"]
+    assert [path.name for path in SHIPPED] == ["zero1.json", "zero2.json", "zero3.json", "zero3_hpz.json", "zero3_offload.json"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -88,7 +88,8 @@ def test_auto_becomes_the_recipes_sizes(settings):
         "stage": 3,
         "overlap_comm": True,
         "reduce_bucket_size": 2**22,
-        "stage3_prefetch_bucket_size": 3686,
+        # A block without what is below the threshold: 4 D² + 3 D F, D = 64, F = 192.
+        "stage3_prefetch_bucket_size": 4 * 64**2 + 3 * 64 * 192,
         "stage3_param_persistence_threshold": 640,
     }
     assert content["zero_optimization"]["reduce_bucket_size"] == "auto"  # what was read stays as it is
@@ -256,3 +257,16 @@ def test_a_section_that_should_be_an_object_is_refused(problems_of):
 def test_a_missing_file_is_refused_and_named(tmp_path, settings):
     path = tmp_path / "none.json"
     assert read_deepspeed_json(path, settings) == ({}, [f"--deepspeed: no such file: {path}"])
+
+
+@pytest.mark.parametrize(("ranks", "of_a_node", "expected"), [(4, "2", 2), (16, None, 8), (2, "2", 1), (6, "4", 1)])
+def test_hpz_partitions_the_weights_once_more_over_the_ranks_of_a_node(
+    settings, monkeypatch: pytest.MonkeyPatch, ranks: int, of_a_node: str | None, expected: int
+) -> None:
+    content = json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text(encoding="utf-8"))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if of_a_node is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_a_node)
+    resolved = resolve_deepspeed_json(content, settings, ranks)
+    assert resolved["zero_optimization"]["zero_hpz_partition_size"] == expected

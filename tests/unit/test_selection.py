@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.weighting.exchange import select_by_radix
+from pipeline.weighting.pools import select_local, select_shared, select_top_of_each
 from pipeline.weighting.selection import (
     INVALID_KEY,
     excess_keys,
@@ -16,7 +18,6 @@ from pipeline.weighting.selection import (
     nums_selected,
     select_all,
     select_top,
-    select_top_of_rows,
     shifted_reference_loss,
 )
 
@@ -88,7 +89,8 @@ def test_each_row_is_a_pool_of_its_own(num_rows: int, num_tokens: int, k_percent
     excess = torch.randint(-2, 3, (num_rows, num_tokens, 3), generator=generator).float()
     valid = torch.rand(excess.shape, generator=generator) < 0.7
     counts = nums_selected(k_percent, valid.sum(1))
-    selected, threshold = select_top_of_rows(excess_keys(excess, valid), counts)
+    selected, threshold, finite = select_top_of_each(excess_keys(excess, valid), counts)
+    assert finite
     for row in range(num_rows):
         for head in range(3):
             values, are_valid = excess[row, :, head].tolist(), valid[row, :, head].tolist()
@@ -119,3 +121,22 @@ def test_without_a_reference_every_valid_pair_is_selected() -> None:
     selection = select_all(torch.ones(1, 2, 1), valid)
     assert torch.equal(selection.selected_BTK, valid)
     assert selection.finite
+
+
+@pytest.mark.parametrize("tokens", [64, 2**19])
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_the_pool_of_a_rank_is_found_by_the_algorithm_of_a_shared_pool_alone(tokens: int, share: float) -> None:
+    """Few pairs go by `all_gather`, many by `radix`; on a device, where counts are not waited for, all do."""
+    generator = torch.Generator().manual_seed(tokens)
+    excess = torch.randint(-50, 50, (1, tokens, 2), generator=generator) / 8
+    valid = torch.rand(excess.shape, generator=generator) < share
+    counts = valid.sum((0, 1)).tolist()
+    (shared,) = select_shared(excess[None], valid[None], [counts], [num_selected(0.6, n) for n in counts], "auto", None)
+    own = select_local(excess, valid, 0.6, "rank")
+    assert torch.equal(own.selected_BTK, shared.selected_BTK)
+    assert torch.equal(own.threshold_K.nan_to_num(9e9), shared.threshold_K.nan_to_num(9e9))
+    by_radix, threshold_K, _ = select_by_radix(
+        excess_keys(excess, valid)[None], torch.tensor([num_selected(0.6, n) for n in counts]), None
+    )
+    assert torch.equal(by_radix[0], own.selected_BTK)
+    assert torch.equal(threshold_K.nan_to_num(9e9), own.threshold_K.nan_to_num(9e9))

@@ -1,0 +1,160 @@
+"""The collectives of a micro-step under ZeRO-3, counted by kind, with their bytes.
+
+A policy of `--layers` + 3 blocks and a sharded reference of `--layers` train on `--ranks` gloo processes of this machine, under
+`ds_configs/zero3.json` with at most `--live-blocks` blocks of gathered weights, which is a 7B model's ratio to DeepSpeed's
+default limit. What is counted does not depend on the network: the collectives that one rank calls in one optimizer step of one
+micro-step, once ZeRO-3 has learnt the order of modules. The selection exchanges histograms (`radix`), so that every all-gather
+is of weights.
+
+Of the all-gathers one for each small vector (norms), which ZeRO-3 keeps whole, comes with the optimizer's step, the others in
+every micro-step. Bytes are those that each rank sends by the least that any algorithm sends (`Collective.wire_bytes`), in
+float32: half of it in bf16. A gather of a block is a block's values, those small vectors left out.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.assembly import Job, build_run
+from pipeline.benchmark.collectives import Collective, CollectiveRecorder
+from pipeline.benchmark.ranks import run_ranks
+from pipeline.benchmark.step import HEADS, check_shape, training_steps
+from pipeline.benchmark.streaming import random_rows
+from pipeline.config import Settings
+from pipeline.runtime.distributed import World
+from pipeline.runtime.engine import Engine, gathered_block_size, initialize_distributed
+from pipeline.runtime.table import aligned
+
+WARM_UP_STEPS = 3
+"""Steps before the one that is counted: ZeRO-3 records the order of modules in two."""
+ZERO3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
+FLOAT32 = 4
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Count the collectives of a micro-step.
+
+    Raises:
+        DataError: no such model can be built.
+    """
+    check_shape(options)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # What is counted is the same on a CPU, on any number of ranks.
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = options.ranks * (WARM_UP_STEPS + 3)
+        directory = random_rows(Path(scratch), rows, options.sequence_length, options.vocabulary)
+        content = json.loads((options.deepspeed or ZERO3).read_text(encoding="utf-8"))
+        found = run_ranks(_count_on_this_rank, options.ranks, directory, vars(options), content, timeout=3600)
+    assert all(each["collectives"] == found[0]["collectives"] for each in found), "all ranks call the same collectives"
+    return _figures(options, found)
+
+
+def _figures(options: argparse.Namespace, found: list[dict[str, Any]]) -> dict[str, Any]:
+    block = found[0]["block"]
+    called = [Collective(*each) for each in found[0]["collectives"]]
+    by_kind = {kind: [each for each in called if each.kind == kind] for kind in sorted({each.kind for each in called})}
+    gathers = [each.payload * options.ranks for each in by_kind["all_gather"]]
+    return {
+        "all_gathers": len(gathers),
+        "reduce_scatters": len(by_kind.get("reduce_scatter", ())),
+        "bytes": sum(each.wire_bytes(options.ranks) for each in called),
+        "blocks": 2 * options.layers + HEADS - 1,
+        "largest_gather_blocks": max(gathers) / (FLOAT32 * block),
+        "embedding_blocks": options.vocabulary * options.dim / block,
+        "most_gathered_blocks": max(each["most_gathered"] for each in found) / block,
+        "by_kind": {
+            kind: {"calls": len(each), "bytes": sum(one.wire_bytes(options.ranks) for one in each)}
+            for kind, each in by_kind.items()
+        },
+        "ranks": options.ranks,
+        "live_blocks": options.live_blocks,
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Return the counts as a table."""
+    rows = [["", "calls a micro-step", "MB sent by a rank"]]
+    rows += [[kind, f"{each['calls']:,}", f"{each['bytes'] / 1e6:,.3f}"] for kind, each in figures["by_kind"].items()]
+    return "\n".join(
+        [
+            aligned(rows),
+            f"{figures['all_gathers']} all-gathers for {figures['blocks']} blocks of policy and sharded reference on "
+            f"{figures['ranks']} ranks; the largest is {figures['largest_gather_blocks']:.2f} blocks (the embedding "
+            f"{figures['embedding_blocks']:.2f}), and at most {figures['most_gathered_blocks']:.1f} blocks of the policy were "
+            f"gathered at a time (live limit {figures['live_blocks']:g})",
+        ]
+    )
+
+
+def _count_on_this_rank(directory: Path, options: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    initialize_distributed(torch.device("cpu"), "error")
+    settings = _settings(directory, options, ranks)
+    block = gathered_block_size(settings.model, 10 * settings.model.dim)
+    # DeepSpeed has the same default for both.
+    limits = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), int(options["live_blocks"] * block))
+    zero = content["zero_optimization"] | limits
+    world = World(rank, ranks, rank, ranks)
+    job = Job(settings, content | {"zero_optimization": zero}, directory / "run", world, torch.device("cpu"))
+    run = build_run(job, settings, directory / "run", dry=True)
+
+    take_step, gathered = training_steps(run), GatheredValues(run.engine)
+    for _ in range(WARM_UP_STEPS):
+        take_step()
+    gathered.most = 0
+    with CollectiveRecorder() as recorder:
+        take_step()
+    return {
+        "collectives": [tuple(each) for each in recorder.collectives],
+        "block": block,
+        "most_gathered": gathered.most,
+    }
+
+
+class GatheredValues:
+    """The most values of an engine's parameters that ZeRO-3 holds gathered at a time, those aside that it always does.
+
+    Looked at whenever something was fetched, the only thing that can make it more. most: since it was last set to 0.
+    """
+
+    def __init__(self, engine: Engine):
+        optimizer: Any = engine.optimizer
+        self.parameters: list[Any] = list(engine.module.parameters())
+        self.coordinator = optimizer.parameter_offload.get_param_coordinator()
+        self.fetch, self.coordinator.fetch_sub_module = self.coordinator.fetch_sub_module, self._fetch_and_look
+        self.most = 0
+
+    def _fetch_and_look(self, *arguments: Any, **more: Any) -> None:
+        self.fetch(*arguments, **more)
+        self.most = max(self.most, self.now())
+
+    def now(self) -> int:
+        """Values that are gathered, or being gathered, now."""
+        return sum(each.ds_numel for each in self.parameters if each.ds_status.name != "NOT_AVAILABLE" and not each.ds_persist)
+
+
+def _settings(directory: Path, options: dict[str, Any], ranks: int) -> Settings:
+    return Settings.model_validate(
+        {
+            "data": {
+                "path": directory,
+                "sequence_length": options["sequence_length"],
+                "global_batch": ranks,
+                "micro_batch": 1,
+                "num_workers": 0,
+            },
+            "model": {
+                "dim": options["dim"],
+                "num_layers": options["layers"],
+                "num_attention_heads": options["attention_heads"],
+                "vocab_size": options["vocabulary"],
+                "num_prediction_heads": HEADS,
+            },
+            "reference": {"training_steps": 1, "training_data": directory, "sharding": "zero3"},
+            "training": {"warmup_steps": 0, "selection_exchange": "radix", "check_ranks_every": None},
+        }
+    )

@@ -1,0 +1,50 @@
+"""The traffic of a micro-step under ZeRO-3: what a cluster's network carries, counted on this machine."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.forked import run_script
+
+LAYERS, DIM, FFN, VOCAB = 9, 64, 192, 512
+BLOCK = 4 * DIM**2 + 3 * DIM * FFN
+BLOCKS = LAYERS + 3 + LAYERS
+
+
+@pytest.fixture(scope="module")
+def traffic(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The figures, and what was printed."""
+    file = tmp_path_factory.mktemp("traffic") / "traffic.json"
+    sizes = ["--layers", LAYERS, "--dim", DIM, "--vocabulary", VOCAB, "--ranks", 2]
+    done = run_script("benchmark.py", "traffic", *sizes, "--json", file, with_its_processes=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text()), done.stdout
+
+
+def test_a_block_of_policy_and_reference_comes_in_one_all_gather_each_way(traffic: tuple[dict[str, Any], str]) -> None:
+    """With room for five blocks, 7B's ratio to DeepSpeed's default limits."""
+    figures, printed = traffic
+    assert figures["blocks"] == BLOCKS
+    assert figures["live_blocks"] == 5
+    assert figures["all_gathers"] <= 3.2 * BLOCKS + 2
+    assert figures["reduce_scatters"] >= 1
+    assert 1 <= figures["largest_gather_blocks"] <= max(1.2, VOCAB * DIM / BLOCK)
+    assert f"{figures['all_gathers']} all-gathers for {BLOCKS} blocks" in printed
+
+
+def test_gathered_weights_stay_within_the_live_limit_and_the_block_at_work(traffic: tuple[dict[str, Any], str]) -> None:
+    figures, _ = traffic
+    # What is fetched ahead may end with one matrix more than the bucket takes.
+    assert 1 < figures["most_gathered_blocks"] <= 5 + 1 + DIM * FFN / BLOCK + 0.01
+
+
+def test_the_bytes_are_those_of_the_weights_and_their_gradient(traffic: tuple[dict[str, Any], str]) -> None:
+    figures, _ = traffic
+    assert figures["bytes"] == sum(kind["bytes"] for kind in figures["by_kind"].values())
+    embeddings = 2 * VOCAB * DIM
+    policy, reference = (LAYERS + 3) * BLOCK + embeddings, LAYERS * BLOCK + embeddings
+    # On two ranks each sends its half. In backward the policy's blocks come again, but for those that were still there.
+    gathered = figures["by_kind"]["all_gather"]["bytes"]
+    assert 4 * (policy + reference) / 2 < gathered < 4 * (2 * policy + reference) / 2 * 1.01
+    assert figures["by_kind"]["reduce_scatter"]["bytes"] == pytest.approx(4 * policy / 2, rel=0.01)
