@@ -18,8 +18,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.attention.varlen
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -28,17 +26,16 @@ from torch.utils.checkpoint import checkpoint
 RunBlock = Callable[..., Tensor]
 """(block, *inputs) -> the block's output."""
 
-_aten: Any = torch.ops.aten
-SAVED_OPERATIONS = [
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.torch_attn._varlen_attn.default,
-]
-"""Operations whose outputs `selective` saves."""
+SAVED_OPERATIONS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn",
+}
+"""Names of the operations whose outputs `selective` saves: names, because importing the last takes a second."""
 
 
 def block_runner(kind: str) -> RunBlock:
@@ -65,7 +62,7 @@ class _SaveOutputs(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        if function in SAVED_OPERATIONS:
+        if function.name() in SAVED_OPERATIONS:
             # Detached: the output's graph refers to this mode, which would refer to the output, and neither would be freed.
             self.outputs[function].append(tree_map_only(Tensor, Tensor.detach, output))
         return output
@@ -79,4 +76,4 @@ class _ReuseOutputs(TorchDispatchMode):
         self.outputs = outputs
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.outputs[function].popleft() if function in SAVED_OPERATIONS else function(*args, **(kwargs or {}))
+        return self.outputs[function].popleft() if function.name() in SAVED_OPERATIONS else function(*args, **(kwargs or {}))

@@ -12,12 +12,13 @@ Shapes: B rows, T tokens, D width, N attention heads, G key-value heads, K width
 """
 
 import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import Spans
@@ -28,8 +29,16 @@ from pipeline.model.rotary import attention_factor, scaled_frequencies
 Documents = Tensor | Spans | KeyValues
 """A `document_mask`, spans for flash attention, or the keys and values of earlier tokens of one document."""
 
-# torch 2.11's flash attention requires as many key-value heads as query heads.
-FLASH_SUPPORTS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+@cache
+def flash_kernel() -> tuple[Callable[..., Any], bool]:
+    """Return torch's flash attention over spans, and whether it takes fewer key-value heads than query heads (2.11's does not).
+
+    It is imported where it is first used: that takes more than a second, for which a CPU need not wait.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention_head_dim(settings: ModelSettings) -> int:
@@ -72,10 +81,12 @@ def flash_attention(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, sp
     """
     query_PNK, key_PGK, value_PGK = query_BTNK.flatten(0, 1), key_BTGK.flatten(0, 1), value_BTGK.flatten(0, 1)
 
+    varlen_attn, takes_groups = flash_kernel()
+
     # Grouped-query attention; torch 2.11 needs a copy of each key and value per query head.
     options: dict[str, Any] = {}
     groups = query_PNK.shape[1] // key_PGK.shape[1]
-    if groups > 1 and FLASH_SUPPORTS_GQA:
+    if groups > 1 and takes_groups:
         options = {"enable_gqa": True}
     elif groups > 1:
         key_PGK, value_PGK = key_PGK.repeat_interleave(groups, dim=1), value_PGK.repeat_interleave(groups, dim=1)

@@ -1,5 +1,7 @@
 """Attention over the spans of documents against attention under a mask, with torch's kernel for CUDA written out as a loop."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from pipeline.data.loading.batch import Batch
 from pipeline.model import mtp, transformer
 from pipeline.model.transformer import document_mask, flash_attention, masked_attention
+from tests.forked import ROOT
 from tests.rows import batch_of, random_lengths
 
 B, T, N, K = 3, 24, 4, 8
@@ -51,8 +54,7 @@ def kernel_without_groups(*tensors: Any, window_size: tuple[int, int]) -> torch.
 
 @pytest.fixture(params=[kernel, kernel_without_groups])
 def _loop(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer, "varlen_attn", request.param)
-    monkeypatch.setattr(transformer, "FLASH_SUPPORTS_GQA", request.param is kernel)
+    monkeypatch.setattr(transformer, "flash_kernel", lambda: (request.param, request.param is kernel))
 
 
 @pytest.mark.usefixtures("_loop")
@@ -83,3 +85,13 @@ def test_a_model_that_is_served_by_flash_attention_gives_the_same_hidden_states(
         found = model.hidden_states(batch.tokens_BT, batch.document_ids_BT, batch.spans)
     present = batch.document_ids_BT >= 0
     torch.testing.assert_close(found[present], expected[present])
+
+
+def test_a_model_on_a_cpu_does_not_wait_for_flash_attention_to_be_imported() -> None:
+    """It takes more than a second of every start."""
+    code = "import sys; import pipeline.model.mtp; print('torch.nn.attention.varlen' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+    kernel_of_torch, takes_groups = transformer.flash_kernel()
+    assert kernel_of_torch.__name__ == "varlen_attn"
+    assert isinstance(takes_groups, bool)
