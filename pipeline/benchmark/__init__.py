@@ -8,6 +8,7 @@ step         a training step, beside plain next-token training of the same trunk
 heads        the loss phase of all heads, beside full logits and `F.cross_entropy`
 selection    the selection over ranks: time, and bytes moved
 traffic      the collectives of a micro-step under ZeRO-3
+gpu          what one GPU shows: steps, phases, memory beside the plan
 checkpoint   saving and loading, beside DeepSpeed's and torch's own
 data         the data path: both of
 preparing      documents to shards, beside the tokenizers library

@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     names = variants_here()
     shape = (options.tokens, options.dim, options.vocabulary, options.heads, options.threads)
     variants = [(name, *shape) for name in names]
-    with in_processes(_prepare, variants) as rounds_of:
+    with in_processes(prepare, variants) as rounds_of:
         measured = in_turn(rounds_of, WARM_UP_ROUNDS + options.rounds)
 
     # A variant that computes something else is no variant.
@@ -111,7 +111,7 @@ def variants_here() -> list[str]:
     return names
 
 
-def _prepare(name: str, tokens: int, dim: int, vocabulary: int, heads: int, threads: int) -> Round:
+def prepare(name: str, tokens: int, dim: int, vocabulary: int, heads: int, threads: int) -> Round:
     """A round of one variant: fresh inputs, then loss and gradients, measured."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,6 +18,15 @@ VARIANTS = ("next_token", "mtp", "selective", "origin")
 """The variants of a step that `step` measures."""
 
 
+GPU_SHAPES: dict[str, dict[str, int]] = {
+    "1.1B": {"layers": 22, "dim": 2048, "attention_heads": 32, "vocabulary": 32_000, "sequence_length": 2048, "rows": 8},
+    # A 7B model's width, as deep as its states fit one card of 80 GB.
+    "7B-width": {"layers": 4, "dim": 4096, "attention_heads": 32, "vocabulary": 32_000, "sequence_length": 2048, "rows": 8},
+    "tiny": {"layers": 2, "dim": 32, "attention_heads": 2, "vocabulary": 128, "sequence_length": 32, "rows": 2},
+}
+"""The shapes of a step that `gpu` measures, by name."""
+
+
 def description_of(module: str) -> str:
     """The docstring of a module of this folder."""
     source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
@@ -92,6 +101,14 @@ def _add_traffic(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed", type=user_path, metavar="FILE", help="default: ds_configs/zero3.json")
 
 
+def _add_gpu(parser: argparse.ArgumentParser) -> None:
+    names, default = ", ".join(GPU_SHAPES), ["1.1B", "7B-width"]
+    parser.add_argument(
+        "--shapes", nargs="+", choices=GPU_SHAPES, default=default, metavar="NAME", help=f"of {names} (default: the first two)"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="measured steps (default: 5)")
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parts = {"preparing": _add_preparing, "streaming": _add_streaming}
     parser.add_argument("--only", choices=list(parts), help="measure one of the two")
@@ -138,5 +155,6 @@ ADD_OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "data": _add_data,
     "checkpoint": _add_checkpoint,
     "traffic": _add_traffic,
+    "gpu": _add_gpu,
 }
 """By command, what adds its options to a parser."""

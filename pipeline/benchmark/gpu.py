@@ -1,0 +1,258 @@
+"""What one GPU shows, in one process and a few minutes: the card's matrix speed, whole steps, and where their time goes.
+
+    matrix speed  a square product in the dtype that training has; what MFU is also compared with
+    step          selective beside next_token, at `--shapes`: tokens a second, MFU in useful FLOPs, time over FLOPs, peak
+                  memory beside the memory plan
+    phases        one step with the device waited for between its phases: data, reference, blocks, loss (with the selection),
+                  backward, optimizer
+    profile       one step undisturbed: the share of its time in which the device had nothing to do, and how often the host waited
+    loss phase    `heads`' variants in float32, without processes of their own
+
+On a machine without a GPU the same runs on its CPU, with `--shapes tiny`, and leaves out what only a device has.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.benchmark import heads, step
+from pipeline.benchmark.options import GPU_SHAPES
+from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
+from pipeline.planning.plan import plan_memory
+from pipeline.planning.resolve import resolve_planned_job
+from pipeline.run import Run
+from pipeline.runtime.engine import release
+from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak
+from pipeline.runtime.table import aligned
+
+WARM_UP_STEPS = 4
+"""Steps before any is measured: kernels are compiled and ZeRO-3 learns the order of modules."""
+LOSS_PHASES = ("plain", "two_pass", "predicted")
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+CONTENT = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything, one after the other."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    figures: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "matrix_flops": matrix_flops(device),
+        "shapes": {},
+    }
+    peak = next((flops for name, flops in step.PEAK_FLOPS.items() if name in figures["device"]), None)
+    for name in options.shapes:
+        figures["shapes"][name] = _measure_shape(GPU_SHAPES[name], options.rounds, peak)
+    figures["loss_phase"] = _measure_loss_phase(device, options)
+    return figures
+
+
+def matrix_flops(device: torch.device) -> float:
+    """FLOP/s of a square product: the median of ten."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = [_seconds(lambda: left @ right, device) for _ in range(13)][3:]
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def _measure_shape(shape: dict[str, int], rounds: int, peak_flops: float | None) -> dict[str, Any]:
+    """Both variants at one shape; the model of the one is freed before the other is built."""
+    options = shape | {"threads": 0}
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = shape["rows"] * (WARM_UP_STEPS + rounds + 5)
+        data = random_rows(Path(scratch), rows, shape["sequence_length"], shape["vocabulary"])
+        found: dict[str, Any] = {name: _measure_variant(name, data, options, rounds) for name in ("next_token", "selective")}
+
+    # Useful FLOPs: on CUDA a query meets the keys of its document up to itself, on a CPU all of the row.
+    length = shape["sequence_length"]
+    keys = length / (2 * NUM_DOCUMENTS) if torch.cuda.is_available() else length
+    tokens = shape["rows"] * length
+    flops = {name: tokens * step.flops_a_token(name, step.shape_of(options), keys) for name in found}
+    for name, own in found.items():
+        own["tokens_per_second"] = tokens / own["seconds"]
+        own["flops_per_second"] = flops[name] / own["seconds"]
+        own["mfu"] = None if peak_flops is None else own["flops_per_second"] / peak_flops
+    selective, plain = found["selective"], found["next_token"]
+    time_ratio, flop_ratio = selective["seconds"] / plain["seconds"], flops["selective"] / flops["next_token"]
+    return found | {"time_ratio": time_ratio, "flop_ratio": flop_ratio, "time_over_flops": time_ratio / flop_ratio}
+
+
+def _measure_variant(variant: str, data: Path, options: dict[str, int], rounds: int) -> dict[str, Any]:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    before = current_bytes(device)
+    run = step.build(variant, data, options)
+    take_step = step.training_steps(run)
+    for _ in range(WARM_UP_STEPS):
+        take_step()
+    reset_peak(run.device)
+    seconds = [_seconds(take_step, run.device) for _ in range(rounds)]
+    figures = {
+        "seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "peak_bytes": peak_bytes(run.device) - before,
+        "planned_bytes": _planned_bytes(run),
+        **_profiled(take_step, run.device),
+        "phases": _phases(run, take_step),
+    }
+    for engine in filter(None, (run.engine, run.models.reference)):
+        release(engine)
+    return figures
+
+
+def _planned_bytes(run: Run) -> int:
+    job, _ = resolve_planned_job(run.settings, CONTENT, run.world.size, run.device.type == "cuda", None)
+    return plan_memory(job).total
+
+
+def _profiled(take_step: Callable[[], None], device: torch.device) -> dict[str, Any]:
+    """The device's idle share of a step, and the host's waits, from torch's profiler; None without a device."""
+    if device.type != "cuda":
+        return {"idle_share": None, "waits": None}
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        seconds = _seconds(take_step, device)
+    averages = profiler.key_averages()
+    busy = sum(each.self_device_time_total for each in averages if each.device_type.name == "CUDA") / 1e6
+    return {
+        "idle_share": max(0.0, 1 - busy / seconds),
+        # The last one is the measurement's own.
+        "waits": sum(each.count for each in averages if each.key in WAITS) - 1,
+    }
+
+
+def _phases(run: Run, take_step: Callable[[], None]) -> dict[str, float]:
+    """Seconds of a step by phase. What belongs to no phase, data among it, is `other`."""
+    clock = PhaseClock(run.device)
+    policy, reference = run.engine, run.models.reference
+    hooked: list[tuple[str, Any]] = [("blocks", policy), ("loss", policy.module.unembed)]
+    hooked += [] if reference is None else [("reference", reference)]
+    handles = []
+    for name, module in hooked:
+        handles.append(module.register_forward_pre_hook(clock.entering(name)))
+        handles.append(module.register_forward_hook(clock.leaving))
+    calls = {"backward": policy.backward, "step": policy.step}
+    policy.backward, policy.step = clock.around("backward", policy.backward), clock.around("optimizer", policy.step)
+    clock.enter("other")
+    take_step()
+    clock.leave()
+    for handle in handles:
+        handle.remove()
+    policy.backward, policy.step = calls["backward"], calls["step"]
+    return dict(clock.seconds)
+
+
+class PhaseClock:
+    """Seconds by phase; of nested phases the time goes to the innermost. The device is waited for wherever a phase changes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.open: list[str] = []
+        self.since = 0.0
+
+    def enter(self, name: str) -> None:
+        """Begin a phase within the one that runs."""
+        self._account()
+        self.open.append(name)
+
+    def leave(self) -> None:
+        """End the innermost phase."""
+        self._account()
+        self.open.pop()
+
+    def entering(self, name: str) -> Callable[..., None]:
+        """A hook that begins a phase."""
+        return lambda *_: self.enter(name)
+
+    def leaving(self, *_: Any) -> None:
+        """End the innermost phase, as a hook."""
+        self.leave()
+
+    def around(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function as a phase."""
+
+        def timed(*arguments: Any, **more: Any) -> Any:
+            self.enter(name)
+            try:
+                return work(*arguments, **more)
+            finally:
+                self.leave()
+
+        return timed
+
+    def _account(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self.open:
+            self.seconds[self.open[-1]] += now - self.since
+        self.since = now
+
+
+def _measure_loss_phase(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and peak memory of each form of the loss phase, in turn."""
+    tokens, dim, vocabulary = (4096, 2048, 32_000) if device.type == "cuda" else (256, 32, 512)
+    threads = torch.get_num_threads()
+    rounds_of = {name: heads.prepare(name, tokens, dim, vocabulary, step.HEADS, threads) for name in LOSS_PHASES}
+    found: dict[str, Any] = {}
+    for name, one_round in rounds_of.items():
+        answers = [one_round(number) for number in range(heads.WARM_UP_ROUNDS + options.rounds)][heads.WARM_UP_ROUNDS :]
+        found[name] = {key: statistics.median(each[key] for each in answers) for key in ("seconds", "peak_bytes")}
+    return found
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Return all figures as tables."""
+    lines = [f"{figures['device']}, torch {figures['torch']}: matrix product {figures['matrix_flops'] / 1e12:,.2f} TFLOP/s"]
+    rows = [["", "s a step", "tokens/s", "MFU", "of matrix speed", "idle", "waits", "peak GiB", "planned"]]
+    phases = ["reference", "blocks", "loss", "backward", "optimizer", "other"]
+    times = [["seconds by phase", *phases]]
+    for shape, found in figures["shapes"].items():
+        for name in ("next_token", "selective"):
+            own = found[name]
+            rows.append(
+                [
+                    f"{shape} {name}",
+                    f"{own['seconds']:.3f}",
+                    f"{own['tokens_per_second']:,.0f}",
+                    _percent(own["mfu"]),
+                    _percent(own["flops_per_second"] / figures["matrix_flops"]),
+                    _percent(own["idle_share"]),
+                    "-" if own["waits"] is None else str(own["waits"]),
+                    f"{own['peak_bytes'] / 2**30:.2f}",
+                    f"{own['planned_bytes'] / 2**30:.2f}",
+                ]
+            )
+            times.append([f"{shape} {name}", *(f"{own['phases'].get(phase, 0):.3f}" for phase in phases)])
+        lines.append(
+            f"{shape}: selective takes {found['time_ratio']:.2f} of next_token's time, {found['flop_ratio']:.2f} of its FLOPs: "
+            f"{found['time_over_flops']:.3f}"
+        )
+    losses = [["loss phase", "ms", "peak MiB"]]
+    losses += [
+        [name, f"{1e3 * own['seconds']:.1f}", f"{own['peak_bytes'] / 2**20:,.0f}"]
+        for name, own in figures["loss_phase"].items()
+    ]
+    return "\n".join([*lines, aligned(rows), "", aligned(times), "", aligned(losses)])
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
