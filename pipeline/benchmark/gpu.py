@@ -3,7 +3,7 @@
     matrix speed  a square product in the dtype that training has; what MFU is also compared with
     step          selective beside next_token, at `--shapes`: tokens a second, MFU in useful FLOPs, time over FLOPs, peak
                   memory beside the memory plan
-    phases        one step with the device waited for between its phases: reference, blocks, loss (with the selection), backward,
+    phases        one step with the device waited for between its phases: reference, blocks, loss and selection, backward,
                   optimizer, and the rest, data among it
     profile       one step undisturbed: the share of its time in which the device was idle, and how often the host waited
     loss phase    `heads`' variants in float32, without processes of their own
