@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.benchmark import heads, step
 from pipeline.benchmark.options import GPU_SHAPES
 from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
+from pipeline.flops import peak_flops
 from pipeline.planning.plan import plan_memory
 from pipeline.planning.resolve import resolve_planned_job
 from pipeline.run import Run
@@ -49,7 +50,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "matrix_flops": matrix_flops(device),
         "shapes": {},
     }
-    peak = next((flops for name, flops in step.PEAK_FLOPS.items() if name in figures["device"]), None)
+    peak = peak_flops(figures["device"])
     for name in options.shapes:
         figures["shapes"][name] = _measure_shape(GPU_SHAPES[name], options.rounds, peak)
     figures["loss_phase"] = _measure_loss_phase(device, options)

@@ -59,6 +59,7 @@ ALLOWED = {
         "micro_step",
         "model",
         "option_parser",
+        "planning",
         "progress",
         "run",
         "runtime",
