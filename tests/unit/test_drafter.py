@@ -169,15 +169,28 @@ def test_a_model_without_such_a_drafter_is_refused_and_nothing_is_left(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+SCALED = {
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+}
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
 def test_speculators_drafts_as_head_1_from_the_states_of_transformers_and_accepts_as_often(
     tmp_path, tiny_data, monkeypatch, family
 ) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.0")
     eagle3_models = pytest.importorskip("speculators.models.eagle3")
     transformers.utils.logging.disable_progress_bar()
-    run, model = run_of(tmp_path / "run", tiny_data, **FAMILIES[family])
+    changes = {"rope_scaling": SCALED[family]} if family in SCALED else FAMILIES[family]
+    run, model = run_of(tmp_path / "run", tiny_data, **changes)
     export_drafter(run, tmp_path / "out", "vllm")
 
     # The verifier's path counts from the drafter's folder.
