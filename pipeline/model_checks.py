@@ -15,7 +15,8 @@ from pipeline.data.shards.manifest import Manifest
 from pipeline.data.special_tokens import declared_bos_id
 from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, identity, load_tokenizer
 from pipeline.derived import next_token_model
-from pipeline.model.huggingface import ModelFilesError, read_longest_row, read_model_settings, weight_problems
+from pipeline.model.huggingface import ModelFilesError, read_model_settings, weight_problems
+from pipeline.model.layout import read_longest_row
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 
 

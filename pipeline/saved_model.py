@@ -16,8 +16,9 @@ from pipeline.config import ModelSettings
 from pipeline.data.special_tokens import SpecialTokens, special_tokens
 from pipeline.data.tokenizer import TOKENIZER_FILE, find_tokenizer, identity, load_tokenizer, vocab_size
 from pipeline.model.drafter import drafter_verifier
-from pipeline.model.huggingface import FolderWeights, copy_weights, read_longest_row
-from pipeline.model.model_config import CONFIG_FILE, ModelFilesError, read_json
+from pipeline.model.huggingface import FolderWeights, copy_weights
+from pipeline.model.layout import layout_of, read_longest_row
+from pipeline.model.model_config import CONFIG_FILE, ModelFilesError
 from pipeline.model.mtp import MTPModel
 from pipeline.model.weight_files import Weights
 from pipeline.runtime.checkpoint.folders import read_state_of, saved_steps, step_name
@@ -115,7 +116,7 @@ def find_model(path: Path, step: int | None = None) -> SavedModel:
         return _of_checkpoint(path, step)
     if (path / _CHECKPOINTS).is_dir():
         return _of_run(path, step)
-    if (path / CONFIG_FILE).is_file():
+    if (path / layout_of(path).description).is_file():
         return _of_model_folder(path, step)
     if path.name == _CHECKPOINTS and saved_steps(path):
         return _of_run(path.absolute().parent, step)
@@ -201,8 +202,6 @@ def _of_model_folder(folder: Path, step: int | None) -> SavedModel:
     if verifier is not None:
         raise ModelFilesError(f"{folder}: is a drafter for a serving engine; name the model that it drafts for, {verifier}")
     weights = FolderWeights(folder)
-    config = read_json(folder / CONFIG_FILE)
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if weights.is_bfloat16 else torch.float32
     longest = read_longest_row(folder)
     return SavedModel(folder, weights.settings, weights, dtype, None if longest is None else longest.num_tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.generation.decoding import Counts, decode
 from pipeline.generation.sampling import Sampling
-from pipeline.model.huggingface import export_name
+from pipeline.model.layout import export_name
 from pipeline.model.mtp import MTPModel
 from pipeline.saved_model import find_model
 

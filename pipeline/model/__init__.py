@@ -8,6 +8,8 @@ elementwise   RoPE and SwiGLU's product, compiled on CUDA
 recompute     activation checkpointing: none, selective, full
 reference     losses of the frozen reference, indexed by head
 huggingface   loads models in Hugging Face's layout
+layout        Hugging Face's names of tensors, or Meta's
+meta          Meta's params.json, and its order of rotary rows
 export        writes them
 drafter       head 1 as an EAGLE-3 drafter, as serving engines read it
 block_losses  losses of a model in files, with one block in memory

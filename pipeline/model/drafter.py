@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipeline.config import ModelSettings
 from pipeline.model.export import TextConventions
-from pipeline.model.huggingface import export_name
+from pipeline.model.layout import export_name
 from pipeline.model.model_config import CONFIG_FILE, config_of
 from pipeline.model.transformer import Block
 from pipeline.model.weight_files import WEIGHTS_FILE, Weights

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ModelSettings
-from pipeline.model.huggingface import export_name
+from pipeline.model.layout import export_name
 from pipeline.model.model_config import CONFIG_FILE, config_of
 from pipeline.model.mtp import Gather, MTPModel, no_gather
 from pipeline.model.weight_files import HEADS_FILE, INDEX_FILE, WEIGHTS_FILE

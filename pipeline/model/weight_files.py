@@ -14,11 +14,13 @@ from typing import Any, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.model.meta import PARAMS_FILE
 from pipeline.model.model_config import CONFIG_FILE, ModelFilesError, read_json
 from pipeline.storage.lfs_pointer import pointer_problem
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 HEADS_FILE = "mtp_heads.safetensors"
+META_WEIGHTS_FILE = "consolidated.safetensors"
 
 _CHANGES_THE_WEIGHTS = {
     "adapter_config.json": "an adapter on top of these weights; merge it into them",
@@ -47,11 +49,15 @@ def weight_files(directory: Path) -> list[Path]:
         if (directory / name).exists():
             raise ModelFilesError(f"{directory}: {name} says that the folder holds {meaning}")
 
+    if is_of_meta(directory):
+        return _meta_files(directory)
     files_of_tensors = _read_index(directory)
     files = [directory / WEIGHTS_FILE] if files_of_tensors is None else [directory / name for name in files_of_tensors]
     missing = [file.name for file in [directory / CONFIG_FILE, *files] if not file.is_file()]
     if missing:
-        raise ModelFilesError(f"{directory}: missing {', '.join(missing)}; expected {CONFIG_FILE} and {WEIGHTS_FILE}")
+        pickles = sorted(each.name for each in directory.glob("*.bin"))
+        has = f"; {pickles[0]} is a pickle, which is never executed: save the model as safetensors" if pickles else ""
+        raise ModelFilesError(f"{directory}: missing {', '.join(missing)}; expected {CONFIG_FILE} and {WEIGHTS_FILE}{has}")
 
     # Opening a file reads its header, which is enough to tell what is in it.
     for file in files:
@@ -65,6 +71,21 @@ def weight_files(directory: Path) -> list[Path]:
             )
     heads = directory / HEADS_FILE
     return [*files, heads] if heads.is_file() and _tensor_names(heads) else files
+
+
+def is_of_meta(directory: Path) -> bool:
+    """True if a folder has Meta's layout, which `model.meta` describes."""
+    return (directory / PARAMS_FILE).is_file() and not (directory / CONFIG_FILE).exists()
+
+
+def _meta_files(directory: Path) -> list[Path]:
+    file = directory / META_WEIGHTS_FILE
+    if not file.is_file():
+        pickles = sorted(each.name for each in directory.glob("*.pth"))
+        has = f"; {', '.join(pickles)} is a pickle, which is never executed: convert it as the README says" if pickles else ""
+        raise ModelFilesError(f"{directory}: {PARAMS_FILE} without {META_WEIGHTS_FILE}{has}")
+    _tensor_names(file)
+    return [file]
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.model.huggingface import ModelFilesError, model_files
-from pipeline.model.model_config import CONFIG_FILE, read_json
+from pipeline.model.layout import layout_of
+from pipeline.model.model_config import read_json
 from pipeline.runtime.distributed import World, gather_over_ranks
 
 PIECE_BYTES = 64 * 2**20
@@ -77,7 +78,7 @@ def read_model_content(directory: Path, world: World) -> ModelContent:
             raise agreed(f"{directory}: {name} is another file for rank {rank} than for those before it; copy the folder again")
     assert digests.keys() == set(pieces), "the ranks' places on their nodes leave parts of the model to nobody"
     whole = hashlib.sha256(json.dumps([[*piece, digests[piece].hex()] for piece in pieces]).encode()).hexdigest()
-    return ModelContent(whole, _hashes(digests), _values(read_json(directory / CONFIG_FILE)))
+    return ModelContent(whole, _hashes(digests), _values(read_json(directory / layout_of(directory).description)))
 
 
 def _hashes(digests: Mapping[Piece, bytes]) -> dict[str, str]:

@@ -16,7 +16,8 @@ from pipeline.data.tokenizer_files import tokenizer_files
 from pipeline.model import export
 from pipeline.model.block_losses import block_losses
 from pipeline.model.export import write_model
-from pipeline.model.huggingface import FolderWeights, export_name
+from pipeline.model.huggingface import FolderWeights
+from pipeline.model.layout import export_name
 from pipeline.saved_model import find_model
 from tests.dense import all_losses
 from tests.rows import batch_with

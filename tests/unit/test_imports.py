@@ -44,7 +44,7 @@ ALLOWED = {
     "data.shards": {"data", "storage"},
     "data.loading": {"data_settings", "data", "data.shards", "storage"},
     "weighting": set(),
-    "model": {"config", "data.loading", "rope_settings", "storage", "weighting"},
+    "model": {"config", "data.loading", "rope_settings", "setting_types", "storage", "weighting"},
     "runtime": {"config", "data_settings", "model", "processes", "progress", "setting_types", "storage", "weighting"},
     "slurm": {"runtime", "storage"},
     "benchmark": {

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import targets_and_valid
 from pipeline.model.export import TextConventions, save_model
-from pipeline.model.huggingface import ModelFilesError, load_weights, read_longest_row, read_model_settings
+from pipeline.model.huggingface import ModelFilesError, load_weights, read_model_settings
+from pipeline.model.layout import read_longest_row
 from pipeline.model.mtp import MTPModel
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
