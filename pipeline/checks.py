@@ -6,6 +6,7 @@ together with the problems of the settings and of the DeepSpeed JSON, as one err
 
 import os
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def check_before_start(
     content, found = _read_json(deepspeed_json, settings)
     for folder in (run_dir, run_dir / "checkpoints", run_dir / "tensorboard"):
         found += [problem for problem in folder_problems("--run-dir", folder) if problem not in found]
+    if settings.logging.wandb is not None and find_spec("wandb") is None:
+        found.append("logging.wandb: the library is not installed; pip install -e '.[wandb]', or unset it")
     if _are_meant(_SIZES, problems):
         found += size_problems(settings, world.size)
     if _are_meant(_COMPARED, problems):

@@ -32,6 +32,7 @@ from pipeline.setting_types import (
     Size,
     TokenCount,
     UserPath,
+    WandbSettings,
     WeightsOverTime,
 )
 from pipeline.storage.location import LocationSetting
@@ -242,6 +243,9 @@ class LoggingSettings(Section):
     passage_every: Free[Positive | None] = 500
     """Steps between pictures of a held-out passage whose tokens are coloured by the heads that select them (RUN/passages and
     TensorBoard's images); null: none. There is one at the end as well; none without a live reference."""
+    wandb: Free[WandbSettings | None] = None
+    """`{project: NAME}` sends the records to Weights & Biases too (`pip install -e '.[wandb]'`); without a login, or with
+    WANDB_MODE=offline, they are kept below the run directory. null: not."""
     deepspeed_level: Free[Literal["debug", "info", "warning", "error"]] = "error"
     """Lowest level of DeepSpeed's own log messages that are shown."""
 

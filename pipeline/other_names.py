@@ -66,7 +66,7 @@ _ADVICE: dict[str, str] = {
         "tokenizer tokenizer_path tokenizer_name"
     ),
     "a recipe is named by --config FILE": "recipe yaml yml config_file cfg",
-    "metrics are in RUN/metrics.jsonl and RUN/tensorboard": "wandb report_to wandb_project use_wandb tensorboard",
+    "metrics are in RUN/metrics.jsonl and RUN/tensorboard": "report_to tensorboard",
     "each thing that is random has a seed of its own: data.seed, model.seed, training.selection_seed": "random_seed",
     "the optimizer is AdamW, with training.weight_decay, beta1, beta2 and adam_eps": "optimizer optim",
 }

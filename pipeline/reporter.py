@@ -22,7 +22,7 @@ from pipeline.runtime.checkpoint.folders import step_name
 from pipeline.runtime.distributed import broadcast_from_first, max_over_ranks
 from pipeline.runtime.engine import gradient_norm
 from pipeline.runtime.events import EventLog, last_event
-from pipeline.runtime.logbook import Logbook, without_non_finite
+from pipeline.runtime.logbook import Logbook, trackers_of, without_non_finite
 from pipeline.runtime.memory import peak_bytes
 from pipeline.runtime.metrics import Record, Totals
 from pipeline.runtime.preemption import StoppedError, StopRequest
@@ -45,7 +45,8 @@ class Reporter:
         self.logbook = None
         if run.world.is_first:
             sets = [each.name for each in run.held_out]
-            self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads, sets)
+            trackers = trackers_of(run.settings, run.run_dir, first_step)
+            self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads, sets, trackers)
         # At least ten histograms a run.
         least = max(1, run.settings.training.steps // 10)
         histogram_every = run.settings.logging.histogram_every

@@ -187,3 +187,12 @@ def _holds_boolean(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(_holds_boolean, value))
     return isinstance(value, bool)
+
+
+class WandbSettings(Section):
+    """Where a run's records go at Weights & Biases."""
+
+    project: str
+    """Project there."""
+    entity: str | None = None
+    """User or team; null: the default one of the login."""

@@ -22,6 +22,7 @@ logbook         writes metrics.jsonl, and gives its records to trackers
 event_files     TensorBoard's files: the run itself, each head and each source
 sample_log      samples.jsonl: what the policy wrote while it was trained
 tensorboard     runs, tags, charts and histograms in TensorBoard
+wandb_run       the same records at Weights & Biases, where asked for
 terminal        progress lines, selection blocks, the table that closes a run
 table           plain-text tables
 description     config.yaml and environment.json of a run directory

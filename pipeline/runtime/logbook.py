@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from pipeline.config import Settings
 from pipeline.runtime.event_files import EventFiles
 from pipeline.runtime.metrics import Record
 from pipeline.runtime.sample_log import append_samples, cut_samples, samples_text
+from pipeline.runtime.wandb_run import WandbRun
 from pipeline.storage.json_lines import read_json_lines
 from pipeline.storage.whole_file import naming, write_file
 
@@ -93,6 +95,11 @@ class Logbook:
         self.file.close()
         for tracker in self.trackers:
             tracker.close()
+
+
+def trackers_of(settings: Settings, run_dir: Path, first_step: int) -> list[Tracker]:
+    """Begin, or continue, the trackers that the settings ask for besides TensorBoard."""
+    return [] if settings.logging.wandb is None else [WandbRun(settings, run_dir, first_step)]
 
 
 def read_records(run_dir: Path) -> list[Record]:

@@ -1,0 +1,69 @@
+"""A run's records at Weights & Biases, under metrics.jsonl's names (`logging.wandb`; an extra).
+
+Where nobody has logged in, the run is recorded below the run directory (`wandb/offline-run-…`), and `wandb sync` uploads it.
+A run that resumes goes on in the same place; what was logged after its checkpoint cannot be taken back, and is logged again.
+Neither the command nor anything else of the machine is recorded, because they may hold secrets.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config import Settings
+from pipeline.runtime.metrics import Record
+from pipeline.runtime.tensorboard import split_of
+from pipeline.storage.masking import masked_values
+from pipeline.storage.whole_file import write_file
+
+ID_FILE = "wandb-id"
+
+
+class WandbRun:
+    """A tracker of the logbook. first_step: the step resumed from; 0 begins a new run there."""
+
+    def __init__(self, settings: Settings, run_dir: Path, first_step: int):
+        # The library is an extra, and takes a while to load.
+        import wandb
+
+        project = settings.logging.wandb
+        assert project is not None
+        id_file = run_dir / ID_FILE
+        if first_step == 0 or not id_file.exists():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_file(id_file, os.urandom(4).hex().encode())
+        self.run = wandb.init(
+            project=project.project,
+            entity=project.entity,
+            name=settings.run.name,
+            id=id_file.read_text(),
+            dir=str(run_dir),
+            resume="allow",
+            mode=_mode(),
+            config=masked_values(settings.model_dump(mode="json")),
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, x_disable_meta=True, x_disable_stats=True, save_code=False
+            ),
+        )
+        # Steps may come again after a restart, so they are a metric like others, and the axis of all.
+        self.run.define_metric("*", step_metric="step")
+
+    def write(self, record: Record) -> None:
+        """Log a record; the names of a validation begin with `validation/`, or `validation_NAME/`."""
+        split = split_of(record)
+        values = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        self.run.log(values if split is None else {key if key == "step" else f"{split}/{key}": values[key] for key in values})
+
+    def sync(self) -> None:
+        """Nothing: the library writes by itself."""
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _mode() -> Literal["offline"] | None:
+    """`offline` where nobody has logged in; None leaves it to the library's own WANDB_MODE."""
+    import wandb
+
+    if "WANDB_MODE" in os.environ:
+        return None
+    return None if wandb.login(prompt=False) else "offline"
