@@ -132,7 +132,25 @@ def test_a_rank_that_waits_for_the_others_to_come_ends_at_a_signal(recipe: Path,
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port"],
     "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
+    "deepspeed --hostfile": [
+        "deepspeed",
+        "--hostfile",
+        "hosts",
+        "--no_ssh_check",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+    ],
 }
+PDSH = f"""#!{sys.executable}
+# In place of pdsh: runs the command for each host on this machine, and returns the highest code, as `pdsh -S` does.
+import subprocess, sys
+
+after = sys.argv.index("-w") + 1
+hosts, command = sys.argv[after].split(","), " ".join(sys.argv[after + 1 :])
+running = [subprocess.Popen(["bash", "-c", command.replace("%n", str(number))]) for number in range(len(hosts))]
+sys.exit(max(process.wait() for process in running))
+"""
 
 
 def free_port() -> str:
@@ -163,9 +181,13 @@ class Launched:
         job = [SCRIPT, "--deepspeed", ZERO3, "--config", recipe, "--run-dir", self.run_dir, "data.micro_batch=4"]
         job += ["training.steps=100000", "checkpoint.every=100000"]
         command = [sys.executable, *start, *options, free_port(), *map(str, job)]
+        (folder / "hosts").write_text("one slots=1\ntwo slots=1\n")
+        (folder / "pdsh").write_text(PDSH)
+        (folder / "pdsh").chmod(0o755)
+        environment = ENVIRONMENT | {"PATH": f"{folder}:{os.environ['PATH']}"}
         with self._log.open("w") as file:
             self.runner = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
             )
         self.ranks: dict[int, processes.Process] = {}
 
@@ -200,7 +222,7 @@ class Launched:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_ranks_save_and_end_when_their_launcher_is_killed(launcher: str, recipe: Path, tmp_path: Path) -> None:
     with Launched(launcher, recipe, tmp_path) as job:
         job.runner.kill()
@@ -222,7 +244,9 @@ def test_not_even_a_suspended_rank_is_left_behind_by_its_launcher(recipe: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "codes"), [("deepspeed", (247, EXIT_HANG)), ("torchrun", (1,))])
+@pytest.mark.parametrize(
+    ("launcher", "codes"), [("deepspeed", (247, EXIT_HANG)), ("torchrun", (1,)), ("deepspeed --hostfile", (247,))]
+)
 def test_a_rank_that_is_killed_is_named_and_the_launcher_ends_as_readme_says(
     launcher: str, codes: tuple[int, ...], recipe: Path, tmp_path: Path
 ) -> None:
