@@ -66,12 +66,14 @@ def document_mask(document_ids_BT: Tensor) -> Tensor:
 def can_use_flash(hidden_BTD: Tensor, settings: ModelSettings) -> bool:
     """True if flash attention supports these hidden states.
 
-    It needs bf16 or fp16, compute capability 8.0 (Ampere) or newer, and attention heads of a width <= 256 that 8 divides.
+    It needs bf16 or fp16, compute capability 8.0 (Ampere) or newer, and attention heads of a width <= 256 that 8 divides. On
+    8.6 and 8.9 (RTX 30 and 40, A10, L4) its backward refuses a width above 192.
     """
     width = attention_head_dim(settings)
     if not hidden_BTD.is_cuda or hidden_BTD.dtype not in (torch.bfloat16, torch.float16) or width > 256 or width % 8:
         return False
-    return torch.cuda.get_device_capability(hidden_BTD.device)[0] >= 8
+    capability = torch.cuda.get_device_capability(hidden_BTD.device)
+    return capability >= (8, 0) and (width <= 192 or capability not in ((8, 6), (8, 9)))
 
 
 def flash_attention(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, spans: Spans) -> Tensor:
@@ -103,9 +105,20 @@ def flash_attention(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, sp
 def masked_attention(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, mask: Tensor) -> Tensor:
     """Attention under a `document_mask` by torch's scaled-dot-product attention; returns [B, T, N, K]."""
     query_BNTK, key_BGTK, value_BGTK = (tensor.transpose(1, 2) for tensor in (query_BTNK, key_BTGK, value_BTGK))
+    groups = query_BNTK.shape[1] // key_BGTK.shape[1]
+    if groups > 1 and not mask_takes_groups(query_BNTK):
+        key_BGTK, value_BGTK = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_BGTK, value_BGTK))
     grouped = query_BNTK.shape[1] != key_BGTK.shape[1]
     attended_BNTK = F.scaled_dot_product_attention(query_BNTK, key_BGTK, value_BGTK, attn_mask=mask, enable_gqa=grouped)
     return attended_BNTK.transpose(1, 2)
+
+
+def mask_takes_groups(query_BNTK: Tensor) -> bool:
+    """False on CUDA, where no fused kernel takes a mask together with fewer key-value heads than query heads.
+
+    torch would compute the whole [T, T] scores instead, which costs far more than a copy of keys and values per query head.
+    """
+    return not query_BNTK.is_cuda
 
 
 def rotary_angles(num_tokens: int, settings: ModelSettings, device: torch.device) -> tuple[Tensor, Tensor]:

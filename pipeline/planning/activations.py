@@ -166,8 +166,11 @@ def _key_value_heads(job: PlannedJob) -> int:
 
 
 def _repeats_heads(job: PlannedJob) -> bool:
-    """True where each key and value is copied for every query head that shares it, as torch 2.11's flash attention needs."""
-    return job.on_gpu and job.dtype_bytes != FLOAT32 and not transformer.flash_kernel()[1]
+    """True where each key and value is copied for every query head that shares it.
+
+    torch 2.11's flash attention needs that, and on a GPU attention under a mask, which float32 has.
+    """
+    return job.on_gpu and (job.dtype_bytes == FLOAT32 or not transformer.flash_kernel()[1])
 
 
 def _compiles(job: PlannedJob) -> bool:

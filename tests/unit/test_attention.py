@@ -2,15 +2,17 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import Batch
 from pipeline.model import mtp, transformer
-from pipeline.model.transformer import document_mask, flash_attention, masked_attention
+from pipeline.model.transformer import can_use_flash, document_mask, flash_attention, masked_attention
 from tests.forked import ROOT
 from tests.rows import batch_of, random_lengths
 
@@ -95,3 +97,47 @@ def test_a_model_on_a_cpu_does_not_wait_for_flash_attention_to_be_imported() -> 
     kernel_of_torch, takes_groups = transformer.flash_kernel()
     assert kernel_of_torch.__name__ == "varlen_attn"
     assert isinstance(takes_groups, bool)
+
+
+@pytest.mark.parametrize("groups", [2, 1])
+def test_attention_under_a_mask_is_the_same_with_a_copy_of_keys_and_values_for_each_query_head(
+    batch: Batch, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(B, T, heads, K, generator=generator).requires_grad_() for heads in (N, groups, groups))
+    mask = document_mask(batch.document_ids_BT)
+    given: list[int] = []
+    attend = F.scaled_dot_product_attention
+
+    def noting(query: torch.Tensor, key: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:
+        given.append(key.shape[1])
+        return attend(query, key, *others, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    found = []
+    for takes_groups in (True, False):
+        monkeypatch.setattr(transformer, "mask_takes_groups", lambda query, takes=takes_groups: takes)
+        attended = masked_attention(query, key, value, mask)
+        found.append([attended, *torch.autograd.grad(attended.square().sum(), (query, key, value))])
+    assert given == [groups, N]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "expected"),
+    [
+        ((7, 5), 64, False),
+        ((8, 0), 256, True),
+        ((8, 6), 256, False),
+        ((8, 9), 200, False),
+        ((8, 9), 192, True),
+        ((9, 0), 256, True),
+    ],
+)
+def test_flash_attention_is_left_where_its_backward_would_refuse(
+    capability: tuple[int, int], width: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    hidden: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda")
+    assert can_use_flash(hidden, ModelSettings(head_dim=width)) is expected

@@ -113,7 +113,7 @@ def _copied(batches: Iterator[Batch], device: torch.device, depth: int) -> Gener
 
     def begin() -> None:
         # A new thread would use device 0 and create a CUDA context there, and would run torch's CPU operations on all cores.
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(copies.device)  # It has an index, also where the device was given without one.
         torch.set_num_threads(1)
 
     def on_device() -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
