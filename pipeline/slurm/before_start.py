@@ -1,6 +1,5 @@
 """Checks and preparations before the ranks of a job start: GPUs, the address of the first node, a port there."""
 
-import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from pipeline.slurm.commands import gpus_of, host_names, node_address
 ON_CPU = "SELECTIVE_MTP_ON_CPU"
 """Environment variable that allows a job without GPUs on nodes that have some."""
 
+_OF_ANOTHER_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SRUN_CPUS_PER_TASK")
 _FIRST_PORT, _PORTS = 20000, 10000
 _FIRST_EPHEMERAL = 32768
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -124,12 +124,13 @@ def add_to_environment(environment: Mapping[str, str]) -> dict[str, str]:
     Raises:
         StartError: they could not meet.
     """
-    added = dict(environment)
+    # A job that is submitted from within another one inherits its variables; each task would take itself for that one's rank.
+    added = {name: value for name, value in environment.items() if name not in _OF_ANOTHER_LAUNCHER}
     if "MASTER_ADDR" not in environment:
         added["MASTER_ADDR"] = meeting_address(environment["SLURM_JOB_NODELIST"])
     added["MASTER_PORT"] = str(meeting_port(environment["SLURM_JOB_ID"], environment))
     added["PYTHONUNBUFFERED"] = "1"
     # From 22.05 to 23.02 srun does not take sbatch's --cpus-per-task over: each rank would have a single core.
     if "SLURM_CPUS_PER_TASK" in environment:
-        added.setdefault("SRUN_CPUS_PER_TASK", os.fspath(environment["SLURM_CPUS_PER_TASK"]))
+        added["SRUN_CPUS_PER_TASK"] = environment["SLURM_CPUS_PER_TASK"]
     return added

@@ -103,16 +103,22 @@ def test_the_slurm_script_runs_one_task_a_rank(tmp_path) -> None:
         'task() { SLURM_PROCID=$1 SLURM_NODEID=$1 "${@:2}" >"${out/\\%5t/0000$1}" 2>"${err/\\%5t/0000$1}"; }\n'
         'task 1 "$@" &\ntask 0 "$@" && wait $!\n'
     )
+    # A container is a command before python3.
+    (commands / "contained").write_text(f'#!/bin/sh\necho "$3" >>{tmp_path}/contained\nshift\nexec "$@"\n')
     for command in commands.iterdir():
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
-    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-2]"}
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-2]", "RANK": "0"}
+    slurm["SELECTIVE_MTP_CONTAINER"] = "contained --nv"
     short = ["training.steps=3", "reference.training_steps=3", "logging.validation_samples=8", "data.num_workers=0"]
     printed = run("launch/train.sbatch", "--run-dir", run_dir, *short, PATH=f"{commands}{os.pathsep}{PATH}", **slurm)
     assert [step["step"] for step in steps_of(run_dir)] == [1, 2, 3]
     environment = json.loads((run_dir / "environment.json").read_text())
     assert (environment["ranks"], environment["threads_per_rank"]) == (2, 1)
 
+    code = f"{run_dir}/slurm/12345/code/launch/train.py"
+    assert (tmp_path / "contained").read_text().splitlines() == [f"{ROOT}/launch/train.py", code, code]
+
     # The job's log is the first rank's; the job keeps its code, by which the run is described.
     assert (run_dir / "slurm" / "12345" / "life-0" / "rank-00000.out").read_text() in printed
-    assert environment["command"][0] == f"{run_dir}/slurm/12345/code/launch/train.py"
+    assert environment["command"][0] == code
     assert (run_dir / "slurm" / "12345" / "code" / "COMMIT").read_text() == (environment["git_commit"] or "")

@@ -83,6 +83,14 @@ def test_srun_is_told_the_cores_of_a_task_which_it_forgets(slurm: Path) -> None:
     assert add_to_environment(job | {"MASTER_ADDR": "head"})["MASTER_ADDR"] == "head"
 
 
+def test_a_job_that_is_submitted_from_within_another_one_has_ranks_of_its_own(slurm: Path) -> None:
+    answer(slurm, "scontrol", "localhost")
+    outer = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "SRUN_CPUS_PER_TASK": "2"}
+    found = add_to_environment(outer | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "8"})
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} & set(found)
+    assert found["SRUN_CPUS_PER_TASK"] == "8"
+
+
 def test_a_copy_of_the_code_stays_what_it_was(tmp_path: Path) -> None:
     checkout, copy = tmp_path / "checkout", tmp_path / "run" / "slurm" / "7" / "code"
     for name in ("launch/train.py", "launch/recipes/a.yaml", "pipeline/train.py", "ds_configs/zero3.json", "mine.yaml"):
