@@ -31,6 +31,8 @@ _END_OF_DOCUMENT_NAMES = (
     "<eos>",
 )
 _NUM_BYTES = 256
+_SENTENCEPIECE_FILE = "tokenizer.model"
+_NAME_ONE = "give a tokenizer.json or its folder"
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -85,7 +87,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         problem = f"{file} is not a tokenizer that the tokenizers library can read: {error}"
-        raise DataError(pointer_problem(file) or problem) from None
+        sentencepiece = _of_sentencepiece(file) if file.name == _SENTENCEPIECE_FILE else None
+        raise DataError(pointer_problem(file) or sentencepiece or problem) from None
 
 
 def find_tokenizer(path: Path) -> Path:
@@ -106,13 +109,30 @@ def find_tokenizer(path: Path) -> Path:
     found = sorted(manifest.with_name(TOKENIZER_FILE) for manifest in path.glob("*/manifest.json"))
     found = [each for each in found if each.is_file()]
     if not found:
-        raise DataError(f"expected a tokenizer at {file}, but there is no such file; give a tokenizer.json or its folder")
+        raise DataError(f"expected a tokenizer at {file}, but there is no such file; {_of_sentencepiece(path) or _NAME_ONE}")
     if len(found) > 1 and len({_with_ends(each) for each in found}) > 1:
         raise DataError(
             f"the folders of {path} have different tokenizers, or documents that begin or end with different tokens; name one "
             f"of {', '.join(map(str, found))}"
         )
     return found[0]
+
+
+def _of_sentencepiece(path: Path) -> str | None:
+    """Say how SentencePiece's `tokenizer.model` becomes a `tokenizer.json`; None where there is none.
+
+    The tokenizers library's own conversion knows Unigram models alone, and Llama's are BPE; transformers has one for both.
+    """
+    file = path / _SENTENCEPIECE_FILE if path.is_dir() else path.with_name(_SENTENCEPIECE_FILE)
+    if not file.is_file():
+        return None
+    convert = (
+        f"from transformers import LlamaTokenizer as T; T.from_pretrained('{file.parent}').save_pretrained('{file.parent}')"
+    )
+    return (
+        f"{file} is SentencePiece's. Write tokenizer.json beside it, once: pip install transformers sentencepiece protobuf, "
+        f'then python -c "{convert}"'
+    )
 
 
 def _with_ends(file: Path) -> tuple[str, str]:

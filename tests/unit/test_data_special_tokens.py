@@ -491,3 +491,12 @@ def test_what_has_no_token_or_is_the_string_of_one_is_counted_in_summary_and_man
     assert f"warning: {tmp_path / 'in.txt'}: the tokenizer has no token for '<unk>'" in output.err
     counts = read_manifest(tmp_path / "out").preparation.input
     assert (counts.documents, counts.special_text, counts.without_token) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("given", ["", "tokenizer.model", "tokenizer.json"])
+def test_a_sentencepiece_model_alone_is_refused_with_the_command_that_converts_it(tmp_path, given):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"is SentencePiece's. Write tokenizer.json beside it, once: pip install .*LlamaTokenizer"
+    ):
+        load_tokenizer(tmp_path / given)
