@@ -134,6 +134,7 @@ def _run_on_all_ranks(
     from pipeline.runtime.engine import initialize_distributed
     from pipeline.runtime.memory import bytes_for_a_rank
     from pipeline.runtime.non_finite import TrainingDivergedError
+    from pipeline.runtime.profiling import use_deterministic_kernels
 
     try:
         world = find_world()
@@ -147,6 +148,8 @@ def _run_on_all_ranks(
     settings, notes = resolution(settings)
     if world.is_first and notes:
         print("\n".join(notes), flush=True)
+    if settings.training.deterministic:
+        use_deterministic_kernels()
     device = device_of(world)
     share_cores(world)
     if world.is_first and (reason := missing_devices()) is not None:

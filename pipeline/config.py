@@ -30,6 +30,7 @@ from pipeline.setting_types import (
     PositiveFloat,
     Section,
     Size,
+    StepRange,
     TokenCount,
     UserPath,
     WandbSettings,
@@ -205,6 +206,9 @@ class TrainingSettings(Section):
     freeze_trunk_steps: ChangesResult[NonNegative] = 0
     """Applied steps at the beginning in which embedding and trunk stay as they are, to the byte, while all heads, the final
     norm and an unembedding of its own train. Such a step takes as long as any other."""
+    deterministic: ChangesResult[bool] = False
+    """Take deterministic kernels alone (slower on CUDA; what has none raises), so that a run repeated on the same ranks and
+    devices is the same to the bit. On a CPU it is anyway."""
     check_ranks_every: Free[Positive | None] = 100
     """Steps between checks that all ranks hold equal values; null: never."""
     max_skipped_steps: Free[Positive] = 10
@@ -246,6 +250,9 @@ class LoggingSettings(Section):
     wandb: Free[WandbSettings | None] = None
     """`{project: NAME}` sends the records to Weights & Biases too (`pip install -e '.[wandb]'`); without a login, or with
     WANDB_MODE=offline, they are kept below the run directory. null: not."""
+    profile_steps: Free[StepRange | None] = None
+    """First and last step that are traced by torch's profiler, `[10, 13]`: RUN/profile/ has a trace a rank, with the phases
+    data, reference, policy, loss, exchange, backward and step, and on CUDA the allocator's history; null: none."""
     deepspeed_level: Free[Literal["debug", "info", "warning", "error"]] = "error"
     """Lowest level of DeepSpeed's own log messages that are shown."""
 

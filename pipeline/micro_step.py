@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from pipeline.config import TrainingSettings
 from pipeline.consumption import Consumed, count
@@ -160,7 +161,8 @@ def comparisons(models: Models, micro_batches: Sequence[MicroBatch], training: T
         # The reference's losses; the policy's own come later.
         reference_loss_BTK = None
         if models.reference is not None:
-            columns_BTC = reference_columns(models.reference, models.horizon, *micro.inputs, **micro.known)
+            with record_function("reference"):
+                columns_BTC = reference_columns(models.reference, models.horizon, *micro.inputs, **micro.known)
         if columns_BTC is not None:
             reference_loss_BTK = losses_by_head(columns_BTC, models.horizon, num_heads)[..., 1:]
         yield Comparison(training.selection_score, valid_BTK, reference_loss_BTK, given_BTK, models.horizon == "own")

@@ -46,6 +46,8 @@ _SETTINGS: dict[str, str] = {
     "logging.metrics_every": "logging_steps log_interval log_every",
     "logging.validation_every": "eval_steps eval_interval eval_every val_interval validation_interval",
     "training.activation_checkpointing": "gradient_checkpointing recompute_activations",
+    "training.deterministic": "use_deterministic_algorithms full_determinism cudnn_deterministic",
+    "logging.profile_steps": "profile profiler profile_step_start",
     "run.name": "run_name experiment_name exp_name job_name",
 }
 

@@ -65,6 +65,12 @@ def _token_count(value: Any) -> Any:
     return int(number)
 
 
+def _first_and_last(steps: list[int]) -> list[int]:
+    if len(steps) != 2 or steps[0] > steps[1]:
+        raise ValueError("expected the first step and the last one, [10, 13]")
+    return steps
+
+
 class ResumeRule(Enum):
     """The rule for a setting that differs when a run is resumed.
 
@@ -95,6 +101,8 @@ TokenCount = Annotated[int, Field(gt=0, le=2**53), BeforeValidator(_token_count)
 """A number of tokens, which may be written with K, M, B or T for thousands, millions …"""
 # Beyond any model. So the values of a matrix, whose height may be a product of two sizes, still have a number in 64 bits.
 Size = Annotated[int, Field(gt=0, le=2**20)]
+StepRange = Annotated[list[Positive], AfterValidator(_first_and_last)]
+"""The first and the last of some steps."""
 DirectoryName = Annotated[str, AfterValidator(_directory_name)]
 Fraction = Annotated[float, AfterValidator(_fraction)]
 UserPath = Annotated[Path, AfterValidator(user_path)]

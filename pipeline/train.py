@@ -15,6 +15,7 @@ import time
 from collections.abc import Generator, Iterator
 
 import torch
+from torch.profiler import record_function
 
 from pipeline.config import Settings
 from pipeline.consumption import Consumed, handle_damage
@@ -39,6 +40,7 @@ from pipeline.runtime.engine import (
 from pipeline.runtime.metrics import SelectionSums
 from pipeline.runtime.non_finite import TrainingDivergedError, describe_bad_numbers, finite_and_loss
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StoppedError, StopRequest
+from pipeline.runtime.profiling import StepProfiler
 from pipeline.schedule import learning_rate, objective_at
 from pipeline.weighting.pools import SHARED_POOLS
 
@@ -80,6 +82,8 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
         save(run, progress, in_background=True)
 
     save_due = False
+    profiler = StepProfiler(run.run_dir, run.world.rank, run.settings.logging.profile_steps, run.device)
+    profiler.between_steps(progress.step)
     steps = fetched_ahead(run, progress, stop)
     for fetched, following in steps:
         # One optimiser step.
@@ -96,6 +100,8 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
         reporter.step(progress, result, waited + (fetched.waited if reporter.first is None else 0.0))
         if is_check_due(training, progress.step):
             check_ranks_agree(common_values(run, progress, result), run.device)
+        if profiler.between_steps(progress.step):
+            reporter.restart_clock()
 
         # A loss spike: what was fetched ahead is given up, once its counts have arrived.
         if has_spiked(progress, result, training):
@@ -104,6 +110,7 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
             returned = go_back(run, progress, reporter.say, lambda: held_out_losses(run))
             if returned is not None:
                 steps.close()
+                profiler.end()
                 return returned
 
         # Validation, samples.
@@ -129,6 +136,7 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
             reporter.restart_clock()
         if is_stopped:
             break
+    profiler.end()
     return None
 
 
@@ -185,7 +193,8 @@ def fetch_step(run: Run, batches: Iterator[Batch], step: int, first_sample: int,
 
     # Wait for the data.
     started = time.perf_counter()
-    fetched = list(itertools.islice(batches, run.stream.micro_steps))
+    with record_function("data"):
+        fetched = list(itertools.islice(batches, run.stream.micro_steps))
     waited = time.perf_counter() - started
 
     # Put it on the device; count its pairs, whose sums over ranks arrive later.

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from pipeline.config import ModelSettings
 from pipeline.data.loading.batch import Spans
@@ -121,8 +122,11 @@ class MTPModel(nn.Module):
             Without `selector` the losses of all heads, float32 [B, T, H] without gradient, 0 at invalid pairs. With it
             `HeadLosses`, whose loss is the objective Σ_h scale_h · Σ selected losses of head h.
         """
-        hidden_BTHD = self.hidden_states(tokens_BT, document_ids_BT, spans)
-        return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, selector, scale_H, loss_phase, num_valid_H)
+        # A frozen model is marked by its caller.
+        with record_function("policy") if self.trains else nullcontext():
+            hidden_BTHD = self.hidden_states(tokens_BT, document_ids_BT, spans)
+        with record_function("loss") if self.trains else nullcontext():
+            return self.unembed(hidden_BTHD, targets_BTH, valid_BTH, selector, scale_H, loss_phase, num_valid_H)
 
     def hidden_states(self, tokens_BT: Tensor, document_ids_BT: Tensor, spans: Spans | None = None) -> Tensor:
         """Each head's output before the final norm, [B, T, H, D] in the model's dtype."""

@@ -25,6 +25,7 @@ tensorboard     runs, tags, charts and histograms in TensorBoard
 wandb_run       the same records at Weights & Biases, where asked for
 terminal        progress lines, selection blocks, the table that closes a run
 table           plain-text tables
+profiling       traces of some steps, and the switch to deterministic kernels
 description     config.yaml and environment.json of a run directory
 code_version    the commit of the code that runs
 memory          measures memory in use and at the peak

@@ -32,6 +32,7 @@ def describe_run(run_dir: Path, settings: Settings, deepspeed: dict[str, Any], w
         "ranks": world.size,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "threads_per_rank": torch.get_num_threads(),
+        "deterministic_kernels": torch.are_deterministic_algorithms_enabled(),
         "deepspeed_json": masked_values(deepspeed),
     }
     write_file(run_dir / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from pipeline.config import ModelSettings, Settings, TrainingSettings
 from pipeline.model.elementwise import elementwise_for
@@ -227,7 +228,8 @@ def backward(engine: Engine, loss: Tensor) -> None:
     world_size undoes that). Both corrections are made here and nowhere else. Never call `loss.backward()`: a hook of
     DeepSpeed's divides by the accumulation steps there too.
     """
-    engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+    with record_function("backward"):
+        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
 
 def end_micro_step(engine: Engine) -> bool:
@@ -236,7 +238,8 @@ def end_micro_step(engine: Engine) -> bool:
     Returns:
         True if the weights were updated. DeepSpeed's `global_steps` counts discarded steps too, so it is not used.
     """
-    engine.step()
+    with record_function("step"):
+        engine.step()
     return engine.was_step_applied()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from pipeline.weighting.exchange import Group, exchange_named, on_device, rank_in, select_by_radix
 from pipeline.weighting.selection import Selection, excess_keys, nums_selected
@@ -38,7 +39,8 @@ def select_shared(
     """
     num_keys = score_MBTK[..., 0].numel() * score_MBTK.shape[-1]
     keys_MBTK = excess_keys(score_MBTK, valid_MBTK)
-    selected_MBTK, threshold_K, finite = exchange_named(exchange, num_keys, group)(keys_MBTK, num_selected_K, group)
+    with record_function("exchange"):
+        selected_MBTK, threshold_K, finite = exchange_named(exchange, num_keys, group)(keys_MBTK, num_selected_K, group)
     # Every rank knows the pool's threshold; in a mean over ranks it counts once, on the first.
     weight_MK = on_device(num_valid_MK, torch.float64, keys_MBTK.device) * (rank_in(group) == 0)
     return [
