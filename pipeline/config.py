@@ -207,8 +207,8 @@ class TrainingSettings(Section):
     """Applied steps at the beginning in which embedding and trunk stay as they are, to the byte, while all heads, the final
     norm and an unembedding of its own train. Such a step takes as long as any other."""
     deterministic: ChangesResult[bool] = False
-    """Take deterministic kernels alone (slower on CUDA; what has none raises), so that a run repeated on the same ranks and
-    devices is the same to the bit. On a CPU it is anyway."""
+    """Take deterministic kernels alone (slower on CUDA; what has none raises): a run repeated on the same ranks and devices is
+    the same to the bit, as it is anyway on a CPU."""
     check_ranks_every: Free[Positive | None] = 100
     """Steps between checks that all ranks hold equal values; null: never."""
     max_skipped_steps: Free[Positive] = 10
@@ -243,7 +243,7 @@ class LoggingSettings(Section):
     """Steps between samples of the policy (RUN/samples.jsonl and TensorBoard's text): beginnings of held-out documents,
     continued greedily, plainly and self-speculatively; null: none."""
     sample_tokens: Free[Positive] = 32
-    """Tokens by which a sample continues its prompt. Plainly that takes as many forwards of a few short rows."""
+    """Tokens by which a sample continues its prompt; plainly it takes as many forwards of a few short rows."""
     passage_every: Free[Positive | None] = 500
     """Steps between pictures of a held-out passage whose tokens are coloured by the heads that select them (RUN/passages and
     TensorBoard's images); null: none. There is one at the end as well; none without a live reference."""

@@ -70,7 +70,9 @@ _ADVICE: dict[str, str] = {
     "a recipe is named by --config FILE": "recipe yaml yml config_file cfg",
     "metrics are in RUN/metrics.jsonl and RUN/tensorboard": "report_to tensorboard",
     "each thing that is random has a seed of its own: data.seed, model.seed, training.selection_seed": "random_seed",
-    "the optimizer is AdamW, with training.weight_decay, beta1, beta2 and adam_eps": "optimizer optim",
+    "the optimizer is AdamW, with training.weight_decay, beta1, beta2 and adam_eps (README says why not Muon)": (
+        "optimizer optim optimizer_name muon"
+    ),
 }
 
 SETTING_OF = {name: setting for setting, names in _SETTINGS.items() for name in names.split()}
