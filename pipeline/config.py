@@ -207,8 +207,7 @@ class TrainingSettings(Section):
     """Applied steps at the beginning in which embedding and trunk stay as they are, to the byte, while all heads, the final
     norm and an unembedding of its own train. Such a step takes as long as any other."""
     deterministic: ChangesResult[bool] = False
-    """Take deterministic kernels alone (slower on CUDA; what has none raises): a run repeated on the same ranks and devices is
-    the same to the bit, as it is anyway on a CPU."""
+    """Take deterministic kernels alone: slower on CUDA, but a repeated run is the same to the bit, as on a CPU anyway."""
     check_ranks_every: Free[Positive | None] = 100
     """Steps between checks that all ranks hold equal values; null: never."""
     max_skipped_steps: Free[Positive] = 10
