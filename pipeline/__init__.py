@@ -64,4 +64,5 @@ planning/           the memory plan, computed before anything is built
 benchmark/          what `launch/benchmark.py` measures
 audit/              what a run can prove by its own records, for `launch/audit.py`
 report/             pages and pictures of runs
+experiment/         arms, seeds, statistics: does selection help?
 """
