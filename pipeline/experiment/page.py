@@ -4,7 +4,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipeline.report.charts import COLOURS
+from pipeline.report.colours import COLOURS
 from pipeline.report.page import document, text
 
 _BUDGETS = {
