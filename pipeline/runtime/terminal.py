@@ -29,7 +29,7 @@ class Terminal:
 
     def progress(self, line: str) -> None:
         """Show how far the run is."""
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
             return self.say(line)
         self.clear()
         # The cursor stays visible at the line's beginning, so that a killed process leaves the terminal as it was.

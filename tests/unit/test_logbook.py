@@ -111,8 +111,9 @@ class FileOfATerminal(io.StringIO):
         return True
 
 
-def test_what_is_piped_has_plain_lines_and_no_colours(monkeypatch):
-    shown = written_to(io.StringIO(), monkeypatch)
+@pytest.mark.parametrize(("file", "kind"), [(io.StringIO, "xterm"), (FileOfATerminal, "dumb")])
+def test_what_is_piped_or_shown_by_a_dumb_terminal_has_plain_lines_and_no_colours(monkeypatch, file, kind):
+    shown = written_to(file(), monkeypatch, TERM=kind)
     assert shown == "step 1/2  loss 3.0\nsaved step 1\nstep 2/2  loss 2.0\n"
 
 

@@ -53,17 +53,20 @@ def test_records_are_kept_offline_under_their_names_and_a_resumed_run_goes_on(
     monkeypatch.setenv("WANDB_MODE", "offline")
     for first_step in (0, 2):
         logbook = Logbook(tmp_path, first_step, 1, trackers=trackers_of(SETTINGS, tmp_path, first_step))
-        for step in (first_step + 1, first_step + 2):
+        for step in (first_step + 1, first_step + 2, first_step + 3):
             logbook.write({"step": step, "loss": 1.5 * step, "threshold_head_1": None})
-        logbook.write({"step": first_step + 2, "split": "validation", "set": "web", "loss_head_0": 2.5})
+        logbook.write({"step": first_step + 3, "split": "validation", "set": "web", "loss_head_0": 2.5})
         logbook.close()
     assert logged(tmp_path) == [
         {"step": 1, "loss": 1.5},
         {"step": 2, "loss": 3.0},
-        {"step": 2, "validation_web/loss_head_0": 2.5},
+        {"step": 3, "loss": 4.5},
+        {"step": 3, "validation_web/loss_head_0": 2.5},
+        # A step that comes again is not dropped, as it would be as the library's own step.
         {"step": 3, "loss": 4.5},
         {"step": 4, "loss": 6.0},
-        {"step": 4, "validation_web/loss_head_0": 2.5},
+        {"step": 5, "loss": 7.5},
+        {"step": 5, "validation_web/loss_head_0": 2.5},
     ]
     # One run there: both starts have the same id.
     names = [path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")]
