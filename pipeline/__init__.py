@@ -34,6 +34,7 @@ dry_run.py          two steps under measurement, beside the memory plan
 assembly.py         builds a run from a job's settings
 config.py           all settings, with defaults and units
 data_settings.py    those of section `data`
+model_settings.py   those of section `model`
 rope_settings.py    the kinds of `model.rope_scaling`
 setting_types.py    the types that settings are declared with
 recipe.py           reads settings from YAML and the command line

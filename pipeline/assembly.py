@@ -26,10 +26,11 @@ from pipeline.run import Run
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.deepspeed_json import precision_of, resolve_deepspeed_json
 from pipeline.runtime.distributed import World, broadcast_from_first, min_over_ranks
-from pipeline.runtime.engine import Engine, build_policy, build_reference, num_parameters
+from pipeline.runtime.engine import Engine, build_policy, build_reference
 from pipeline.runtime.identity import identity_of
 from pipeline.runtime.memory import free_bytes, sharding_that_fits
 from pipeline.runtime.model_content import ModelFingerprints
+from pipeline.runtime.parameters import num_parameters
 from pipeline.storage.location import Location
 
 

@@ -23,8 +23,9 @@ from pipeline.planning.resolve import resolve_planned_job
 from pipeline.progress import Progress
 from pipeline.run import Run, StepResult
 from pipeline.runtime.distributed import max_over_ranks
-from pipeline.runtime.engine import num_parameters, release
+from pipeline.runtime.engine import release
 from pipeline.runtime.memory import current_bytes, give_back_freed, peak_bytes, reset_peak, total_bytes
+from pipeline.runtime.parameters import num_parameters
 from pipeline.train import advance, fetch_step, train_step
 
 

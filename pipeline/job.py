@@ -30,10 +30,11 @@ from pipeline.runtime import heartbeat
 from pipeline.runtime.agreement import end_if_signalled
 from pipeline.runtime.description import describe_run
 from pipeline.runtime.distributed import any_rank, broadcast_from_first, make_once, min_over_ranks
-from pipeline.runtime.engine import gathered, num_parameters, release
+from pipeline.runtime.engine import gathered, release
 from pipeline.runtime.events import OF_REFERENCE, begun_and_ended, time_of_start
 from pipeline.runtime.logbook import read_records
 from pipeline.runtime.memory import free_bytes, total_bytes
+from pipeline.runtime.parameters import num_parameters
 from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.runtime.run_lock import RunLock
 from pipeline.runtime.terminal import summary_table

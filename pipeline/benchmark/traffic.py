@@ -27,7 +27,8 @@ from pipeline.benchmark.step import HEADS, check_shape, training_steps
 from pipeline.benchmark.streaming import random_rows
 from pipeline.config import Settings
 from pipeline.runtime.distributed import World
-from pipeline.runtime.engine import Engine, gathered_block_size, initialize_distributed
+from pipeline.runtime.engine import Engine, initialize_distributed
+from pipeline.runtime.parameters import gathered_block_size
 from pipeline.runtime.table import aligned
 
 WARM_UP_STEPS = 3

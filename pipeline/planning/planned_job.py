@@ -88,7 +88,7 @@ class PlannedJob:
 
     @cached_property
     def num_matrix_parameters(self) -> int:
-        """Number of the policy's parameters in matrices, one of the two groups of `engine.parameter_groups`."""
+        """Number of the policy's parameters in matrices, one of the two groups of `parameters.parameter_groups`."""
         return sum(parameter_sizes(self.settings.model, matrices_alone=True))
 
     @property

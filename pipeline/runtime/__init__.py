@@ -2,6 +2,7 @@
 
 distributed     rank, world size and device; the small collectives by which ranks agree
 engine          DeepSpeed engines of policy and reference; the only importer of deepspeed
+parameters      shapes and optimizer groups of parameters, whole or partitioned
 deepspeed_json  validates and resolves the DeepSpeed JSON
 checkpoint      checkpoints in a format of our own: saved in the background, verified, loaded in any layout
 identity        settings and fingerprints that a resumed run must share with its checkpoint

@@ -15,7 +15,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Settings, did_you_mean
-from pipeline.runtime.engine import JSON_SECTIONS, PERSISTENCE_THRESHOLD, gathered_block_size
+from pipeline.runtime.engine import JSON_SECTIONS, PERSISTENCE_THRESHOLD
+from pipeline.runtime.parameters import gathered_block_size
 from pipeline.setting_types import rule_of
 
 _ALLOWED_KEYS = {

@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from pipeline.config import ModelSettings, Settings, TrainingSettings
+from pipeline.config import ModelSettings, Settings
 from pipeline.model.elementwise import elementwise_for
 from pipeline.model.huggingface import load_weights
 from pipeline.model.mtp import MTPModel, initialize_weights
@@ -38,6 +38,7 @@ from pipeline.model.transformer import Block
 from pipeline.runtime import flight_recorder
 from pipeline.runtime.distributed import broadcast_from_first
 from pipeline.runtime.model_content import agreed
+from pipeline.runtime.parameters import gathered_block_size, parameter_groups
 
 # Both are read when deepspeed is imported.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -100,28 +101,6 @@ def whole_parameters(engine: Engine) -> dict[str, Tensor]:
     """
     parameters: Iterator[tuple[str, Any]] = engine.module.named_parameters()
     return {name: each.detach() for name, each in parameters if not hasattr(each, "ds_id") or each.ds_persist}
-
-
-def num_parameters(settings: ModelSettings) -> int:
-    """The number of parameters of a model of this shape."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in MTPModel(settings).parameters())
-
-
-def gathered_block_size(settings: ModelSettings, persistence_threshold: float) -> int:
-    """The number of a block's values that ZeRO-3 gathers: those of parameters above `stage3_param_persistence_threshold`."""
-    with torch.device("meta"):
-        sizes = [parameter.numel() for parameter in Block(settings).parameters()]
-    return sum(size for size in sizes if size > persistence_threshold)
-
-
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter.
-
-    Under zero.Init a parameter's own shape is (0,) and its dim() is 1, on a single rank too, so code that groups by
-    `parameter.dim() >= 2` silently skips weight decay and initialisation. `ds_shape` has the true shape.
-    """
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def build_policy(settings: Settings, config: dict[str, Any]) -> Engine:
@@ -192,29 +171,6 @@ def build_reference(
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()  # Unlike torch's, it does not return the module.
     return engine
-
-
-def parameter_groups(model: nn.Module, training: TrainingSettings) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: weight decay on matrices, none on norms and biases.
-
-    Where the trunk is frozen at first its parameters have groups of their own, with "is_trunk".
-    """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = []
-    for is_trunk in (False, True):
-        members = [each for name, each in named if is_trunk == (training.freeze_trunk_steps > 0 and _is_of_trunk(name))]
-        matrices = [parameter for parameter in members if len(full_shape(parameter)) >= 2]
-        vectors = [parameter for parameter in members if len(full_shape(parameter)) < 2]
-        groups += [
-            {"params": each, "weight_decay": decay, "is_trunk": is_trunk}
-            for each, decay in ((matrices, training.weight_decay), (vectors, 0.0))
-            if each
-        ]
-    return groups
-
-
-def _is_of_trunk(name: str) -> bool:
-    return name.startswith(("embed.", "trunk."))
 
 
 def backward(engine: Engine, loss: Tensor) -> None:

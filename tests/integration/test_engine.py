@@ -40,7 +40,8 @@ def whole_weights(model: Any) -> dict[str, torch.Tensor]:
 def build_and_inspect(directory: Path) -> dict[str, Any]:
     from pipeline.model.export import save_model
     from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
-    from pipeline.runtime.engine import build_policy, gathered, initialize_distributed, parameter_groups
+    from pipeline.runtime.engine import build_policy, gathered, initialize_distributed
+    from pipeline.runtime.parameters import parameter_groups
 
     initialize_distributed(torch.device("cpu"), "error")
     settings = settings_for(2, 1)

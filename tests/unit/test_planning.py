@@ -18,7 +18,7 @@ from pipeline.planning.plan import Plan, plan_memory
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.report import document
 from pipeline.planning.resolve import resolve_planned_job
-from pipeline.runtime.engine import num_parameters
+from pipeline.runtime.parameters import num_parameters
 
 CONTENT: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 MODEL = {"dim": 96, "num_layers": 3, "num_attention_heads": 6, "ffn_dim": 200, "vocab_size": 512}

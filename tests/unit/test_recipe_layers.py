@@ -33,7 +33,7 @@ def test_a_recipe_replaces_its_bases_settings_one_by_one_through_a_chain_from_fo
     )
     settings = load_settings(top, [*QUIET, "model.dim=32"])
     assert (settings.data.seed, settings.data.lanes, settings.run.name) == (2, 8, "top")
-    assert settings.head_weights == [4, 3, 2, 1], "a list is replaced as a whole"
+    assert settings.training.head_weights == [4, 3, 2, 1], "a list is replaced as a whole"
     assert settings.model.dim == 32, "the command line is the last layer"
 
     # What is written of it is whole: it has no base, and means the same anywhere.
@@ -72,7 +72,7 @@ def test_a_wrong_setting_of_a_base_is_refused_unless_it_is_replaced(tmp_path):
 
 @pytest.mark.parametrize("size", MODEL_SIZES)
 def test_a_size_is_a_shape_of_about_so_many_parameters(size):
-    from pipeline.runtime.engine import num_parameters
+    from pipeline.runtime.parameters import num_parameters
 
     settings = load_settings(None, [*QUIET, f"model.size={size}", "model.num_prediction_heads=1", "model.vocab_size=32000"])
     number = num_parameters(settings.model)

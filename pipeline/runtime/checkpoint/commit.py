@@ -27,8 +27,8 @@ from pipeline.runtime.checkpoint.fragment_file import write_tensors
 from pipeline.runtime.checkpoint.fragments import FROZEN, MASTER, STATES, Fragment, fragments_of, optimizer_step
 from pipeline.runtime.checkpoint.state import STATE_FILE, Kind, SavedFile, SavedParameter, State, encode
 from pipeline.runtime.distributed import World, broadcast_from_first, gather_over_ranks
-from pipeline.runtime.engine import full_shape
 from pipeline.runtime.memory import free_bytes
+from pipeline.runtime.parameters import full_shape
 from pipeline.storage.whole_file import publish, write_file
 
 _SPARE_BYTES = 2**20

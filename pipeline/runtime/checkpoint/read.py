@@ -19,7 +19,7 @@ from pipeline.runtime.checkpoint.fragment_file import FileError, Piece, read_hea
 from pipeline.runtime.checkpoint.fragments import FROZEN, Fragment, fragments_of, refresh_weights, set_optimizer_step
 from pipeline.runtime.checkpoint.state import SavedParameter, State
 from pipeline.runtime.distributed import World, gather_over_ranks
-from pipeline.runtime.engine import full_shape
+from pipeline.runtime.parameters import full_shape
 
 
 def load(directory: Path, state: State, engine: Any, world: World) -> list[str]:
