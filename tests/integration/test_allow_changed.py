@@ -86,6 +86,7 @@ OTHER: dict[str, tuple[str, tuple[str, ...]]] = {
 WITHOUT_EFFECT_HERE = {
     "data.max_corrupt",
     "training.compile",
+    "training.deterministic",
     "training.rollback_on_spike",
     "training.rollback_steps",
     "training.rollback_skip_steps",

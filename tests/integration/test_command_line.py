@@ -407,7 +407,7 @@ def test_an_unknown_option_is_refused_with_a_suggestion(refused, option, suggest
         ("--resume", "a run continues by itself when it is started again with the same --run-dir"),
         ("--resume_from_checkpoint runs/a", "a run continues by itself when it is started again with the same --run-dir"),
         ("--output_dir out", "the folder of a run is --run-dir DIR"),
-        ("--num_train_epochs 3", "the length of a run is training.steps: epochs × rows"),
+        ("--num_train_epochs 3", "settings have no dashes: write training.epochs=3"),
         ("--lr -1e-4", "settings have no dashes: write training.learning_rate=-1e-4"),
     ],
 )
@@ -450,7 +450,7 @@ def test_scoring_does_not_miss_a_setting_of_a_recipe_that_was_not_read(arguments
     finished = run_script("score.py", *arguments, "--config", tmp_path / "none.yaml", environment=ENVIRONMENT)
     assert problems_in(finished.stderr, "score.py") == [
         "the following arguments are required: --output; score.py --help says more",
-        f"--config: no such file: {tmp_path / 'none.yaml'}",
+        f"--config: no such file: {tmp_path / 'none.yaml'}; did you mean 'tiny.yaml'?",
     ]
 
 
