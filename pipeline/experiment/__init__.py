@@ -5,7 +5,6 @@ plan          what is run: arms, rates, seeds; read from a file before the first
 corpus        real text and labelled noise, with the truth of each token
 preparing     what all runs share: the data, the references and their losses, external scores
 runs          each run by launch/train.py, once, on a core or GPU of its own
-significance  paired t and sign tests, intervals, Holm's correction
 results       the figures of all runs, and what the comparisons say
 page          the results as one HTML page
 """

@@ -93,18 +93,36 @@ def read_plan(file: Path) -> Plan:
     Raises:
         ConfigError: the plan has unknown keys or values out of range.
     """
-    plan, arms, base = (parse_yaml(path.read_text()) for path in (file, file.parent / "arms.yaml", file.parent / "base.yaml"))
-    unknown = [name for name in plan.get("arms", ()) if name not in arms]
+    plan, arms, base = (_mapping(path) for path in (file, file.parent / "arms.yaml", file.parent / "base.yaml"))
+    names = plan.get("arms")
+    if not isinstance(names, list):
+        raise ConfigError([f"{file}: arms: expected a list of names; got {names!r}"])
+    unknown = [str(name) for name in names if str(name) not in arms]
     if unknown:
         raise ConfigError([f"{file}: {', '.join(unknown)}: no such arm in {file.parent / 'arms.yaml'}"])
     own = plan.pop("settings", {})
-    plan["corpus"] = Size(**plan["corpus"])
     try:
-        return Plan.model_validate(
-            plan | {"base": joined(base, own), "arms": {name: arms[name] for name in plan.get("arms", ())}}
-        )
+        found = Plan.model_validate(plan | {"base": _joined(file, base, own), "arms": {name: arms[name] for name in names}})
+        # Before the folder keeps the plan: a recipe that is wrong is refused while it can be corrected.
+        for run in stage_one(found):
+            settings_of(found, run, file.parent)
     except ValidationError as error:
         raise ConfigError([f"{file}: {'.'.join(map(str, each['loc']))}: {rule_of(each)}" for each in error.errors()]) from None
+    return found
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    found = parse_yaml(file.read_text())
+    if not isinstance(found, dict):
+        raise ConfigError([f"{file}: expected keys and values; got {type(found).__name__}"])
+    return found
+
+
+def _joined(file: Path, base: dict[str, Any], own: Any) -> Sections:
+    parts = (base, own)
+    if not all(isinstance(part, dict) and all(isinstance(values, dict) for values in part.values()) for part in parts):
+        raise ConfigError([f"{file}: settings: expected sections of a recipe, as in {file.parent / 'base.yaml'}"])
+    return joined(*parts)
 
 
 def keep_plan(plan: Plan, directory: Path) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 from pipeline.experiment.corpus import CLEAN_SOURCES, KIND_FILE, NOISE, labels
 from pipeline.experiment.plan import Plan, RunName, settings_of
 from pipeline.experiment.preparing import tokens_of
-from pipeline.experiment.significance import holm, paired_test
 from pipeline.flops import forward_flops, selective_flops
+from pipeline.report.significance import holm, paired_test
 from pipeline.runtime.logbook import read_records
 
 Figures = dict[str, Any]

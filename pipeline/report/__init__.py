@@ -8,5 +8,6 @@ charts      matplotlib's figures, as pictures that a page carries with it
 figures     which charts a page has
 passage_page  a passage whose tokens are coloured by the heads that select them
 comparison  final figures of runs paired by seed, with intervals
+significance  paired t and sign tests, intervals, Holm's correction
 page        the page: a summary, the charts, restarts, settings that differ
 """

@@ -5,7 +5,6 @@ with n pairs of mean difference d and standard deviation s, d ± t(0.975, n − 
 repetitions, if the differences are about normal. One pair has no interval.
 """
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from pipeline.report.errors import ReportError
 from pipeline.report.run_files import Record, RunFiles, is_run, read_runs
+from pipeline.report.significance import paired_test
 from pipeline.runtime.checkpoint.folders import read_state_of, saved_steps, step_name
 from pipeline.runtime.identity import changed_settings
 from pipeline.runtime.table import aligned
@@ -81,28 +81,6 @@ def text(figures: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", aligned(rows), *notes])
 
 
-def student_quantile(degrees: int, probability: float = 0.975) -> float:
-    """Return the quantile of Student's t with whole degrees of freedom, by bisection of its distribution."""
-    low, high = 0.0, 1e4
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student_within(middle, degrees) < 2 * probability - 1 else (low, middle)
-    return (low + high) / 2
-
-
-def _student_within(t: float, degrees: int) -> float:
-    """P(|T| < t), a finite sum for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    # Odd: cos + 2/3 cos³ + 2·4/(3·5) cos⁵ …; even: 1 + 1/2 cos² + 1·3/(2·4) cos⁴ …, up to cos^(degrees - 2).
-    is_odd = degrees % 2
-    term, total = (cosine if is_odd else 1.0), 0.0
-    for power in range(is_odd, degrees - 1, 2):
-        total += term
-        term *= (power + 1) / (power + 2) * cosine**2
-    return 2 / math.pi * (angle + sine * total) if is_odd else sine * total
-
-
 def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
     """Each run directory, and the run directories in each folder that is none itself."""
     for path in paths:
@@ -121,7 +99,10 @@ def _compared(run: RunFiles) -> Compared:
 def _unlike(one: Compared, other: Compared) -> Iterator[str]:
     """Say in what two runs' data differs."""
     names = f"{one.run.name} and {other.run.name}"
-    if one.identity.get("data") != other.identity.get("data"):
+    unknown = [each.run.name for each in (one, other) if not each.identity.get("data")]
+    if unknown:
+        yield f"{names}: no readable checkpoint of {' and '.join(unknown)}, so whether the training data is the same is unknown"
+    elif one.identity["data"] != other.identity["data"]:
         yield f"{names}: other training data, by content"
     if one.identity.get("data.sequence_length") != other.identity.get("data.sequence_length"):
         yield f"{names}: other lengths of rows"
@@ -203,16 +184,13 @@ def _metrics(records: Sequence[tuple[Record, ...]]) -> list[str]:
 
 def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """Mean difference of pairs (first, other), and its interval."""
-    differences = [other - first for first, other in pairs]
-    mean, count = statistics.fmean(differences), len(differences)
-    half = None
-    if count > 1:
-        half = student_quantile(count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    firsts, others = zip(*pairs, strict=True)
+    test = paired_test(others, firsts) if len(pairs) > 1 else None
     return {
-        "pairs": count,
-        "first": statistics.fmean(first for first, _ in pairs),
-        "other": statistics.fmean(other for _, other in pairs),
-        "mean": mean,
-        "low": None if half is None else mean - half,
-        "high": None if half is None else mean + half,
+        "pairs": len(pairs),
+        "first": statistics.fmean(firsts),
+        "other": statistics.fmean(others),
+        "mean": statistics.fmean(other - first for first, other in pairs),
+        "low": None if test is None else test.low,
+        "high": None if test is None else test.high,
     }

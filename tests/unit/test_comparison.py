@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch.compare import main
-from pipeline.report.comparison import compare, student_quantile, text
+from pipeline.report.comparison import compare, text
 from pipeline.report.errors import ReportError
 from pipeline.runtime.checkpoint.folders import step_name
 from pipeline.runtime.checkpoint.state import State, encode
@@ -93,6 +94,13 @@ def test_unlike_data_is_refused_without_being_told(tmp_path: Path, unlike: dict[
     assert said in text(figures)
 
 
+def test_data_of_a_run_without_a_checkpoint_is_said_to_be_unknown(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path / "a", "random", 0, 3.0), made_run(tmp_path / "b", "excess", 0, 2.0)]
+    shutil.rmtree(runs[1] / "checkpoints")
+    with pytest.raises(ReportError, match="no readable checkpoint of b, so whether the training data is the same is unknown"):
+        compare(runs)
+
+
 def test_what_cannot_be_paired_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = made_run(tmp_path / "a", "random", 0, 3.0), made_run(tmp_path / "b", "random", 1, 2.0)
     other = made_run(tmp_path / "c", "excess", 7, 2.0)
@@ -113,9 +121,3 @@ def test_figures_are_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*map(str, runs), "--json", str(tmp_path / "figures.json")]) == 0
     assert json.loads((tmp_path / "figures.json").read_text()) == compare(runs)
     assert "95 % interval" in capsys.readouterr().out
-
-
-def test_students_quantiles_are_those_of_the_tables() -> None:
-    # Abramowitz and Stegun, table 26.10.
-    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
-    assert {degrees: round(student_quantile(degrees), 3) for degrees in known} == known

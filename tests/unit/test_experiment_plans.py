@@ -10,8 +10,8 @@ import pytest
 from pipeline.config import ConfigError
 from pipeline.experiment.plan import RunName, read_plan, settings_of, stage_one
 from pipeline.experiment.results import read_off
-from pipeline.experiment.significance import holm, paired_test, quantile_of_t, sign_test, t_probability
 from pipeline.recipe import load_settings
+from pipeline.report.significance import holm, paired_test, quantile_of_t, sign_test, t_probability
 from tests.forked import ROOT
 
 PLANS = ROOT / "launch" / "recipes" / "experiment"
@@ -33,8 +33,9 @@ def test_students_t_is_the_integral_of_its_density(freedom: int) -> None:
 
 
 def test_the_quantiles_are_those_of_the_tables() -> None:
-    found = [round(quantile_of_t(0.975, freedom), 3) for freedom in (1, 2, 5, 10)]
-    assert found == [12.706, 4.303, 2.571, 2.228]
+    # Abramowitz and Stegun, table 26.10.
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
+    assert {freedom: round(quantile_of_t(0.975, freedom), 3) for freedom in known} == known
 
 
 def test_a_paired_test_is_one_of_the_differences() -> None:
@@ -97,3 +98,23 @@ def test_a_plan_with_an_arm_that_does_not_exist_is_refused(tmp_path) -> None:
     plan.write_text(plan.read_text().replace("random, rho1_shifted, oracle,", "random, rho2, oracle,"))
     with pytest.raises(ConfigError, match="rho2: no such arm"):
         read_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("noise: 0.34", "nois: 0.34", "corpus"),
+        ("corpus:", "corpse:", "corpus: "),
+        ("dim: 16", "dimm: 16", "model.dimm"),
+        ("arms: [", "arms: 5 # [", "arms: expected a list"),
+        ("model: {dim: 16, num_layers: 2}", "model: 5", "expected sections of a recipe"),
+        ("", "[1, 2]", "expected keys and values; got list"),
+    ],
+)
+def test_a_mistake_in_a_plan_is_one_message_before_the_folder_is_begun(before: str, after: str, said: str, tmp_path) -> None:
+    for name in ("arms.yaml", "base.yaml"):
+        (tmp_path / name).write_text((PLANS / name).read_text())
+    content = (PLANS / "smoke.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(content.replace(before, after, 1) if before else after)
+    with pytest.raises(ConfigError, match=said):
+        read_plan(tmp_path / "mine.yaml")
