@@ -46,6 +46,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         # The last way is the one that was asked for; one before it is there to be compared.
         listener = _Printer(tokenizer) if options.stream and way == list(ways)[-1] else None
         completions, counts = _in_batches(model, prompts, limits, ends, options, num_drafts, listener)
+        if listener is not None:
+            print(listener.stream.rest(), end="")
         counted[way] = figures(completions, counts)
 
     listed = [_listed(text, completion, tokenizer) for text, completion in zip(texts, completions, strict=True)]

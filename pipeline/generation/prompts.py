@@ -89,3 +89,7 @@ class TextStream:
             return ""
         new, self.text = whole[len(self.text) :], whole
         return new
+
+    def rest(self) -> str:
+        """Return the text that still waits, for a completion that ends within a character."""
+        return text_of(self.tokenizer, self.token_ids)[len(self.text) :]
