@@ -82,8 +82,9 @@ def _path_of_bases(files: list[Path]) -> str:
 def _read_file(recipe: Path) -> tuple[dict[str, Any], str | None]:
     """(the sections of a recipe, and what is wrong with it, to be read after what it is)."""
     if not recipe.is_file():
-        what = "expected a recipe, a YAML file, and this is a folder" if recipe.is_dir() else "no such file"
-        near = "" if recipe.is_dir() else _near(recipe)
+        other = "a folder" if recipe.is_dir() else "no regular file"
+        what = f"expected a recipe, a YAML file, and this is {other}" if recipe.exists() else "no such file"
+        near = "" if recipe.exists() else _near(recipe)
         return {}, f"{what}: {recipe}{near}"
     try:
         values = parse_yaml(recipe.read_text(encoding="utf-8"))

@@ -14,6 +14,10 @@ from rich.text import Text
 from pipeline.runtime.metrics import Record, ratio
 from pipeline.runtime.table import aligned
 
+_BETWEEN = "  "
+_DISPENSABLE = ("threshold ", "heads ", "lr ", "grad ")
+"""Parts that a live line goes without on a terminal that is too narrow for it, in this order; the records have them."""
+
 
 class Terminal:
     """Standard output: lines that stay, and one live line below them where it is a terminal."""
@@ -32,6 +36,11 @@ class Terminal:
         if not self.console.is_terminal or self.console.is_dumb_terminal:
             return self.say(line)
         self.clear()
+        # A cut would take the end of a line, where the time left stands.
+        for name in _DISPENSABLE:
+            if len(line) >= self.console.width:
+                line = _BETWEEN.join(part for part in line.split(_BETWEEN) if not part.startswith(name))
+
         # The cursor stays visible at the line's beginning, so that a killed process leaves the terminal as it was.
         shown = Text(line, no_wrap=True, overflow="ellipsis")
         shown.truncate(max(1, self.console.width - 1), overflow="ellipsis")
@@ -68,7 +77,7 @@ def progress_line(record: Record, total_steps: int, seconds_left: float) -> str:
         f"wait {_percent(record['data_wait'])}" if "data_wait" in record else "",
         f"ETA {_duration(seconds_left)}",
     ]
-    return "  ".join(filter(None, parts))
+    return _BETWEEN.join(filter(None, parts))
 
 
 def selection_block(record: Record) -> str:

@@ -79,7 +79,8 @@ def select_top_of_each(keys_PTK: Tensor, count_PK: Tensor) -> tuple[Tensor, Tens
     keys_11TQ = keys_PTK.transpose(1, 2).reshape(-1, num_tokens).T[None, None]
     if keys_PTK.device.type == "cpu":
         select = exchange_named("auto", num_tokens * num_heads, None)
-        selected_11TQ, threshold_Q, finite = select(keys_11TQ, count_PK.flatten().tolist(), None)
+        # By way of numpy, because `tolist` of a tensor is a wait for its device, which is counted.
+        selected_11TQ, threshold_Q, finite = select(keys_11TQ, count_PK.flatten().numpy().tolist(), None)
     else:
         selected_11TQ, threshold_Q, finite = select_by_radix(keys_11TQ, count_PK.flatten(), None)
     selected_PTK = selected_11TQ.view(num_tokens, num_pools, num_heads).transpose(0, 1)

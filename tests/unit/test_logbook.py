@@ -127,6 +127,16 @@ def test_a_terminal_has_one_live_line_and_messages_stay_above_it(monkeypatch):
     assert max(map(len, lines)) < 13
 
 
+def test_a_narrow_terminal_goes_without_thresholds_before_it_goes_without_the_time_left(monkeypatch):
+    file = FileOfATerminal()
+    monkeypatch.setattr("sys.stdout", file)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "60")
+    Terminal().progress("step 1/2  loss 3.0  heads 3.0 3.1  threshold 0.1 0.2  lr 1.00e-03  grad 0.30  ETA 0:05")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).strip()
+    assert shown == "step 1/2  loss 3.0  lr 1.00e-03  grad 0.30  ETA 0:05"
+
+
 def with_sources(step, valid, selected):
     """A record of 2 heads; valid and selected: {source: (head 0, head 1)}."""
     record = {"step": step, "loss": 1.0}
