@@ -5,7 +5,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,10 +104,15 @@ def _run_rank(rank: int, command: list[str], job: dict[str, Any], log: Path, alt
         as_main(command, environment, ROOT, [log, log], False)
 
 
+def without_clocks(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what no two runs have alike: times and memory."""
+    return [{key: value for key, value in record.items() if not _CLOCKS.search(key)} for record in records]
+
+
 def left_by(run_dir: Path) -> dict[str, Any]:
     """All that must be equal of two runs: every record but its clocks, the same as TensorBoard draws it, and the last
     checkpoint, by the hashes of its files."""
-    records = [{key: value for key, value in record.items() if not _CLOCKS.search(key)} for record in read_records(run_dir)]
+    records = without_clocks(read_records(run_dir))
     newest = step_name(saved_steps(run_dir / "checkpoints")[0])
     state = read_state(run_dir / "checkpoints" / newest / STATE_FILE)
     identity = {key: value for key, value in state.identity.items() if key != "data.num_workers"}

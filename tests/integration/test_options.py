@@ -13,6 +13,7 @@ from pipeline.data.shards.external_scores import import_scores
 from pipeline.data.shards.manifest import read_manifest
 from tests.integration.test_pipeline_rho1 import job_on_this_rank, resume, settings_for
 from tests.integration.test_selection_settings import SHORT, steps_and_validation
+from tests.lives import without_clocks
 from tests.ranks import run_ranks
 
 SIX = (*SHORT, "training.steps=6", "checkpoint.every=3")
@@ -25,10 +26,6 @@ CHANGING = (
     "training.head_weights_change=linear",
     "training.k_percent=[[0, 0.9], [4, 0.5]]",
 )
-
-
-def without_clocks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "data_wait")} for line in lines]
 
 
 def assert_resumed_to_the_bit(settings: Settings, run_dir: Path) -> list[dict[str, Any]]:
