@@ -63,13 +63,20 @@ def accused_rank(directory: Path) -> tuple[int, int] | None:
 
 
 def last_words(directory: Path, ranks: Sequence[int]) -> str:
-    """Return the last lines on stderr of the first of these ranks that wrote any, with the name of its log."""
+    """Return the last lines on stderr of the first of these ranks that wrote any, with the name of its log.
+
+    Where it said that the job cannot go on they begin with that message, because the stacks that follow it may be long.
+    """
     for rank in ranks:
         file = rank_file(directory, rank, "err")
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
         if lines:
-            left_out = [f"… ({len(lines) - _MOST_LINES} lines before)"] if len(lines) > _MOST_LINES else []
-            return "\n".join([f"rank {rank} ({file}):", *left_out, *lines[-_MOST_LINES:]])
+            verdicts = [number for number, line in enumerate(lines) if _VERDICT.search(line)]
+            begin = verdicts[0] if verdicts else max(0, len(lines) - _MOST_LINES)
+            end = min(len(lines), begin + _MOST_LINES)
+            before = [f"… ({begin} lines before)"] if begin else []
+            after = [f"… ({len(lines) - end} lines after)"] if end < len(lines) else []
+            return "\n".join([f"rank {rank} ({file}):", *before, *lines[begin:end], *after])
     return ""
 
 

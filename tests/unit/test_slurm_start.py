@@ -144,6 +144,13 @@ def test_the_jobs_log_gets_the_message_of_one_rank(tmp_path: Path) -> None:
     assert (long[1], long[-1], len(long)) == ("… (40 lines before)", "line 99", 62)
     assert last_words(tmp_path, [0, 9]) == ""
 
+    # The message that names the lost rank is not lost behind stacks, however long they are.
+    stacks = "".join(f"  File {number}\n" for number in range(200))
+    rank_file(tmp_path, 3, "err").write_text(f"a warning\nrank 3 on a: the job cannot go on: rank 1 on b died\n{stacks}")
+    shown = last_words(tmp_path, [3]).splitlines()
+    assert shown[1:3] == ["… (1 lines before)", "rank 3 on a: the job cannot go on: rank 1 on b died"]
+    assert shown[-1] == "… (141 lines after)"
+
 
 def test_the_first_ranks_output_is_followed_as_it_grows(tmp_path: Path) -> None:
     stream = io.StringIO()
