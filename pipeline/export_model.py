@@ -42,7 +42,7 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class Verified:
-    """What was compared. largest_difference: of a loss of the rows, relative. rows: where they came from."""
+    """Result of the comparison. largest_difference: of a loss of the rows, relative. rows: where they came from."""
 
     num_tensors: int
     num_bytes: int

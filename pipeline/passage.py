@@ -56,7 +56,7 @@ def _select(run: Run, step: int) -> tuple[Selection, Tensor]:
 
 
 def _marks(tables: list[Tensor], num_tokens: int) -> list[list[Mark | None]]:
-    """What each head found of each token, [K][tokens]: head h at position t predicts token t + 1 + h."""
+    """Selection and excess loss of each token by each head, [K][tokens]: head h at position t predicts token t + 1 + h."""
     valid_TK, selected_TK, excess_TK = (table.tolist() for table in tables)
     return [
         [

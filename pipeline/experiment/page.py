@@ -120,7 +120,7 @@ def _chart(arms: dict[str, Any]) -> str:
 
 
 def machine() -> str:
-    """What the experiment ran on, in words."""
+    """Describe what the experiment ran on, in words."""
     import torch
 
     if torch.cuda.is_available():

@@ -36,7 +36,7 @@ class Arm(Section):
 
 
 class Plan(Section):
-    """What is run and what is decided. A plan's file, the arms and the shared settings together."""
+    """Settings of an experiment: runs and decisions. A plan's file, the arms and the shared settings together."""
 
     decides: bool
     """False of a plan too small to decide anything."""

@@ -28,7 +28,7 @@ Listener = Callable[[int, list[int]], None]
 
 @dataclass
 class Completion:
-    """What comes after a prompt. limit: most tokens. finish: `stop` after a stop token, which is the last id, or `length`."""
+    """Continuation of a prompt. limit: most tokens. finish: `stop` after a stop token, which is the last id, or `length`."""
 
     limit: int
     stop_ids: frozenset[int]
@@ -48,7 +48,7 @@ class Completion:
 
 @dataclass
 class Counts:
-    """What was counted, over all rows: steps that verified, and drafts that were accepted, of each head from 1 on."""
+    """Counts over all rows: steps that verified, and drafts that were accepted, of each head from 1 on."""
 
     steps: int = 0
     accepted: list[int] = field(default_factory=list)
@@ -129,7 +129,7 @@ def _read_prompts(cached: CachedModel, prompts: Sequence[list[int]], device: tor
 
 
 class _Step(NamedTuple):
-    """What a step has found. added: each row's accepted drafts, then the next token. hidden_BHD: where that was chosen."""
+    """Result of a step. added: each row's accepted drafts, then the next token. hidden_BHD: where that was chosen."""
 
     added: list[list[int]]
     next_B: Tensor

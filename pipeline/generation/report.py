@@ -1,4 +1,4 @@
-"""What `launch/generate.py` prints and writes of the ways of decoding, side by side."""
+"""Report of `launch/generate.py`, printed and written: the ways of decoding, side by side."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

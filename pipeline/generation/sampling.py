@@ -20,7 +20,7 @@ _LEAST_TEMPERATURE = 1e-30  # less is zero in float32
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings by which tokens are drawn.
 
     temperature: that logits are divided by; 0 takes the likeliest token.
     top_p: the smallest set of tokens with at least this probability is drawn from (nucleus sampling, arXiv 1904.09751).

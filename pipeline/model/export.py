@@ -33,7 +33,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 @dataclass(frozen=True)
 class TextConventions:
-    """What a model expects of text: the tokens of a row (T), and the ids of special tokens. bos_id: None without one."""
+    """Conventions of a model's text: the tokens of a row (T), and the ids of special tokens. bos_id: None without one."""
 
     context_length: int
     end_of_document_id: int

@@ -37,7 +37,7 @@ _BLOCK_NAMES = {
 
 
 class Layout(NamedTuple):
-    """How a folder describes a model and names its tensors.
+    """Form in which a folder describes a model and names its tensors.
 
     description: the file that has its shape. layers, heads: how names of tensors begin of its layers, of heads 1, 2, ….
     counts: (key, beginnings, more) of each key there that counts them: its value is the number of those, and so many more.

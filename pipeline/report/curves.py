@@ -56,8 +56,9 @@ def has_values(curve: Curve) -> bool:
 
 def _number(value: object) -> float:
     """A finite number as it is; NaN of anything else, which is then a gap."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
 
 
 def _thinned(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""What ends a page before it is begun."""
+"""Errors that end a page before it is begun."""
 
 
 class ReportError(ValueError):

@@ -20,7 +20,7 @@ _FULL_COLOUR_AT = 3.0
 
 
 class Mark(NamedTuple):
-    """What a head made of a token."""
+    """Selection and excess loss of a token by one head."""
 
     selected: bool
     excess: float

@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run directory holds.
+    """Content of a run directory.
 
     name: unique among the runs that were read together. training, validation: the records of metrics.jsonl. settings: by
     `section.name`, secrets masked. environment: of the newest start. notes: what is missing or damaged, a sentence each.
@@ -60,7 +60,7 @@ class RunFiles:
 
     @property
     def state(self) -> str:
-        """How the run stands, in a few words."""
+        """Describe how the run stands, in a few words."""
         planned, code = self.settings.get("training.steps"), self.history.exit_code
         if code == 0:
             return f"finished, {self.last_step} steps"

@@ -51,7 +51,7 @@ _NOT_DRAWN = {"step", "samples", "split", "set", "rows", "time", "selected_count
 _RARE = {"skipped_steps", "rollbacks", "samples_skipped", "corrupt_samples"}
 """Counters of which nothing is drawn while they are 0."""
 _IN_VALIDATION = {"excess_mean", "threshold"}
-"""What is drawn of a validation's selection."""
+"""Quantities of a validation's selection that are drawn."""
 
 
 def place_of(key: str, split: str | None = None) -> Place | None:

@@ -1,4 +1,4 @@
-"""What a run shows: progress lines, blocks of selection statistics, the table that closes it.
+"""Print what a run shows: progress lines, blocks of selection statistics, the table that closes it.
 
 On a terminal progress is one line that is written over, in colour; in a file, or through a pipe, it is a plain line each time.
 """
