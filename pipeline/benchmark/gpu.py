@@ -1,4 +1,4 @@
-"""Measure what one GPU shows, in one process and a few minutes: the card's matrix speed, whole steps, and where their time goes.
+"""Measure what one GPU shows, in one process of a few minutes: the card's matrix speed, whole steps, and where their time goes.
 
     matrix speed  a square product in the dtype that training has; what MFU is also compared with
     step          selective beside next_token, at `--shapes`: tokens a second, MFU in useful FLOPs, time over FLOPs, peak

@@ -1,4 +1,4 @@
-"""Make what all runs of an experiment share: the data, two references with their losses, the oracle's scores, the filtered data.
+"""Make what all runs of an experiment share: the data, two references with their losses, the oracle's scores, filtered data.
 
 Each is made once and kept: a folder that exists is complete. The references are runs like the others; they train on the clean
 text alone, one with the next-token head, one with all heads.
