@@ -57,7 +57,11 @@ class WandbRun:
         """Nothing: the library writes by itself."""
 
     def close(self) -> None:
+        """Return when all is on disk or uploaded: `finish` alone leaves that to a process that may not outlive this one."""
+        import wandb
+
         self.run.finish()
+        wandb.teardown()
 
 
 def _mode() -> Literal["offline"] | None:

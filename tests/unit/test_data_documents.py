@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zlib
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -506,7 +507,7 @@ def test_a_decompression_bomb_takes_no_memory(tmp_path, suffix):
     (tmp_path / f"bomb{suffix}").write_bytes(b"".join(chunks))
     documents, oversized, memory = memory_of_reading(tmp_path / f"bomb{suffix}")
     assert (documents, oversized) == (0, 1)
-    assert memory < 100 * 1024  # KiB, of 256 MiB
+    assert memory < 100 << 20  # of 256 MiB
 
 
 @pytest.mark.parametrize("as_dictionary", [True, False])
@@ -518,7 +519,7 @@ def test_a_text_that_a_parquet_repeats_is_not_held_many_times(tmp_path, as_dicti
     assert path.stat().st_size < 10_000
     documents, oversized, memory = memory_of_reading(path)
     assert (documents, oversized) == (0, 250)
-    assert memory < 400 * 1024  # KiB, of 2,000 MiB; pyarrow itself takes a hundred
+    assert memory < 400 << 20  # of 2,000 MiB; pyarrow itself takes a hundred
 
 
 def test_a_parquet_whose_footer_understates_its_sizes_is_not_held_whole(tmp_path):
@@ -533,7 +534,7 @@ def test_a_parquet_whose_footer_understates_its_sizes_is_not_held_whole(tmp_path
     assert parquet.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size == 1000
     documents, oversized, memory = memory_of_reading(path)
     assert (documents, oversized) == (0, 120)
-    assert memory < 400 * 1024  # KiB, of 960 MiB; pyarrow itself takes a hundred
+    assert memory < 400 << 20  # of 960 MiB; pyarrow itself takes a hundred
 
 
 def thrift_integer(value, size=0):
@@ -546,18 +547,19 @@ def thrift_integer(value, size=0):
 
 
 def memory_of_reading(path):
-    """Documents, oversized ones, and by how many KiB reading them raised the peak of a process's memory."""
+    """Documents, oversized ones, and by how many bytes reading them raised the peak of a process's memory."""
     script = (
-        "import resource, sys; from pipeline.data.corpus.documents import DocumentReader, Rules;"
+        "import sys; from tests.peak_memory import peak_memory;"
+        "from pipeline.data.corpus.documents import DocumentReader, Rules;"
         "from pipeline.data.corpus.inputs import input_files, parse_input, slices;"
         "reader = DocumentReader(Rules(max_document_bytes=1 << 20));"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "before = peak_memory();"
         "documents = [d for s in slices(input_files([parse_input(sys.argv[1])]), 1 << 20) for d in reader.read(s)];"
         "print(len(documents), reader.counts.oversized);"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(peak_memory() - before)"
     )
     command = [sys.executable, "-c", script, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=Path(__file__).parents[2])
     documents, oversized, memory = map(int, done.stdout.split())
     return documents, oversized, memory
 
