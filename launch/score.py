@@ -91,7 +91,7 @@ def import_(arguments: Sequence[str]) -> int:
 
 
 def check(settings, options: argparse.Namespace, run_dir: Path) -> list[str]:
-    """List what scoring alone lacks (`command_line.OwnChecks`)."""
+    """List what scoring alone lacks (`on_all_ranks.OwnChecks`)."""
     from pipeline.checks import folder_problems
     from pipeline.scoring import scoring_problems
 
@@ -100,7 +100,7 @@ def check(settings, options: argparse.Namespace, run_dir: Path) -> list[str]:
 
 
 def score(job, options: argparse.Namespace, stop) -> int:
-    """The command on every rank (`command_line.Command`)."""
+    """The command on every rank (`on_all_ranks.Command`)."""
     from pipeline.job import with_builtin_data
     from pipeline.scoring import score
 

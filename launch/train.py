@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def train(job, options: argparse.Namespace, stop) -> int:
-    """The command on every rank (`command_line.Command`)."""
+    """The command on every rank (`on_all_ranks.Command`)."""
     from pipeline.dry_run import dry_run
     from pipeline.job import run_job
 

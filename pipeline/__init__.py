@@ -24,7 +24,8 @@ export_model.py     writes a model for other programs, and verifies it
 evaluate_model.py   held-out figures of a model in files
 model_card.py       describes an exported model
 
-command_line.py     checks, process group and exit codes of the commands that run on all ranks
+command_line.py     options, signals and exit codes of the commands that run on all ranks
+on_all_ranks.py     runs such a command: checks, process group, what fails
 options.py          the options that commands share
 option_parser.py    parses options and reports all mistakes at once
 model_options.py    those of commands that read a trained model

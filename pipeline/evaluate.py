@@ -37,7 +37,7 @@ from pipeline.runtime.metrics import Record, SelectionSums
 from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.weighting.exchange import Group, all_reduce_sum
 from pipeline.weighting.loss_phase import HeadLosses
-from pipeline.weighting.objective import ObjectiveSettings, loss_scale
+from pipeline.weighting.objective import ObjectiveSettings, StepCounts, loss_scale
 from pipeline.weighting.prediction import Prediction
 
 
@@ -68,12 +68,11 @@ def evaluate(
         StoppedError: on all ranks alike, if one of them has had a signal to stop.
     """
     num_heads, training = settings.model.num_prediction_heads, settings.training
-    sums, byte_sums = SelectionSums(num_heads, len(source_names), device), ByteSums(token_bytes, device)
-    agreement = AgreementSums(num_heads, len(source_names), device)
     # The pool `step` spans the micro-steps of an optimizer step. A validation has no such steps, so it pools each micro-batch.
     objective = replace(objective, pool="global" if objective.pool == "step" else objective.pool)
-    num_pairs_H, first_sample = [0] * num_heads, 0
+    sums = HeldOutSums(objective, source_names, token_bytes, num_heads, device)
     replaced: list[str] = []
+    first_sample = 0
 
     # Not inference_mode: after it the trained engine's next step raises.
     with torch.no_grad():
@@ -93,22 +92,46 @@ def evaluate(
             compared = comparisons(models, micro_batches, training)
             selectors = selectors_of(models, micro_batches, compared, counts, training, Prediction())
             (losses,) = policy_losses(models, micro_batches, selectors, counts, training)
+            sums.add(micro_batches[0], losses, counts)
 
-            # Sums, and the pairs by which the objective is divided.
-            (micro,) = micro_batches
-            sums.add(losses, micro.valid_BTH, micro.batch.sources_BT)
-            assert losses.choices_BTH is not None, "without gradients the choices are there"
-            agreement.add(losses.choices_BTH, micro.valid_BTH, micro.batch.sources_BT)
-            byte_sums.add(micro, losses)
-            counted_H = counts.num_valid if objective.normalize_by == "valid" else counts.num_selected_H
-            num_pairs_H = [total + count for total, count in zip(num_pairs_H, counted_H, strict=True)]
+    return sums.record(models.group) | {"corrupt_samples": len(replaced)}, replaced
 
-    record = sums.record(loss_scale(num_pairs_H, objective.head_weights), source_names, models.group)
-    # Without gradients nothing is predicted, so a hit rate would mean nothing.
-    record = {key: value for key, value in record.items() if not key.startswith("prediction_hit_rate")}
-    record |= {f"perplexity_head_{head}": _perplexity(record[f"loss_head_{head}"]) for head in range(num_heads)}
-    record |= agreement.record(source_names, models.group)
-    return record | byte_sums.record(models.group) | {"corrupt_samples": len(replaced)}, replaced
+
+class HeldOutSums:
+    """Sums over the micro-batches of a validation, from which its record comes."""
+
+    def __init__(
+        self,
+        objective: ObjectiveSettings,
+        source_names: Sequence[str],
+        token_bytes: TokenBytes,
+        num_heads: int,
+        device: torch.device,
+    ):
+        self.objective, self.source_names, self.num_heads = objective, source_names, num_heads
+        self.selection = SelectionSums(num_heads, len(source_names), device)
+        self.agreement = AgreementSums(num_heads, len(source_names), device)
+        self.bytes = ByteSums(token_bytes, device)
+        self.num_pairs_H = [0] * num_heads
+        """The pairs by which each head's objective is divided."""
+
+    def add(self, micro: MicroBatch, losses: HeadLosses, counts: StepCounts) -> None:
+        """Add a rank's micro-batch, and its counts over all ranks."""
+        self.selection.add(losses, micro.valid_BTH, micro.batch.sources_BT)
+        assert losses.choices_BTH is not None, "without gradients the choices are there"
+        self.agreement.add(losses.choices_BTH, micro.valid_BTH, micro.batch.sources_BT)
+        self.bytes.add(micro, losses)
+        counted_H = counts.num_valid if self.objective.normalize_by == "valid" else counts.num_selected_H
+        self.num_pairs_H = [total + count for total, count in zip(self.num_pairs_H, counted_H, strict=True)]
+
+    def record(self, group: Group) -> Record:
+        """Return the metrics over all ranks; collective."""
+        scale_H = loss_scale(self.num_pairs_H, self.objective.head_weights)
+        record = self.selection.record(scale_H, self.source_names, group)
+        # Without gradients nothing is predicted, so a hit rate would mean nothing.
+        record = {key: value for key, value in record.items() if not key.startswith("prediction_hit_rate")}
+        record |= {f"perplexity_head_{head}": _perplexity(record[f"loss_head_{head}"]) for head in range(self.num_heads)}
+        return record | self.agreement.record(self.source_names, group) | self.bytes.record(group)
 
 
 def losses_of_batch(policy: Callable[..., Tensor], batch: Batch, num_heads: int, device: torch.device) -> list[float]:

@@ -174,7 +174,8 @@ def _inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
     yield from _model_inconsistencies(settings)
     yield from _head_inconsistencies(settings)
     yield from objective_inconsistencies(settings)
-    yield from _source_inconsistencies(settings)
+    yield from _data_inconsistencies(settings)
+    yield from _reference_inconsistencies(settings)
     training = settings.training
     if training.rollback_on_spike is not None and training.rollback_skip_steps < training.rollback_steps:
         yield (
@@ -220,11 +221,9 @@ def _head_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
         )
 
 
-def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
-    """Training data and reference must each have exactly one source."""
-    data, reference = settings.data, settings.reference
-
-    # Training data: a path, a mixture, or the built-in corpus.
+def _data_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
+    """The training data must have exactly one source: a path, a mixture, or the built-in corpus."""
+    data = settings.data
     both = {"data.path", "data.builtin", "data.mixture"}
     if data.path is None and data.mixture is None and not data.builtin:
         yield both, "data.path: not set; name a directory of prepared shards (launch/prepare.py makes one)"
@@ -239,8 +238,11 @@ def _source_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]
     if len(set(names)) != len(names):
         yield {"data.mixture"}, f"data.mixture: two sets have the same name; expected different ones, got {', '.join(names)}"
 
-    # The reference: a path, cached losses, or training one. Only a selection by excess loss needs it.
-    training = settings.training
+
+def _reference_inconsistencies(settings: Settings) -> Iterator[tuple[set[str], str]]:
+    """The reference must have exactly one source: a path, cached losses, or its training. Only a selection by excess loss
+    needs one."""
+    data, reference, training = settings.data, settings.reference, settings.training
     fractions = [each for _, each in training.k_percent] if isinstance(training.k_percent, list) else [training.k_percent]
     compares = settings.model.num_prediction_heads > 1 and min(fractions) < 1 and training.selection_score == "excess"
     compares = compares and reference.horizon != "own"

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from pipeline.assembly import Job, build_frozen_reference, resolve_settings
@@ -60,7 +59,8 @@ def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopReque
 
     reference = build_frozen_reference(job, settings, config, shape)
     for location in data_locations(settings):
-        if not _score_data_set(job, settings, location, reference, cache, precision_of(config), dtype, stop):
+        scorer = DataSetScorer(job, settings, location, reference, cache, precision_of(config), dtype)
+        if not scorer.run(stop):
             return EXIT_TRY_AGAIN
     return 0
 
@@ -80,93 +80,135 @@ def scoring_problems(settings: Settings, run_dir: Path) -> list[str]:
     return [f"{problem}; the one that this recipe trains is in {run_dir / 'reference'} when it is done: {trained}"]
 
 
-def _score_data_set(
-    job: Job,
-    settings: Settings,
-    location: Location,
-    reference: Reference,
-    cache: Path,
-    precision: str,
-    dtype: str,
-    stop: StopRequest,
-) -> bool:
-    """Score one data set; returns False if a request to stop came first."""
-    # The manifest of the losses says which data and reference they belong to.
-    manifest, model = read_manifest(location, settings.data.access), settings.reference.path
-    assert model is not None
-    horizon, num_heads = settings.reference.horizon, settings.model.num_prediction_heads
-    losses = LossesManifest.model_validate(
-        {
-            "data_sha256": data_fingerprint(read_whole(location / MANIFEST_FILE, settings.data.access)),
-            "reference_sha256": job.fingerprints.of(model),
-            "reference": str(model.absolute()),
-            "precision": precision,
-            "horizon": horizon,
-            "dtype": dtype,
-            "sequence_length": manifest.sequence_length,
-            "columns": num_heads if horizon == "matched" else 1,
-        }
-    )
+class DataSetScorer:
+    """The scoring of one data set, on all ranks together.
 
-    # What is there already, by content: the ranks share the reading.
-    writer, world = LossesWriter(cache, losses, manifest), job.world
-    is_finished, failure = broadcast_from_first(_begin(writer) if world.is_first else None)
-    if failure is not None:
-        raise _agreed(failure)
-    if is_finished:
-        damaged = sorted(itertools.chain.from_iterable(gather_over_ranks(writer.damaged(world.rank, world.size))))
+    dtype: of the stored losses, `float32` or `float16`. precision: of the reference's weights.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        settings: Settings,
+        location: Location,
+        reference: Reference,
+        cache: Path,
+        precision: str,
+        dtype: str,
+    ):
+        assert settings.reference.path is not None
+        self.job, self.settings, self.location, self.reference, self.dtype = job, settings, location, reference, dtype
+        self.model, self.horizon = settings.reference.path, settings.reference.horizon
+        self.num_heads = settings.model.num_prediction_heads
+        self.manifest = read_manifest(location, settings.data.access)
+        self.reader = ShardReader(location, self.manifest, settings.data.access)
+        self.writer = LossesWriter(cache, self._losses_manifest(precision), self.manifest)
+
+    def _losses_manifest(self, precision: str) -> LossesManifest:
+        """Which data and reference the losses belong to."""
+        return LossesManifest.model_validate(
+            {
+                "data_sha256": data_fingerprint(read_whole(self.location / MANIFEST_FILE, self.settings.data.access)),
+                "reference_sha256": self.job.fingerprints.of(self.model),
+                "reference": str(self.model.absolute()),
+                "precision": precision,
+                "horizon": self.horizon,
+                "dtype": self.dtype,
+                "sequence_length": self.manifest.sequence_length,
+                "columns": self.num_heads if self.horizon == "matched" else 1,
+            }
+        )
+
+    def run(self, stop: StopRequest) -> bool:
+        """Score what is missing; returns False if a request to stop came first. Collective."""
+        if self._is_finished():
+            _say(self.job, f"{self.location}: scored already, in {self.writer.folder}")
+            return True
+
+        world = self.job.world
+        missing = sorted(itertools.chain.from_iterable(gather_over_ranks(self.writer.missing(world.rank, world.size))))
+        started = last_line = time.monotonic()
+        for first in range(0, len(missing), world.size):
+            if not self._score_round(missing, first, stop):
+                return False
+            if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+                last_line, done = time.monotonic(), min(first + world.size, len(missing))
+                left = (last_line - started) / done * (len(missing) - done)
+                _say(self.job, f"{self.location}: {done:,} of {len(missing):,} pieces scored, about {left:,.0f} s left")
+        self._finish()
+        return True
+
+    def _is_finished(self) -> bool:
+        """Whether all losses are there already, by their content; the ranks share the reading."""
+        world = self.job.world
+        is_finished, failure = broadcast_from_first(_begin(self.writer) if world.is_first else None)
+        if failure is not None:
+            raise _agreed(failure)
+        if not is_finished:
+            return False
+        damaged = sorted(itertools.chain.from_iterable(gather_over_ranks(self.writer.damaged(world.rank, world.size))))
         if damaged:
             raise _agreed(
-                f"{writer.folder}: the losses of {', '.join(damaged[:4])} are damaged; remove the folder and score again"
+                f"{self.writer.folder}: the losses of {', '.join(damaged[:4])} are damaged; remove the folder and score again"
             )
-        _say(job, f"{location}: scored already, in {writer.folder}")
         return True
-    missing = sorted(itertools.chain.from_iterable(gather_over_ranks(writer.missing(world.rank, world.size))))
 
-    # One piece per rank and round.
-    reader = ShardReader(location, manifest, settings.data.access)
-    started = last_line = time.monotonic()
-    for first in range(0, len(missing), world.size):
+    def _score_round(self, missing: list[Piece], first: int, stop: StopRequest) -> bool:
+        """Score and store one piece a rank, from piece `first` on; returns False if a request to stop came."""
+        job, world = self.job, self.job.world
         # In the last round some ranks may have none left: they score the last piece with its owner and write nothing.
         mine = missing[min(first + world.rank, len(missing) - 1)]
         heartbeat.enter("scoring")
-        samples, damage = _read(reader, mine)
+        samples, damage = _read(self.reader, mine)
         if any_rank(damage is not None, job.device):
             raise DataError(damage or "another rank met damaged data, which it names")
-        num_rows = _rows_per_round(missing, first, world.size)
+
         scored = []
-        for losses_BTC in _score_rows(
-            reference, horizon, num_heads, settings.data.rows_per_rank, job.device, samples, num_rows
-        ):
+        for losses_BTC in self._score_rows(samples, _rows_per_round(missing, first, world.size)):
             scored.append(losses_BTC)
             heartbeat.go_on()
             if any_rank(stop.is_overdue, job.device):
-                _say(job, f"{location}: stopped on request within a piece; the same command continues from what was saved")
+                _say(job, f"{self.location}: stopped on request within a piece; the same command continues from what was saved")
                 return False
-        losses_NTC = np.concatenate(scored)[: len(samples)]
-        found = _not_finite(losses_NTC, dtype, samples)
-        if any_rank(found is not None, job.device):
-            raise _first_of_ranks(found, location, model)
-        if first + world.rank < len(missing):
-            writer.write(mine, losses_NTC)
-        if any_rank(stop.is_requested, job.device):
-            _say(job, f"{location}: stopped on request; the same command continues from what was saved")
-            return False
-        if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-            last_line, done = time.monotonic(), min(first + world.size, len(missing))
-            left = (last_line - started) / done * (len(missing) - done)
-            _say(job, f"{location}: {done:,} of {len(missing):,} pieces scored, about {left:,.0f} s left")
 
-    # All pieces are written: join them into one file per shard, then write the manifest, which marks the set as finished.
-    dist.barrier()
-    for shard in range(world.rank, len(manifest.shards), world.size):
-        writer.join(shard)
-    dist.barrier()
-    if world.is_first:
-        writer.finish()
-    dist.barrier()
-    _say(job, f"{location}: reference losses of {manifest.num_samples:,} rows in {writer.folder}")
-    return True
+        losses_NTC = np.concatenate(scored)[: len(samples)]
+        found = _not_finite(losses_NTC, self.dtype, samples)
+        if any_rank(found is not None, job.device):
+            raise _first_of_ranks(found, self.location, self.model)
+        if first + world.rank < len(missing):
+            self.writer.write(mine, losses_NTC)
+
+        if any_rank(stop.is_requested, job.device):
+            _say(job, f"{self.location}: stopped on request; the same command continues from what was saved")
+            return False
+        return True
+
+    def _score_rows(self, samples: list[Sample], num_rows: int) -> Iterator[np.ndarray]:
+        """Yield the losses of one micro-batch after the other, float32 [B, T, C], at least `num_rows` rows in all.
+
+        The last sample is repeated to fill the last batch, so that every batch has the shape that the live reference sees.
+        """
+        micro_batch = self.settings.data.rows_per_rank
+        for start in range(0, num_rows, micro_batch):
+            rows = [samples[min(row, len(samples) - 1)] for row in range(start, start + micro_batch)]
+            batch = collate(rows).to(self.job.device)
+            targets_BTH, valid_BTH = targets_and_valid(batch.tokens_BT, batch.document_ids_BT, self.num_heads)
+            inputs = batch.tokens_BT, batch.document_ids_BT, targets_BTH, valid_BTH
+            num_valid_H = batch.num_valid(self.num_heads).numpy().sum(0).tolist()
+            columns_BTC = reference_columns(self.reference, self.horizon, *inputs, spans=batch.spans, num_valid_H=num_valid_H)
+            yield columns_BTC.float().cpu().numpy()
+
+    def _finish(self) -> None:
+        """Join the pieces into one file per shard, then write the manifest, which marks the set as finished."""
+        world = self.job.world
+        dist.barrier()
+        for shard in range(world.rank, len(self.manifest.shards), world.size):
+            self.writer.join(shard)
+        dist.barrier()
+        if world.is_first:
+            self.writer.finish()
+        dist.barrier()
+        _say(self.job, f"{self.location}: reference losses of {self.manifest.num_samples:,} rows in {self.writer.folder}")
 
 
 def _begin(writer: LossesWriter) -> tuple[bool, str | None]:
@@ -214,29 +256,6 @@ def _read(reader: ShardReader, piece: Piece) -> tuple[list[Sample], str | None]:
 def _rows_per_round(missing: list[Piece], first: int, world_size: int) -> int:
     """Rows that every rank scores in the round that starts at piece `first`: as many as its largest piece has."""
     return max(end - begin for _, begin, end in missing[first : first + world_size])
-
-
-def _score_rows(
-    reference: Reference,
-    horizon: str,
-    num_heads: int,
-    micro_batch: int,
-    device: torch.device,
-    samples: list[Sample],
-    num_rows: int,
-) -> Iterator[np.ndarray]:
-    """Yield the losses of one micro-batch after the other, float32 [B, T, C], at least `num_rows` rows in all.
-
-    The last sample is repeated to fill the last batch, so that every batch has the shape that the live reference sees.
-    """
-    for start in range(0, num_rows, micro_batch):
-        rows = [samples[min(row, len(samples) - 1)] for row in range(start, start + micro_batch)]
-        batch = collate(rows).to(device)
-        targets_BTH, valid_BTH = targets_and_valid(batch.tokens_BT, batch.document_ids_BT, num_heads)
-        inputs = batch.tokens_BT, batch.document_ids_BT, targets_BTH, valid_BTH
-        num_valid_H = batch.num_valid(num_heads).numpy().sum(0).tolist()
-        columns_BTC = reference_columns(reference, horizon, *inputs, spans=batch.spans, num_valid_H=num_valid_H)
-        yield columns_BTC.float().cpu().numpy()
 
 
 def _say(job: Job, text: str) -> None:
