@@ -55,9 +55,12 @@ def _run_stage(plan: Plan, runs: Sequence[RunName], directory: Path, slots: Sequ
 def _add_hours(directory: Path, hours: float) -> float:
     """Add the hours of this start to those before it."""
     file = directory / "hours.json"
-    before = json.loads(file.read_text()) if file.is_file() else 0.0
+    try:
+        before = float(file.read_text())
+    except (OSError, ValueError):
+        before = 0.0  # there is none yet, or it is damaged: the results do not depend on it
     write_file(file, json.dumps(before + hours).encode())
-    return float(before + hours)
+    return before + hours
 
 
 def _stop(signal_number: int, frame: Any) -> None:

@@ -112,7 +112,10 @@ def read_plan(file: Path) -> Plan:
 
 
 def _mapping(file: Path) -> dict[str, Any]:
-    found = parse_yaml(file.read_text())
+    try:
+        found = parse_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError([f"{file} is not valid YAML: {error}"]) from None
     if not isinstance(found, dict):
         raise ConfigError([f"{file}: expected keys and values; got {type(found).__name__}"])
     return found

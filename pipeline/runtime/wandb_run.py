@@ -6,6 +6,7 @@ Neither the command nor anything else of the machine is recorded, because they m
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,9 @@ class WandbRun:
         project = settings.logging.wandb
         assert project is not None
         id_file = run_dir / ID_FILE
-        if first_step == 0 or not id_file.exists():
+        before = id_file.read_bytes() if id_file.is_file() else b""
+        if first_step == 0 or not re.fullmatch(rb"[\w-]{1,64}", before):
+            # A new run; or the file is damaged.
             run_dir.mkdir(parents=True, exist_ok=True)
             write_file(id_file, os.urandom(4).hex().encode())
         self.run = wandb.init(

@@ -20,6 +20,7 @@ from pipeline.config import ConfigError
 from pipeline.progress import Progress
 from pipeline.runtime.checkpoint import commit
 from pipeline.runtime.checkpoint.commit import SaveError
+from pipeline.runtime.checkpoint.continuing import other_losses
 from pipeline.runtime.checkpoint.fragments import fragments_of
 from pipeline.runtime.checkpoint.state import HeldOut, StateError, encode, read_state
 from pipeline.weighting.prediction import Prediction
@@ -328,6 +329,16 @@ def sees_other_losses(run_dir: Path) -> None:
 def test_what_a_forward_sees_is_compared_with_what_it_saw(tmp_path: Path) -> None:
     run_ranks(save, 1, tmp_path, 7)
     run_ranks(sees_other_losses, 1, tmp_path)
+
+
+def test_what_rounding_makes_of_a_batch_known_by_heart_is_no_other_loss() -> None:
+    """In float32 the loss of a token is a multiple of 2^-23 where it is next to nothing: the last bit is all of it."""
+    sure = torch.tensor([[16.5, 0.0], [16.7, 0.0]])
+    losses = torch.nn.functional.cross_entropy(sure, torch.tensor([0, 0]), reduction="none").tolist()
+    assert losses[0] > 1.01 * losses[1]
+    state = SimpleNamespace(step=7, held_out=HeldOut(losses=losses[:1]), identity=IDENTITY)
+    assert other_losses(state, IDENTITY, HeldOut(losses=losses[1:])) == []
+    assert other_losses(state, IDENTITY, HeldOut(losses=[losses[0] + 0.01])) != []
 
 
 def other_model(run_dir: Path) -> None:

@@ -27,14 +27,19 @@ from pipeline.data.corpus.request import REQUEST_FILE, begin_or_continue
 from pipeline.data.corpus.shard_assembly import _read_record
 from pipeline.data.corpus.tokenization import _record_file, read_record
 from pipeline.data.errors import DataError
+from pipeline.data.shards.external_scores import import_scores
 from pipeline.data.shards.losses_writer import LossesWriter
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.shards.reader import ShardReader
 from pipeline.data.shards.reference_losses import LossesManifest, losses_folder, read_losses_manifest
 from pipeline.data.special_tokens import declared_bos_id
 from pipeline.data.tokenizer import byte_tokenizer, load_tokenizer
+from pipeline.experiment.conduct import _add_hours
+from pipeline.experiment.plan import read_plan
+from pipeline.model.drafter import drafter_verifier
 from pipeline.model.export import save_model
 from pipeline.model.huggingface import load_weights, read_model_settings
+from pipeline.model.meta import PARAMS_FILE
 from pipeline.model.model_config import ModelFilesError
 from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model.weight_files import weight_files
@@ -42,6 +47,7 @@ from pipeline.recipe import load_settings
 from pipeline.runtime.checkpoint.folders import read_state_of, saved_steps
 from pipeline.runtime.checkpoint.fragment_file import FileError, read_header, write_tensors
 from pipeline.runtime.deepspeed_json import read_deepspeed_json
+from pipeline.runtime.events import EventLog, last_event
 from pipeline.runtime.logbook import Logbook, read_records
 from tests.data_sets import numbered_data
 
@@ -98,6 +104,7 @@ BYTES = {
     "a number": b"7",
     "a number of many digits": b'{"format": 1' + b"0" * 10_000 + b', "format_version": 1' + b"0" * 10_000 + b"}",
     "numbers that are none": b'{"format": NaN, "format_version": Infinity, "step": 1e999}',
+    "an integer that no float holds": b'{"key": "000000", "scores": [1, 2, 3, 1' + b"0" * 400 + b"]}",
     "keys that a class has": b'{"__class__": "x", "__reduce__": ["os.system"], "format_version": {}, "format": []}',
     "a header of 2^63 bytes": safetensors(b"{}", length=2**63),
     "a header of 100 MB": safetensors(b"{}", length=10**8),
@@ -232,6 +239,69 @@ def door_deepspeed_json(folder: Path, content: bytes) -> str:
     (folder / "zero.json").write_bytes(content)
     _, problems = read_deepspeed_json(folder / "zero.json", Settings())
     return problems[0]
+
+
+def door_base_of_a_recipe(folder: Path, content: bytes) -> str:
+    (folder / "recipe.yaml").write_text("base: below.yaml\n")
+    (folder / "below.yaml").write_bytes(content)
+    return refused_or_unused(ConfigError, load_settings, folder / "recipe.yaml", [])
+
+
+def door_experiment_plan(folder: Path, content: bytes) -> str:
+    for name in ("plan", "arms", "base"):
+        (folder / f"{name}.yaml").write_bytes(content)
+    return refused(ConfigError, read_plan, folder / "plan.yaml")
+
+
+def door_experiment_hours(folder: Path, content: bytes) -> str:
+    (folder / "hours.json").write_bytes(content)
+    return f"{_add_hours(folder, 1.0)} hours"
+
+
+def import_of(folder: Path, suffix: str, content: bytes) -> str:
+    (folder / f"scores{suffix}").write_bytes(content)
+    return refused(DataError, import_scores, folder / f"scores{suffix}", numbered_data(folder / "data", 22), folder / "cache")
+
+
+def door_scores_as_an_array(folder: Path, content: bytes) -> str:
+    return import_of(folder, ".npy", content)
+
+
+def door_scores_as_lines(folder: Path, content: bytes) -> str:
+    return import_of(folder, ".jsonl", content)
+
+
+def door_params_of_meta(folder: Path, content: bytes) -> str:
+    (folder / PARAMS_FILE).write_bytes(content)
+    return refused(ModelFilesError, read_model_settings, folder)
+
+
+def weights_of_meta(folder: Path, name: str, content: bytes) -> str:
+    """The vocabulary's size is left to the weights, as Meta leaves it to the tokenizer."""
+    (folder / PARAMS_FILE).write_text('{"dim": 8, "n_layers": 2, "n_heads": 2}')
+    (folder / name).write_bytes(content)
+    return refused(ModelFilesError, read_model_settings, folder)
+
+
+def door_weights_of_meta(folder: Path, content: bytes) -> str:
+    return weights_of_meta(folder, "consolidated.safetensors", content)
+
+
+def door_pickle_of_meta(folder: Path, content: bytes) -> str:
+    return weights_of_meta(folder, "consolidated.00.pth", content)
+
+
+def door_drafter(folder: Path, content: bytes) -> str:
+    (folder / "config.json").write_bytes(content)
+    return f"no drafter: {drafter_verifier(folder)}"
+
+
+def door_events(folder: Path, content: bytes) -> str:
+    (folder / "events.jsonl").write_bytes(content)
+    EventLog(folder).write("start", ranks=1)
+    found = last_event(folder, "start")
+    assert found is not None
+    return f"{found['ranks']} rank"
 
 
 def door_builtin_corpus(folder: Path, content: bytes) -> str:

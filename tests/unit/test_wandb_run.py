@@ -1,6 +1,7 @@
 """Weights & Biases without a login: what is recorded offline, read back from its files."""
 
 import json
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,20 @@ def test_records_are_kept_offline_under_their_names_and_a_resumed_run_goes_on(
     # One run there: both starts have the same id.
     names = [path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert set(names) == {(tmp_path / "wandb-id").read_text()}
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../../elsewhere", b"a" * 100_000])
+def test_a_damaged_name_of_the_run_there_ends_no_training(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "wandb-id").write_bytes(content)
+    logbook = Logbook(tmp_path, 2, 1, trackers=trackers_of(SETTINGS, tmp_path, 2))
+    logbook.write({"step": 3, "loss": 4.5})
+    logbook.close()
+    assert logged(tmp_path) == [{"step": 3, "loss": 4.5}]
+    assert re.fullmatch("[0-9a-f]{8}", (tmp_path / "wandb-id").read_text())
 
 
 def test_settings_are_read_from_the_command_line_and_unknown_ones_refused() -> None:

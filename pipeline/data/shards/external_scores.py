@@ -123,8 +123,9 @@ def _rows_of(data: Location, manifest: Manifest, access: Access) -> Iterator[tup
 
 def _read_npy(file: Path) -> np.ndarray:
     try:
-        scores: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        # Not np.load, which also opens archives of arrays. Objects, which would be unpickled, cannot be mapped.
+        scores: np.ndarray = np.lib.format.open_memmap(file, mode="r")
+    except ValueError as error:
         raise DataError(f"{file}: expected an array saved by numpy.save ({error})") from None
     return scores
 
@@ -177,7 +178,10 @@ def _parsed(line: bytes, place: str, sequence_length: int) -> tuple[str, np.ndar
     if not are_numbers or len(scores) != sequence_length:
         got = f"{len(scores)} entries" if isinstance(scores, list) else type(scores).__name__
         raise DataError(f"{place}: expected {sequence_length} numbers as scores, one a token of the row, got {got}")
-    return str(key), np.array(scores, np.float64)
+    try:
+        return str(key), np.array(scores, np.float64)
+    except OverflowError:
+        raise DataError(f"{place}: expected numbers that a float32 holds, got an integer of hundreds of digits") from None
 
 
 def _checked(scores_ST: np.ndarray, samples: list[tuple[str, int]], first: int, end: int, dtype: str, file: Path) -> np.ndarray:
