@@ -105,7 +105,7 @@ class DataSetScorer:
         self.writer = LossesWriter(cache, self._losses_manifest(precision), self.manifest)
 
     def _losses_manifest(self, precision: str) -> LossesManifest:
-        """Which data and reference the losses belong to."""
+        """Describe the losses: the data and the reference that they belong to."""
         return LossesManifest.model_validate(
             {
                 "data_sha256": data_fingerprint(read_whole(self.location / MANIFEST_FILE, self.settings.data.access)),
@@ -139,7 +139,7 @@ class DataSetScorer:
         return True
 
     def _is_finished(self) -> bool:
-        """Whether all losses are there already, by their content; the ranks share the reading."""
+        """Look whether all losses are there already, by their content; the ranks share the reading."""
         world = self.job.world
         is_finished, failure = broadcast_from_first(_begin(self.writer) if world.is_first else None)
         if failure is not None:

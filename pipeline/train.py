@@ -171,7 +171,7 @@ def fetched_ahead(
 
 
 def flags_of(run: Run, stop: StopRequest) -> RankFlags:
-    """What this rank has to tell the others."""
+    """Collect what this rank has to tell the others."""
     return RankFlags(stop.is_requested, run.checkpoints.is_due_by_time, run.checkpoints.is_written)
 
 
