@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from pipeline.storage.command import Ended, run_command
 from pipeline.storage.disk_cache import DiskCache
 from pipeline.storage.location import PIPE, Location, Url
-from pipeline.storage.masking import masked_text
+from pipeline.storage.masking import masked_answer, masked_text
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 10.0
 _MAX_WRONG_ANSWERS = 4
@@ -172,7 +172,8 @@ class PipeFile:
         if done.code == 0:
             return
         self.close()
-        last_line = masked_text(" ".join(done.errors.strip().splitlines()[-1:]))
+        last_line = " ".join(done.errors.strip().splitlines()[-1:])
+        last_line = masked_answer(last_line, pipe.removeprefix(PIPE), pipe.file)
         if done.code is None:
             silent = f"the command gave nothing for {access.retry_seconds:g} s (data.retry_seconds), and was ended"
             raise StorageError(f"{pipe}: {silent}: {last_line}" if last_line else f"{pipe}: {silent}")

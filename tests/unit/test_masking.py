@@ -15,7 +15,7 @@ from pipeline.options import path_argument
 from pipeline.recipe import load_settings
 from pipeline.runtime.identity import changed_settings, flatten
 from pipeline.storage.location import Url, parse_location
-from pipeline.storage.masking import masked, masked_text, masked_values
+from pipeline.storage.masking import masked, masked_answer, masked_text, masked_values
 
 SECRETS = {
     "s3://KEY:sec/ret+x@bucket/dir": "s3://***@bucket/dir",
@@ -39,6 +39,7 @@ OPEN = [
     "s3://bucket/a",
     "memory://a",
     "no URL, a@b.c: ok? yes=no",
+    "authorization is no header here, nor is a bearer; hf_model, sk-learn, AKIA and training.key=3 are no keys",
     "data/mix",
     "",
 ]
@@ -54,6 +55,33 @@ def test_what_may_be_a_secret_is_masked_once_and_the_rest_remains(location: str,
 @pytest.mark.parametrize("text", OPEN)
 def test_what_holds_no_secret_remains(text: str) -> None:
     assert masked(text) == masked_text(text) == text
+
+
+KEYS = {
+    "hf_abcdefghijKLMNOP": "***",
+    "the key AKIAIOSFODNN7EXAMPLE is unknown": "the key *** is unknown",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abc_def-g": "***",
+    "sent Authorization: Bearer abc.def-ghi/jk= twice": "sent Authorization: Bearer *** twice",
+    "'authorization: Basic dXNlcjp3b3Jk'": "'authorization: Basic ***'",
+    "AWS_SECRET_ACCESS_KEY=abc/def+ghi HF_TOKEN=x run": "AWS_SECRET_ACCESS_KEY=*** HF_TOKEN=*** run",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), KEYS.items())
+def test_keys_and_tokens_of_known_form_are_masked_wherever_they_stand(text: str, expected: str) -> None:
+    assert masked(text) == masked_text(text) == expected
+    assert masked(expected) == masked_text(expected) == expected
+
+
+def test_what_a_command_says_repeats_none_of_its_words_but_the_file_that_it_was_to_give() -> None:
+    command = "curl -H Authorization: Bearer zq7word https://u:zq8word@host/data/a.tar -o '/tmp/zq9 word'"
+    for said in ("Could not resolve host: zq7word", "curl: (3) https://u:zq8word@host/data/a.tar: bad", "no /tmp/zq9 here"):
+        shown = masked_answer(said, command, "a.tar")
+        assert "zq" not in shown
+        assert "***" in shown
+    assert masked_answer("cat: /data/a.tar: No such file or directory", "cat /data/a.tar", "a.tar").endswith(
+        "/data/a.tar: No such file or directory"
+    )
 
 
 def test_urls_in_a_message_are_masked_and_the_message_remains() -> None:

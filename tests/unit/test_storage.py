@@ -560,6 +560,18 @@ def test_a_pipe_that_fails_is_damage_with_what_it_said(folder):
     assert all("shard-00001" in message and "ended with code 3: no way" in message for message in damage)
 
 
+def test_what_a_pipe_says_of_its_own_words_is_not_shown(folder):
+    # A header without quotation marks: the program takes the token for a place.
+    pipe = Url(f"pipe:cat Bearer zq7token {folder}/{{}} nowhere-{{}}")
+    with pytest.raises(DataError) as raised:
+        Stream(pipe, **SIZES, access=Access(allow_pipe=True))
+    assert "nowhere-manifest.json: No such file" in str(raised.value)
+    with pytest.raises(DataError) as raised:
+        Stream(Url("pipe:cat {} zq7token"), **SIZES, access=Access(allow_pipe=True))
+    assert "***: No such file" in str(raised.value)
+    assert "zq7token" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", ["shard-00001.tar", "manifest.json"])
 def test_a_pipe_that_fails_once_and_not_again_is_no_damage(folder, tmp_path, name):
     # What it printed before it failed is not what is read.
