@@ -54,7 +54,8 @@ def train(run: Run, stop: StopRequest, allow_changed: bool = False) -> int:
         StoppedError: a signal to stop came before the first step, when there is nothing to save.
     """
     progress = run.checkpoints.resume(run.engine, allow_changed, lambda: held_out_losses(run))
-    run.checkpoints.prepare(run.engine)
+    if progress.step < run.settings.training.steps:
+        run.checkpoints.prepare(run.engine)
     gone_back_to: Progress | None = progress
     while gone_back_to is not None:
         progress = gone_back_to

@@ -321,6 +321,23 @@ def saves_without_space(run_dir: Path) -> None:
             checkpoints(run_dir).save(StandIn(7, 7), Progress(7), HeldOut(), in_background=False)
 
 
+def starts_without_space(run_dir: Path) -> None:
+    store = checkpoints(run_dir)
+    store.resume(StandIn(7, 7), False)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(
+            ConfigError, match=r"no room for a checkpoint: 1,0\d\d,\d\d\d bytes are needed in .*, 1,000 are free"
+        ):
+            store.prepare(StandIn(7, 7))
+    store.prepare(StandIn(7, 7))
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    run_ranks(starts_without_space, 2, tmp_path)
+
+
 def sees_other_losses(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"step-00000007: the held-out batch has losses \[7.1\], and had \[7.0\]"):
         checkpoints(run_dir).resume(StandIn(), False, held_out=lambda: HeldOut(losses=[7.1]))

@@ -71,7 +71,14 @@ class Checkpoints:
         return self._writer.is_done
 
     def prepare(self, engine: Any) -> None:
-        """Make the host buffers of saves in the background, or say that this machine has no memory for them. Not collective."""
+        """Make the host buffers of saves in the background, or say that this machine has no memory for them.
+
+        Raises:
+            ConfigError: the disk has no room for one checkpoint, so that all that is trained would be lost.
+        """
+        missing = broadcast_from_first(self._writer.missing_space(engine) if self.world.is_first else None)
+        if missing is not None:
+            raise ConfigError([f"no room for a checkpoint: {missing}"], "free some of the disk, or choose another --run-dir")
         self._writer.prepare(engine)
 
     def save(

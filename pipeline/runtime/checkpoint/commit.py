@@ -157,15 +157,18 @@ class Writer:
             try:
                 remove(partial)
                 partial.mkdir(parents=True)
-                needed, free = _bytes_needed(engine), shutil.disk_usage(partial).free
-                if free < needed:
-                    problem = f"{needed:,} bytes are needed in {self.directory}, {free:,} are free"
+                problem = self.missing_space(engine)
             except OSError as error:
                 problem = _sentence(error)
         problem = broadcast_from_first(problem)
         if problem is not None:
             self._remove(partial)
             raise SaveError(f"{partial.stem} was not saved: {problem}")
+
+    def missing_space(self, engine: Any) -> str | None:
+        """Say that the disk has no room for one more checkpoint; None if it has."""
+        needed, free = _bytes_needed(engine), shutil.disk_usage(self.directory).free
+        return f"{needed:,} bytes are needed in {self.directory}, {free:,} are free" if free < needed else None
 
     def prepare(self, engine: Any) -> None:
         """Make the host buffers, once, if there is memory for them, and note the parameters' shapes."""
