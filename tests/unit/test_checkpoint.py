@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from pipeline.config import ConfigError
 from pipeline.progress import Progress
-from pipeline.runtime.checkpoint import commit
+from pipeline.runtime.checkpoint import commit, read
 from pipeline.runtime.checkpoint.commit import SaveError
 from pipeline.runtime.checkpoint.continuing import other_losses
 from pipeline.runtime.checkpoint.fragments import fragments_of
@@ -165,6 +165,38 @@ def is_refused(run_dir: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         resumed(run_dir)
     return str(caught.value)
+
+
+def reads_what_fails_once(run_dir: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        reading = FailsOnce(read.read_pieces, OSError(errno.ESTALE, "Stale file handle"))
+        patch.setattr(read, "read_pieces", reading)
+        patch.setattr(read, "problem_of", FailsOnce(read.problem_of, "cannot be read (Stale file handle)"))
+        step, engine = resumed(run_dir)
+    assert (step, engine.values) == (7, StandIn(7, 7).values)
+    assert reading.has_failed
+
+
+class FailsOnce:
+    """A function that is another one from its second call on. failure: what the first one raises, or returns."""
+
+    def __init__(self, function: Callable[..., Any], failure: Exception | str):
+        self.function, self.failure, self.has_failed = function, failure, False
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self.has_failed:
+            return self.function(*arguments, **named)
+        self.has_failed = True
+        if isinstance(self.failure, Exception):
+            raise self.failure
+        return self.failure
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_file_system_that_fails_for_a_moment_costs_no_checkpoint(tmp_path: Path, ranks: int) -> None:
+    run_ranks(save, 2, tmp_path, 3, 7)
+    run_ranks(reads_what_fails_once, ranks, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/abandoned-*"))
 
 
 def test_without_a_sound_checkpoint_no_rank_starts_anew(tmp_path: Path) -> None:

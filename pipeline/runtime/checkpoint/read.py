@@ -1,12 +1,12 @@
 """Load a checkpoint into an engine of any layout.
 
 Every byte is verified before it counts. On the layout that wrote it each rank reads its own file once, hashing what it sets; on
-another the ranks share the hashing and agree before any value is set. What is wrong with one checkpoint is a sentence, the same
-on all ranks, and the next older one is tried.
+another the ranks share the hashing and agree before any value is set. What is wrong is read a second time. What is wrong with a
+checkpoint then is a sentence, the same on all ranks, and the next older one is tried.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ def load(directory: Path, state: State, engine: Any, world: World) -> list[str]:
     own = _reads_own_file_alone(fragments, state, world)
     same_layout = all(gather_over_ranks(own))
     if same_layout:
-        found = _agree(_read_own(directory, state, fragments, world))
+        found = _agree(_twice(_read_own, directory, state, fragments, world))
     else:
-        found = _agree(_hash_share(directory, state, world)) or _agree(_read_parts(directory, state, fragments))
+        found = _agree(_twice(_hash_share, directory, state, world))
+        found = found or _agree(_twice(_read_parts, directory, state, fragments))
     if found:
         return [f"{directory.name}: {problem}" for problem in found]
 
@@ -74,6 +75,16 @@ def _reads_own_file_alone(fragments: Sequence[Fragment], state: State, world: Wo
         if file == world.rank
     }
     return state.world_size == world.size and saved == {(each.name, each.start, each.numel) for each in fragments}
+
+
+def _twice(read: Callable[..., str | None], directory: Path, *arguments: Any) -> str | None:
+    """Read again before a checkpoint is given up, and with it what was trained since the one before: a file system on the
+    network may fail for a moment."""
+    problem = read(directory, *arguments)
+    if problem is not None:
+        print(f"{directory.name}: {problem}; it is read again", flush=True)
+        problem = read(directory, *arguments)
+    return problem
 
 
 def _read_own(directory: Path, state: State, fragments: Sequence[Fragment], world: World) -> str | None:
