@@ -4,8 +4,9 @@ A run that is killed goes on from a checkpoint, and one that is asked to (`--fro
 are then abandoned, and trained again. The *line* has each step once: the one that the weights of now descend from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "end": {},
 }
 """The types of an event's values, by its kind."""
+
+
+_CLOCKS_DIFFER = 1.0
+"""Seconds by which the clocks of a cluster's machines may differ."""
 
 
 @dataclass
@@ -106,6 +111,7 @@ def read_history(run_dir: Path) -> History:
         return history
     _read_events(path, history)
     _Follower(history).follow()
+    history.notes += _clocks_set_back(history.events)
     return history
 
 
@@ -136,12 +142,24 @@ def _event(number: int, value: dict[str, Any] | None) -> Event | None:
     types = _FIELDS.get(kind)
     if types is None or not all(isinstance(value.get(key), known) for key, known in types.items()):
         return None
+    if not isinstance(value.get("code", 0), int):
+        return None
     return Event(number, float(value["time"]), kind, value)
 
 
 def _is_possible(value: Any) -> bool:
     """False for numbers that no run records, which sums would carry on."""
     return not isinstance(value, int | float) or 0 <= value < 2**53
+
+
+def _clocks_set_back(events: Sequence[Event]) -> Iterator[str]:
+    """Say where time went back: the clock was set, or is another machine's. Until it has caught up no time is counted."""
+    for before, event in pairwise(events):
+        if before.time - event.time > _CLOCKS_DIFFER:
+            yield (
+                f"{EVENTS_FILE}: line {event.line} is {before.time - event.time:.0f} s before the line above it by the clock; "
+                "the shares of the wall clock lack that time"
+            )
 
 
 class _Follower:

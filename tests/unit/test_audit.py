@@ -300,6 +300,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
         "record of the order of samples is damaged",
     ),
     "no weight": (lambda events: events[1]["sets"][0].update(weight=float("nan")), "record of the order of samples is damaged"),
+    "a code that is none": (lambda events: events[20].update(code=[75]), "line 21 is damaged"),
     "a time that is none": (lambda events: events[5].update(time=float("inf")), "line 6 is damaged"),
     "a position beyond numbers": (lambda events: events[5].update(samples=2**80), "line 6 is damaged"),
     "the last steps are missing": (lambda events: [events.pop() for _ in range(4)], "step-00000012: no event tells of step 12"),
@@ -314,6 +315,16 @@ def test_events_that_were_tampered_with_are_named(name: str, tmp_path: Path) -> 
     edit(told.events)
     found = audit(told.written())
     assert any(expected in problem for problem in found.problems), found.problems
+
+
+def test_a_clock_that_was_set_back_is_said_and_the_shares_are_those_of_the_time_that_is_known(tmp_path: Path) -> None:
+    told = story(tmp_path / "run")
+    for event in told.events[16:]:
+        event["time"] -= 500
+    found = audit(told.written())
+    assert found.problems == []
+    assert [note for note in found.notes if "line 17 is 499 s before the line above it by the clock" in note]
+    assert sum(found.clock.percent.values()) == pytest.approx(100)
 
 
 def edited_lines(path: Path, edit: Callable[[list[str]], Any]) -> None:
