@@ -219,6 +219,7 @@ def train_step(run: Run, fetched: FetchedStep, progress: Progress) -> StepResult
     begin_step(run.engine, rate, trunk_is_frozen=progress.applied_steps < training.freeze_trunk_steps)
     sums = SelectionSums(settings.model.num_prediction_heads, len(consumed.tokens_by_source), run.device)
     run.engine.module.bad_gradient_rows.clear()
+    run.engine.module.trunk_gradients.clear()
 
     # Reference, selection and policy losses, each micro-batch when the loop asks for it; backward.
     compared = comparisons(run.models, micro_batches, training)
@@ -237,6 +238,8 @@ def train_step(run: Run, fetched: FetchedStep, progress: Progress) -> StepResult
             backward(run.engine, losses.loss * finite_or_nan)
             checksums = checksums_of(run) if is_check_due(training, progress.step + 1) else {}
         applied = end_micro_step(run.engine)
+
+    sums.add_trunk_gradients(run.engine.module.trunk_gradients, run.world.size)
 
     # A step that was discarded says why.
     keys = [batch.keys for batch in batches]

@@ -91,6 +91,9 @@ class MTPModel(nn.Module):
         self.run_block = block_runner(activation_checkpointing)
         # One bool [B] per backward since the caller last cleared the list: rows whose gradient at the embedding was not finite.
         self.bad_gradient_rows: list[Tensor] = []
+        # Since the caller last cleared the list: a head, and the squared norm of the gradient that a backward sent from it into
+        # the trunk, a float32 scalar.
+        self.trunk_gradients: list[tuple[int, Tensor]] = []
         self.trunk_is_frozen = False
 
     def forward(
@@ -154,6 +157,7 @@ class MTPModel(nn.Module):
         if self.detach_heads and hidden_BTD.requires_grad:
             cut_BTD = hidden_BTD.detach().requires_grad_()
         inputs = [hidden_BTD, *[cut_BTD] * (len(self.heads) - 1)]
+        inputs = [self._watched(each_BTD, head) if each_BTD is hidden_BTD else each_BTD for head, each_BTD in enumerate(inputs)]
         return torch.stack(
             [self.run_block(head, each_BTD, angles, documents) for head, each_BTD in zip(self.heads, inputs, strict=True)],
             dim=2,
@@ -170,8 +174,26 @@ class MTPModel(nn.Module):
         """True if any parameter is trained."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
+    def _watched(self, hidden_BTD: Tensor, head: int) -> Tensor:
+        """A head's own view of the trunk's output, whose gradient is that head's alone."""
+        if not hidden_BTD.requires_grad:
+            return hidden_BTD
+        own_BTD = hidden_BTD.view_as(hidden_BTD)
+        own_BTD.register_hook(_NoteNorm(self.trunk_gradients, head))
+        return own_BTD
+
     def _note_bad_rows(self, gradient_BTD: Tensor) -> None:
         self.bad_gradient_rows.append(~torch.isfinite(gradient_BTD).all(dim=2).all(dim=1))
+
+
+class _NoteNorm:
+    """A hook that notes the squared norm of a head's gradient. Nothing in it waits for the device."""
+
+    def __init__(self, found: list[tuple[int, Tensor]], head: int):
+        self.found, self.head = found, head
+
+    def __call__(self, gradient_BTD: Tensor) -> None:
+        self.found.append((self.head, torch.linalg.vector_norm(gradient_BTD, dtype=torch.float32).square()))
 
 
 def no_gather(_: nn.Parameter) -> AbstractContextManager[bool]:

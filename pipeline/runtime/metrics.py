@@ -12,6 +12,7 @@ of a histogram, C columns of sums, X those of one name.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ class SelectionSums:
         self.histogram_SKV = zeros_K.new_zeros(num_sources, num_selecting, EXCESS_BINS)
         self.threshold_K, self.threshold_weight_K = zeros_K, zeros_K.clone()
 
+        self.trunk_gradient_H: Tensor | None = None
         self.compared = False
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.bad_rows: list[tuple[Tensor, Tensor]] = []
@@ -124,6 +126,15 @@ class SelectionSums:
         self.bad_rows.append((~finite_BTH.all(1), F.pad(bad_reference_BTK.any(1), (1, 0))))
         self.finite &= finite_BTH.all() & finite_BTK.all() & selection.finite
 
+    def add_trunk_gradients(self, squared_norms: Sequence[tuple[int, Tensor]], world_size: int) -> None:
+        """Add the squared norms of the gradients that heads have sent into the trunk, by head. The engine's are `world_size`
+        times the objective's, since it averages over ranks (`engine.backward`)."""
+        zero = self.threshold_weight_K.new_zeros(())
+        squares_H = [zero] * self.widths["valid"]
+        for head, square in squared_norms:
+            squares_H[head] = squares_H[head] + square.double()
+        self.trunk_gradient_H = torch.stack(squares_H) / world_size**2
+
     def _add_to_histogram(self, excess_BTK: Tensor, counted_BTK: Tensor, sources_BT: Tensor) -> None:
         num_heads = excess_BTK.shape[-1]
         row_BTK = sources_BT[..., None] * num_heads + torch.arange(num_heads, device=sources_BT.device)
@@ -132,9 +143,10 @@ class SelectionSums:
 
     def over_ranks(self, group: Group) -> "Totals":
         """Sum over all ranks, with one collective that every rank must join, and one copy to the host."""
-        parts = [self.columns_SC, self.histogram_SKV, self.threshold_K, self.threshold_weight_K]
+        trunk_H = self.threshold_K.new_zeros(0) if self.trunk_gradient_H is None else self.trunk_gradient_H
+        parts = [self.columns_SC, self.histogram_SKV, self.threshold_K, self.threshold_weight_K, trunk_H]
         flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]), group).cpu()
-        columns, histogram, threshold_K, weight_K = flat.split([part.numel() for part in parts])
+        columns, histogram, threshold_K, weight_K, trunk_H = flat.split([part.numel() for part in parts])
 
         columns_SX = columns.view(self.columns_SC.shape).split(list(self.widths.values()), dim=1)
         by_name = dict(zip(self.widths, columns_SX, strict=True))
@@ -153,7 +165,8 @@ class SelectionSums:
             **{name: sums_SX.sum(0).tolist() for name, sums_SX in by_name.items()},
         )
         thresholds = [ratio(*of_head) for of_head in zip(threshold_K.tolist(), weight_K.tolist(), strict=True)]
-        return Totals(whole, by_source, thresholds)
+        norms = [norm if math.isfinite(norm) else None for norm in trunk_H.sqrt().tolist()]
+        return Totals(whole, by_source, thresholds, norms)
 
     def record(self, scale_H: Sequence[float], source_names: Sequence[str], group: Group) -> Record:
         """Return the metrics of these sums; one collective, which every rank must join."""
@@ -235,11 +248,12 @@ class Counted:
 @dataclass(frozen=True)
 class Totals:
     """Sums over all ranks. thresholds: of heads 1...; a threshold belongs to a pool, so that neither a source nor several
-    heads together have one."""
+    heads together have one. trunk_grad_norms: of each head, in training."""
 
     whole: Counted
     by_source: list[Counted]
     thresholds: list[float | None]
+    trunk_grad_norms: list[float | None]
 
     def record(self, scale_H: Sequence[float], source_names: Sequence[str]) -> Record:
         """Return the metrics; `scale_H` is the objective's factor for a selected loss of each head. Without names ("") there
@@ -248,6 +262,7 @@ class Totals:
         objective = sum(scale * loss for scale, loss in zip(scale_H, whole.selected_loss, strict=True))
         record: Record = {"loss": objective if whole.all_finite else None}
         record |= whole.statistics()
+        record |= {f"trunk_grad_norm_head_{head}": norm for head, norm in enumerate(self.trunk_grad_norms)}
         for index, threshold in enumerate(self.thresholds):
             is_bad = whole.bad_loss[index + 1] or whole.bad_excess[index]
             record[f"threshold_head_{index + 1}"] = None if is_bad else threshold

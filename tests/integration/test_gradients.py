@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pipeline.config import Settings
 from pipeline.weighting.prediction import Prediction
-from tests.dense import HEADS, dense_objective_by_head, external_scores, settings_for, whole_batch
+from tests.dense import HEADS, dense_model, dense_objective_by_head, external_scores, settings_for, whole_batch
 from tests.ranks import run_ranks
 from tests.rows import part_of
 from tests.stepping import Answer, WatchedEngine
@@ -26,6 +26,17 @@ def dense_gradient(settings: Settings, world_size: int) -> dict[str, torch.Tenso
         for parameter, gradient in zip(below, torch.autograd.grad(first, below), strict=True):
             parameter.grad = gradient
     return {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None}
+
+
+def trunk_gradient_norms(settings: Settings, world_size: int) -> list[float]:
+    """Of each head, by autograd: the norm of the gradient of its part of the objective at the trunk's output."""
+    policy, inputs = dense_model(settings), {}
+    for head, block in enumerate(policy.heads):
+        block.register_forward_pre_hook(lambda _, arguments, head=head: inputs.update({head: arguments[0]}))
+    losses, _ = dense_objective_by_head(settings, world_size, policy)
+    gradients = [torch.autograd.grad(loss, inputs[head], retain_graph=True)[0] for head, loss in enumerate(losses)]
+    is_cut = settings.training.detach_heads
+    return [0.0 if is_cut and head else gradient.norm().item() for head, gradient in enumerate(gradients)]
 
 
 class Case(NamedTuple):
@@ -146,8 +157,10 @@ def test_the_gradient_is_exact_for_the_other_settings_too() -> None:
     by_rank = run_ranks(sharded_gradients, 2, list(OTHERS.values()))
     for name, case, *answers in zip(OTHERS, OTHERS.values(), *by_rank, strict=True):
         expected = dense_gradient(case.settings(2), world_size=2)
+        norms = trunk_gradient_norms(case.settings(2), world_size=2)
         for gradients, record in answers:
             assert relative_error(gradients, expected) < 1e-5, name
+            assert [record[f"trunk_grad_norm_head_{head}"] for head in range(HEADS)] == pytest.approx(norms, rel=1e-4), name
             for head in range(1, HEADS):
                 # What a whole step chose together is known before its first micro-step; a chunk may still want for room.
                 hit_rate = record[f"prediction_hit_rate_head_{head}"]
@@ -171,8 +184,10 @@ def test_the_gradient_of_each_option_is_that_of_one_dense_process() -> None:
     by_rank = run_ranks(sharded_gradients, 2, list(OPTIONS.values()))
     for name, case, *answers in zip(OPTIONS, OPTIONS.values(), *by_rank, strict=True):
         expected = dense_gradient(case.settings(2), world_size=2)
+        norms = trunk_gradient_norms(case.settings(2), world_size=2)
         for gradients, record in answers:
             assert relative_error(gradients, expected) < 1e-5, name
+            assert [record[f"trunk_grad_norm_head_{head}"] for head in range(HEADS)] == pytest.approx(norms, rel=1e-4), name
             assert record == answers[0][1]
             assert record["selected_ratio_head_1"] < 0.7
             # Predictions that are right in part, or come of a scoring pass.
