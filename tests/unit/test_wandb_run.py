@@ -1,9 +1,13 @@
 """Weights & Biases without a login: what is recorded offline, read back from its files."""
 
+import contextlib
+import io
 import json
+import os
 import re
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,11 @@ import pytest
 
 from pipeline.checks import check_before_start
 from pipeline.config import ConfigError, Settings
+from pipeline.processes import find
 from pipeline.recipe import read_settings
 from pipeline.runtime.distributed import World
-from pipeline.runtime.logbook import Logbook, trackers_of
+from pipeline.runtime.logbook import Logbook, read_records, trackers_of
+from tests.ranks import run_ranks
 
 SETTINGS = Settings().with_values(run={"name": "mine"}, logging={"wandb": {"project": "selective"}})
 
@@ -86,6 +92,49 @@ def test_a_damaged_name_of_the_run_there_ends_no_training(
     logbook.close()
     assert logged(tmp_path) == [{"step": 3, "loss": 4.5}]
     assert re.fullmatch("[0-9a-f]{8}", (tmp_path / "wandb-id").read_text())
+
+
+def test_neither_a_network_nor_a_process_of_the_library_that_fails_ends_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    for number, fails in enumerate((kill_its_process, refuse_to_begin)):
+        (said,) = run_ranks(logs_while_it_fails, 1, tmp_path / str(number), fails)
+        assert said.count("the run goes on without it, and metrics.jsonl has all records") == 1
+        assert "zq7" not in said
+        assert [record["step"] for record in read_records(tmp_path / str(number))] == [*range(1, 40)]
+
+
+def logs_while_it_fails(run_dir: Path, fails: Callable[[pytest.MonkeyPatch, int], None]) -> str:
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setenv("WANDB_MODE", "offline")
+        fails(patch, 0)
+        logbook = Logbook(run_dir, 0, 1, trackers=trackers_of(SETTINGS, run_dir, 0))
+        for step in range(1, 40):
+            fails(patch, step)
+            logbook.write({"step": step, "loss": 1.5})
+            time.sleep(0.05)
+        logbook.close()
+    return said.getvalue()
+
+
+def kill_its_process(patch: pytest.MonkeyPatch, step: int) -> None:
+    if step == 2:
+        ours = [find(int(path.name)) for path in Path("/proc").glob("[0-9]*")]
+        of_library = [each for each in ours if "wandb" in "".join(each.command[:1]) and each.parent == find(os.getpid())]
+        assert of_library
+        for each in of_library:
+            each.kill()
+
+
+def refuse_to_begin(patch: pytest.MonkeyPatch, step: int) -> None:
+    import wandb
+
+    if step == 0:
+        patch.setattr(wandb, "init", raise_no_answer)
+
+
+def raise_no_answer(**settings: Any) -> None:
+    raise ConnectionError("no answer from https://user:zq7@host")
 
 
 def test_settings_are_read_from_the_command_line_and_unknown_ones_refused() -> None:
