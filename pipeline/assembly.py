@@ -19,7 +19,7 @@ from pipeline.data.loading.mixture import DataSet, held_out_sets, read_joined, s
 from pipeline.data.loading.stream import Stream
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.reader import ShardReader
-from pipeline.data.shards.reference_losses import check_alike
+from pipeline.data.shards.reference_losses import ReaderWithLosses, check_alike
 from pipeline.derived import cached_losses, has_selecting_heads, lanes_of, reference_shape, vocab_size_of
 from pipeline.micro_step import Models
 from pipeline.run import Run
@@ -31,7 +31,6 @@ from pipeline.runtime.identity import identity_of
 from pipeline.runtime.memory import free_bytes, sharding_that_fits
 from pipeline.runtime.model_content import ModelFingerprints
 from pipeline.runtime.parameters import num_parameters
-from pipeline.storage.location import Location
 
 
 @dataclass(frozen=True)
@@ -97,17 +96,25 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
         stream=stream,
         held_out=held_out,
         checkpoints=checkpoints,
-        fixed_batch=first_row(held_out[0].data.location, held_out[0].manifest, settings)
+        fixed_batch=first_row(held_out[0].data, held_out[0].manifest, settings)
         if held_out
-        else first_row(stream.sets[0].location, stream.manifests[0], settings),
+        else first_row(stream.sets[0], stream.manifests[0], settings),
     )
 
 
-def first_row(location: Location, manifest: Manifest, settings: Settings) -> Batch:
-    """Read the first row of a prepared folder, on the first rank for all; a damaged one is a row of padding."""
-    reader = ShardReader(location, manifest, settings.data.access)
+def first_row(data: DataSet, manifest: Manifest, settings: Settings) -> Batch:
+    """Read the first row of a prepared folder, on the first rank for all; a damaged one is a row of padding.
+
+    Its cached losses come along, unless they are damaged: the row is the same with and without them.
+    """
+    reader: ShardReader | ReaderWithLosses = ShardReader(data.location, manifest, settings.data.access)
     try:
-        return broadcast_from_first(collate(reader.read_many([0], [0])))
+        rows = reader.read_many([0], [0])
+        if data.losses is not None:
+            reader = ReaderWithLosses(reader, data.losses)
+            scored = reader.read_many([0], [0])
+            rows = rows if scored[0].damage else scored
+        return broadcast_from_first(collate(rows))
     finally:
         reader.close()
 

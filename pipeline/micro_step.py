@@ -221,10 +221,14 @@ def policy_losses(
         yield models.policy(*micro.inputs, selector=selector, scale_H=scale_H, loss_phase=training.loss_phase, **micro.known)
 
 
+def has_reference(models: Models, batch: Batch) -> bool:
+    """Return whether losses are there that the policy's are compared with: computed, cached, or those of its own head 0."""
+    return models.reference is not None or batch.reference_losses_BTC is not None or models.horizon == "own"
+
+
 def _compete(models: Models, micro: MicroBatch, training: TrainingSettings) -> bool:
     """Return whether pairs compete at all: there is a head that selects, and something to compare with."""
-    has_reference = models.reference is not None or micro.batch.reference_losses_BTC is not None or models.horizon == "own"
-    return micro.valid_BTH.shape[-1] > 1 and (has_reference or training.selection_score != "excess")
+    return micro.valid_BTH.shape[-1] > 1 and (has_reference(models, micro.batch) or training.selection_score != "excess")
 
 
 def _decide_before(

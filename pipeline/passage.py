@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.micro_step import comparisons, count_step, load_micro_batches, policy_losses, selectors_of
+from pipeline.micro_step import comparisons, count_step, has_reference, load_micro_batches, policy_losses, selectors_of
 from pipeline.report.passage_page import Mark, Passage
 from pipeline.run import Run
 from pipeline.runtime import heartbeat
@@ -26,7 +26,7 @@ MOST_TOKENS = 160
 
 def passage_of(run: Run, step: int) -> Passage | None:
     """Score the passage; None where no head selects, or the reference's losses of it are not known. Collective."""
-    if run.settings.model.num_prediction_heads == 1 or run.models.reference is None:
+    if run.settings.model.num_prediction_heads == 1 or not has_reference(run.models, run.fixed_batch):
         return None
     heartbeat.go_on()
     run.engine.eval()

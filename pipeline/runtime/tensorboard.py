@@ -2,8 +2,8 @@
 
 TensorBoard colours by run, not by tag. So each head is a run of its own below the run (`tensorboard/head_0` …), and the heads
 share one tag a quantity: one card, with the heads in their colours and under their names. The same holds for sources
-(`source_NAME`) and data sets (`set_NAME`). What has none of these lies in the run itself, pairs of heads too: colours repeat
-after seven runs. Groups of cards are sorted by name, and the first two are open: `selection`, `train`, then `validation`,
+(`source_NAME`) and data sets (`set_NAME`); what two heads share is a curve of the second one, in a card of the first. All else
+lies in the run itself. Groups of cards are sorted by name, and the first two are open: `selection`, `train`, then `validation`,
 `wall_clock`, `z_data`.
 
 Left out, and only in metrics.jsonl: constants (how many pairs there are, and are selected), and most statistics of single
@@ -60,7 +60,7 @@ def place_of(key: str, split: str | None = None) -> Place | None:
     loss                                 the run itself   train/loss
     loss_head_0                          head_0           train/loss
     selected_ratio_head_1                head_1           selection/ratio
-    agreement_head_1_head_2              the run itself   selection/agreement/head_1_head_2
+    agreement_head_1_head_2              head_2           selection/agreement/with_head_1
     selected_ratio_head_1_source_NAME    source_NAME      selection/share/head_1
     data_tokens_source_NAME              source_NAME      z_data/tokens
     loss_head_0, split="validation"      head_0           validation/loss
@@ -72,21 +72,18 @@ def place_of(key: str, split: str | None = None) -> Place | None:
         return Place(_run_of(kind, name), f"{split or 'z_data'}/{quantity}")
 
     key, source, name = key.partition("_source_")
-    quantity, head, number = key.partition("_head_")
-    if quantity in _NOT_DRAWN:
+    quantity, _, heads = key.partition("_head_")
+    tag = _tag_of_source(quantity, heads, split) if source else _tag_of_all(quantity, split)
+    if tag is None:
         return None
     if source:
-        tag = _tag_of_source(quantity, number, split)
-        return None if tag is None else Place(_run_of("source", name), tag)
+        return Place(_run_of("source", name), tag)
 
-    tag = _TAGS.get(quantity, f"train/{quantity}")
-    if split is not None:
-        if tag.startswith("selection/") and quantity not in _IN_VALIDATION:
-            return None
-        tag = f"{split}/{quantity}"
-    if "_head_" in number:
-        return Place("", f"{tag}/head_{number}")
-    return Place(f"head_{number}" if head else "", tag)
+    # Of all heads, of two, or of one.
+    first, pair, second = heads.partition("_head_")
+    if pair:
+        return Place(f"head_{second}", f"{tag}/with_head_{first}")
+    return Place(f"head_{first}" if first else "", tag)
 
 
 def is_drawn(key: str, value: Any) -> bool:
@@ -104,6 +101,16 @@ def _of_part(key: str) -> tuple[str, str, str]:
     """Split a metric of the data into quantity, kind (`source`, `set` or "") and name."""
     found = re.search(r"_(source|set)_", key)
     return (key, "", "") if found is None else (key[: found.start()], found[1], key[found.end() :])
+
+
+def _tag_of_all(quantity: str, split: str | None) -> str | None:
+    """The tag of a metric of all sources; None for what is not drawn."""
+    tag = _TAGS.get(quantity, f"train/{quantity}")
+    if quantity in _NOT_DRAWN:
+        return None
+    if split is None:
+        return tag
+    return None if tag.startswith("selection/") and quantity not in _IN_VALIDATION else f"{split}/{quantity}"
 
 
 def _tag_of_source(quantity: str, head: str, split: str | None) -> str | None:
@@ -133,10 +140,12 @@ def chart_layout(num_heads: int, held_out: Sequence[str]) -> dict[str, Any]:
         ],
         "threshold of the excess loss": _lines("selection/threshold"),
         "policy loss of selected and of rejected pairs": _lines("selection/loss_of_selected", "selection/loss_of_rejected"),
-        "agreement: pairs that two heads select, of those that either selects": [
-            "Multiline",
-            ["^selection/agreement"],
-        ],
+        **{
+            f"agreement with head {head}: pairs that both heads select, of those that either selects": _lines(
+                "selection/agreement", f"selection/agreement/with_head_{head}"
+            )
+            for head in range(1, num_heads - 1)
+        },
     }
     sources = {
         f"enrichment by head {head}: a source's share of the selected pairs over its share of the data": _lines(

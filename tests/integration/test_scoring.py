@@ -28,7 +28,13 @@ from tests.integration.test_pipeline_rho1 import DEEPSPEED_JSON, job_on_this_ran
 from tests.ranks import run_ranks
 
 # 29 held-out rows: the last micro-step of a validation is padded.
-SHORT = ("training.steps=4", "logging.selection_every=4", "checkpoint.every=4", "logging.validation_samples=29")
+SHORT = (
+    "training.steps=4",
+    "logging.selection_every=4",
+    "checkpoint.every=4",
+    "logging.validation_samples=29",
+    "logging.passage_every=2",
+)
 
 
 def score_then_train(settings: Settings, cache: Path, dtype: str, run_dir: Path) -> dict[str, Any]:
@@ -65,6 +71,11 @@ def test_training_with_cached_losses_is_training_with_the_live_reference_to_the_
     cached, live = lines(scored["directory"] / "c"), lines(scored["directory"] / "l")
     assert len(live) == 6
     assert cached == live
+
+    # The coloured passage too, by the page's own words.
+    pages = [[file.read_text() for file in sorted((scored["directory"] / run / "passages").glob("*.html"))] for run in "cl"]
+    assert len(pages[0]) == 2
+    assert pages[0] == pages[1]
 
 
 def test_every_token_has_the_loss_that_the_reference_gives_it(scored, tiny_data: Path, tiny_reference: Path) -> None:

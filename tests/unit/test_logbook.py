@@ -224,7 +224,7 @@ def test_the_closing_table_does_without_validation_and_with_nothing_trained(tmp_
         ("excess_mean", None, ("", "selection/excess_mean")),
         ("heads_per_position", None, ("", "selection/heads_per_position")),
         ("agreement", None, ("", "selection/agreement")),
-        ("agreement_head_1_head_2", None, ("", "selection/agreement/head_1_head_2")),
+        ("agreement_head_1_head_2", None, ("head_2", "selection/agreement/with_head_1")),
         ("selected_ratio_head_1_source_my_head_2", None, ("source_my_head_2", "selection/share/head_1")),
         ("selected_ratio_head_1_source_my_head_2_source_x", None, ("source_my_head_2_source_x", "selection/share/head_1")),
         ("enrichment_head_2_source_../a", None, ("source_..%2fa", "selection/enrichment/head_2")),
@@ -323,7 +323,8 @@ def test_the_custom_scalars_draw_bands_and_sources_and_the_ratio_last(tmp_path):
     for name in ("web", "a.b", "axb"):
         logbook.write(validation_record(0, (5.0, 5.1, 5.2, 5.3)) | {"set": name})
     sources = {f"enrichment_head_1_source_{name}": 0.5 for name in ("prose", "noise")}
-    more = {"selected_loss_head_1": 3.0, "rejected_loss_head_1": 2.0, "agreement_head_1_head_2": 0.5, "agreement": 0.4}
+    more = {"selected_loss_head_1": 3.0, "rejected_loss_head_1": 2.0, "agreement": 0.4}
+    more |= {"agreement_head_1_head_2": 0.5, "agreement_head_1_head_3": 0.3, "agreement_head_2_head_3": 0.4}
     logbook.write(training_record(1, **sources, **more))
     logbook.close()
     # Tags are regular expressions, but not a band's: each must match one card and no other.
@@ -336,7 +337,10 @@ def test_the_custom_scalars_draw_bands_and_sources_and_the_ratio_last(tmp_path):
     assert drawn["threshold of the excess loss"] == [(head, "selection/threshold") for head in heads[2:]]
     titles = {title.partition(":")[0].partition(" of ")[0]: title for title in layout}
     assert layout[titles["excess loss"]] == [f"selection/excess_{name}" for name in ("mean", "p10", "p90")]
-    assert sorted(drawn[titles["agreement"]]) == [("", "selection/agreement"), ("", "selection/agreement/head_1_head_2")]
+    # Two heads' curve is the second one's, in its colour; that of all is in each chart.
+    for first, others in ((1, ("head_2", "head_3")), (2, ("head_3",))):
+        of_two = [(other, f"selection/agreement/with_head_{first}") for other in others]
+        assert drawn[titles[f"agreement with head {first}"]] == [("", "selection/agreement"), *of_two]
     assert drawn[titles["enrichment by head 1"]] == [(f"source_{n}", "selection/enrichment/head_1") for n in ("noise", "prose")]
     assert list(drawn)[-1] == "selected ratio"
     assert {run for run, _ in drawn["selected ratio"]} == set(heads)
