@@ -43,7 +43,7 @@ JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
 KillWait=15
 {node_lines}
-PartitionName=main Nodes={nodes} Default=YES State=UP PriorityTier=1
+PartitionName=main Nodes={nodes} Default=YES State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes={nodes} State=UP PriorityTier=9 PreemptMode=OFF
 PartitionName=gpu Nodes={gpu_node} State=UP
 """

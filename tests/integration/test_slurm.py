@@ -153,6 +153,33 @@ def test_a_job_goes_on_by_itself_after_a_rank_died_and_at_its_time_limit(
     assert made.shown().count("Thread 0x") <= 12, "the stacks of one rank alone"
 
 
+def test_a_job_goes_on_after_a_more_urgent_one_and_after_the_failure_of_a_node(
+    cluster: Cluster, recipe: Path, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    made = Submitted(cluster, tmp_path, recipe)
+    job = made.submit(2, gate=5)
+    made.wait_for_step(4)
+
+    # PreemptMode=REQUEUE: Slurm signals the ranks, and takes the nodes after the partition's GraceTime.
+    wanted = ["--partition=urgent", f"--nodes={len(NODES)}", "--exclusive", "--wrap=sleep 2"]
+    urgent = cluster.submit(made.checkout, tmp_path / "urgent.log", *wanted)
+    wait_until(lambda: "asked to stop by SIG" in made.shown(), made.shown)
+    made.let_pass(8)
+    assert cluster.wait_for(job, "PENDING") == "PENDING", made.shown()
+    assert cluster.wait_for(urgent) == "COMPLETED"
+    assert [(life["code"], life["requeue"]) for life in made.lives(job)] == [(75, True)]
+
+    # A node fails: Slurm itself puts the job into the queue again.
+    cluster.wait_for(job, "RUNNING")
+    made.wait_for_step(7)
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    assert cluster.wait_for(job, "PENDING") == "PENDING", made.shown()
+    cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    made.let_pass(100)
+    assert cluster.wait_for(job) == "COMPLETED", made.shown()
+    assert difference(left_by(made.run_dir), uninterrupted) == ""
+
+
 def test_a_persons_stop_is_no_reason_to_go_on_and_the_nodes_may_change(
     cluster: Cluster, recipe: Path, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
