@@ -4,6 +4,7 @@ Errors found here are raised on every rank alike, before an engine is built.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -107,12 +108,12 @@ def first_row(data: DataSet, manifest: Manifest, settings: Settings) -> Batch:
 
     Its cached losses come along, unless they are damaged: the row is the same with and without them.
     """
-    reader: ShardReader | ReaderWithLosses = ShardReader(data.location, manifest, settings.data.access)
+    reader = ShardReader(data.location, manifest, settings.data.access)
     try:
         rows = reader.read_many([0], [0])
         if data.losses is not None:
-            reader = ReaderWithLosses(reader, data.losses)
-            scored = reader.read_many([0], [0])
+            with closing(ReaderWithLosses(reader, data.losses)) as with_losses:
+                scored = with_losses.read_many([0], [0])
             rows = rows if scored[0].damage else scored
         return broadcast_from_first(collate(rows))
     finally:

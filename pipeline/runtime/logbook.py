@@ -78,7 +78,7 @@ class Logbook:
         self.passages.mkdir(exist_ok=True)
         write_file(self.passages / f"step-{step:08d}.html", html.encode())
         write_file(self.passages / f"step-{step:08d}.png", png)
-        self.board.write_png("passage/selected_tokens", png, step)
+        self.board.write_png("selection/passage", png, step)
 
     def sync(self) -> None:
         """Have on the disk what was written so far."""

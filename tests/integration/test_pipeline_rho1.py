@@ -262,7 +262,7 @@ def check_passages(run_dir: Path) -> None:
     assert found == sorted(f"step-{step:08d}.{kind}" for step in steps for kind in ("html", "png"))
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     pictures = [(run_dir / "passages" / f"step-{step:08d}.png").read_bytes() for step in steps]
-    assert [image.encoded_image_string for image in events.Images("passage/selected_tokens")] == pictures
+    assert [image.encoded_image_string for image in events.Images("selection/passage")] == pictures
 
     # Exactly 60 % of what a head predicts in the row is selected, by the page's own words.
     page = (run_dir / "passages" / f"step-{STEPS:08d}.html").read_text(encoding="utf-8")
