@@ -7,7 +7,7 @@
 set -euo pipefail
 
 if ! command -v python3 >/dev/null || ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "slurm: error: no python3 of version 3.11 or newer on $(hostname): activate the virtual environment before sbatch, or set" \
+    echo "slurm: error: no python3 of version 3.11 or newer on $HOSTNAME: activate the virtual environment before sbatch, or set" \
         "what your site needs (module load, . …/activate) in launch/site.sh" >&2
     exit 2
 fi

@@ -9,6 +9,7 @@ Exit code: that of the first rank with an error of its own, else srun's, the hig
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     # The record comes before the requeueing, which ends this process.
     cancelled = ranks.cancelled and not ranks.is_preempted
     life = Life(code, job.saved() != before, ends, ranks.asked_by_slurm, accused_node(job, ends), cancelled)
-    decision = decide(life, failures_in_a_row(job.records))
+    decision = as_submitted(job, decide(life, failures_in_a_row(job.records)))
     record(job.records, life, decision, job.nodes)
     obey(job, decision)
     return code
@@ -107,8 +108,13 @@ def find_job(script: str, arguments: Sequence[str]) -> Job:
     command = [*_python(), str(here / "launch" / script), *given, "--print-run-dir"]
     environment = dict(os.environ) | {"PYTHONPATH": _python_path(here)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0 or not done.stdout.strip():
+    if done.returncode == EXIT_USAGE:
         raise StartError("the options or the recipe are to be corrected, see above")
+    if done.returncode != 0 or not done.stdout.strip():
+        raise StartError(
+            f"{' '.join(_python())} ({shutil.which(_python()[0])}) cannot run {script}, see above; activate the virtual "
+            "environment before sbatch, or set it up in launch/site.sh"
+        )
 
     number, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     nodes = host_names(os.environ["SLURM_JOB_NODELIST"])
@@ -143,6 +149,13 @@ def accused_node(job: Job, ends: Sequence[Ended]) -> str | None:
     return next((end.node for end in [*named, *(killed if accused is None else [])]), None)
 
 
+def as_submitted(job: Job, decision: Decision) -> Decision:
+    """The decision, unless the job may not be put into the queue again."""
+    if decision.requeue and (or_none(properties, job.number) or {}).get("Requeue") == "0":
+        return Decision(False, f"it was submitted with --no-requeue ({decision.why}); the same command continues it")
+    return decision
+
+
 def obey(job: Job, decision: Decision) -> None:
     """Put the job into the queue again if that was decided, and say what was."""
     if not decision.requeue:
@@ -150,10 +163,6 @@ def obey(job: Job, decision: Decision) -> None:
             say(f"not put into the queue again: {decision.why}")
         return
     found = or_none(properties, job.number) or {}
-    if found.get("Requeue") == "0":
-        say(f"{decision.why}; it was submitted with --no-requeue: the same command continues it")
-        return
-
     excluded = {node for node in found.get("ExcNodeList", "").split(",") if node and node != "(null)"}
     if decision.exclude is not None:
         left = usable_nodes(os.environ["SLURM_JOB_PARTITION"]) - set(_expanded(excluded)) - {decision.exclude}

@@ -11,9 +11,11 @@ import pytest
 
 from pipeline.runtime.code_version import git_commit
 from pipeline.slurm import before_start
+from pipeline.slurm.batch_job import Job, as_submitted, find_job
 from pipeline.slurm.before_start import ON_CPU, StartError, add_to_environment, check_gpus, meeting_address, meeting_port
 from pipeline.slurm.code_copy import keep_code, with_kept_files
 from pipeline.slurm.rank_logs import Ended, Follower, accused_rank, ends_of_ranks, last_words, rank_file
+from pipeline.slurm.requeueing import Decision
 
 UNKNOWN = "no-such-node.invalid"
 
@@ -163,6 +165,27 @@ def test_the_first_ranks_output_is_followed_as_it_grows(tmp_path: Path) -> None:
     assert follower.seen.wait(30)
     follower.end(30)
     assert stream.getvalue() == (tmp_path / "out").read_text()
+
+
+def test_a_python_without_the_packages_is_no_mistake_in_the_recipe(slurm: Path) -> None:
+    python = slurm / "python3"
+    for code, expected in (
+        (1, r"python3 \(.*/python3\) cannot run train.py, .* set it up in launch/site.sh"),
+        (2, "the recipe"),
+    ):
+        python.write_text(f"#!/bin/sh\nexit {code}\n")
+        python.chmod(0o755)
+        with pytest.raises(StartError, match=expected):
+            find_job("train.py", [])
+
+
+@pytest.mark.parametrize(("requeue", "again"), [("1", True), ("0", False)])
+def test_a_job_of_no_requeue_is_on_record_as_not_put_into_the_queue_again(slurm: Path, requeue: str, again: bool) -> None:
+    answer(slurm, "scontrol", f"JobId=7 Requeue={requeue} Restarts=0")
+    job = Job("7", 0, ["n1"], "train.py", [], slurm)
+    decision = as_submitted(job, Decision(True, "Slurm asked it to stop"))
+    assert decision.requeue is again
+    assert again or decision.why.startswith("it was submitted with --no-requeue (Slurm asked it to stop)")
 
 
 def test_a_batch_script_needs_no_package_of_the_ranks() -> None:
