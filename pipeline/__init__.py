@@ -14,6 +14,7 @@ consumption.py      counts the data of a step over all ranks, and reacts to dama
 rollback.py         the answer to a loss spike: back to a checkpoint, and on without the samples round it
 rank_checks.py      what all ranks must hold alike, and compare at intervals
 reporter.py         metrics, validations and terminal lines, each at its interval
+step_clock.py       wall time of steps, waits for data, time left
 passage.py          which heads select which tokens of one held-out passage
 flops.py            useful FLOPs of a step, and the peak of known devices
 evaluate.py         held-out losses

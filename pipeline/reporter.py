@@ -1,9 +1,9 @@
 """Report a run while it trains: metrics, validations and terminal lines, each at its interval."""
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +30,16 @@ from pipeline.runtime.sample_log import sample_line
 from pipeline.runtime.terminal import Terminal, held_out_text, progress_line, selection_block
 from pipeline.samples import Sampler
 from pipeline.schedule import objective_at
+from pipeline.step_clock import StepClock
+
+
+class Due(NamedTuple):
+    """The parts of a step that are logged (a record, histograms) and printed (the progress, the block about its selection)."""
+
+    metrics: bool
+    histogram: bool
+    progress: bool
+    block: bool
 
 
 class Reporter:
@@ -47,31 +57,26 @@ class Reporter:
             sets = [each.name for each in run.held_out]
             trackers = trackers_of(run.settings, run.run_dir, first_step)
             self.logbook = Logbook(run.run_dir, first_step, run.settings.model.num_prediction_heads, sets, trackers)
-        # At least ten histograms a run.
-        least = max(1, run.settings.training.steps // 10)
-        histogram_every = run.settings.logging.histogram_every
-        self.histogram_every = None if histogram_every is None else min(histogram_every, least)
         # Held-out folders that were evaluated at this step before, by a start that was then asked to stop.
         self.first_step = first_step
         self.broken_off = False
         self.validated: set[str] = broadcast_from_first(set() if self.logbook is None else self.logbook.validated)
-        # The last 20 steps: tokens, seconds since the end of the step before, and the part of these spent waiting for data.
-        self.recent: deque[tuple[int, float, float]] = deque(maxlen=20)
-        self.last_end = time.perf_counter()
-        # Seconds in which training has stood still for checkpoints since the last logged step.
-        self.seconds_saving = 0.0
+
+        self.clock = StepClock()
         # FLOP/s that tokens/s are compared with; None where the device's peak is not known.
         self.peak_flops = peak_flops(torch.cuda.get_device_name()) if run.device.type == "cuda" else None
         # The held-out folders of which it was said that they have no bits per byte.
         self.without_bytes: set[str] = set()
-        # Number and end time of this process's first step.
-        self.first: tuple[int, float] | None = None
+        self._say_where_it_begins()
+
+    def _say_where_it_begins(self) -> None:
+        last_step = self.run.settings.training.steps
         for note in self.logbook.notes if self.logbook is not None else []:
             self.say(note)
-        if first_step >= run.settings.training.steps:
-            self.say(f"already at step {first_step} of {run.settings.training.steps}; to train on raise training.steps")
-        elif first_step:
-            self.say(f"continuing from step {first_step}")
+        if self.first_step >= last_step:
+            self.say(f"already at step {self.first_step} of {last_step}; to train on raise training.steps")
+        elif self.first_step:
+            self.say(f"continuing from step {self.first_step}")
 
     def begin(self, progress: Progress) -> None:
         """Record where training goes on, and in which order it takes samples."""
@@ -107,54 +112,64 @@ class Reporter:
         started = time.perf_counter()
         with self.events.timed("save", step) as values:
             yield
-            self.seconds_saving += time.perf_counter() - started
+            self.clock.seconds_saving += time.perf_counter() - started
             saved, self.run.checkpoints.saved = self.run.checkpoints.saved, None
             if saved is not None:
                 values["saved"] = {"name": step_name(saved.step), "bytes": saved.num_bytes, "seconds": round(saved.seconds, 4)}
 
     def _report_step(self, progress: Progress, result: StepResult, waited: float) -> bool:
         """Log and print what is due; true if metrics.jsonl has it."""
-        logging, step, now = self.run.settings.logging, progress.step, time.perf_counter()
-        self.first = self.first or (step, now)
-        self.recent.append((result.consumed.tokens, now - self.last_end, waited))
-        self.restart_clock()
+        self.clock.end_step(progress.step, result.consumed.tokens, waited)
 
         # Events are printed at once.
         for message in result.replaced:
-            self.say(f"step {step}: replaced by a row of padding: {message}")
+            self.say(f"step {progress.step}: replaced by a row of padding: {message}")
         if result.bad is not None:
-            self.say(f"step {step}: discarded on all ranks; what was not finite: {result.bad}")
+            self.say(f"step {progress.step}: discarded on all ranks; what was not finite: {result.bad}")
 
-        # Everything else at its interval, and at the first and the last step. Otherwise the host does not wait for the device.
-        every = (logging.metrics_every, logging.progress_every, logging.selection_every, self.histogram_every)
-        metrics_due, progress_due, selection_due, histogram_due = (
-            interval is not None and (step % interval == 0 or step in (1, self.run.settings.training.steps))
-            for interval in every
-        )
-        if not (metrics_due or progress_due or selection_due or histogram_due):
+        # Everything else when it is due. Otherwise the host does not wait for the device.
+        due = self._due(progress.step)
+        if not any(due):
             return False
 
         # Collective: every rank takes part in the reductions, then only the first goes on.
         totals = result.sums.over_ranks(self.run.models.group)
-        of_each = (self._data_wait(), peak_bytes(self.run.device))
+        of_each = (self.clock.recent()[2], peak_bytes(self.run.device))
         data_wait, memory = (max_over_ranks(value, self.run.device) for value in of_each)
         if self.logbook is None:
             return False
 
         k_percent = result.counts.objective.k_percent
         record = self._record(progress, result, totals) | self._of_the_machine(data_wait, memory, k_percent)
-        if metrics_due:
-            self.logbook.write(record)
-            self.seconds_saving = 0.0
-        if histogram_due:
-            self.logbook.board.write_histograms(step, totals)
-        if progress_due:
-            left = self.run.settings.training.steps - step
-            seconds_left = left * self._seconds_a_step(progress)
-            self.terminal.progress(progress_line(record, self.run.settings.training.steps, seconds_left))
-        if selection_due and step % logging.selection_every == 0 and self.run.settings.model.num_prediction_heads > 1:
+        self._show(self.logbook, due, record, totals)
+        return due.metrics
+
+    def _due(self, step: int) -> Due:
+        """What is due after a step: each at its interval, and at the first and the last step; the block at its interval."""
+        logging, last_step = self.run.settings.logging, self.run.settings.training.steps
+        # At least ten histograms a run.
+        histogram_every = logging.histogram_every and min(logging.histogram_every, max(1, last_step // 10))
+        metrics, progress, histogram = (
+            every is not None and (step % every == 0 or step in (1, last_step))
+            for every in (logging.metrics_every, logging.progress_every, histogram_every)
+        )
+        selects = self.run.settings.model.num_prediction_heads > 1
+        block = logging.selection_every is not None and step % logging.selection_every == 0 and selects
+        return Due(metrics, histogram, progress, block)
+
+    def _show(self, logbook: Logbook, due: Due, record: Record, totals: Totals) -> None:
+        """Write and print what is due of a step's record."""
+        if due.metrics:
+            logbook.write(record)
+            self.clock.seconds_saving = 0.0
+        if due.histogram:
+            logbook.board.write_histograms(record["step"], totals)
+        if due.progress:
+            step, last_step = record["step"], self.run.settings.training.steps
+            seconds_left = (last_step - step) * self.clock.seconds_a_step(step)
+            self.terminal.progress(progress_line(record, last_step, seconds_left))
+        if due.block:
             self.say(selection_block(record))
-        return metrics_due
 
     def validate_if_due(self, progress: Progress, stop: StopRequest) -> bool:
         """Evaluate on the held-out folders at the first step, the last one, and at the interval between. Collective.
@@ -175,7 +190,7 @@ class Reporter:
             self.say(f"step {progress.step}: the validation was broken off on request; the next start makes up for it")
         finally:
             self.run.engine.train()
-            self.restart_clock()
+            self.clock.restart()
         return not self.broken_off
 
     def _validate(self, progress: Progress, stop: StopRequest) -> None:
@@ -220,7 +235,7 @@ class Reporter:
         passage = passage_of(self.run, step)
         if passage is not None and self.logbook is not None:
             self.logbook.write_passage(step, passage_html(passage), passage_png(passage))
-        self.restart_clock()
+        self.clock.restart()
 
     def sample_if_due(self, progress: Progress) -> None:
         """Take samples of the policy at their interval, and log them. Collective."""
@@ -232,17 +247,13 @@ class Reporter:
         if self.logbook is not None and samples:
             self.logbook.write_samples(progress.step, samples)
             self.say(f"step {progress.step}: sample {sample_line(samples[0])}")
-        self.restart_clock()
+        self.clock.restart()
 
     def sync(self) -> None:
         """Have the records on the disk, before a checkpoint says that they are."""
         self.events.sync()
         if self.logbook is not None:
             self.logbook.sync()
-
-    def restart_clock(self) -> None:
-        """Exclude the time since the last step (a validation, a checkpoint) from the next step's."""
-        self.last_end = time.perf_counter()
 
     def say(self, text: str) -> None:
         if self.run.world.is_first:
@@ -253,17 +264,6 @@ class Reporter:
         self.events.close()
         if self.logbook is not None:
             self.logbook.close()
-
-    def _seconds_a_step(self, progress: Progress) -> float:
-        """Mean wall time per step, validations and checkpoints included, the first step with its warm-ups excluded."""
-        assert self.first is not None
-        step, end = self.first
-        return (time.perf_counter() - end) / (progress.step - step) if progress.step > step else self.recent[-1][1]
-
-    def _data_wait(self) -> float:
-        """Fraction of the recent steps' time that this rank spent waiting for data."""
-        _, seconds, waited = map(sum, zip(*self.recent, strict=True))
-        return waited / seconds
 
     def _record(self, progress: Progress, result: StepResult, totals: Totals) -> Record:
         """All metrics of a step, as metrics.jsonl has them."""
@@ -285,16 +285,16 @@ class Reporter:
 
     def _of_the_machine(self, data_wait: float, memory: float, k_percent: float) -> Record:
         """Metrics of time and memory (`metrics.OF_THE_MACHINE`). data_wait, memory: the worst rank's; k_percent: the step's."""
-        tokens, seconds, _ = map(sum, zip(*self.recent, strict=True))
+        tokens_per_second, seconds_per_step, _ = self.clock.recent()
         record: Record = {
             "time": time.time(),
-            "tokens_per_second": tokens / seconds,
-            "seconds_per_step": seconds / len(self.recent),
-            "seconds_saving": self.seconds_saving,
+            "tokens_per_second": tokens_per_second,
+            "seconds_per_step": seconds_per_step,
+            "seconds_saving": self.clock.seconds_saving,
             "memory_bytes": int(memory),
             "data_wait": data_wait,
         }
         if self.peak_flops is not None:
             flops = flops_a_token(self.run.settings, k_percent)
-            record["mfu"] = tokens / seconds * flops / (self.peak_flops * self.run.world.size)
+            record["mfu"] = tokens_per_second * flops / (self.peak_flops * self.run.world.size)
         return record

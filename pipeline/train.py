@@ -98,11 +98,11 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
 
         # Metrics, and the check that ranks still agree.
         waited = following.waited if following is not None else 0.0
-        reporter.step(progress, result, waited + (fetched.waited if reporter.first is None else 0.0))
+        reporter.step(progress, result, waited + (fetched.waited if reporter.clock.first is None else 0.0))
         if is_check_due(training, progress.step):
             check_ranks_agree(common_values(run, progress, result), run.device)
         if profiler.between_steps(progress.step):
-            reporter.restart_clock()
+            reporter.clock.restart()
 
         # A loss spike: what was fetched ahead is given up, once its counts have arrived.
         if has_spiked(progress, result, training):
@@ -134,7 +134,7 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
             with reporter.saving(progress.step):
                 save(run, progress, in_background=not at_once)
             save_due = False
-            reporter.restart_clock()
+            reporter.clock.restart()
         if is_stopped:
             break
     profiler.end()

@@ -94,6 +94,7 @@ ALLOWED = {
     "run": {"config", "consumption", "data.loading", "micro_step", "runtime", "weighting"},
     "samples": {"data.loading", "generation", "run", "runtime", "storage", "weighting"},
     "flops": {"config", "derived", "model"},
+    "step_clock": set(),
     "passage": {"micro_step", "report", "run", "runtime", "samples", "schedule", "weighting"},
     "reporter": {
         "consumption",
@@ -107,6 +108,7 @@ ALLOWED = {
         "runtime",
         "samples",
         "schedule",
+        "step_clock",
     },
     "rank_checks": {"config", "progress", "run", "runtime", "weighting"},
     "rollback": {"config", "data.loading", "progress", "run", "runtime"},
@@ -159,7 +161,7 @@ ALLOWED = {
         "runtime",
     },
     "on_all_ranks": {"assembly", "checks", "config", "data", "failures", "model", "planning", "run_length", "runtime"},
-    "assembly": {"config", "data.loading", "data.shards", "derived", "micro_step", "run", "runtime", "storage"},
+    "assembly": {"config", "data.loading", "data.shards", "derived", "micro_step", "run", "runtime"},
     "planning": {"checks", "config", "data.loading", "derived", "model", "runtime", "weighting"},
     "scoring": {
         "assembly",
