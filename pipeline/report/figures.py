@@ -21,11 +21,12 @@ class Chart(NamedTuple):
 
 def charts_of(runs: Sequence[RunFiles]) -> Iterator[Chart]:
     """Yield all charts, losses and selection first."""
+    alone = len(runs) == 1
     yield Chart("Policy loss by head", "Mean over all valid pairs, selected or not; nats a token.", _by_head(runs, "loss"))
     yield Chart("Held-out loss by head", "Of each held-out set; nats a token.", list(_held_out(runs)))
     yield Chart(
         "Excess loss",
-        "Policy minus reference loss over valid pairs: mean, and the band from the 10th to the 90th percentile.",
+        f"Policy minus reference loss over valid pairs: mean{', and the band of the middle 80 %' if alone else ''}.",
         _by_head(runs, "excess_mean", band=("excess_p10", "excess_p90")),
     )
     yield Chart("Thresholds", "The smallest excess loss that is still selected.", _by_head(runs, "threshold"))
@@ -44,7 +45,7 @@ def charts_of(runs: Sequence[RunFiles]) -> Iterator[Chart]:
         ],
     )
     yield Chart("Optimization", "", [_overall(runs, *each) for each in (("learning_rate",), ("grad_norm", "gradient norm"))])
-    yield Chart("Speed and memory", "Dotted lines: a job started again.", list(_speed(runs)))
+    yield Chart("Speed and memory", "Dotted lines: a job started again." if alone else "", list(_speed(runs)))
 
 
 def _by_head(runs: Sequence[RunFiles], quantity: str, band: tuple[str, str] | None = None) -> list[Panel]:

@@ -23,7 +23,8 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 78rem; mar
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 0.3rem; border-top: 1px solid #ddd; padding-top: 1rem; }
 p { margin: 0.3rem 0; color: #555; } img { max-width: 100%; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 0.5rem 0; } td, th { padding: 0.2rem 0.7rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr { border-bottom: 1px solid #eee; } th { color: #555; font-weight: 600; }
+td:first-child, th:first-child { text-align: left; white-space: nowrap; }
+ tr { border-bottom: 1px solid #eee; } th { color: #555; font-weight: 600; }
 .note { color: #a33; } .swatch { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.4em; }
 .charts { display: flex; flex-wrap: wrap; column-gap: 2rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -67,9 +68,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """Format a number; a dash where there is none."""
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    return (f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}g}") if is_number else "–"
+    """Format a number with so many significant digits, or all of its whole part; a dash where there is none."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    is_whole = isinstance(value, int) or abs(value) >= 10**digits
+    return f"{round(value):,}" if is_whole else f"{value:#,.{digits}g}".rstrip(".")
 
 
 def picture(svg: bytes, about: str) -> str:
@@ -106,7 +109,7 @@ def _summary(runs: Sequence[RunFiles], colours: dict[str, str]) -> Iterator[str]
                 number(run.training[-1].get("tokens") if run.training else None),
                 *(number(last.get(f"loss_head_{head}")) for head in range(num_heads)),
                 number(last.get("bits_per_byte")),
-                number(statistics.median(speeds) if speeds else None, 5),
+                number(statistics.median(speeds) if speeds else None),
                 f"{memory / 1e9:.2f} GB" if memory else "–",
                 str(len(run.history.starts)),
                 f"{run.clock.percent['productive']:.1f} %" if run.clock.total else "–",
@@ -134,7 +137,10 @@ def _figures(runs: Sequence[RunFiles], colours: dict[str, str]) -> Iterator[str]
 def _wall_clock(runs: Sequence[RunFiles]) -> Iterator[str]:
     svg = bars_figure({run.name: run.clock.percent for run in runs})
     if svg is not None:
-        sentence = "Productive: applied steps that the weights descend from, without their waits for data."
+        sentence = (
+            "Productive: applied steps that the weights descend from, without their waits for data. Restarts: from a start, "
+            "the first one too, to its first step, and the time between jobs."
+        )
         yield f"<h2>Where the time went</h2>\n<p>{sentence}</p>\n{picture(svg, 'shares of the wall clock')}"
         kinds = list(runs[0].clock.seconds)
         rows = [["run", "seconds", *(text(kind.replace("_", " ")) for kind in kinds)]]

@@ -14,6 +14,8 @@ from pipeline.report.charts import Panel, panels_figure
 from pipeline.report.colours import COLOURS, colours_of
 from pipeline.report.curves import MOST_POINTS, Curve, Enrichment, Metric, curve_of
 from pipeline.report.errors import ReportError
+from pipeline.report.figures import charts_of
+from pipeline.report.page import number
 from pipeline.report.run_files import read_run, read_runs
 
 CONFIG = "training: {steps: 20, learning_rate: 0.001}\ndata: {path: 's3://KEY:SECRET@bucket/mix', seed: %d}\n"
@@ -60,6 +62,20 @@ def test_a_page_has_losses_selection_and_sources_and_needs_nothing_else(tmp_path
     # No file and no address but those of the picture format's own name.
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(5.21, "5.210"), (0.000123456, "0.0001235"), (1234.4, "1,234"), (1_234_567.8, "1,234,568"), (7, "7"), (None, "–")],
+)
+def test_a_number_has_its_digits_and_no_exponent_however_large(value: float | None, shown: str) -> None:
+    assert number(value) == shown
+
+
+def test_what_is_drawn_of_one_run_alone_is_not_spoken_of_with_several(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path / name) for name in "ab"]
+    texts = [" ".join(chart.text for chart in charts_of(read_runs(some))) for some in (runs[:1], runs)]
+    assert [[word in text for word in ("band", "Dotted")] for text in texts] == [[True, True], [False, False]]
 
 
 def test_several_runs_are_told_apart_by_the_end_of_their_paths_and_by_settings_that_differ(tmp_path: Path) -> None:
