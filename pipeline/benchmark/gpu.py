@@ -5,27 +5,31 @@
                   memory beside the memory plan
     phases        one step with the device waited for between its phases: reference, blocks, loss and selection, backward,
                   optimizer, and the rest, data among it
-    profile       one step undisturbed: the share of its time in which the device was idle, and how often the host waited
-    loss phase    `heads`' variants in float32, without processes of their own
+    profile       one step under torch's profiler: how often the host waited, and for how long the device was busy, of which
+                  the idle share of an undisturbed step follows
+    loss phase    `heads`' variants in float32 without TF32, without processes of their own
 
-On a machine without a GPU the same runs on its CPU, with `--shapes tiny`, and leaves out what only a device has.
+On a machine without a GPU `--shapes tiny` tries the command on its CPU, and leaves out what only a device has.
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from pipeline.benchmark import heads, step
 from pipeline.benchmark.options import GPU_SHAPES
 from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
+from pipeline.data.errors import DataError
 from pipeline.flops import peak_flops
 from pipeline.planning.plan import plan_memory
 from pipeline.planning.resolve import resolve_planned_job
@@ -38,11 +42,22 @@ WARM_UP_STEPS = 4
 """Steps before any is measured: kernels are compiled and ZeRO-3 learns the order of modules."""
 LOSS_PHASES = ("plain", "two_pass", "predicted")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+MEASURED = "measured step"
+"""The name in the profile of the step itself; what comes after it is the measurement's own."""
 CONTENT = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything, one after the other."""
+    """Measure everything, one after the other.
+
+    Raises:
+        DataError: there is no GPU for shapes that need one.
+    """
+    if not torch.cuda.is_available() and options.shapes != ["tiny"]:
+        raise DataError(
+            f"gpu measures a GPU, and torch {torch.__version__} sees none on this machine; run it where there is one, or add "
+            "--shapes tiny to try the command on the CPU"
+        )
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -101,7 +116,7 @@ def _measure_variant(variant: str, data: Path, options: dict[str, int], rounds: 
         "all_seconds": seconds,
         "peak_bytes": peak_bytes(run.device) - before,
         "planned_bytes": _planned_bytes(run),
-        **_profiled(take_step, run.device),
+        **_profiled(take_step, run.device, statistics.median(seconds)),
         "phases": _phases(run, take_step),
     }
     for engine in filter(None, (run.engine, run.models.reference)):
@@ -114,19 +129,38 @@ def _planned_bytes(run: Run) -> int:
     return plan_memory(job).total
 
 
-def _profiled(take_step: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """The device's idle share of a step, and the host's waits, from torch's profiler; None without a device."""
+def _profiled(take_step: Callable[[], None], device: torch.device, undisturbed: float) -> dict[str, Any]:
+    """The device's idle share of a step that takes `undisturbed` seconds, and the host's waits; None without a device.
+
+    The profiler slows the host, so the time is not taken from it.
+    """
     if device.type != "cuda":
         return {"idle_share": None, "waits": None}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        seconds = _seconds(take_step, device)
-    averages = profiler.key_averages()
-    busy = sum(each.self_device_time_total for each in averages if each.device_type.name == "CUDA") / 1e6
-    return {
-        "idle_share": max(0.0, 1 - busy / seconds),
-        # The last one is the measurement's own.
-        "waits": sum(each.count for each in averages if each.key in WAITS) - 1,
-    }
+        with record_function(MEASURED):
+            take_step()
+        torch.cuda.synchronize(device)
+    events = profiler.events()
+    return {"idle_share": max(0.0, 1 - busy_seconds(events) / undisturbed), "waits": waits_in_step(events)}
+
+
+def busy_seconds(events: Iterable[Any]) -> float:
+    """Seconds in which the device did anything, from a profile's events; streams that run beside each other count once.
+
+    A `record_function` has a range on the device as well, which spans kernels and the gaps between them.
+    """
+    ranges = [each.time_range for each in events if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+    busy, until = 0.0, -math.inf
+    for each in sorted(ranges, key=lambda each: each.start):
+        busy += max(0.0, each.end - max(each.start, until))
+        until = max(until, each.end)
+    return busy / 1e6
+
+
+def waits_in_step(events: Sequence[Any]) -> int:
+    """Count how often the host waited for the device within the step that is named `MEASURED`."""
+    (step_range,) = (each.time_range for each in events if each.name == MEASURED and each.device_type == DeviceType.CPU)
+    return sum(each.name in WAITS and step_range.start <= each.time_range.start <= step_range.end for each in events)
 
 
 def _phases(run: Run, take_step: Callable[[], None]) -> dict[str, float]:
@@ -247,7 +281,7 @@ def table(figures: dict[str, Any]) -> str:
             f"{shape}: selective takes {found['time_ratio']:.2f} of next_token's time, {found['flop_ratio']:.2f} of its FLOPs: "
             f"{found['time_over_flops']:.3f}"
         )
-    losses = [["loss phase", "ms", "peak MiB"]]
+    losses = [["loss phase, float32", "ms", "peak MiB"]]
     losses += [
         [name, f"{1e3 * own['seconds']:.1f}", f"{own['peak_bytes'] / 2**20:,.0f}"]
         for name, own in figures["loss_phase"].items()

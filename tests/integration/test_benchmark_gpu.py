@@ -3,11 +3,14 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from pipeline.benchmark.gpu import PhaseClock
+from pipeline.benchmark.gpu import MEASURED, PhaseClock, busy_seconds, waits_in_step
 from tests.forked import run_script
 
 
@@ -39,3 +42,47 @@ def test_the_time_of_nested_phases_goes_to_the_innermost() -> None:
     assert clock.seconds["inner"] >= 0.05
     assert clock.seconds["outer"] < clock.seconds["inner"]
     assert clock.open == []
+
+
+def event(name: str, start: float, end: float, on_device: bool = False, is_user_annotation: bool = False) -> Any:
+    """An event of torch's profiler, in microseconds."""
+    return SimpleNamespace(
+        name=name,
+        time_range=SimpleNamespace(start=start, end=end),
+        device_type=DeviceType.CUDA if on_device else DeviceType.CPU,
+        is_user_annotation=is_user_annotation,
+    )
+
+
+def test_the_device_is_busy_in_kernels_alone_and_once_where_streams_overlap() -> None:
+    events = [
+        event("aten::mm", 0, 900),
+        event("loss", 100, 900, on_device=True, is_user_annotation=True),
+        event("kernel", 400, 500, on_device=True),
+        event("kernel", 100, 300, on_device=True),
+        event("copy", 250, 350, on_device=True),
+        event("copy", 260, 270, on_device=True),
+    ]
+    assert busy_seconds(events) == pytest.approx(350e-6)
+
+
+def test_waits_before_and_after_the_step_are_the_measurements_own() -> None:
+    events = [
+        event("cudaDeviceSynchronize", 0, 5),
+        event(MEASURED, 10, 100),
+        event(MEASURED, 12, 130, on_device=True, is_user_annotation=True),
+        event("cudaStreamSynchronize", 20, 30),
+        event("cudaMemcpyAsync", 40, 41),
+        event("cudaEventSynchronize", 99, 120),
+        event("cudaDeviceSynchronize", 125, 140),
+    ]
+    assert waits_in_step(events) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_the_command_says_so_at_once() -> None:
+    done = run_script("benchmark.py", "gpu")
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1
+    assert "sees none on this machine" in done.stderr
+    assert "--shapes tiny" in done.stderr
