@@ -67,13 +67,14 @@ def can_use_flash(hidden_BTD: Tensor, settings: ModelSettings) -> bool:
     """True if flash attention supports these hidden states.
 
     It needs bf16 or fp16, compute capability 8.0 (Ampere) or newer, and attention heads of a width <= 256 that 8 divides. On
-    8.6 and 8.9 (RTX 30 and 40, A10, L4) its backward refuses a width above 192.
+    8.6 to 8.9 and 12 (RTX 30, 40 and 50, A10, L4) its backward refuses widths above 192 (torch's `sdp_utils.cpp`).
     """
     width = attention_head_dim(settings)
     if not hidden_BTD.is_cuda or hidden_BTD.dtype not in (torch.bfloat16, torch.float16) or width > 256 or width % 8:
         return False
     capability = torch.cuda.get_device_capability(hidden_BTD.device)
-    return capability >= (8, 0) and (width <= 192 or capability not in ((8, 6), (8, 9)))
+    has_little_shared_memory = (8, 6) <= capability <= (8, 9) or capability[0] == 12
+    return capability >= (8, 0) and (width <= 192 or not has_little_shared_memory)
 
 
 def flash_attention(query_BTNK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor, spans: Spans) -> Tensor:
