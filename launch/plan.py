@@ -1,24 +1,28 @@
-"""Estimate the memory that each rank of a job needs, before anything is built.
+"""Estimate the memory that each rank of a job needs, and its speed, before anything is built.
 
     python launch/plan.py --deepspeed ds_configs/zero3.json --config launch/recipes/NAME.yaml --gpus 64 [--device-memory 80]
         [--json FILE] [section.key=value ...]
 
 Needs neither GPUs nor data (except for model.vocab_size, which a recipe may leave to the data). Prints the moment of a step at
-which memory is highest, what it consists of, whether it fits, and how much each setting that saves memory would save. Exit
-code 0; 1 if it does not fit; 2, with one message, if the arguments must be corrected.
+which memory is highest, what it consists of, whether it fits, and how much each setting that saves memory would save; then the
+expected tokens a second and MFU, from the stated peaks of card and network, what a step's time goes to, and which settings make
+it faster (`launch/benchmark.py plan` compares expected and measured steps). Exit code 0; 1 if it does not fit; 2, with one
+message, if the arguments must be corrected.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.failures import guarded
-from pipeline.option_parser import OptionParser, Read, at_least
+from pipeline.option_parser import OptionParser, Read, above_zero, at_least
 from pipeline.options import json_problems, path_argument, read_options, read_recipe, recipe_parser, write_json
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 DOES_NOT_FIT = 1
+_UNKNOWN_SPEED = "How fast this is, is not known here: --matrix-tflops and --memory-bandwidth say what the device can do."
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,12 +33,45 @@ def main(arguments: Sequence[str]) -> int:
         "--device-memory", type=float, metavar="GIB", help="of one GPU; default: of this machine's, if it has one"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what the ranks run on (default: cuda)")
+    _add_peaks(parser)
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the figures there, in bytes")
     read = read_options(parser, arguments)
 
     from pipeline.config import ConfigError
 
     return guarded(f"{parser.prog}: error", lambda: _plan(parser, read), (ConfigError,))
+
+
+def _add_peaks(parser: OptionParser) -> None:
+    """The options for what the expected speed is computed from."""
+    peaks = parser.add_argument_group("speed", "from data sheets unless they are stated")
+    peaks.add_argument("--card", metavar="NAME", help="H100, H100 PCIe, H200, A100 (default: this machine's, else H100)")
+    peaks.add_argument(
+        "--matrix-tflops", type=above_zero, metavar="X", help="of large products, as launch/benchmark.py gpu measures it"
+    )
+    peaks.add_argument("--memory-bandwidth", type=above_zero, metavar="GB/S", help="of a copy, reads and writes together")
+    peaks.add_argument("--gpus-per-node", type=at_least(1), metavar="N", help="default: 8")
+    peaks.add_argument("--node-bandwidth", type=above_zero, metavar="GB/S", help="of a GPU to others of its node, one way")
+    peaks.add_argument(
+        "--network-bandwidth", type=above_zero, metavar="GB/S", help="of a GPU's adapter to other nodes (default: 50, 400 Gb/s)"
+    )
+
+
+def _hardware(options: argparse.Namespace):
+    """The hardware that the options state; None where too little is known, as of a CPU."""
+    from pipeline.planning.hardware import hardware_of
+    from pipeline.runtime.memory import device_name
+
+    card = options.card or ((device_name() or "H100") if options.device == "cuda" else "CPU")
+    return hardware_of(
+        card,
+        matrix_flops=None if options.matrix_tflops is None else options.matrix_tflops * 1e12,
+        node_ranks=options.gpus_per_node,
+        **{
+            name: None if (given := getattr(options, name)) is None else given * 1e9
+            for name in ("memory_bandwidth", "node_bandwidth", "network_bandwidth")
+        },
+    )
 
 
 def _plan(parser: OptionParser, read: Read) -> int:
@@ -53,6 +90,7 @@ def _figures(parser: OptionParser, read: Read):
     settings, problems = read_recipe(parser, read)
 
     from pipeline.checks import check_before_planning
+    from pipeline.flops import PEAK_FLOPS
     from pipeline.planning.micro_batch import with_micro_batch
     from pipeline.planning.report import document
     from pipeline.planning.resolve import resolve_planned_job
@@ -61,6 +99,10 @@ def _figures(parser: OptionParser, read: Read):
     if options.device_memory is not None and not 0 < options.device_memory < math.inf:
         problems.append(f"--device-memory: got {options.device_memory}; expected a number of GiB above 0")
     problems += json_problems(options.json)
+    hardware = _hardware(options)
+    if hardware is None and options.device == "cuda":
+        known = ", ".join(PEAK_FLOPS)
+        problems.append(f"--card: got {options.card!r}; expected one of {known}, or --matrix-tflops and --memory-bandwidth")
     settings, content = check_before_planning(settings, options.deepspeed, options.gpus, problems)
     on_gpu = options.device == "cuda"
     memory = total_bytes() if options.device_memory is None and on_gpu else (options.device_memory or 0) * 2**30 or None
@@ -69,7 +111,9 @@ def _figures(parser: OptionParser, read: Read):
     if chosen != settings:
         limit = "the largest that fits" if memory else "the largest that divides a rank's lanes, as no memory is known"
         notes.append(f"data.micro_batch: auto is {chosen.data.micro_batch} rows, {limit}.")
-    return document(job, memory, notes)
+    if hardware is None:
+        notes.append(_UNKNOWN_SPEED)
+    return document(job, memory, notes, hardware)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ generation/         decoding, plain and self-speculative
 runtime/            process group, DeepSpeed, metrics, signals
 runtime/checkpoint/  checkpoints of our own format, which any layout of ranks continues
 slurm/              a job on Slurm: checks, logs, the copy of the code, requeueing
-planning/           the memory plan, computed before anything is built
+planning/           a job's memory and speed, computed before anything is built
 benchmark/          what `launch/benchmark.py` measures
 audit/              what a run can prove by its own records, for `launch/audit.py`
 report/             pages and pictures of runs

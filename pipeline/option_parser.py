@@ -5,6 +5,7 @@ parsed again, until nothing is left to note.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -140,6 +141,17 @@ def _accept_anything(actions: Iterable[argparse.Action]) -> None:
 def is_option(argument: str) -> bool:
     """True for `--option` and `-o`; a negative number is a value."""
     return argument.startswith("-") and not argument[1:2].isdigit() and argument[1:2] != "."
+
+
+def above_zero(text: str) -> float:
+    """The type of an option that is a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
 
 
 def at_least(least: int, most: int = 2**53) -> Callable[[str], int]:

@@ -9,6 +9,7 @@ heads        the loss phase of all heads, beside full logits and `F.cross_entrop
 selection    the selection over ranks: time, and bytes moved
 traffic      the collectives of a micro-step under ZeRO-3
 gpu          what one GPU shows: steps, phases, memory beside the plan
+plan         the expected speed of steps, beside their measured one
 checkpoint   saving and loading, beside DeepSpeed's and torch's own
 data         the data path: both of
 preparing      documents to shards, beside the tokenizers library

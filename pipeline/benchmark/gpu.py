@@ -72,12 +72,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def matrix_flops(device: torch.device) -> float:
+def matrix_flops(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """FLOP/s of a square product: the median of ten."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = [_seconds(lambda: left @ right, device) for _ in range(13)][3:]
-    return 2 * size**3 / statistics.median(seconds)
+    taken = [seconds(lambda: left @ right, device, clock) for _ in range(13)][3:]
+    return 2 * size**3 / statistics.median(taken)
 
 
 def _measure_shape(shape: dict[str, int], rounds: int, peak_flops: float | None) -> dict[str, Any]:
@@ -110,13 +110,13 @@ def _measure_variant(variant: str, data: Path, options: dict[str, int], rounds: 
     for _ in range(WARM_UP_STEPS):
         take_step()
     reset_peak(run.device)
-    seconds = [_seconds(take_step, run.device) for _ in range(rounds)]
+    taken = [seconds(take_step, run.device) for _ in range(rounds)]
     figures = {
-        "seconds": statistics.median(seconds),
-        "all_seconds": seconds,
+        "seconds": statistics.median(taken),
+        "all_seconds": taken,
         "peak_bytes": peak_bytes(run.device) - before,
         "planned_bytes": _planned_bytes(run),
-        **_profiled(take_step, run.device, statistics.median(seconds)),
+        **_profiled(take_step, run.device, statistics.median(taken)),
         "phases": _phases(run, take_step),
     }
     for engine in filter(None, (run.engine, run.models.reference)):
@@ -244,14 +244,15 @@ def _measure_loss_phase(device: torch.device, options: argparse.Namespace) -> di
     return found
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def seconds(work: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the seconds of some work by a clock, the device's part included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def table(figures: dict[str, Any]) -> str:

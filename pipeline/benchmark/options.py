@@ -6,12 +6,11 @@ DeepSpeed, for which `--help` need not wait.
 
 import argparse
 import ast
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.option_parser import at_least
+from pipeline.option_parser import above_zero, at_least
 from pipeline.storage.location import user_path
 
 VARIANTS = ("next_token", "mtp", "selective", "origin")
@@ -25,6 +24,10 @@ GPU_SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"layers": 2, "dim": 32, "attention_heads": 2, "vocabulary": 128, "sequence_length": 32, "rows": 2},
 }
 """The shapes of a step that `gpu` measures, by name."""
+
+
+PLAN_SIZES = ("layers", "dim", "attention_heads", "vocabulary", "sequence_length", "rows")
+"""What a shape that `plan` measures is given by."""
 
 
 def description_of(module: str) -> str:
@@ -81,11 +84,9 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=at_least(1), nargs="+", default=[64, 256, 1024, 4096], help="sizes for the model")
     parser.add_argument("--gpu-tokens", type=at_least(1), default=2**14, help="the model's tokens a GPU and micro-step")
     parser.add_argument("--latency-us", type=float, default=5.0, help="the model's time of a message, microseconds")
-    parser.add_argument("--bandwidth", type=_positive_float, default=50.0, help="the model's bandwidth of a GPU, GB/s")
-    parser.add_argument("--parameters", type=_positive_float, default=1.1e9, help="of the policy, for the time of a step")
-    parser.add_argument(
-        "--flops", type=_positive_float, default=4e14, help="FLOP/s that a GPU achieves, for the time of a step"
-    )
+    parser.add_argument("--bandwidth", type=above_zero, default=50.0, help="the model's bandwidth of a GPU, GB/s")
+    parser.add_argument("--parameters", type=above_zero, default=1.1e9, help="of the policy, for the time of a step")
+    parser.add_argument("--flops", type=above_zero, default=4e14, help="FLOP/s that a GPU achieves, for the time of a step")
 
 
 def _add_traffic(parser: argparse.ArgumentParser) -> None:
@@ -95,9 +96,7 @@ def _add_traffic(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention-heads", type=at_least(1), default=2, help="default: 2")
     parser.add_argument("--vocabulary", type=at_least(1), default=512, metavar="V", help="default: 512")
     parser.add_argument("--sequence-length", type=at_least(5), default=16, metavar="T", help="default: 16")
-    parser.add_argument(
-        "--live-blocks", type=_positive_float, default=5, help="stage3_max_live_parameters, in blocks (default: 5)"
-    )
+    parser.add_argument("--live-blocks", type=above_zero, default=5, help="stage3_max_live_parameters, in blocks (default: 5)")
     parser.add_argument("--deepspeed", type=user_path, metavar="FILE", help="default: ds_configs/zero3.json")
 
 
@@ -107,6 +106,24 @@ def _add_gpu(parser: argparse.ArgumentParser) -> None:
         "--shapes", nargs="+", choices=GPU_SHAPES, default=default, metavar="NAME", help=f"of {names} (default: the first two)"
     )
     parser.add_argument("--rounds", type=at_least(1), default=5, help="measured steps (default: 5)")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes",
+        type=_plan_shape,
+        nargs="+",
+        metavar="SIZES",
+        help="each as layers,D,attention_heads,V,T,rows (default: five for a GPU, five for a CPU)",
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="measured steps of each (default: 5)")
+
+
+def _plan_shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(size) if size.isdecimal() else 0 for size in text.split(","))
+    if len(sizes) != len(PLAN_SIZES) or not all(sizes):
+        raise argparse.ArgumentTypeError(f"expected {len(PLAN_SIZES)} whole numbers above 0 with commas, got {text!r}")
+    return sizes
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -133,19 +150,9 @@ def _add_streaming(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--lanes", type=at_least(1), default=64, metavar="L")
     parser.add_argument("--micro-batch", type=at_least(1), default=8, metavar="B")
     parser.add_argument(
-        "--pace", type=_positive_float, default=200_000, metavar="TOKENS/S", help="of the training whose waiting is measured"
+        "--pace", type=above_zero, default=200_000, metavar="TOKENS/S", help="of the training whose waiting is measured"
     )
     parser.add_argument("--repeat", type=at_least(1), default=5, help="turns of each loop")
-
-
-def _positive_float(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return number
 
 
 ADD_OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
@@ -156,5 +163,6 @@ ADD_OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "checkpoint": _add_checkpoint,
     "traffic": _add_traffic,
     "gpu": _add_gpu,
+    "plan": _add_plan,
 }
 """By command, what adds its options to a parser."""

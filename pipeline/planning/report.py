@@ -1,10 +1,12 @@
-"""Format a memory plan: a table for the terminal, a JSON document for programs."""
+"""Format a plan: a table for the terminal, a JSON document for programs."""
 
 from typing import Any
 
 from pipeline.planning.advice import MARGIN, savings, usable_bytes, verdict
+from pipeline.planning.hardware import Hardware
 from pipeline.planning.plan import PARTS, Plan, plan_memory
 from pipeline.planning.planned_job import PlannedJob
+from pipeline.planning.speed_report import speed_document, speed_lines
 from pipeline.runtime.table import aligned
 
 
@@ -15,11 +17,12 @@ def summary(plan: Plan) -> str:
     return f"{_sized(plan.total)} a rank, highest in {plan.peak_moment}{host}{copies}"
 
 
-def document(job: PlannedJob, device_bytes: float | None, notes: list[str]) -> dict[str, Any]:
+def document(job: PlannedJob, device_bytes: float | None, notes: list[str], hardware: Hardware | None = None) -> dict[str, Any]:
     """The plan and its verdict as JSON values, sizes in bytes; `table` prints the same.
 
     Args:
         device_bytes: memory of a rank's device; None if unknown.
+        hardware: what the expected speed is computed from; None if unknown.
         notes: assumptions that were made, one sentence each.
     """
     plan = plan_memory(job)
@@ -44,6 +47,7 @@ def document(job: PlannedJob, device_bytes: float | None, notes: list[str]) -> d
         "left_aside": None if device_bytes is None else device_bytes - usable_bytes(job, device_bytes),
         "verdict": None if device_bytes is None else verdict(plan, usable_bytes(job, device_bytes)),
         "changes": [saving._asdict() for saving in savings(job)],
+        "speed": None if hardware is None else speed_document(job, hardware),
         "notes": notes,
     }
 
@@ -70,7 +74,8 @@ def table(figures: dict[str, Any]) -> str:
         "(1.5 to 3 GB of a GPU are common).",
         *figures["notes"],
     ]
-    return "\n".join([*lines, *_judgement(figures)])
+    speed = [] if figures["speed"] is None else ["", *speed_lines(figures["speed"], figures["gpus"])]
+    return "\n".join([*lines, *_judgement(figures), *speed])
 
 
 def _judgement(figures: dict[str, Any]) -> list[str]:

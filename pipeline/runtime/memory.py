@@ -56,6 +56,11 @@ def total_bytes() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
+def device_name() -> str | None:
+    """Name of this machine's first CUDA device; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def bytes_for_a_rank(device: torch.device, local_size: int) -> float:
     """Memory that a rank may plan with, in bytes: all of its GPU's, or its share of a half of the host's.
 

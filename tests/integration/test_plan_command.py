@@ -102,3 +102,32 @@ def test_a_plan_that_fits_says_what_was_left_aside_on_a_gpu() -> None:
     assert "CUDA, NCCL and fragmentation" in done.stdout
     done = plan("--gpus", 2, "--device", "cpu", "--device-memory", 40)
     assert "left aside" not in done.stdout
+
+
+def test_a_plan_says_how_fast_a_job_will_be_from_stated_peaks_and_what_would_make_it_faster(tmp_path: Path) -> None:
+    network = ["--card", "H100", "--network-bandwidth", 1, "--json", tmp_path / "plan.json"]
+    done = plan("--gpus", 64, *network, *LARGE)
+    assert done.returncode == 0, done.stderr
+    speed = json.loads((tmp_path / "plan.json").read_text())["speed"]
+    assert speed["hardware"]["matrix_flops"] == 0.8 * 989e12
+    assert sum(speed["parts"].values()) == pytest.approx(speed["step_seconds"])
+    assert f"Expected: {speed['tokens_per_second']:,.0f} tokens/s, {speed['tokens_per_second'] / 64:,.0f} a rank" in done.stdout
+    assert f"{speed['mfu']:.1%} MFU" in done.stdout
+    assert speed["parts"]["exposed traffic"] > 0.5 * speed["step_seconds"]
+    assert '"zero_hpz_partition_size": 8' in done.stdout
+    # A faster network ends the waiting, a card that is half as fast lengthens the step.
+    done = plan("--gpus", 64, "--card", "H100", "--matrix-tflops", 400, "--json", tmp_path / "plan.json", *LARGE)
+    slower = json.loads((tmp_path / "plan.json").read_text())["speed"]
+    assert slower["parts"].get("exposed traffic", 0) < 0.05 * slower["step_seconds"]
+    assert slower["parts"]["products"] == pytest.approx(speed["parts"]["products"] * 0.8 * 989 / 400)
+
+
+def test_no_speed_is_made_up_for_a_device_that_is_not_known() -> None:
+    done = plan("--gpus", 2, "--card", "TPU")
+    assert done.returncode == 2
+    assert "--card: got 'TPU'; expected one of H100 PCIe, H100, H200, A100" in done.stderr
+    done = plan("--gpus", 2, "--device", "cpu")
+    assert "How fast this is, is not known here" in done.stdout
+    done = plan("--gpus", 2, "--device", "cpu", "--matrix-tflops", 0.1, "--memory-bandwidth", 10)
+    assert "Expected: " in done.stdout
+    assert "MFU" not in done.stdout
