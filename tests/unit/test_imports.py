@@ -162,7 +162,7 @@ ALLOWED = {
     },
     "on_all_ranks": {"assembly", "checks", "config", "data", "failures", "model", "planning", "run_length", "runtime"},
     "assembly": {"config", "data.loading", "data.shards", "derived", "micro_step", "run", "runtime"},
-    "planning": {"checks", "config", "data.loading", "derived", "model", "runtime", "weighting"},
+    "planning": {"checks", "config", "data.loading", "derived", "flops", "model", "runtime", "weighting"},
     "scoring": {
         "assembly",
         "data_checks",
