@@ -16,6 +16,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.tiny import make_tiny_data, make_tiny_reference
@@ -28,6 +29,10 @@ settings.load_profile("project")
 # is ignored here alone: exec sets handlers back.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: None)
+
+# Workers of `pytest -n` share the cores between them; what they start has the environment of a session without workers.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
