@@ -67,7 +67,7 @@ def run_script(
     *arguments: object,
     environment: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
-    timeout: float = 300,
+    timeout: float = 900,
     start_afresh: bool = False,
     with_its_processes: bool = False,
 ) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from tests.tiny import SEQUENCE_LENGTH
 
 ROWS = 32
 _CLOCKS = re.compile(r"tokens_per_second|data_wait|seconds|time|memory|mfu")
-_PATIENCE_SECONDS = 800
+_PATIENCE_SECONDS = 1500
 
 Alter = Callable[..., None]
 """Called in a rank's process before the command, with the rank, a MonkeyPatch and further arguments."""

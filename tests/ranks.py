@@ -8,7 +8,7 @@ from tests.forked import CAN_FORK, call, forked_where_spawned
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 300, start_afresh: bool = False
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 900, start_afresh: bool = False
 ) -> list[Any]:
     """[function(*arguments) on rank 0, on rank 1, ...], as `ranks.run_ranks` has it, of processes that are forked; or
     started afresh, with the environment of now."""

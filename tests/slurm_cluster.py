@@ -74,7 +74,7 @@ class Cluster:
         assert found is not None, name
         return found[1]
 
-    def wait_for(self, job: str, *states: str, seconds: float = 400) -> str:
+    def wait_for(self, job: str, *states: str, seconds: float = 900) -> str:
         """Wait until a job is in one of these states, or has come to an end; returns its state."""
         ends = time.monotonic() + seconds
         while (state := self.property(job, "JobState")) not in (*states, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"):
@@ -138,7 +138,7 @@ def _configure(folder: Path) -> None:
 
 
 def _wait_until_idle(cluster: Cluster) -> None:
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + 300
     while True:
         with suppress(AssertionError):
             states = cluster.run("sinfo", "-h", "-N", "-o", "%T").split()

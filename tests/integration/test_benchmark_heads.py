@@ -15,7 +15,7 @@ def test_heads_measures_every_variant_beside_plain_logits(tmp_path: Path) -> Non
     sizes = {"--tokens": 64, "--dim": 32, "--vocabulary": 5000, "--heads": 4, "--rounds": 3}
     command = [sys.executable, str(ROOT / "launch" / "benchmark.py"), "heads", "--json", str(tmp_path / "figures.json")]
     command += [str(word) for option in sizes.items() for word in option]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     variants = figures["variants"]

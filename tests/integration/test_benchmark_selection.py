@@ -19,7 +19,7 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
     """The figures of one run, and the lines it printed."""
     file = tmp_path_factory.mktemp("benchmark") / "figures.json"
     command = ["selection", "--runs", "2", "--json", file, "--tokens", *TOKENS, "--ranks", *RANKS]
-    done = run_script("benchmark.py", *command, timeout=500, with_its_processes=True)
+    done = run_script("benchmark.py", *command, timeout=1500, with_its_processes=True)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text(encoding="utf-8")), done.stdout.splitlines()
 

@@ -507,7 +507,7 @@ def test_a_port_that_is_in_use_is_one_message_with_the_remedy(arguments, tmp_pat
 def test_a_name_of_the_first_machine_that_is_unknown_is_one_message_at_once(arguments, tmp_path):
     """torch would try again for half an hour."""
     of_two = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "no-such-node.invalid", "MASTER_PORT": "29500"}
-    finished = run_script("train.py", *arguments, "data.micro_batch=1", environment=ENVIRONMENT | of_two, timeout=120)
+    finished = run_script("train.py", *arguments, "data.micro_batch=1", environment=ENVIRONMENT | of_two, timeout=600)
     assert finished.returncode == 2, finished.stderr
     assert "train.py: error: the ranks cannot meet: MASTER_ADDR is no-such-node.invalid, and " in finished.stderr
     assert "Traceback" not in finished.stderr

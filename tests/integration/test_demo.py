@@ -21,7 +21,7 @@ def run(*command: str | Path, **environment: str) -> str:
         env=os.environ | {"PATH": PATH} | environment,
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=1500,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -26,7 +26,7 @@ def run_two_ranks(*arguments: Any) -> list[tuple[int, str, str]]:
 
     def run_one(rank: str) -> tuple[int, str, str]:
         environment = job | {"RANK": rank, "LOCAL_RANK": rank}
-        done = run_script("train.py", "--deepspeed", ZERO3, *arguments, environment=environment, timeout=500)
+        done = run_script("train.py", "--deepspeed", ZERO3, *arguments, environment=environment, timeout=1500)
         return done.returncode, done.stdout, done.stderr
 
     with ThreadPoolExecutor() as pool:

@@ -56,7 +56,7 @@ class Ranks:
 
     def wait_for(self, line: str) -> None:
         """Wait until the first rank has printed a line that begins so."""
-        ends = time.monotonic() + 300
+        ends = time.monotonic() + 900
         while not re.search(rf"^{line}", self.logs[0].read_text(), re.MULTILINE):
             assert time.monotonic() < ends, self.logs[0].read_text()
             assert self.processes[0].poll() is None, self.logs[0].read_text()
@@ -64,7 +64,7 @@ class Ranks:
 
     def end(self) -> list[int]:
         """The exit code of each rank, once all have ended."""
-        return [process.wait(300) for process in self.processes]
+        return [process.wait(900) for process in self.processes]
 
 
 def trained(run_dir: Path) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ def test_a_stopped_rank_is_named_by_the_other_which_ends_with_the_code_for_it(re
     os.kill(job.processes[1].pid, signal.SIGSTOP)
     started = time.monotonic()
     assert job.end() == [EXIT_HANG, -signal.SIGKILL]
-    assert time.monotonic() - started < 20 + 15 + 25, "with the time that a loaded machine takes"
+    assert time.monotonic() - started < 300, "torch would have ended it after ten minutes"
 
     told = re.search(
         r"cannot go on: rank 1 on \S+ \(process \d+\) has been silent for (\d+) s in training step", job.logs[0].read_text()

@@ -55,7 +55,7 @@ def measured() -> dict[str, list[Measured]]:
         for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
             patch.setenv(threshold, "65536")
         (on_one,), on_two = (
-            run_ranks(plan_and_measure_each, len(jobs), jobs[0], "cpu", timeout=600, start_afresh=True)
+            run_ranks(plan_and_measure_each, len(jobs), jobs[0], "cpu", timeout=1500, start_afresh=True)
             for jobs in ([ONE_RANK], [TWO_RANKS] * 2)
         )
     return {name: [found] for name, found in on_one.items()} | {name: [rank[name] for rank in on_two] for name in TWO_RANKS}

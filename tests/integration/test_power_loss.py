@@ -97,7 +97,7 @@ def test_after_a_loss_of_power_a_checkpoint_loads_and_the_records_reach_it(disk:
             run_dir.mkdir()
             writer = forking().Process(target=call, args=(save_for_ever, run_dir))
             writer.start()
-            ends = time.monotonic() + 120
+            ends = time.monotonic() + 600
             while len(list(run_dir.glob("checkpoints/step-*[0-9]"))) < 2:
                 assert time.monotonic() < ends
                 time.sleep(0.01)

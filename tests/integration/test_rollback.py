@@ -145,13 +145,13 @@ def train_without(data: Path, run_dir: Path, *overrides: str) -> str:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody interrupts."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    assert run_ranks(train_here, 1, data, run_dir, timeout=800) == [""]
+    assert run_ranks(train_here, 1, data, run_dir, timeout=1500) == [""]
     return run_dir
 
 
 @pytest.mark.slow
 def test_a_run_that_went_back_is_one_that_never_saw_the_samples(data: Path, whole: Path, tmp_path: Path) -> None:
-    assert run_ranks(train_without, 1, data, tmp_path / "without", timeout=800) == [""]
+    assert run_ranks(train_without, 1, data, tmp_path / "without", timeout=1500) == [""]
     own = ("rollbacks", "samples_skipped")
     assert records(whole, *own) == records(tmp_path / "without", *own)
     assert last_weights(whole) == last_weights(tmp_path / "without")
@@ -270,9 +270,9 @@ def test_a_run_that_is_killed_at_each_point_of_a_return_comes_to_the_same(data: 
     for number, point in enumerate(KILLS):
         process = forking().Process(target=die, args=(data, run_dir, number))
         process.start()
-        process.join(800)
+        process.join(1500)
         assert process.exitcode == -signal.SIGKILL, point
-    assert run_ranks(train_here, 1, data, run_dir, timeout=800) == [""]
+    assert run_ranks(train_here, 1, data, run_dir, timeout=1500) == [""]
     assert records(run_dir) == records(whole)
     assert audit(run_dir).problems == []
     assert last_weights(run_dir) == last_weights(whole)
@@ -295,7 +295,7 @@ def train_from_the_beginning(data: Path, folder: Path, zero: dict[str, Any]) -> 
 def test_two_ranks_decide_alike_and_stop_where_they_have_gone_back_often_enough(
     data: Path, tmp_path: Path, zero: dict[str, Any]
 ) -> None:
-    said, other = run_ranks(train_from_the_beginning, 2, data, tmp_path, zero, timeout=800)
+    said, other = run_ranks(train_from_the_beginning, 2, data, tmp_path, zero, timeout=1500)
     assert said == other
     assert said.startswith("step 27: loss spike, ")
     assert "after 1 rollbacks (training.max_rollbacks)" in said

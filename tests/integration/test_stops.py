@@ -123,7 +123,7 @@ def test_a_rank_that_waits_for_the_others_to_come_ends_at_a_signal(recipe: Path,
     started = time.monotonic()
     job.processes[0].terminate()
     assert job.end() == [75, -signal.SIGKILL]
-    assert time.monotonic() - started < 60, "it waits for half an hour otherwise"
+    assert time.monotonic() - started < 600, "it waits for half an hour otherwise"
     assert not (tmp_path / "run").exists()
 
 
@@ -253,5 +253,5 @@ def test_a_rank_that_is_killed_is_named_and_the_launcher_ends_as_readme_says(
     with Launched(launcher, recipe, tmp_path) as job:
         job.ranks[1].kill()
         job.wait_for_the_ranks_end()
-        assert job.runner.wait(120) in codes
+        assert job.runner.wait(600) in codes
         assert re.search(r"the job cannot go on: rank 1 on \S+ \(process \d+\) died in training step", job.said), job.said

@@ -27,7 +27,7 @@ def test_the_command_prints_the_figures_that_it_writes(tmp_path):
         [*command, "--processes", "1", "--json", str(tmp_path / "figures.json")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -51,7 +51,7 @@ def test_a_rank_that_dies_is_named_with_its_exit_code_at_once(how, said):
     start = time.monotonic()
     with pytest.raises(RankError, match=rf"\Arank 1 died without an answer: {said}"):
         run_ranks(die_on_rank_1, 2, how)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 300
 
 
 def test_a_rank_that_is_late_is_named_with_its_stack():
@@ -76,7 +76,7 @@ def test_ranks_hear_ctrl_c_though_nohup_had_this_process_ignore_it(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     assert (done.stdout, done.returncode) == ("[True]\n", 0), done.stderr

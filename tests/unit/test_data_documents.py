@@ -559,7 +559,7 @@ def memory_of_reading(path):
         "print(peak_memory() - before)"
     )
     command = [sys.executable, "-c", script, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, cwd=Path(__file__).parents[2])
     documents, oversized, memory = map(int, done.stdout.split())
     return documents, oversized, memory
 

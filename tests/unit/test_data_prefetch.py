@@ -38,7 +38,7 @@ def test_while_one_item_is_used_the_next_ones_are_made_and_no_more_than_there_is
     items = prefetch_in_thread(counted(100, made, []), 2)
     assert [next(items), next(items)] == [0, 1]
     # Two wait, and the thread holds one that finds no room.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(made) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)

@@ -215,7 +215,7 @@ def command_line(*arguments, cwd, script="prepare.py"):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

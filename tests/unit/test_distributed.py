@@ -192,7 +192,7 @@ def test_the_death_of_the_one_rank_ends_the_wait_of_the_others(tmp_path: Path) -
         subprocess.Popen([sys.executable, "-c", DIE_WHILE_MAKING, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    (_, first), (_, second) = (rank.communicate(timeout=120) for rank in ranks)
+    (_, first), (_, second) = (rank.communicate(timeout=600) for rank in ranks)
     assert ranks[0].returncode == 9, first
     assert ranks[1].returncode not in (0, None)
     assert "RuntimeError" in second or "DistBackendError" in second

@@ -27,7 +27,7 @@ def test_help_loads_nothing_slow_and_its_usage_lines_are_whole(command: tuple[st
     code = SHOW.format(slow=SLOW)
     arguments = [sys.executable, "-c", code, str(ROOT / "launch" / f"{script}.py"), *subcommand, "--help"]
     environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert (done.returncode, done.stderr.split()) == (0, ["loaded:"])
 
     # Each line of the usage fits, and no option is parted from its value.

@@ -31,7 +31,7 @@ def signalled(script: str, *numbers: int) -> tuple[int, str]:
             # What comes after the line has begun.
             time.sleep(1)
             process.send_signal(number)
-        process.wait(120)
+        process.wait(600)
         return process.returncode, process.stderr.read()
 
 
