@@ -1,5 +1,6 @@
 """The curves of a run directory, as TensorBoard itself reads them from its event files."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 def events_of(run_dir: Path, run: str = "") -> Any:
     """A run of a run directory's event files."""
+    # It says of every start after a kill that it drops points, which is what is looked at here.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(run_dir / "tensorboard" / run), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
     return events.Reload()
 
