@@ -86,7 +86,8 @@ def table(figures: dict[str, Any]) -> str:
             f"{figures['all_gathers']} all-gathers for {figures['blocks']} blocks of policy and sharded reference on "
             f"{figures['ranks']} ranks; the largest is {figures['largest_gather_blocks']:.2f} blocks (the embedding "
             f"{figures['embedding_blocks']:.2f}), and at most {figures['most_gathered_blocks']:.1f} blocks of the policy were "
-            f"gathered at a time (live limit {figures['live_blocks']:g})",
+            f"gathered at a time (live limit {figures['live_blocks']:g}, which binds what is fetched ahead; the "
+            "block at work comes on top)",
         ]
     )
 
