@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.experiment.measuring import measure_acceptance, measure_speed
 from pipeline.experiment.page import machine, page
 from pipeline.experiment.plan import Plan, RunName, keep_plan, settings_of, stage_one, stage_two
 from pipeline.experiment.preparing import clean_share, prepare
-from pipeline.experiment.results import Figures, best_rates, collect, run_figures
+from pipeline.experiment.results import Figures, best_rates, collect, run_figures, runs_to_decode
 from pipeline.experiment.runs import StoppedOnRequestError, places, run_all, training
+from pipeline.experiment.selections import compare_selections
 from pipeline.storage.locks import take_lock
 from pipeline.storage.whole_file import write_file
 
@@ -33,7 +35,14 @@ def conduct(plan: Plan, directory: Path, workers: int | None = None) -> Figures:
         prepare(plan, directory, slots, _say)
     first = _run_stage(plan, stage_one(plan), directory, slots)
     second = _run_stage(plan, stage_two(plan, best_rates(plan, first)), directory, slots)
-    results = collect(plan, directory, first | second)
+    runs, rates = first | second, best_rates(plan, first)
+    with (directory / "measure.lock").open("a") as lock:
+        take_lock(lock, wait=_LONGEST_PREPARATION)
+        speed = measure_speed(plan, directory, slots, _say)
+        accepted = measure_acceptance(runs_to_decode(plan, rates, runs), directory, slots, _say)
+    results = collect(plan, directory, runs, speed, accepted)
+    _say("comparing selections")
+    results["selections"] = compare_selections(plan, directory, rates)
 
     # Hours of this start alone would mislead where it went on from another.
     hours = _add_hours(directory, (time.monotonic() - started) / 3600)

@@ -1,19 +1,23 @@
 """The results of an experiment as one HTML page that needs nothing else."""
 
+import math
 import platform
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipeline.report.colours import COLOURS
-from pipeline.report.page import document, text
+from pipeline.report.charts import Panel, panels_figure
+from pipeline.report.colours import colours_of
+from pipeline.report.curves import Curve
+from pipeline.report.page import document, number, picture, text
 
 _BUDGETS = {
     "tokens": "tokens",
     "pairs": "supervised pairs",
     "flops": "FLOPs",
     "flops_with_reference": "FLOPs, reference included",
+    "seconds": "time",
 }
-_WIDTH, _HEIGHT = 760, 320
 
 
 def page(results: dict[str, Any]) -> str:
@@ -57,7 +61,41 @@ def _parts(results: dict[str, Any]) -> Iterator[str]:
         [_arm_row(name, arm) for name, arm in results["arms"].items()],
     )
     yield f"<p>Frequencies alone cost {results['unigram']:.3f} nats. A rate with * lies at the edge of those tried.</p>"
-    yield "<h2>Bits per byte over tokens, each seed a line</h2>" + _chart(results["arms"])
+    yield "<h2>Bits per byte over tokens</h2>" + _curves(results["arms"])
+    yield from _decoding(results)
+    yield from _selected(results)
+
+
+def _decoding(results: dict[str, Any]) -> Iterator[str]:
+    """What a step of self-speculative decoding accepts, and what arms cost."""
+    yield "<h2>Tokens accepted per step of decoding by drafts, verified; and speed</h2>" + _table(
+        ["arm", "accepted per step", "tokens/s alone on a core", "gradient norm of each head at the trunk"],
+        [
+            [
+                name,
+                number(arm["accepted_per_step"]),
+                number(arm["tokens_per_second"]),
+                " ".join(number(norm, 3) for norm in arm["trunk_gradient_norms"]),
+            ]
+            for name, arm in results["arms"].items()
+        ],
+    )
+    yield _table(
+        ["first − second", "difference of accepted", "95 % interval", "paired t"],
+        [
+            [
+                f"{each['first']} − {each['second']}",
+                f"{each['mean']:+.4f}",
+                f"{each['low']:+.4f} to {each['high']:+.4f}",
+                f"p = {each['p_t']:.4f}",
+            ]
+            for each in results["comparisons_of_accepted"]
+        ],
+    )
+
+
+def _selected(results: dict[str, Any]) -> Iterator[str]:
+    """What was selected: by source, over time, by the truth of each token, and by two selections."""
     sources = list(dict.fromkeys(name for arm in results["arms"].values() for name in arm["selected_by_source"]))
     yield "<h2>Share of each source's pairs that heads 1… selected, in the last quarter</h2>" + _table(
         ["arm", *sources],
@@ -72,6 +110,53 @@ def _parts(results: dict[str, Any]) -> Iterator[str]:
             for name, arm in results["arms"].items()
         ],
     )
+    yield "<h2>Enrichment over tokens: a source's share of the selected pairs over its share of all</h2>" + _enrichment(results)
+    selections = results["selections"]
+    truth = selections.get("selected_by_truth", {})
+    kinds = list(dict.fromkeys(kind for shares in truth.values() for kind in shares))
+    if truth:
+        yield "<h2>Share of each kind of token that the model selects at its end, by the truth of each token</h2>" + _table(
+            ["arm", *kinds],
+            [[arm, *(f"{shares[kind]:.1%}" if kind in shares else "" for kind in kinds)] for arm, shares in truth.items()],
+        )
+    overlaps = {"the shifted and the matched reference": "shifted_and_matched", "two seeds": "two_seeds"}
+    rows = [[name, *(f"{share:.3f}" for share in selections[key])] for name, key in overlaps.items() if key in selections]
+    if rows:
+        heads = [f"head {head}" for head in range(1, len(rows[0]))]
+        yield "<h2>Overlap of two selections: pairs that both take, of those that either takes</h2>" + _table(
+            ["", *heads], rows
+        )
+        yield f"<p>Two selections that have nothing to do with each other overlap in {selections['chance']:.3f}.</p>"
+    if "differ_on" in selections:
+        sets = list(next(iter(selections["differ_on"].values())))
+        yield "<h2>Tokens on which the shifted and the matched reference differ</h2>" + _table(
+            ["the target", *sets],
+            [[name, *(f"{shares[of]:.1%}" for of in sets)] for name, shares in selections["differ_on"].items()],
+        )
+
+
+def _enrichment(results: dict[str, Any]) -> str:
+    """A panel for each arm that selects, a line for each source."""
+    arms = {name: arm["enrichment"] for name, arm in results["arms"].items() if _selects(arm["enrichment"])}
+    sources = list(dict.fromkeys(key for points in arms.values() for point in points for key in point if key != "tokens"))
+    panels = [
+        Panel(
+            name,
+            [
+                Curve(source, source, [point["tokens"] for point in points], [point.get(source, math.nan) for point in points])
+                for source in sources
+            ],
+            line_at=1.0,
+            along="tokens",
+        )
+        for name, points in arms.items()
+    ]
+    drawn = panels_figure(panels, colours_of(sources))
+    return "" if drawn is None else picture(drawn, "enrichment of each source over tokens, by arm")
+
+
+def _selects(points: Sequence[dict[str, float]]) -> bool:
+    return any(abs(value - 1) > 1e-9 for point in points for key, value in point.items() if key != "tokens")
 
 
 def _arm_row(name: str, arm: dict[str, Any]) -> list[object]:
@@ -94,29 +179,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return '<div class="wide"><table>' + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table></div>"
 
 
-def _chart(arms: dict[str, Any]) -> str:
-    """Curves of all runs as SVG; the first validation, of untrained models, is left out."""
-    lines = [
-        (number, [(point["tokens"], point["bits_per_byte"]) for point in run["curve"] if point["tokens"]])
-        for number, arm in enumerate(arms.values())
-        for run in arm["runs"]
-    ]
-    points = [point for _, of_line in lines for point in of_line]
-    most, low, high = max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points)
-    span = (high - low) or 1.0
-    drawn = []
-    for number, of_line in lines:
-        places = " ".join(
-            f"{40 + x / most * (_WIDTH - 60):.1f},{_HEIGHT - 20 - (y - low) / span * (_HEIGHT - 40):.1f}" for x, y in of_line
-        )
-        drawn.append(f'<polyline points="{places}" fill="none" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="1.2"/>')
-    legend = " ".join(
-        f'<span class="swatch" style="background:{COLOURS[number % len(COLOURS)]}"></span>{text(name)}'
-        for number, name in enumerate(arms)
-    )
-    axis = f'<text x="0" y="14" font-size="11">{high:.3f}</text><text x="0" y="{_HEIGHT - 20}" font-size="11">{low:.3f}</text>'
-    end = f'<text x="{_WIDTH - 90}" y="{_HEIGHT - 4}" font-size="11">{most:,} tokens</text>'
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}">{axis}{end}{"".join(drawn)}</svg><p>{legend}</p>'
+def _curves(arms: dict[str, Any]) -> str:
+    """The mean over each arm's seeds at its best rate; the first validation, of untrained models, is left out."""
+    curves = []
+    for name, arm in arms.items():
+        points = [
+            (of_seeds[0]["tokens"], statistics.fmean(point["bits_per_byte"] for point in of_seeds))
+            for of_seeds in zip(*(run["curve"] for run in arm["runs"]), strict=True)
+            if of_seeds[0]["tokens"]
+        ]
+        curves.append(Curve(name, name, [tokens for tokens, _ in points], [bits for _, bits in points]))
+    halves = [curves[: (len(curves) + 1) // 2], curves[(len(curves) + 1) // 2 :]]
+    drawn = panels_figure([Panel("", half, unit="bits per byte", along="tokens") for half in halves], colours_of(list(arms)))
+    return "" if drawn is None else picture(drawn, "bits per byte over tokens, by arm")
 
 
 def machine() -> str:

@@ -50,6 +50,8 @@ class Plan(Section):
     """Optimizer steps of the references."""
     reference_learning_rate: PositiveFloat
     """Peak learning rate of the references."""
+    timing_steps: Positive
+    """Optimizer steps by which an arm's speed is measured."""
     validate_every: Positive
     """Steps between validations."""
     arms: dict[str, Arm]

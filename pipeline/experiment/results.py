@@ -1,10 +1,12 @@
 """The figures of an experiment's runs, and what its comparisons say.
 
 A run's figure is head 0's bits per byte of clean held-out text, the mean over the clean sources. Along the run it is compared
-at equal tokens, at equal supervised pairs and at equal FLOPs: each read off the run's curve, straight between validations.
-FLOPs are given with and without the reference, which was run once for all arms.
+at equal tokens, at equal supervised pairs, at equal FLOPs and at equal time: each read off the run's curve, straight between
+validations. FLOPs are given with and without the reference, which was run once for all arms; time is tokens over the arm's
+speed alone on the machine, without the reference. The second figure is what a step of self-speculative decoding accepts.
 """
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.experiment.corpus import CLEAN_SOURCES, KIND_FILE, NOISE, labels
+from pipeline.experiment.corpus import CLEAN_SOURCES, KIND_FILE, NOISE, SOURCES, labels
 from pipeline.experiment.plan import Plan, RunName, settings_of
 from pipeline.experiment.preparing import tokens_of
 from pipeline.flops import forward_flops, selective_flops
@@ -20,6 +22,8 @@ from pipeline.report.significance import holm, paired_test
 from pipeline.runtime.logbook import read_records
 
 Figures = dict[str, Any]
+_STRETCHES = 10
+_BUDGETS = ("tokens", "pairs", "flops", "flops_with_reference", "seconds")
 
 
 def run_figures(plan: Plan, run: RunName, directory: Path) -> Figures:
@@ -37,6 +41,8 @@ def run_figures(plan: Plan, run: RunName, directory: Path) -> Figures:
         "bits_per_byte_by_source": {record["set"]: record.get("bits_per_byte") for record in last},
         "losses": [statistics.fmean(record[f"loss_head_{head}"] for record in last) for head in range(num_heads)],
         "largest_gradient_norm": max(record["grad_norm"] for record in steps if record["grad_norm"] is not None),
+        "trunk_gradient_norms": [_mean_of(steps, f"trunk_grad_norm_head_{head}") for head in range(num_heads)],
+        "enrichment": _enrichment(steps, num_heads),
         "selected_by_source": _selected_by_source(steps, num_heads),
         "curve": curve,
     }
@@ -78,7 +84,7 @@ def _selected_by_source(steps: Sequence[Figures], num_heads: int) -> dict[str, f
     """The share of each source's valid pairs that heads 1… selected, over the last quarter of the logged steps."""
     late = steps[3 * len(steps) // 4 :]
     found = {}
-    for source in (*CLEAN_SOURCES, *NOISE):
+    for source in SOURCES:
         ratios = [
             record[key]
             for record in late
@@ -90,16 +96,60 @@ def _selected_by_source(steps: Sequence[Figures], num_heads: int) -> dict[str, f
     return found
 
 
+def _mean_of(records: Sequence[Figures], key: str) -> float | None:
+    values = [record[key] for record in records if record.get(key) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _enrichment(steps: Sequence[Figures], num_heads: int) -> list[Figures]:
+    """Over the run, in at most ten stretches: each source's share of the pairs that heads 1… selected over its share of all."""
+    found = []
+    edges = np.linspace(0, len(steps), min(_STRETCHES, len(steps)) + 1).astype(int).tolist()
+    for part in (steps[first:end] for first, end in itertools.pairwise(edges)):
+        of_sources: Figures = {}
+        for source in SOURCES:
+            ratios = [
+                record[f"selected_ratio_head_{head}_source_{source}"] / record[f"selected_ratio_head_{head}"]
+                for record in part
+                for head in range(1, num_heads)
+                if record.get(f"selected_ratio_head_{head}_source_{source}") is not None
+                and record[f"selected_ratio_head_{head}"]
+            ]
+            if ratios:
+                of_sources[source] = statistics.fmean(ratios)
+        if of_sources:
+            found.append({"tokens": part[-1]["tokens"], **of_sources})
+    return found
+
+
 def best_rates(plan: Plan, runs: Mapping[RunName, Figures]) -> dict[str, float]:
     """Each arm's learning rate with the lowest figure in stage one."""
     return {arm: min(plan.learning_rates, key=lambda rate: runs[RunName(arm, rate, 0)]["bits_per_byte"]) for arm in plan.arms}
 
 
-def collect(plan: Plan, directory: Path, runs: Mapping[RunName, Figures]) -> Figures:
-    """All results, as results.json has them."""
+def runs_to_decode(plan: Plan, rates: Mapping[str, float], runs: Mapping[RunName, Figures]) -> list[RunName]:
+    """The runs of several heads at their arm's best rate."""
+    return [run for run in runs if run.learning_rate == rates[run.arm] and len(runs[run]["losses"]) > 1]
+
+
+def collect(
+    plan: Plan,
+    directory: Path,
+    runs: Mapping[RunName, Figures],
+    speed: Mapping[str, float],
+    accepted: Mapping[RunName, float],
+) -> Figures:
+    """All results, as results.json has them.
+
+    speed: tokens per second by arm. accepted: tokens that a step accepts, of `runs_to_decode`.
+    """
     rates = best_rates(plan, runs)
+    for run, figures in runs.items():
+        figures["accepted_per_step"] = accepted.get(run)
+        for point in figures["curve"]:
+            point["seconds"] = point["tokens"] / speed[run.arm]
     unigram = _unigram(directory)
-    arms = {arm: _of_arm(plan, arm, rates[arm], runs, unigram) for arm in plan.arms}
+    arms = {arm: _of_arm(plan, arm, rates[arm], runs, unigram) | {"tokens_per_second": speed[arm]} for arm in plan.arms}
     unlearned = [arm for arm in arms if not arms[arm]["last_head_learned"]]
     kinds = labels(directory / "data" / "corpus" / "mix", KIND_FILE)
     counts = np.bincount(kinds.flatten(), minlength=len(NOISE) + 1)[: len(NOISE) + 1]
@@ -112,6 +162,7 @@ def collect(plan: Plan, directory: Path, runs: Mapping[RunName, Figures]) -> Fig
         "tokens": {name: int(count) for name, count in zip(("clean", *NOISE), counts, strict=True)},
         "arms": arms,
         "comparisons": _comparisons(plan, rates, runs),
+        "comparisons_of_accepted": _comparisons_of_accepted(plan, rates, runs),
         "plan": plan.model_dump(mode="json"),
     }
 
@@ -122,10 +173,7 @@ def _of_arm(plan: Plan, arm: str, rate: float, runs: Mapping[RunName, Figures], 
     new = [each for each in chosen if each["seed"]] or chosen
     values = [each["bits_per_byte"] for each in new]
     losses = chosen[0]["losses"]
-    budgets = {
-        budget: min(figures["curve"][-1][budget] for figures in runs.values())
-        for budget in ("tokens", "pairs", "flops", "flops_with_reference")
-    }
+    budgets = {budget: min(figures["curve"][-1][budget] for figures in runs.values()) for budget in _BUDGETS}
     return {
         "learning_rate": rate,
         "bits_per_byte": statistics.fmean(values),
@@ -139,6 +187,9 @@ def _of_arm(plan: Plan, arm: str, rate: float, runs: Mapping[RunName, Figures], 
             budget: statistics.fmean(read_off(each["curve"], budget, at) for each in new) for budget, at in budgets.items()
         },
         "selected_by_source": chosen[0]["selected_by_source"],
+        "enrichment": chosen[0]["enrichment"],
+        "trunk_gradient_norms": chosen[0]["trunk_gradient_norms"],
+        "accepted_per_step": _mean_of(new, "accepted_per_step"),
         "runs": chosen,
     }
 
@@ -153,15 +204,30 @@ def _comparisons(plan: Plan, rates: Mapping[str, float], runs: Mapping[RunName, 
     main = plan.main_arms
     others = [(one, other) for index, one in enumerate(main) for other in main[index + 1 :]]
     others = [pair for pair in others if pair not in plan.primary and pair[::-1] not in plan.primary]
-    found = []
+    found: list[Figures] = []
     for one, other in [*plan.primary, *others]:
-        values = [[runs[RunName(arm, rates[arm], seed)]["bits_per_byte"] for seed in plan.seeds] for arm in (one, other)]
-        test = paired_test(*values)
-        found.append({"first": one, "second": other, "primary": (one, other) in plan.primary, **test._asdict()})
+        paired = _paired(plan, rates, runs, (one, other), "bits_per_byte")
+        found.append({"first": one, "second": other, "primary": (one, other) in plan.primary} | paired)
     corrected = holm([each["p_t"] for each in found[: len(plan.primary)]])
     for each, p_value in zip(found, corrected, strict=False):
         each["p_holm"] = p_value
     return found
+
+
+def _comparisons_of_accepted(plan: Plan, rates: Mapping[str, float], runs: Mapping[RunName, Figures]) -> list[Figures]:
+    """Every pair of main arms with several heads, by what a step accepts; exploratory."""
+    main = [arm for arm in plan.main_arms if len(runs[RunName(arm, rates[arm], plan.seeds[0])]["losses"]) > 1]
+    return [
+        {"first": one, "second": other, **_paired(plan, rates, runs, (one, other), "accepted_per_step")}
+        for one, other in itertools.combinations(main, 2)
+    ]
+
+
+def _paired(
+    plan: Plan, rates: Mapping[str, float], runs: Mapping[RunName, Figures], arms: tuple[str, str], figure: str
+) -> Figures:
+    values = [[runs[RunName(arm, rates[arm], seed)][figure] for seed in plan.seeds] for arm in arms]
+    return paired_test(*values)._asdict()
 
 
 def _unigram(directory: Path) -> float:

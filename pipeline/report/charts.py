@@ -28,7 +28,8 @@ _STYLE: Any = {
 
 class Panel(NamedTuple):
     """One set of axes. bands: a curve's lower and upper edge, by its key. marks: steps at which a job started again. line_at:
-    where a thin line is drawn across. is_share: true for what lies between 0 and 1."""
+    where a thin line is drawn across. is_share: true for what lies between 0 and 1. along: the unit of the horizontal
+    axis."""
 
     title: str
     curves: Sequence[Curve]
@@ -37,6 +38,7 @@ class Panel(NamedTuple):
     marks: Sequence[float] = ()
     line_at: float | None = None
     is_share: bool = False
+    along: str = "step"
 
 
 def panels_figure(panels: Sequence[Panel], colours: Mapping[str, str], file_format: str = "svg") -> bytes | None:
@@ -89,7 +91,7 @@ def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     axes.set_title(_plain(panel.title), fontsize=9)
     if panel.is_share:
         axes.set_ylim(0, 1.05)
-    axes.set_xlabel("step")
+    axes.set_xlabel(panel.along)
     axes.set_ylabel(panel.unit)
     if len(panel.curves) > 1:
         axes.legend(fontsize=7)

@@ -42,6 +42,13 @@ def test_every_arm_has_its_figures_and_the_main_ones_their_seeds(done) -> None:
         assert 0 < arm["bits_per_byte"] < 20
         assert arm["at_equal"]["tokens"] == pytest.approx(arm["bits_per_byte"], rel=0.2)
         assert len(arm["losses"]) == (1 if name == "next_token" else 4)
+        assert arm["tokens_per_second"] > 0
+        assert len(arm["trunk_gradient_norms"]) == len(arm["losses"])
+        for run in arm["runs"]:
+            assert all(point["seconds"] == point["tokens"] / arm["tokens_per_second"] for point in run["curve"])
+            if arm["learning_rate"] == run["learning_rate"] and name != "next_token":
+                assert 1 <= run["accepted_per_step"] <= 4
+    assert [(each["first"], each["second"]) for each in results["comparisons_of_accepted"]] == [("random", "rho1_shifted")]
     first, second, *others = results["comparisons"]
     assert [(each["first"], each["second"]) for each in (first, second)] == plan.primary
     assert not any(each["primary"] for each in others)
@@ -56,6 +63,25 @@ def test_an_oracle_takes_clean_tokens_alone(done) -> None:
     selected = results_of(done)["arms"]["oracle"]["selected_by_source"]
     assert all(selected.get(name, 0) == 0 for name in ("shuffled", "random", "boilerplate"))
     assert all(selected[name] > 0.9 for name in CLEAN_SOURCES if name in selected)
+
+
+def test_selections_of_two_references_and_of_two_seeds_are_compared(done) -> None:
+    selections = results_of(done)["selections"]
+    assert selections["chance"] == pytest.approx(0.6 / 1.4)
+    for name in ("shifted_and_matched", "two_seeds"):
+        assert len(selections[name]) == 3
+        assert all(0 <= share <= 1 for share in selections[name])
+    # Models that learned nothing, with seeds that share nothing but the references.
+    assert list(selections["selected_by_truth"]) == ["rho1_shifted"]
+    assert list(selections["selected_by_truth"]["rho1_shifted"]) == ["clean", *NOISE]
+    differ = selections["differ_on"]
+    for names in (
+        ("begins a word", "within a word", "no word"),
+        ("frequent", "of middle frequency", "rare"),
+        ("distance 2", "distance 3", "distance 4"),
+    ):
+        for of in ("of all", "shifted alone", "matched alone"):
+            assert sum(differ[name][of] for name in names) == pytest.approx(1.0), (names, of)
 
 
 def test_the_truth_of_each_token_is_known(done) -> None:
