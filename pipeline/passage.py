@@ -48,7 +48,8 @@ def _select(run: Run, step: int) -> tuple[Selection, Tensor]:
 
     # The row is a pool of its own, because all ranks have the same one.
     models, objective = replace(run.models, group=None), replace(objective_at(run.settings, step), pool="row")
-    counts = count_step(micro_batches, objective, 1, None).read().counts
+    num_sources = int(run.fixed_batch.documents.sources_D.max(initial=0)) + 1
+    counts = count_step(micro_batches, objective, num_sources, None).read().counts
     compared = comparisons(models, micro_batches, training)
     selectors = selectors_of(models, micro_batches, compared, counts, training, Prediction())
     (losses,) = policy_losses(models, micro_batches, selectors, counts, training)
