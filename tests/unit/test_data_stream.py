@@ -204,8 +204,14 @@ def test_sizes_that_fit_have_no_problems():
     ("changes", "expected"),
     [
         ({"lanes": 20}, ["data.global_batch = 64 is not a multiple of data.lanes = 20", "lanes that fit: 1, 2, 4, 8, 16"]),
-        ({"micro_batch": 3}, ["2 × 3", "micro-batches of 3, numbers of ranks that fit: none", "fit: 1, 2, 4, 8, 16"]),
-        ({"world_size": 3}, ["3 × 2", "numbers of ranks that fit: 1, 2, 4, 8, 16;", "micro-batches that fit: none"]),
+        ({"micro_batch": 3}, ["2 × 3", "with 2 ranks, micro-batches that fit: 1, 2, 4, 8, 16"]),
+        (
+            {"world_size": 3},
+            [
+                "3 × 2",
+                "write data.global_batch=66 data.lanes=6; with micro-batches of 2, numbers of ranks that fit: 1, 2, 4, 8, 16",
+            ],
+        ),
         ({"num_workers": 17}, ["expected at most 16"]),
         ({"num_samples": 31}, ["31 samples, fewer than data.lanes = 32"]),
         ({"micro_batch": 0, "lanes": -1}, ["data.lanes = -1: expected", "data.micro_batch = 0: expected"]),
@@ -217,6 +223,8 @@ def test_sizes_that_do_not_fit_are_told_with_those_that_would(changes, expected)
     message = "\n".join(check_sizes(**{**sizes, **changes}))
     for part in expected:
         assert part in message
+    # A way that leads nowhere is not offered.
+    assert "none" not in message
 
 
 def test_all_problems_are_told_at_once_and_lists_have_a_bound():

@@ -59,17 +59,12 @@ def _rank_problems(lanes: int, global_batch: int, micro_batch: int | None, world
         ]
     micro_batch = micro_batch or 1
     if lanes % (world_size * micro_batch):
-        micro_step = world_size * micro_batch
-        fitting = [number for number in divisors(global_batch) if number % micro_step == 0]
-        return [
-            f"data.lanes = {lanes} is not a multiple of ranks × data.micro_batch = {world_size} × {micro_batch}; "
-            f"{_remedy(lanes, global_batch, micro_batch, world_size)}; "
-            f"with micro-batches of {micro_batch}, numbers of ranks that fit: "
-            f"{_listed(divisors(lanes // micro_batch) if lanes % micro_batch == 0 else [], near=world_size)}; "
-            f"with {world_size} ranks, micro-batches that fit: "
-            f"{_listed(divisors(lanes // world_size) if lanes % world_size == 0 else [], near=micro_batch)}; "
-            f"with both as they are, data.lanes that fit: {_listed(fitting, near=lanes)}"
+        parts = [
+            f"data.lanes = {lanes} is not a multiple of ranks × data.micro_batch = {world_size} × {micro_batch}",
+            _remedy(lanes, global_batch, micro_batch, world_size),
+            *_other_remedies(lanes, global_batch, micro_batch, world_size),
         ]
+        return ["; ".join(parts)]
 
     own_lanes = lanes // world_size
     if num_workers > own_lanes:
@@ -78,6 +73,19 @@ def _rank_problems(lanes: int, global_batch: int, micro_batch: int | None, world
             f"worker needs one of its own: expected at most {own_lanes}"
         ]
     return []
+
+
+def _other_remedies(lanes: int, global_batch: int, micro_batch: int, world_size: int) -> list[str]:
+    """List the values that each size may have while the others stay; nothing of a size that has none."""
+    ranks = divisors(lanes // micro_batch) if lanes % micro_batch == 0 else []
+    micro_batches = divisors(lanes // world_size) if lanes % world_size == 0 else []
+    numbers_of_lanes = [number for number in divisors(global_batch) if number % (world_size * micro_batch) == 0]
+    ways = [
+        (f"with micro-batches of {micro_batch}, numbers of ranks that fit", ranks, world_size),
+        (f"with {world_size} ranks, micro-batches that fit", micro_batches, micro_batch),
+        ("with both as they are, data.lanes that fit", numbers_of_lanes, lanes),
+    ]
+    return [f"{way}: {_listed(sizes, near=size)}" for way, sizes, size in ways if sizes]
 
 
 def _remedy(lanes: int, global_batch: int, micro_batch: int, world_size: int) -> str:
@@ -98,4 +106,4 @@ def divisors(number: int) -> list[int]:
 def _listed(numbers: list[int], near: int) -> str:
     """Format numbers; of many, only the `_MAX_LISTED` nearest to `near`."""
     nearest = sorted(sorted(numbers, key=lambda number: abs(number - near))[:_MAX_LISTED])
-    return ", ".join(map(str, nearest)) or "none"
+    return ", ".join(map(str, nearest))
