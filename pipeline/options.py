@@ -31,7 +31,9 @@ def recipe_parser(name: str, description: str | None, default_recipe: Path) -> O
     """The options of every command that reads a recipe and a DeepSpeed JSON; a command adds its own."""
     parser = OptionParser(prog=name, description=description)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
-    parser.add_argument("--deepspeed", type=path_argument, required=True, metavar="JSON", help="ZeRO, precision, communication")
+    parser.add_argument(
+        "--deepspeed", type=path_argument, required=True, metavar="JSON", help="DeepSpeed's settings, as in ds_configs/"
+    )
     parser.add_argument(
         "--config", type=path_argument, default=default_recipe, metavar="YAML", help="recipe (default: the demo)"
     )

@@ -63,29 +63,36 @@ def passage_png(passage: Passage) -> bytes:
 
     placed = list(_placed(passage.texts))
     num_lines = max((line for line, _, _ in placed), default=0) + 1
-    num_heads = len(passage.marks)
     with rc_context({"text.parse_math": False, "font.family": "monospace", "font.size": 9}):
+        # A line of the heading, then those of the passage, a unit high each.
         figure = Figure(figsize=(COLUMNS * 0.0775 + 0.3, (num_lines + 1.4) * 0.3 + 0.1), dpi=110)
         axes = figure.add_axes((0.02, 0.0, 0.96, 1.0))
         axes.set(xlim=(0, COLUMNS), ylim=(num_lines + 0.2, -1.2))
         axes.set_axis_off()
         axes.text(0, -0.6, f"step {passage.step}   bars: selected by", fontsize=8)
-        for head in range(num_heads):
+        for head in range(len(passage.marks)):
             axes.text(32 + 10 * head, -0.6, f"head {head + 1}", fontsize=8, color=_head_colour(head), weight="bold")
-        for (line, column, shown), token in zip(placed, range(len(placed)), strict=True):
-            marks = passage.of_token(token)
-            axes.add_patch(Rectangle((column, line), len(shown), 0.62, color=_background(marks), linewidth=0))
+
+        for token, (line, column, shown) in enumerate(placed):
             axes.text(column, line + 0.5, shown)
-            for head, mark in enumerate(marks):
-                if mark is not None and mark.selected:
-                    place = (column + 0.05, line + 0.66 + 0.1 * head)
-                    axes.add_patch(Rectangle(place, len(shown) - 0.1, 0.07, color=_head_colour(head), linewidth=0))
+            for left, top, width, height, colour in _boxes(line, column, len(shown), passage.of_token(token)):
+                axes.add_patch(Rectangle((left, top), width, height, color=colour, linewidth=0))
+
         file = io.BytesIO()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             # A character that the font lacks is drawn as a box.
-            warnings.simplefilter("ignore", UserWarning)
             figure.savefig(file, format="png")
     return file.getvalue()
+
+
+def _boxes(
+    line: int, column: int, width: int, marks: Sequence[Mark | None]
+) -> Iterator[tuple[float, float, float, float, str]]:
+    """(left, top, width, height, colour) of a token's background, and of the bars below it."""
+    yield column, line, width, 0.62, _background(marks)
+    for head, mark in enumerate(marks):
+        if mark is not None and mark.selected:
+            yield column + 0.05, line + 0.66 + 0.1 * head, width - 0.1, 0.07, _head_colour(head)
 
 
 def _placed(texts: Sequence[str]) -> Iterator[tuple[int, int, str]]:

@@ -80,6 +80,19 @@ def test_records_are_kept_offline_under_their_names_and_a_resumed_run_goes_on(
     assert set(names) == {(tmp_path / "wandb-id").read_text()}
 
 
+@pytest.mark.parametrize(("mode", "kept"), [("disabled", 0), ("dryrun", 1)])
+def test_the_librarys_own_switch_decides_what_is_kept(
+    mode: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", mode)
+    logbook = Logbook(tmp_path, 0, 1, trackers=trackers_of(SETTINGS, tmp_path, 0))
+    logbook.write({"step": 1, "loss": 1.5})
+    logbook.close()
+    assert len(logged(tmp_path)) == kept
+    assert [record["loss"] for record in read_records(tmp_path)] == [1.5]
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../../elsewhere", b"a" * 100_000])
 def test_a_damaged_name_of_the_run_there_ends_no_training(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
