@@ -4,10 +4,12 @@ It is verified by what its readers see. Every tensor of the written files is com
 of, cast to the dtype. Then losses of four rows, computed from the written files as their config.json describes them, are
 compared with those of the model that was exported. A drafter for a serving engine is written around the model, and verified
 in the same way.
+
+It is written as `DIR.partial` beside DIR, under a lock: a second export into one DIR is refused, not mixed with the first.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import collate
 from pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
+from pipeline.data.shards.output_folder import LOCK_FILE, clear, locked, make_partial, partial_folder, remove
 from pipeline.data.shards.reader import ShardReader
 from pipeline.data.tokenizer_files import tokenizer_files
 from pipeline.model.block_losses import block_losses
@@ -59,31 +62,50 @@ def export_model(
 
     Raises:
         ExportError: the folder is not empty or has no room, the model has no drafter, or what was written is not the model.
-        DataError, ModelFilesError: there is no tokenizer of the model.
+        DataError, ModelFilesError: there is no tokenizer of the model, or another process exports to this folder.
     """
     check_place(directory)
     directory = directory.resolve()  # `.` has no name to write beside
     problem = None if engine is None else drafter_problem(model.settings, engine)
     if problem is not None:
         raise ExportError(f"--drafter: {problem}")
-    _check_room(model, directory, dtype)
+    _check_room(model, directory, dtype, engine)
     files, text = _text_of(model, tokenizer)
-    partial = directory.with_name(f"{directory.name}.export.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    folder = partial if engine is None else partial / VERIFIER
-    folder.mkdir(parents=True)
-    try:
-        name = directory.name if engine is None else f"{directory.name}/{VERIFIER}"
-        verified = _write(model, folder, name, dtype, files, text)
-        if engine is not None:
-            sync_file(folder)
-            write_drafter(partial, model.settings, model.weights, dtype, text, engine)
-            verified = _verify_drafter(model, partial, dtype, engine, verified)
-            write_file(partial / CARD_FILE, drafter_card(directory.name, engine).encode())
-        publish(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+    partial = partial_folder(directory)
+    make_partial(partial)
+    with locked(partial):
+        try:
+            check_place(directory)  # again: the previous holder of the lock may have finished
+            clear(partial)
+            verified = _write_all(model, partial, directory.name, dtype, engine, files, text)
+            publish(partial, directory)
+        except BaseException:
+            remove(partial)
+            raise
+        (directory / LOCK_FILE).unlink()
+    return verified
+
+
+def _write_all(
+    model: SavedModel,
+    partial: Path,
+    name: str,
+    dtype: torch.dtype,
+    engine: str | None,
+    files: dict[str, bytes],
+    text: TextConventions,
+) -> Verified:
+    """Write the model into an empty folder that will be called `name`, or a drafter and the model in it; verify them."""
+    if engine is None:
+        return _write(model, partial, name, dtype, files, text)
+
+    (partial / VERIFIER).mkdir()
+    verified = _write(model, partial / VERIFIER, f"{name}/{VERIFIER}", dtype, files, text)
+    sync_file(partial / VERIFIER)
+    write_drafter(partial, model.settings, model.weights, dtype, text, engine)
+    verified = _verify_drafter(model, partial, dtype, engine, verified)
+    write_file(partial / CARD_FILE, drafter_card(name, engine).encode())
     return verified
 
 
@@ -109,11 +131,28 @@ def check_place(directory: Path) -> None:
         raise ExportError(f"{directory}: is not empty; name a folder that does not exist, or an empty one")
 
 
-def _check_room(model: SavedModel, directory: Path, dtype: torch.dtype) -> None:
+def _check_room(model: SavedModel, directory: Path, dtype: torch.dtype, engine: str | None) -> None:
+    parameters = dict(_parameters(model))
+    numbers = sum(each.numel() for each in parameters.values())
+    if engine is not None:
+        with torch.device("meta"):
+            numbers += sum(tensor.numel() for _, tensor in drafter_tensors(model.settings, _Shapes(parameters), engine))
+
     above = next(folder for folder in directory.absolute().parents if folder.exists())
-    needed, free = sum(each.numel() for _, each in _parameters(model)) * dtype.itemsize, shutil.disk_usage(above).free
+    needed, free = numbers * dtype.itemsize, shutil.disk_usage(above).free
     if free < needed:
         raise ExportError(f"{directory}: {needed:,} bytes are needed, and {free:,} are free; write elsewhere, or free some")
+
+
+class _Shapes:
+    """Weights that hold nothing and have a shape."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]):
+        self._parameters = parameters
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor on the meta device."""
+        return self._parameters[name]
 
 
 def _text_of(model: SavedModel, tokenizer: Path | None) -> tuple[dict[str, bytes], TextConventions]:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,6 +181,19 @@ SCALED = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
 }
+
+
+def test_a_drafter_needs_room_beside_the_model(tmp_path, tiny_data, monkeypatch, capsys) -> None:
+    run, _ = run_of(tmp_path / "run", tiny_data)
+    export_drafter(run, tmp_path / "first", "vllm")
+    files = sorted((tmp_path / "first").rglob("*.safetensors"))
+    needed = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    second = [str(run), str(tmp_path / "second"), "--dtype", "float32"]
+    assert main([*second, "--drafter", "eagle3", "--engine", "vllm"]) != 0
+    assert f"{needed:,} bytes are needed, and {needed - 1:,} are free" in capsys.readouterr().err
+    assert main(second) == 0
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, processors
 from launch.export import main
 from pipeline import export_model
 from pipeline.data.shards.manifest import read_manifest
+from pipeline.data.shards.output_folder import locked
 from pipeline.data.special_tokens import special_tokens
 from pipeline.data.tokenizer_files import tokenizer_files
 from pipeline.model import export
@@ -139,6 +140,21 @@ def test_nothing_is_left_of_an_export_that_fails(run, tmp_path, monkeypatch, cap
     assert exported(run, tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_export_into_a_folder_leaves_the_first_ones_files_alone(run, tmp_path, capsys) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    with locked(partial):
+        (partial / "model.safetensors").write_bytes(b"the first's")
+        assert exported(run, tmp_path / "out") != 0
+    assert f"another process is writing to {partial}" in capsys.readouterr().err
+    assert (partial / "model.safetensors").read_bytes() == b"the first's"
+
+    # What a killed export left is written over.
+    assert exported(run, tmp_path / "out") == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "lock").exists()
 
 
 def test_a_tokenizer_encodes_as_the_data_whatever_it_did_by_itself(tiny_data) -> None:
