@@ -50,7 +50,8 @@ class ModelSettings(Section):
     seed: Fixed[NonNegative] = 0
     """Seed of the initial weights."""
     pretrained: Free[UserPath | None] = None
-    """Directory of a causal language model (config.json, *.safetensors) to start from. Its shape must equal this section's."""
+    """Directory of a causal language model (config.json, *.safetensors) to start from. What this section does not give
+    of the shape is read there; what it gives must be equal."""
     new_heads: Fixed[Literal["copied", "fresh"]] = "copied"
     """Initial weights of prediction heads that the pretrained model lacks: copies of its last block (`copied`), or random ones
     as without it (`fresh`)."""

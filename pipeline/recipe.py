@@ -28,6 +28,10 @@ TEMPERATURE_REMOVED = (
 )
 
 
+_NOT_OF_THE_SHAPE = {"size", "vocab_size", "num_prediction_heads", "seed", "pretrained", "new_heads"}
+"""Settings of section `model` that a pretrained model's folder does not decide."""
+
+
 def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
     """Read a recipe, apply `section.key=value` overrides (values are YAML) and validate.
 
@@ -50,6 +54,7 @@ def read_settings(
     given: Values = {}
     problems += [problem for override in overrides for problem in _apply_override(given, override)]
     problems += lay_over(values, given)
+    _take_shape_of_pretrained(values)
     problems += list(_removed_settings(values))
     refused: set[str] = set()
     try:
@@ -61,6 +66,26 @@ def read_settings(
         settings = Settings.model_validate(_without(values, refused))
     inconsistencies = _inconsistencies(settings) if is_read else ()
     return settings, problems + [problem for keys, problem in inconsistencies if refused.isdisjoint(keys)]
+
+
+def _take_shape_of_pretrained(values: Values) -> None:
+    """Take what is not given of the model's shape from the folder that `model.pretrained` names. A folder that cannot be read
+    is left to the checks before the start, which name it."""
+    model = values.get("model", {})
+    if not isinstance(folder := model.get("pretrained"), str):
+        return
+
+    # torch takes seconds to load, and few recipes need it for being read.
+    from safetensors import SafetensorError
+
+    from pipeline.model.layout import described_settings
+    from pipeline.model.model_config import ModelFilesError
+
+    try:
+        found = described_settings(Path(folder).expanduser()).model_dump(exclude=_NOT_OF_THE_SHAPE)
+    except (ModelFilesError, SafetensorError, OSError):
+        return
+    model.update({key: value for key, value in found.items() if key not in model})
 
 
 def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:

@@ -28,6 +28,7 @@ ALLOWED = {
     "recipe": {
         "config",
         "data_settings",
+        "model",
         "objective_checks",
         "other_names",
         "recipe_layers",

@@ -1,9 +1,13 @@
 """Recipes on top of recipes, shapes by name, and the three ways to say how long a run is."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from pipeline.config import ConfigError, Settings
+from pipeline.config import ConfigError, ModelSettings, Settings
+from pipeline.model.export import save_model
+from pipeline.model.mtp import MTPModel, initialize_weights
 from pipeline.model_sizes import MODEL_SIZES, departures
 from pipeline.recipe import load_settings
 from pipeline.run_length import resolution, with_steps
@@ -145,3 +149,22 @@ def test_the_length_that_a_run_is_known_by_is_its_steps():
     in_tokens, _ = with_steps(load_settings(None, [*QUIET, "training.tokens=1B", "data.lanes=64"]))
     in_steps = load_settings(None, [*QUIET, f"training.steps={in_tokens.training.steps}", "data.lanes=64"])
     assert flatten(in_tokens) == flatten(in_steps)
+
+
+def test_the_shape_that_a_recipe_does_not_give_is_that_of_the_pretrained_model(tmp_path: Path) -> None:
+    shape = {"dim": 24, "num_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "ffn_dim": 40, "vocab_size": 50}
+    settings = ModelSettings(**shape, num_prediction_heads=2, qk_norm=True, rope_theta=123.0, tied_embeddings=True)
+    model = MTPModel(settings)
+    initialize_weights(model)
+    (tmp_path / "model").mkdir()
+    save_model(model, tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{pretrained: {tmp_path / 'model'}, num_layers: 5, seed: 7}}\n")
+    found = load_settings(recipe, [*QUIET, "model.rope_theta=9.0"]).model
+    taken = settings.model_copy(update={"head_dim": found.head_dim})
+    ours = {"num_layers": 5, "seed": 7, "rope_theta": 9.0, "pretrained": tmp_path / "model"}
+    # The vocabulary is the data's or the model's, and the number of heads is the run's.
+    assert found == taken.model_copy(update=ours | {"vocab_size": None, "num_prediction_heads": 4})
+    # What cannot be read is left to the checks before the start.
+    (tmp_path / "model" / "config.json").write_text("{")
+    assert load_settings(recipe, QUIET).model.dim == 512
