@@ -188,6 +188,14 @@ def _zero_problems(zero: Any) -> list[str]:
         if key.startswith("cpu_offload")
     ]
 
+    # ZeRO++'s quantised collectives would choose tokens by the losses of rounded weights, and sum rounded gradients.
+    problems += [
+        f"deepspeed zero_optimization.{key}: rounds what ranks exchange, so that neither losses, and the selection by them, nor "
+        "gradients would be exact; remove the key"
+        for key in zero
+        if key.startswith("zero_quantized_") and zero[key] is not False
+    ]
+
     # Offloading: to the host only, and parameters only where they are partitioned.
     for key in ("offload_optimizer", "offload_param"):
         device = zero[key].get("device", "none") if isinstance(zero.get(key), dict) else "none"

@@ -225,6 +225,10 @@ def test_a_file_that_is_not_an_object_is_refused_and_named(problems_of, tmp_path
             "deepspeed zero_optimization.offload_param: needs stage 3",
         ),
         ({"bf16": {"check_grad_overflow": False}}, "deepspeed bf16.check_grad_overflow: a gradient that is not finite"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "deepspeed zero_optimization.zero_quantized_weights: rounds what ranks exchange",
+        ),
         ({"zero_optimization": {"cpu_offload": True}}, "deepspeed zero_optimization.cpu_offload: DeepSpeed's former spelling"),
         ({"comms_logger": {"enabledd": True}}, "deepspeed comms_logger.enabledd: unknown key; did you mean 'enabled'?"),
         ({"comms_logger": "x"}, "deepspeed comms_logger: got 'x'; expected an object"),
