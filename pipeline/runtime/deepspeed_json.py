@@ -190,7 +190,7 @@ def _zero_problems(zero: Any) -> list[str]:
 
     # ZeRO++'s quantised collectives would choose tokens by the losses of rounded weights, and sum rounded gradients.
     problems += [
-        f"deepspeed zero_optimization.{key}: rounds what ranks exchange, so that neither losses, and the selection by them, nor "
+        f"deepspeed zero_optimization.{key}: rounds what ranks exchange, so that neither losses and their selection nor "
         "gradients would be exact; remove the key"
         for key in zero
         if key.startswith("zero_quantized_") and zero[key] is not False
