@@ -8,7 +8,6 @@ in the same way.
 It is written as `DIR.partial` beside DIR, under a lock: a second export into one DIR is refused, not mixed with the first.
 """
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from pipeline.model.mtp import MTPModel
 from pipeline.model.weight_files import WEIGHTS_FILE
 from pipeline.model_card import CARD_FILE, drafter_card, model_card
 from pipeline.saved_model import SavedModel
-from pipeline.storage.whole_file import publish, sync_file, write_file
+from pipeline.storage.whole_file import free_on_disk, publish, sync_file, write_file
 
 TOLERANCE = 1e-5
 """Relative, of a loss in float32: what another order of summation makes, and another model does not."""
@@ -138,8 +137,7 @@ def _check_room(model: SavedModel, directory: Path, dtype: torch.dtype, engine: 
         with torch.device("meta"):
             numbers += sum(tensor.numel() for _, tensor in drafter_tensors(model.settings, _Shapes(parameters), engine))
 
-    above = next(folder for folder in directory.absolute().parents if folder.exists())
-    needed, free = numbers * dtype.itemsize, shutil.disk_usage(above).free
+    needed, free = numbers * dtype.itemsize, free_on_disk(directory)
     if free < needed:
         raise ExportError(f"{directory}: {needed:,} bytes are needed, and {free:,} are free; write elsewhere, or free some")
 

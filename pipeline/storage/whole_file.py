@@ -8,6 +8,7 @@ leave a `NAME.PROCESS-THREAD.tmp`.
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,3 +90,9 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free_on_disk(path: Path) -> int:
+    """Return the free bytes of the disk on which a path lies, or will lie once it is made."""
+    path = path.absolute()
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free

@@ -2,12 +2,13 @@
 
 import errno
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from pipeline.storage.whole_file import atomic_write, publish, write_file
+from pipeline.storage.whole_file import atomic_write, free_on_disk, publish, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -118,3 +119,8 @@ def test_a_folder_whose_disk_fails_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="Input/output error"):
         write_file(tmp_path / "a", b"new")
+
+
+def test_free_bytes_are_those_of_the_disk_on_which_a_folder_will_lie(tmp_path: Path) -> None:
+    found = [free_on_disk(path) for path in (tmp_path, tmp_path / "not" / "there" / "yet")]
+    assert found == pytest.approx([shutil.disk_usage(tmp_path).free] * 2, rel=0.1)

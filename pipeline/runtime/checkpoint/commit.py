@@ -29,7 +29,7 @@ from pipeline.runtime.checkpoint.state import STATE_FILE, Kind, SavedFile, Saved
 from pipeline.runtime.distributed import World, broadcast_from_first, gather_over_ranks
 from pipeline.runtime.memory import free_bytes
 from pipeline.runtime.parameters import full_shape
-from pipeline.storage.whole_file import publish, write_file
+from pipeline.storage.whole_file import free_on_disk, publish, write_file
 
 _SPARE_BYTES = 2**20
 _SHARE_OF_FREE_MEMORY = 0.5
@@ -167,7 +167,7 @@ class Writer:
 
     def missing_space(self, engine: Any) -> str | None:
         """Say that the disk has no room for one more checkpoint; None if it has."""
-        needed, free = _bytes_needed(engine), shutil.disk_usage(self.directory).free
+        needed, free = _bytes_needed(engine), free_on_disk(self.directory)
         return f"{needed:,} bytes are needed in {self.directory}, {free:,} are free" if free < needed else None
 
     def prepare(self, engine: Any) -> None:
