@@ -69,6 +69,11 @@ def test_a_process_is_known_by_its_start_too_and_a_dead_one_is_dead_before_it_is
     found = processes.find(child.pid)
     assert found.is_alive
     assert found.parent == processes.find(os.getpid())
+    # A process that has just begun may have none yet.
+    ends = time.monotonic() + 300
+    while not found.command:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
     assert found.command[-1] == "import time; time.sleep(100)"
 
     # Another process of the same number is not it, and is left alone.
