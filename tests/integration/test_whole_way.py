@@ -18,7 +18,6 @@ SHRUNK = {
     '{"text": x}': '{"text": x[:300]}',
     "--sequence-length 128": "--sequence-length 16",
     "sequence_length: 128": "sequence_length: 16",
-    "dim: 128, num_layers: 3, num_attention_heads: 4": "dim: 16, num_layers: 2, num_attention_heads: 2",
     "steps: 150, learning_rate: 1.0e-3, warmup_steps: 10": "steps: 24, learning_rate: 2.0e-2, warmup_steps: 2",
     "--max-tokens 64": "--max-tokens 9",
 }
