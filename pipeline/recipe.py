@@ -16,7 +16,7 @@ from pipeline.config import ConfigError, Settings, did_you_mean
 from pipeline.data_settings import MixtureSet
 from pipeline.objective_checks import objective_inconsistencies
 from pipeline.other_names import ADVICE_ON, SETTING_OF
-from pipeline.recipe_layers import BASE, Values, lay_over, read_recipe_file
+from pipeline.recipe_layers import BASE, Values, lay_over, read_recipe_file, take_shape_of_pretrained
 from pipeline.rope_settings import ROPE_SCALINGS
 from pipeline.setting_types import CONSTANT, OVER_TIME, rule_of
 from pipeline.storage.masking import masked
@@ -26,10 +26,6 @@ TEMPERATURE_REMOVED = (
     "training.temperature: removed. Softmax weighting of excess losses gave way to an exact top-k selection; "
     "set training.k_percent (a fraction in (0, 1], default 0.6) instead"
 )
-
-
-_NOT_OF_THE_SHAPE = {"size", "vocab_size", "num_prediction_heads", "seed", "pretrained", "new_heads"}
-"""Settings of section `model` that a pretrained model's folder does not decide."""
 
 
 def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
@@ -54,7 +50,7 @@ def read_settings(
     given: Values = {}
     problems += [problem for override in overrides for problem in _apply_override(given, override)]
     problems += lay_over(values, given)
-    _take_shape_of_pretrained(values)
+    take_shape_of_pretrained(values)
     problems += list(_removed_settings(values))
     refused: set[str] = set()
     try:
@@ -66,26 +62,6 @@ def read_settings(
         settings = Settings.model_validate(_without(values, refused))
     inconsistencies = _inconsistencies(settings) if is_read else ()
     return settings, problems + [problem for keys, problem in inconsistencies if refused.isdisjoint(keys)]
-
-
-def _take_shape_of_pretrained(values: Values) -> None:
-    """Take what is not given of the model's shape from the folder that `model.pretrained` names. A folder that cannot be read
-    is left to the checks before the start, which name it."""
-    model = values.get("model", {})
-    if not isinstance(folder := model.get("pretrained"), str):
-        return
-
-    # torch takes seconds to load, and few recipes need it for being read.
-    from safetensors import SafetensorError
-
-    from pipeline.model.layout import described_settings
-    from pipeline.model.model_config import ModelFilesError
-
-    try:
-        found = described_settings(Path(folder).expanduser()).model_dump(exclude=_NOT_OF_THE_SHAPE)
-    except (ModelFilesError, SafetensorError, OSError):
-        return
-    model.update({key: value for key, value in found.items() if key not in model})
 
 
 def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:

@@ -25,6 +25,9 @@ BASE = "base"
 LENGTHS = ("steps", "tokens", "epochs")
 """The settings of section `training` of which one gives the length of a run."""
 
+_NOT_OF_THE_SHAPE = {"size", "vocab_size", "num_prediction_heads", "seed", "pretrained", "new_heads"}
+"""Settings of section `model` that a pretrained model's folder does not decide."""
+
 
 def read_recipe_file(recipe: Path) -> tuple[Values, list[str]]:
     """Read a recipe and its bases; returns the settings that they give together, and all problems, a sentence each."""
@@ -72,6 +75,26 @@ def lay_over(values: Values, layer: Values) -> Iterator[str]:
 def _shape_of(size: Any) -> dict[str, Any]:
     """The settings of a size; nothing for what is none, which is refused by its own rule."""
     return dict(MODEL_SIZES.get(size, {})) if isinstance(size, str) else {}
+
+
+def take_shape_of_pretrained(values: Values) -> None:
+    """Take what is not given of the model's shape from the folder that `model.pretrained` names. A folder that cannot be read
+    is left to the checks before the start, which name it."""
+    model = values.get("model", {})
+    if not isinstance(folder := model.get("pretrained"), str):
+        return
+
+    # torch takes seconds to load, and few recipes need it for being read.
+    from safetensors import SafetensorError
+
+    from pipeline.model.layout import described_settings
+    from pipeline.model.model_config import ModelFilesError
+
+    try:
+        found = described_settings(Path(folder).expanduser()).model_dump(exclude=_NOT_OF_THE_SHAPE)
+    except (ModelFilesError, SafetensorError, OSError):
+        return
+    model.update({key: value for key, value in found.items() if key not in model})
 
 
 def _path_of_bases(files: list[Path]) -> str:

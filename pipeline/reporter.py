@@ -145,7 +145,7 @@ class Reporter:
         return due.metrics
 
     def _due(self, step: int) -> Due:
-        """What is due after a step: each at its interval, and at the first and the last step; the block at its interval."""
+        """Say what is due after a step: each at its interval, and at the first and the last step; the block at its interval."""
         logging, last_step = self.run.settings.logging, self.run.settings.training.steps
         # At least ten histograms a run.
         histogram_every = logging.histogram_every and min(logging.histogram_every, max(1, last_step // 10))

@@ -27,7 +27,7 @@ GPU_SHAPES: dict[str, dict[str, int]] = {
 
 
 PLAN_SIZES = ("layers", "dim", "attention_heads", "vocabulary", "sequence_length", "rows")
-"""What a shape that `plan` measures is given by."""
+"""The numbers that give a shape for `plan` to measure."""
 
 
 def description_of(module: str) -> str:

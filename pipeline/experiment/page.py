@@ -67,7 +67,7 @@ def _parts(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _decoding(results: dict[str, Any]) -> Iterator[str]:
-    """What a step of self-speculative decoding accepts, and what arms cost."""
+    """Tables of the tokens that a step of decoding by drafts accepts, of speed, and of gradients."""
     yield "<h2>Tokens accepted per step of decoding by drafts, verified; and speed</h2>" + _table(
         ["arm", "accepted per step", "tokens/s alone on a core", "gradient norm of each head at the trunk"],
         [
@@ -95,7 +95,7 @@ def _decoding(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _selected(results: dict[str, Any]) -> Iterator[str]:
-    """What was selected: by source, over time, by the truth of each token, and by two selections."""
+    """Tables of selected shares: by source, over time, by the truth of each token, and of two selections' overlap."""
     sources = list(dict.fromkeys(name for arm in results["arms"].values() for name in arm["selected_by_source"]))
     yield "<h2>Share of each source's pairs that heads 1… selected, in the last quarter</h2>" + _table(
         ["arm", *sources],

@@ -85,7 +85,7 @@ def _compared(plan: Plan, run: RunName, directory: Path, rows: Rows, references:
 
 
 def overlap(one_STK: np.ndarray, other_STK: np.ndarray) -> list[float]:
-    """Of each head, the pairs that both selections take over those that either takes."""
+    """Return for each head the pairs that both selections take over those that either takes."""
     both, either = (one_STK & other_STK).sum((0, 1)), (one_STK | other_STK).sum((0, 1))
     return (both / np.maximum(either, 1)).tolist()
 

@@ -19,7 +19,7 @@ NODE_BANDWIDTH = {"H100 PCIe": 64e9, "H100": 450e9, "H200": 450e9, "A100": 300e9
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a rank computes, remembers and sends with, in FLOPs and bytes a second.
+    """The means by which a rank computes, remembers and sends, in FLOPs and bytes a second.
 
     peak_flops: of the data sheet, what MFU is a share of; None where it is not known.
     matrix_flops: what large products reach. memory_bandwidth: of a copy, reads and writes together.

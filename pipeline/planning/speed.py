@@ -40,7 +40,7 @@ HOST_BANDWIDTH = 25e9
 
 @dataclass(frozen=True)
 class Speed:
-    """What a step is expected to take.
+    """The time that a step is expected to take.
 
     parts: seconds of a step by part; their sum is the step. hidden: seconds of traffic that runs beside computation.
     useful_flops: of a token (`pipeline.flops`). tokens: of a step, over all ranks.

@@ -1,4 +1,4 @@
-"""What each setting that makes a job faster would bring, and the memory that it takes."""
+"""List the settings that make a job faster: what each would bring, and the memory that it takes."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

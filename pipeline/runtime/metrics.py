@@ -129,11 +129,9 @@ class SelectionSums:
     def add_trunk_gradients(self, squared_norms: Sequence[tuple[int, Tensor]], world_size: int) -> None:
         """Add the squared norms of the gradients that heads have sent into the trunk, by head. The engine's are `world_size`
         times the objective's, since it averages over ranks (`engine.backward`)."""
-        zero = self.threshold_weight_K.new_zeros(())
-        squares_H = [zero] * self.widths["valid"]
+        self.trunk_gradient_H = self.columns_SC.new_zeros(self.widths["valid"])
         for head, square in squared_norms:
-            squares_H[head] = squares_H[head] + square.double()
-        self.trunk_gradient_H = torch.stack(squares_H) / world_size**2
+            self.trunk_gradient_H[head] += square / world_size**2
 
     def _add_to_histogram(self, excess_BTK: Tensor, counted_BTK: Tensor, sources_BT: Tensor) -> None:
         num_heads = excess_BTK.shape[-1]
@@ -165,8 +163,7 @@ class SelectionSums:
             **{name: sums_SX.sum(0).tolist() for name, sums_SX in by_name.items()},
         )
         thresholds = [ratio(*of_head) for of_head in zip(threshold_K.tolist(), weight_K.tolist(), strict=True)]
-        norms = [norm if math.isfinite(norm) else None for norm in trunk_H.sqrt().tolist()]
-        return Totals(whole, by_source, thresholds, norms)
+        return Totals(whole, by_source, thresholds, [x if math.isfinite(x) else None for x in trunk_H.sqrt().tolist()])
 
     def record(self, scale_H: Sequence[float], source_names: Sequence[str], group: Group) -> Record:
         """Return the metrics of these sums; one collective, which every rank must join."""

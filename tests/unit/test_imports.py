@@ -23,12 +23,11 @@ ALLOWED = {
     "config": {"data_settings", "model_settings", "setting_types", "storage"},
     "yaml_text": set(),
     "model_sizes": set(),
-    "recipe_layers": {"config", "model_sizes", "storage", "yaml_text"},
+    "recipe_layers": {"config", "model", "model_sizes", "storage", "yaml_text"},
     "objective_checks": {"config"},
     "recipe": {
         "config",
         "data_settings",
-        "model",
         "objective_checks",
         "other_names",
         "recipe_layers",
