@@ -43,6 +43,7 @@ _WATCHED = 4
 _VERDICT = "verdict"
 _ENDED = -1
 _SECONDS_TO_TELL = 5.0
+_SECONDS_TO_LEARN = 15.0
 
 
 class RankWatch:
@@ -72,6 +73,7 @@ class RankWatch:
         self._gone: dict[int, float] = {}
         self._store_answered = time.monotonic()
         self._verdict: str | None = None
+        self._waits_for_verdict = False
         self._stopped = threading.Event()
 
     def start(self) -> None:
@@ -96,7 +98,9 @@ class RankWatch:
         return self._loop[:2]
 
     def wait_for_verdict(self) -> None:
-        time.sleep(max(15.0, 5 * self._interval))
+        # Another rank's verdict, on its way, must not be forestalled by one of this rank on the step that has just failed.
+        self._waits_for_verdict = True
+        time.sleep(max(_SECONDS_TO_LEARN, 5 * self._interval))
 
     def end_with(self, error: BaseException) -> None:
         """Tell the others of an error with which this rank ends by itself: they cannot go on without it."""
@@ -185,7 +189,7 @@ class RankWatch:
         # A peer that fell silent when this phase began is named first; who waits for others leaves it to them to say that it is
         # they who stand still.
         patience += (10 if own.waits else 5) * self._interval
-        if own.since < patience:
+        if own.since < patience or self._waits_for_verdict:
             return None
         why = "; it waits for other ranks, none of which is known to stand still" if own.waits else ""
         rank = named(self._world.rank, own)

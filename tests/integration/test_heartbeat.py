@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import processes
-from pipeline.runtime import heartbeat
+from pipeline.runtime import heartbeat, rank_watch
 from pipeline.runtime.distributed import find_world
 from pipeline.runtime.events import begun_and_ended, last_event
 from pipeline.runtime.preemption import EXIT_HANG
@@ -213,3 +213,20 @@ def test_a_validation_may_take_as_long_as_it_gets_on() -> None:
     ((before, after),) = run_ranks(waits_in_a_phase, 1)
     assert before >= 1.0
     assert 1.0 <= after < before + 1.0
+
+
+def waits_for_a_verdict_after_a_long_step() -> float:
+    """Seconds for which a rank waits for what others know, at a patience of one second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_watch, "_SECONDS_TO_LEARN", 3.0)
+        heartbeat.begin(find_world(), 0.7)
+        heartbeat.enter("training", 1)
+        began = time.monotonic()
+        heartbeat.wait_for_verdict()
+        heartbeat.stop()
+    return time.monotonic() - began
+
+
+def test_a_rank_that_waits_for_the_verdict_of_others_does_not_judge_itself() -> None:
+    (seconds,) = run_ranks(waits_for_a_verdict_after_a_long_step, 1)
+    assert seconds >= 3.0
