@@ -29,7 +29,19 @@ def conduct(plan: Plan, directory: Path, workers: int | None = None) -> Figures:
     directory = directory.absolute()
     keep_plan(plan, directory)
     signal.signal(signal.SIGTERM, _stop)
-    started, slots = time.monotonic(), places(workers)
+    started = time.monotonic()
+    try:
+        results = _conduct(plan, directory, places(workers))
+    finally:
+        # Hours of this start alone would mislead where it went on from another.
+        hours = _add_hours(directory, (time.monotonic() - started) / 3600)
+    results |= {"hours": round(hours, 3), "machine": machine()}
+    write_file(directory / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_file(directory / "index.html", page(results).encode())
+    return results
+
+
+def _conduct(plan: Plan, directory: Path, slots: Sequence[dict[str, Any]]) -> Figures:
     with (directory / "prepare.lock").open("a") as lock:
         take_lock(lock, wait=_LONGEST_PREPARATION)
         prepare(plan, directory, slots, _say)
@@ -43,12 +55,6 @@ def conduct(plan: Plan, directory: Path, workers: int | None = None) -> Figures:
     results = collect(plan, directory, runs, speed, accepted)
     _say("comparing selections")
     results["selections"] = compare_selections(plan, directory, rates)
-
-    # Hours of this start alone would mislead where it went on from another.
-    hours = _add_hours(directory, (time.monotonic() - started) / 3600)
-    results |= {"hours": round(hours, 3), "machine": machine()}
-    write_file(directory / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    write_file(directory / "index.html", page(results).encode())
     return results
 
 

@@ -1,6 +1,7 @@
 """The experiment's plans, and its statistics against naive ones."""
 
 import itertools
+import json
 import math
 import random
 import statistics
@@ -8,8 +9,10 @@ import statistics
 import pytest
 
 from pipeline.config import ConfigError
+from pipeline.experiment import conduct
 from pipeline.experiment.plan import RunName, read_plan, settings_of, stage_one
 from pipeline.experiment.results import read_off
+from pipeline.experiment.runs import StoppedOnRequestError
 from pipeline.recipe import load_settings
 from pipeline.report.significance import holm, paired_test, quantile_of_t, sign_test, t_probability
 from tests.forked import ROOT
@@ -118,3 +121,17 @@ def test_a_mistake_in_a_plan_is_one_message_before_the_folder_is_begun(before: s
     (tmp_path / "mine.yaml").write_text(content.replace(before, after, 1) if before else after)
     with pytest.raises(ConfigError, match=said):
         read_plan(tmp_path / "mine.yaml")
+
+
+def test_the_hours_of_a_start_that_was_stopped_are_counted(monkeypatch, tmp_path) -> None:
+    def stopped_on_request(*_: object) -> None:
+        raise StoppedOnRequestError
+
+    monkeypatch.setattr(conduct, "_conduct", stopped_on_request)
+    monkeypatch.setattr(conduct.signal, "signal", lambda *_: None)
+    hours = []
+    for _ in range(2):
+        with pytest.raises(StoppedOnRequestError):
+            conduct.conduct(read_plan(PLANS / "smoke.yaml"), tmp_path)
+        hours.append(json.loads((tmp_path / "hours.json").read_text()))
+    assert 0 < hours[0] < hours[1]
