@@ -103,7 +103,8 @@ def test_scores_of_other_data_or_losses_in_their_place_are_refused(tiny_data, ti
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest))
     (said,) = run_ranks(missing_scores, 1, settings.with_values(data={"path": other}), tmp_path / "run")
-    assert f"training.external_scores: {scores}: no reference losses of {other} as it is now" in said
+    assert f"training.external_scores: {scores}: no external scores of {other} as it is now" in said
+    assert f"import them with launch/score.py --import FILE --data {other} --output {scores}" in said
     swapped = settings.with_values(
         training={"selection_score": "excess", "external_scores": None}, reference={"cached": scores}
     )

@@ -98,21 +98,29 @@ def partial_losses_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{_PARTIAL}")
 
 
-def read_losses_manifest(cache: Path, data_sha256: str, data: str) -> LossesManifest:
+def read_losses_manifest(cache: Path, data_sha256: str, data: str, *, horizon: str = "shifted") -> LossesManifest:
     """Read the manifest of the losses that a cache directory has for a data set.
 
     Args:
         cache: the cache directory.
         data_sha256: fingerprint of the data set.
         data: its name in error messages.
+        horizon: that of the losses that are wanted, for the words of error messages.
 
     Raises:
         DataError: the cache has no losses of this data set, or their manifest cannot be read.
     """
     folder = losses_folder(cache, data_sha256)
-    remedy = "score it with launch/score.py"
+    external = horizon == "external"
+    remedy = (
+        f"import them with launch/score.py --import FILE --data {data} --output {cache}"
+        if external
+        else "score it with launch/score.py"
+    )
     if not (folder / MANIFEST_FILE).is_file():
-        raise DataError(f"{cache}: no reference losses of {data} as it is now, {_instead(cache, folder)}; {remedy}")
+        wanted = "external scores" if external else "reference losses"
+        instead = _instead(cache, folder, wanted)
+        raise DataError(f"{cache}: no {wanted} of {data} as it is now, {instead}; {remedy}")
     try:
         manifest = LossesManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
     except (OSError, ValidationError) as error:
@@ -122,12 +130,12 @@ def read_losses_manifest(cache: Path, data_sha256: str, data: str) -> LossesMani
     return manifest
 
 
-def _instead(cache: Path, folder: Path) -> str:
+def _instead(cache: Path, folder: Path, wanted: str) -> str:
     """Say what a cache directory has instead of the folder of a data set's losses."""
     if partial_losses_folder(folder).is_dir():
         return "its scoring was begun and is not finished"
     others = [path for path in cache.glob(f"*/{MANIFEST_FILE}") if path.parent.suffix != _PARTIAL]
-    return f"it has losses of {len(others)} other data set(s)" if others else "it has no reference losses at all"
+    return f"it has those of {len(others)} other data set(s)" if others else f"it has no {wanted} at all"
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ def find_losses(
     Raises:
         DataError: there are no losses of this data set as it is now, or they were made with another reference or setting.
     """
-    manifest = read_losses_manifest(cache, data_sha256, data)
+    manifest = read_losses_manifest(cache, data_sha256, data, horizon=horizon)
     needed = {"horizon": horizon, "columns": columns, "precision": precision, "reference_sha256": reference_sha256}
     for name, value in needed.items():
         found = getattr(manifest, name)
