@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.data.loading.skipping import Stretch, added_stretch, checked_stretches, position_of
 from pipeline.runtime.events import EVENTS_FILE
+from pipeline.runtime.preemption import EXIT_HANG, EXIT_TRY_AGAIN
 from pipeline.storage.json_lines import read_json_lines
 
 _FIELDS: dict[str, dict[str, Any]] = {
@@ -26,6 +27,11 @@ _FIELDS: dict[str, dict[str, Any]] = {
 """The types of an event's values, by its kind."""
 
 
+_ENDS: dict[int | None, str] = {
+    0: "finished",
+    EXIT_TRY_AGAIN: "stopped on request, with more to do",
+    EXIT_HANG: "not finished: ended by a rank that died or stood still",
+}
 _CLOCKS_DIFFER = 1.0
 """Seconds by which the clocks of a cluster's machines may differ."""
 
@@ -95,6 +101,14 @@ class History:
             if event.kind == "step" or "code" in event.values:
                 return event.values.get("code")
         return None
+
+    @property
+    def how_it_ended(self) -> str:
+        """Describe the end of the newest job in a few words; one that was killed, or still runs, is "not finished"."""
+        last = self.events[-1].values if self.events else {}
+        if isinstance(last.get("error"), str):
+            return f"not finished: ended by {last['error']}"
+        return _ENDS.get(self.exit_code, "not finished")
 
     @property
     def steps(self) -> list[Event]:

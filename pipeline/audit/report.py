@@ -11,14 +11,8 @@ from pipeline.audit.metrics import check_metrics
 from pipeline.audit.samples import SampleReport, check_samples
 from pipeline.audit.wall_clock import WallClock, wall_clock
 from pipeline.runtime.events import OF_REFERENCE
-from pipeline.runtime.preemption import EXIT_HANG, EXIT_TRY_AGAIN
 from pipeline.runtime.table import aligned
 
-_ENDS = {
-    0: "finished",
-    EXIT_TRY_AGAIN: "stopped on request, with more to do",
-    EXIT_HANG: "not finished: ended by a rank that died or stood still",
-}
 _FIGURES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -72,6 +66,7 @@ def figures(found: Audit) -> dict[str, Any]:
         "notes": found.notes,
         "starts": [{"ranks": event.values["ranks"], "began": event.values["began"]} for event in history.starts],
         "exit_code": history.exit_code,
+        "state": history.how_it_ended,
         "steps": history.last_step,
         "steps_abandoned": sum(event.abandoned for event in history.steps),
         "returns": [asdict(each) for each in history.returns],
@@ -108,8 +103,7 @@ def text(values: dict[str, Any]) -> str:
 
 def _headline(values: dict[str, Any]) -> str:
     ranks = " → ".join(str(start["ranks"]) for start in values["starts"]) or "no"
-    state = _ENDS.get(values["exit_code"], "not finished")
-    return f"{values['run']}: {values['steps']} steps in {len(values['starts'])} start(s) on {ranks} rank(s); {state}"
+    return f"{values['run']}: {values['steps']} steps in {len(values['starts'])} start(s) on {ranks} rank(s); {values['state']}"
 
 
 def _samples(values: dict[str, Any]) -> Iterator[str]:

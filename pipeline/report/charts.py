@@ -41,17 +41,26 @@ class Panel(NamedTuple):
     along: str = "step"
 
 
-def panels_figure(panels: Sequence[Panel], colours: Mapping[str, str], file_format: str = "svg") -> bytes | None:
-    """Draw panels side by side, at most four in a row; None where nothing has a value."""
+def panels_figure(
+    panels: Sequence[Panel], colours: Mapping[str, str], file_format: str = "svg", columns: int | None = None
+) -> bytes | None:
+    """Draw panels side by side, at most four in a row; None where nothing has a value.
+
+    columns: panels in a row, all of which then have one scale, so that they can be compared.
+    """
     shown = [panel for panel in panels if any(map(has_values, panel.curves))]
     if not shown:
         return None
-    columns = min(4 if len(shown) > 2 else 2, len(shown))
-    rows = -(-len(shown) // columns)
+    in_a_row = columns or min(4 if len(shown) > 2 else 2, len(shown))
+    rows = -(-len(shown) // in_a_row)
     with rc_context(_STYLE):
-        figure = Figure(figsize=(3.1 * columns if columns > 2 else 5.2 * columns, 2.7 * rows), layout="constrained")
+        width = 3.1 if in_a_row > 2 else 5.2
+        figure = Figure(figsize=(width * in_a_row, 2.7 * rows), layout="constrained")
+        first: Axes | None = None
         for number, panel in enumerate(shown):
-            _draw(figure.add_subplot(rows, columns, number + 1), panel, colours)
+            axes = figure.add_subplot(rows, in_a_row, number + 1, sharey=first)
+            first = axes if columns else None
+            _draw(axes, panel, colours)
         return _bytes_of(figure, file_format)
 
 
@@ -92,6 +101,7 @@ def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     if panel.is_share:
         axes.set_ylim(0, 1.05)
     axes.set_xlabel(panel.along)
+    axes.xaxis.get_major_locator().set_params(integer=panel.along == "step")
     axes.set_ylabel(panel.unit)
     if len(panel.curves) > 1:
         axes.legend(fontsize=7)

@@ -5,16 +5,18 @@ with n pairs of mean difference d and standard deviation s, d ± t(0.975, n − 
 repetitions, if the differences are about normal. One pair has no interval.
 """
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeline.report.errors import ReportError
-from pipeline.report.run_files import Record, RunFiles, is_run, read_runs
+from pipeline.report.run_files import Record, RunFiles, read_runs, run_directories
 from pipeline.report.significance import paired_test
 from pipeline.runtime.checkpoint.folders import read_state_of, saved_steps, step_name
+from pipeline.runtime.events import OF_REFERENCE
 from pipeline.runtime.identity import changed_settings
 from pipeline.runtime.table import aligned
 
@@ -45,47 +47,57 @@ def compare(paths: Sequence[Path], allow_unlike: bool = False) -> dict[str, Any]
         The figures, as JSON values; `differences` are other arm minus first arm.
 
     Raises:
-        ReportError: a path holds no run, data is unlike, there is only one arm, or no two runs share seeds and a step.
+        ReportError: a path holds no run, data is unlike, there is only one arm, no two runs share seeds and a step, or they
+            have no figure in common.
     """
-    runs = [_compared(run) for run in read_runs(list(_expanded(paths)))]
+    runs = [_compared(run) for run in read_runs(run_directories(paths))]
     unlike = [problem for other in runs[1:] for problem in _unlike(runs[0], other)]
     if unlike and not allow_unlike:
         raise ReportError("the runs' data is unlike; pass --allow-unlike to compare all the same:\n  " + "\n  ".join(unlike))
     arms = _arms(runs)
     step = _common_step(runs)
+    differences = list(_differences(arms, step))
+    if not any(each["mean"] is not None for each in differences):
+        raise ReportError(
+            f"after step {step} no held-out figure is known of both arms: their losses are not finite, or of unlike sets"
+        )
     return {
         "step": step,
         "unlike": unlike,
+        "unfinished": list(_unfinished(runs, step)),
         "arms": [
             {"name": name, "runs": [str(each.run.path) for each in arm], "differs_in": _differs_in(runs[0], arm[0])}
             for name, arm in arms.items()
         ],
-        "differences": list(_differences(arms, step)),
+        "differences": differences,
     }
 
 
 def text(figures: Mapping[str, Any]) -> str:
-    """Format the figures for the terminal."""
+    """Format the figures for the terminal: the arms, then a row for each arm and metric."""
     first, *others = figures["arms"]
-    lines = [f"held-out figures after step {figures['step']}, each minus that of {first['name']}, seed by seed"]
+    lines = [
+        f"held-out figures after step {figures['step']}, and their differences from {first['name']}, seed by seed",
+        "(means over the pairs; losses in nats a token; a negative difference is an improvement)",
+    ]
     for arm in [first, *others]:
         what = "; ".join(arm["differs_in"]) or "the arm that others are compared with"
-        lines.append(f"  {arm['name']} ({len(arm['runs'])} run(s)): {what}")
-    rows = [["", "pairs", first["name"], "other", "difference", "95 % interval"]]
-    for each in figures["differences"]:
-        interval = "–" if each["low"] is None else f"{each['low']:+.4f} to {each['high']:+.4f}"
-        label = f"{each['arm']}: {each['set']}{' ' if each['set'] else ''}{each['metric']}"
-        numbers = [f"{each[name]:.4f}" for name in ("first", "other")]
-        rows.append([label, str(each["pairs"]), *numbers, f"{each['mean']:+.4f}", interval])
-    notes = [f"unlike: {problem}" for problem in figures["unlike"]]
+        lines.append(f"  {arm['name']} ({len(arm['runs'])} run{'s' if len(arm['runs']) > 1 else ''}): {what}")
+
+    rows = [["arm, figure", "pairs", first["name"], "arm", "difference", "95 % interval"]]
+    rows += [_row(each) for each in figures["differences"]]
+    notes = [*figures["unfinished"], *(f"unlike: {problem}" for problem in figures["unlike"])]
+    if any(each["pairs"] == 1 for each in figures["differences"]):
+        notes.append("a single pair of runs has no interval: how far seeds alone move a figure is not known")
     return "\n".join([*lines, "", aligned(rows), *notes])
 
 
-def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
-    """Each run directory, and the run directories in each folder that is none itself."""
-    for path in paths:
-        within = [] if is_run(path) else [each for each in sorted(path.glob("*")) if is_run(each)]
-        yield from within or [path]
+def _row(each: Mapping[str, Any]) -> list[str]:
+    label = f"{each['arm']}, {each['set']}{' ' if each['set'] else ''}{each['metric']}"
+    if each["mean"] is None:
+        return [label, str(each["pairs"]), "not finite in one of the runs", "", "", ""]
+    interval = "–" if each["low"] is None else f"{each['low']:+.4f} to {each['high']:+.4f}"
+    return [label, str(each["pairs"]), *(f"{each[name]:.4f}" for name in ("first", "other")), f"{each['mean']:+.4f}", interval]
 
 
 def _compared(run: RunFiles) -> Compared:
@@ -125,7 +137,9 @@ def _arms(runs: Sequence[Compared]) -> dict[str, list[Compared]]:
     for arm in arms:
         twice = [each.run.name for each in arm if sum(other.seeds == each.seeds for other in arm) > 1]
         if twice:
-            raise ReportError(f"{', '.join(twice)}: runs with the same settings and the same seeds; name one of them")
+            raise ReportError(
+                f"{', '.join(twice)}: runs with the same settings and the same {' and '.join(SEEDS[:2])}; name one of them"
+            )
     if len(arms) < 2:
         raise ReportError("all runs have the same settings but for their seeds: there is nothing to compare")
     return {arm[0].run.name: arm for arm in arms}
@@ -140,18 +154,38 @@ def _differs_in(one: Compared, other: Compared) -> list[str]:
 
 
 def _trained_by_itself(each: Compared) -> bool:
-    """True if the run has trained its own reference, whose weights then follow from its seeds."""
+    """True if the run has trained its own reference, whose weights then follow from its seeds; also of a run that was moved."""
     path = each.identity.get("reference.path")
-    return path is not None and Path(path).resolve().is_relative_to(each.run.path.resolve())
+    return path is not None and Path(path).name == OF_REFERENCE.parent.name and (each.run.path / OF_REFERENCE).is_dir()
 
 
 def _common_step(runs: Sequence[Compared]) -> int:
-    """The last step at which all runs were validated."""
+    """The last step at which all runs were validated; step 0, before any training, says nothing of them."""
     steps = [{record["step"] for record in each.run.validation} for each in runs]
-    common = set.intersection(*steps)
+    common = set.intersection(*steps) - {0}
     if not common:
-        raise ReportError("there is no step at which all of the runs were validated (logging.validation_every)")
+        listed = "; ".join(f"{each.run.name} at {_shortened(sorted(of_run))}" for each, of_run in zip(runs, steps, strict=True))
+        raise ReportError(
+            f"there is no step after step 0 at which all of the runs were validated (logging.validation_every): {listed}"
+        )
     return max(common)
+
+
+def _shortened(steps: Sequence[int]) -> str:
+    shown = [*steps] if len(steps) < 5 else [*steps[:2], "…", *steps[-2:]]
+    return ", ".join(map(str, shown)) or "no step"
+
+
+def _unfinished(runs: Sequence[Compared], step: int) -> Iterator[str]:
+    """Say which runs the comparison falls short of, and on whose account."""
+    last = {each.run.name: max(record["step"] for record in each.run.validation) for each in runs}
+    longer = [name for name, of_run in last.items() if of_run > step]
+    if longer:
+        yield f"not compared at their end, which the others have not reached or not validated: {', '.join(longer)}"
+    for each in runs:
+        planned = each.run.settings.get("training.steps")
+        if isinstance(planned, int) and last[each.run.name] < planned:
+            yield f"{each.run.name} is not at its end: validated up to step {last[each.run.name]} of {planned}"
 
 
 def _differences(arms: Mapping[str, list[Compared]], step: int) -> Iterator[dict[str, Any]]:
@@ -166,9 +200,8 @@ def _differences(arms: Mapping[str, list[Compared]], step: int) -> Iterator[dict
         for set_name in first[0].run.sets:
             records = [tuple(_record(each, set_name, step) for each in pair) for pair in pairs]
             for metric in _metrics(records):
-                yield {"arm": name, "set": set_name, "metric": metric} | _difference(
-                    [(a[metric], b[metric]) for a, b in records]
-                )
+                values = [(a[metric], b[metric]) for a, b in records]
+                yield {"arm": name, "set": set_name, "metric": metric} | _difference(values)
 
 
 def _record(each: Compared, set_name: str, step: int) -> Record:
@@ -177,20 +210,27 @@ def _record(each: Compared, set_name: str, step: int) -> Record:
 
 
 def _metrics(records: Sequence[tuple[Record, ...]]) -> list[str]:
-    """Losses of each head and bits per byte, where all have them."""
+    """Losses of each head and bits per byte, where all records have the key."""
     names = [*(f"loss_head_{head}" for head in range(len(records[0][0]))), "bits_per_byte"]
-    return [name for name in names if all(isinstance(each.get(name), int | float) for pair in records for each in pair)]
+    return [name for name in names if all(name in each for pair in records for each in pair)]
 
 
-def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Mean difference of pairs (first, other), and its interval."""
-    firsts, others = zip(*pairs, strict=True)
+def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, Any]:
+    """Mean difference of pairs (first, other), and its interval; None of all where a value is not finite."""
+    known = [(first, other) for first, other in pairs if _is_number(first) and _is_number(other)]
+    if len(known) < len(pairs):
+        return {"pairs": len(pairs)} | dict.fromkeys(("first", "other", "mean", "low", "high"))
+    firsts, others = zip(*known, strict=True)
     test = paired_test(others, firsts) if len(pairs) > 1 else None
     return {
         "pairs": len(pairs),
         "first": statistics.fmean(firsts),
         "other": statistics.fmean(others),
-        "mean": statistics.fmean(other - first for first, other in pairs),
+        "mean": statistics.fmean(other - first for first, other in known),
         "low": None if test is None else test.low,
         "high": None if test is None else test.high,
     }
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -12,29 +12,37 @@ from pipeline.report.run_files import Record, RunFiles
 
 
 class Chart(NamedTuple):
-    """A chart of the page: heading, one sentence about it, panels."""
+    """A chart of the page: heading, one sentence about it, panels. columns: panels in a row, where that has a meaning."""
 
     heading: str
     text: str
     panels: list[Panel]
+    columns: int | None = None
 
 
 def charts_of(runs: Sequence[RunFiles]) -> Iterator[Chart]:
     """Yield all charts, losses and selection first."""
     alone = len(runs) == 1
+    # A row of panels for each run.
+    selecting = max(run.num_heads for run in runs) - 1
+    columns = selecting if not alone and selecting > 1 else None
+
     yield Chart("Policy loss by head", "Mean over all valid pairs, selected or not; nats a token.", _by_head(runs, "loss"))
     yield Chart("Held-out loss by head", "Of each held-out set; nats a token.", list(_held_out(runs)))
     yield Chart(
         "Excess loss",
-        f"Policy minus reference loss over valid pairs: mean{', and the band of the middle 80 %' if alone else ''}.",
+        f"Policy minus reference loss over valid pairs: mean{', and the band of the middle 80 %' if alone else ''}; nats.",
         _by_head(runs, "excess_mean", band=("excess_p10", "excess_p90")),
     )
-    yield Chart("Thresholds", "The smallest excess loss that is still selected.", _by_head(runs, "threshold"))
-    yield Chart("Selected and rejected pairs", "Policy loss of either.", list(_selected_and_rejected(runs)))
+    yield Chart("Thresholds", "The smallest excess loss that is still selected; nats.", _by_head(runs, "threshold"))
+    yield Chart(
+        "Selected and rejected pairs", "Policy loss of either; nats a token.", list(_selected_and_rejected(runs)), columns
+    )
     yield Chart(
         "Enrichment of the sources",
         "A source's share of the selected pairs over its share of the data: above 1 it is preferred.",
         list(_enrichment(runs)),
+        columns,
     )
     yield Chart(
         "Selection",
@@ -45,7 +53,7 @@ def charts_of(runs: Sequence[RunFiles]) -> Iterator[Chart]:
         ],
     )
     yield Chart("Optimization", "", [_overall(runs, *each) for each in (("learning_rate",), ("grad_norm", "gradient norm"))])
-    yield Chart("Speed and memory", "Dotted lines: a job started again." if alone else "", list(_speed(runs)))
+    yield Chart("Speed and memory", "Dotted lines: training went on from a checkpoint." if alone else "", list(_speed(runs)))
 
 
 def _by_head(runs: Sequence[RunFiles], quantity: str, band: tuple[str, str] | None = None) -> list[Panel]:
@@ -126,7 +134,7 @@ def _speed(runs: Sequence[RunFiles]) -> Iterator[Panel]:
 
 
 def _marks(runs: Sequence[RunFiles]) -> list[float]:
-    """Steps at which an only run went on after a restart."""
+    """Steps at which an only run went on after a restart or a rollback."""
     if len(runs) > 1:
         return []
     return [float(event.step) for event in runs[0].history.events if event.kind == "resume" and event.step]

@@ -26,7 +26,7 @@ table { border-collapse: collapse; margin: 0.5rem 0; } td, th { padding: 0.2rem 
 td:first-child, th:first-child { text-align: left; white-space: nowrap; }
  tr { border-bottom: 1px solid #eee; } th { color: #555; font-weight: 600; }
 .note { color: #a33; } .swatch { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.4em; }
-.charts { display: flex; flex-wrap: wrap; column-gap: 2rem; }
+.charts { display: flex; flex-wrap: wrap; column-gap: 2rem; } .charts p { contain: inline-size; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
@@ -127,7 +127,7 @@ def _notes(runs: Sequence[RunFiles]) -> Iterator[str]:
 def _figures(runs: Sequence[RunFiles], colours: dict[str, str]) -> Iterator[str]:
     yield '<div class="charts">'
     for chart in charts_of(runs):
-        svg = panels_figure(chart.panels, colours)
+        svg = panels_figure(chart.panels, colours, columns=chart.columns)
         if svg is not None:
             shown = picture(svg, chart.heading)
             yield f"<section><h2>{text(chart.heading)}</h2>\n<p>{text(chart.text)}</p>\n{shown}</section>"
@@ -138,8 +138,9 @@ def _wall_clock(runs: Sequence[RunFiles]) -> Iterator[str]:
     svg = bars_figure({run.name: run.clock.percent for run in runs})
     if svg is not None:
         sentence = (
-            "Productive: applied steps that the weights descend from, without their waits for data. Restarts: from a start, "
-            "the first one too, to its first step, and the time between jobs."
+            "Productive: applied steps that the weights descend from, without their waits for data. Reference: those of a "
+            "reference that the run has trained. Restarts: from a start, the first one too, to its first step, and the time "
+            "between jobs."
         )
         yield f"<h2>Where the time went</h2>\n<p>{sentence}</p>\n{picture(svg, 'shares of the wall clock')}"
         kinds = list(runs[0].clock.seconds)
@@ -151,19 +152,32 @@ def _wall_clock(runs: Sequence[RunFiles]) -> Iterator[str]:
 
 
 def _restarts(runs: Sequence[RunFiles]) -> Iterator[str]:
-    """Jobs of each run, where there was more than one."""
-    rows = [["run", "began", "host", "ranks", "went on from step"]]
-    for run in runs:
-        if len(run.history.starts) < 2:
-            continue
-        for event in run.history.events:
-            if event.kind == "start":
-                began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(event.values["began"]))
-                rows.append([text(run.name), began, text(event.values.get("host", "")), str(event.values["ranks"]), "–"])
-            elif event.kind == "resume":
-                rows[-1][-1] = str(event.step)
-    if len(rows) > 1:
-        yield f"<h2>Restarts</h2>\n{table(rows)}"
+    """Jobs of each run and rollbacks within them, where there was more than one beginning."""
+    of_runs = [rows for rows in map(_beginnings, runs) if len(rows) > 1]
+    if of_runs:
+        heading = ["run", "began", "host", "ranks", "went on from step"]
+        yield f"<h2>Restarts and rollbacks</h2>\n{table([heading, *(row for rows in of_runs for row in rows)])}"
+
+
+def _beginnings(run: RunFiles) -> list[list[str]]:
+    """A row for each job of a run, and one for each time that it went back to a checkpoint after a loss spike."""
+    rows: list[list[str]] = []
+    waits = False
+    for event in run.history.events:
+        if event.kind == "start":
+            ranks, host = event.values["ranks"], text(event.values.get("host", ""))
+            rows.append([text(run.name), _moment(event.values["began"]), host, str(ranks), "–"])
+            waits = True
+        elif event.kind == "resume" and waits:
+            rows[-1][-1] = str(event.step)
+            waits = False
+        elif event.kind == "resume":
+            rows.append([text(run.name), _moment(event.time), "", "", f"{event.step}, after a loss spike"])
+    return rows
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 def _settings(runs: Sequence[RunFiles]) -> Iterator[str]:

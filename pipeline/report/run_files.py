@@ -14,6 +14,7 @@ import yaml
 from pipeline.audit.history import History, read_history
 from pipeline.audit.wall_clock import WallClock, wall_clock
 from pipeline.report.errors import ReportError
+from pipeline.runtime.events import OF_REFERENCE
 from pipeline.storage.json_lines import read_json_lines
 from pipeline.storage.masking import masked_values
 
@@ -61,11 +62,10 @@ class RunFiles:
     @property
     def state(self) -> str:
         """Describe how the run stands, in a few words."""
-        planned, code = self.settings.get("training.steps"), self.history.exit_code
-        if code == 0:
-            return f"finished, {self.last_step} steps"
-        why = "stopped on request" if code == 75 else "not finished"
-        return f"{why}: step {self.last_step}" + (f" of {planned}" if planned else "")
+        planned, how = self.settings.get("training.steps"), self.history.how_it_ended
+        if self.history.exit_code == 0:
+            return f"{how}, {self.last_step} steps"
+        return f"{how}; step {self.last_step}" + (f" of {planned}" if planned else "")
 
     @property
     def _all_keys(self) -> dict[str, None]:
@@ -91,12 +91,21 @@ def is_run(path: Path) -> bool:
     return any((path / file).is_file() for file in _RUN_FILES)
 
 
+def run_directories(paths: Sequence[Path]) -> list[Path]:
+    """List each run directory, and of a folder that is none itself the run directories in it."""
+    found = []
+    for path in paths:
+        within = [] if is_run(path) else [each for each in sorted(path.glob("*")) if is_run(each)]
+        found += within or [path]
+    return found
+
+
 def read_run(path: Path, name: str) -> RunFiles:
     """Read one run directory; nothing in it is changed."""
     if not is_run(path):
         raise ReportError(f"{path}: expected a run directory, with {', '.join(_RUN_FILES[:-1])} or {_RUN_FILES[-1]}")
     records, notes = _records(path)
-    history = read_history(path)
+    history, of_reference = read_history(path), read_history(path / OF_REFERENCE)
     settings, problem = _settings(path)
     return RunFiles(
         name,
@@ -106,7 +115,7 @@ def read_run(path: Path, name: str) -> RunFiles:
         settings,
         _environment(path),
         history,
-        wall_clock(history),
+        wall_clock(history, of_reference.events),
         [*notes, *problem, *history.problems, *history.notes],
     )
 
@@ -123,10 +132,16 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _records(path: Path) -> tuple[list[Record], list[str]]:
     lines = read_json_lines(path / "metrics.jsonl")
-    whole = [line.value for line in lines if line.value is not None and isinstance(line.value.get("step"), int)]
+    whole = [line.value for line in lines if line.value is not None and _is_record(line.value)]
     damaged = len(lines) - len(whole)
     notes = [f"metrics.jsonl: {damaged} damaged line(s) left out"] if damaged else []
     return whole, notes if whole else [*notes, "metrics.jsonl: no step has been logged"]
+
+
+def _is_record(values: Record) -> bool:
+    """True of what has a step, and no number that nothing can be drawn of."""
+    whole = [value for value in values.values() if isinstance(value, int)]
+    return type(values.get("step")) is int and values["step"] >= 0 and all(abs(value) < 2**63 for value in whole)
 
 
 def _settings(path: Path) -> tuple[dict[str, Any], list[str]]:

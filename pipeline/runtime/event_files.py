@@ -11,9 +11,13 @@ import shlex
 import struct
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.api_pb2 import MetricName
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -24,15 +28,16 @@ from pipeline.storage.masking import masked_values
 from pipeline.storage.whole_file import naming, sync_file
 
 _EVENTS = "events.out.tfevents."
-_COMPARED_BY = ("validation/loss", "validation/bits_per_byte", "train/loss")
-"""Tags whose last values the table of settings shows beside them."""
+_COMPARED_BY = (("head_0", "loss"), ("", "bits_per_byte"))
+"""Runs and quantities of a validation whose last values the table of settings shows beside them. The run's own `loss` is the
+objective, which settings of the selection move by themselves."""
 
 
 class EventFiles:
     """Writer of a run's event files. first_step: the step resumed from; 0 is a new run, of which no old point is shown."""
 
     def __init__(self, folder: Path, first_step: int, num_heads: int, held_out: tuple[str, ...]):
-        self.folder, self.first_step = folder, first_step
+        self.folder, self.first_step, self.held_out = folder, first_step, held_out
         self.writers: dict[str, SummaryWriter] = {}
         # All folders that are there, because each may have points to be dropped.
         for run in ["", *sorted({path.parent.name for path in folder.glob(f"*/{_EVENTS}*")})]:
@@ -67,7 +72,8 @@ class EventFiles:
         """Add the command and the resolved recipe as texts, and the settings to the table that compares runs."""
         self.write_text("run/command", shlex.join(masked_values(sys.argv)), step)
         self.write_text("run/recipe", settings.to_yaml(), step)
-        columns, started, _ = hparams(_flat(settings), dict.fromkeys(_COMPARED_BY, 0.0))
+        columns, started, _ = hparams(_flat(settings), {})
+        _arrange(columns, _flat(settings), [split_of({"split": "validation", "set": name}) or "" for name in self.held_out])
         # In TensorBoard's own form, because `add_hparams` would make one more run of each start.
         for summary in (columns, started):
             self._writer("")._get_file_writer().add_summary(summary)
@@ -98,6 +104,19 @@ class EventFiles:
             first = self.first_step + 1 if self.first_step else 0
             self.writers[run] = SummaryWriter(str(folder), purge_step=first)
         return self.writers[run]
+
+
+def _arrange(columns: Summary, settings: Mapping[str, Any], splits: Sequence[str]) -> None:
+    """Arrange the columns of the table of settings: TensorBoard shows the first few, by name, of those that are said to differ,
+    so they are the ones that are not at their default. And add what runs are compared by; torch knows no run below the run."""
+    plugin_data, defaults = columns.value[0].metadata.plugin_data, _flat(Settings())
+    content = HParamsPluginData.FromString(plugin_data.content)
+    for setting in content.experiment.hparam_infos:
+        setting.differs = settings[setting.name] != defaults[setting.name]
+    for split in splits:
+        for run, quantity in _COMPARED_BY:
+            content.experiment.metric_infos.add(name=MetricName(group=run, tag=f"{split}/{quantity}"))
+    plugin_data.content = content.SerializeToString()
 
 
 def _flat(settings: Settings) -> dict[str, bool | int | float | str]:

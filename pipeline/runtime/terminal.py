@@ -81,30 +81,17 @@ def progress_line(record: Record, total_steps: int, seconds_left: float) -> str:
 
 
 def selection_block(record: Record) -> str:
-    """Format the statistics of one step's selection as a block of lines."""
-    heads = _heads(record)
-    lines = [
-        f"[Step {record['step']}] Training metrics:",
-        f"  Weighted CE loss: {_number(record['loss'], 3)}",
-        "  Selection statistics:",
-        f"    Overall ratio: {_percent(record['selection_ratio'])} "
-        f"({_number(record['heads_per_position'], 2)} heads/position avg)",
-        f"    Head 0 (t+1): {record['selected_count_head_0']} tokens "
-        f"({_percent(record['selected_ratio_head_0'])} - always selected)",
-    ]
+    """Format the statistics of one step's selection as a line and a small table, a row for each head."""
+    rows = [["", "pairs selected", "of valid", "threshold", "mean excess"]]
+    for head in _heads(record):
+        # Head 0 selects all, by no threshold.
+        of_selection = [_number(record[f"{key}_head_{head}"], 2) if head else "–" for key in ("threshold", "excess_mean")]
+        counts = [f"{record[f'selected_count_head_{head}']:,}", _percent(record[f"selected_ratio_head_{head}"])]
+        rows.append([_name_of(head), *counts, *of_selection])
 
-    # The selecting heads, with their thresholds.
-    for head in heads[1:]:
-        lines.append(
-            f"    Head {head} (t+{head + 1}): {record[f'selected_count_head_{head}']} tokens "
-            f"({_percent(record[f'selected_ratio_head_{head}'])} - top-k, "
-            f"threshold={_number(record[f'threshold_head_{head}'], 2)})"
-        )
-
-    if heads[1:]:
-        means = ", ".join(f"t+{head + 1}={_number(record[f'excess_mean_head_{head}'], 2)}" for head in heads[1:])
-        lines.append(f"  Avg excess loss: {means}")
-    return "\n".join(lines)
+    ratio_of_all, heads = _percent(record["selection_ratio"]), _number(record["heads_per_position"], 2)
+    headline = f"step {record['step']}: {ratio_of_all} of all pairs selected, {heads} heads a position"
+    return "\n".join([headline, *(f"  {line}" for line in aligned(rows).splitlines())])
 
 
 def held_out_text(record: Record) -> str:
@@ -131,7 +118,7 @@ def summary_table(records: Sequence[Record], run_dir: Path, source_names: Sequen
     # Selected over the last quarter: sum counts over its logged steps, then divide once.
     counts = {key: sum(record.get(key) or 0 for record in last_quarter) for key in trained[-1] if "_count_" in key}
     selected = [_percent(ratio(counts[f"selected_count_head_{h}"], counts[f"valid_count_head_{h}"])) for h in heads]
-    rows = [["", *(f"head {head} (t+{head + 1})" for head in heads)], *_held_out_rows(records, heads), ["selected", *selected]]
+    rows = [["", *map(_name_of, heads)], *_held_out_rows(records, heads), ["selected", *selected]]
     note = f"selection: of {_logged(last_quarter)}"
     if len(source_names) > 1:
         tokens = {name: _tokens(trained[-1], name) - _tokens(before, name) for name in source_names}
@@ -179,6 +166,10 @@ def _logged(records: Sequence[Record]) -> str:
 
 def _heads(record: Record) -> list[int]:
     return [head for head in range(len(record)) if f"loss_head_{head}" in record]
+
+
+def _name_of(head: int) -> str:
+    return f"head {head} (t+{head + 1})"
 
 
 def _number(value: float | None, digits: int) -> str:

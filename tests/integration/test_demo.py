@@ -71,7 +71,7 @@ def test_the_demo_ends_with_its_table_and_says_where_to_look(demo) -> None:
         assert line in table
     assert f"run directory:  {run_dir}" in table
     assert f"tensorboard --logdir {run_dir.parent}" in table
-    assert "[Step 80] Training metrics:" in printed
+    assert "\nstep 80: 70.1% of all pairs selected" in printed
     assert (run_dir / "reference" / "model.safetensors").is_file()
 
 

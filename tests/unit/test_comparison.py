@@ -1,10 +1,13 @@
 """Comparisons of runs: arms, pairs by seed, intervals, and what is refused."""
 
+import itertools
 import json
 import math
 import shutil
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,9 +20,16 @@ from pipeline.runtime.checkpoint.state import State, encode
 
 
 def made_run(
-    path: Path, score: str, seed: int, loss: float, data: str = "d", steps: tuple[int, ...] = (0, 50, 100), rows: int = 8
+    path: Path,
+    score: str,
+    seed: int,
+    loss: float,
+    data: str = "d",
+    steps: tuple[int, ...] = (0, 50, 100),
+    rows: int = 8,
+    also: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """A run with a checkpoint; its held-out loss falls to `loss` in the last step."""
+    """A run with a checkpoint; its held-out loss falls to `loss` in the last step. also: further parts of its identity."""
     path.mkdir(parents=True)
     settings = {"training.selection_score": score, "model.seed": seed, "data.path": str(path / "data"), "run.name": path.name}
     records = [
@@ -35,7 +45,7 @@ def made_run(
         format=1,
         world_size=1,
         progress={"step": steps[-1]},
-        identity=settings | {"data": data},
+        identity=settings | {"data": data} | dict(also),
         optimizer_step=steps[-1],
         held_out={"batch": "b", "losses": [loss]},  # type: ignore[arg-type]
         files=[],
@@ -105,15 +115,55 @@ def test_what_cannot_be_paired_is_refused(tmp_path: Path, capsys: pytest.Capture
     a, b = made_run(tmp_path / "a", "random", 0, 3.0), made_run(tmp_path / "b", "random", 1, 2.0)
     other = made_run(tmp_path / "c", "excess", 7, 2.0)
     again = made_run(tmp_path / "d", "random", 0, 3.0)
-    late = made_run(tmp_path / "e", "excess", 0, 2.0, steps=(7,))
+    late = made_run(tmp_path / "e", "excess", 0, 2.0, steps=(0, 7))
     for runs, said in (
         ([a, b], "the same settings but for their seeds"),
         ([a, other], "no two runs have the same model.seed and data.seed"),
-        ([a, again, other], "the same seeds; name one of them"),
-        ([a, late], "no step at which all of the runs were validated"),
+        ([a, again, other], "the same settings and the same model.seed and data.seed; name one of them"),
+        (
+            [a, late],
+            "all of the runs were validated (logging.validation_every): a at 0, 50, 100; e at 0, 7",
+        ),
     ):
         assert main([*map(str, runs)]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_comparison_that_falls_short_of_the_runs_ends_says_so(tmp_path: Path) -> None:
+    made_run(tmp_path / "a", "random", 0, 3.0)
+    cut = made_run(tmp_path / "b", "excess", 0, 2.0, steps=(0, 50))
+    (cut / "config.yaml").write_text("training: {steps: 100}")
+    said = text(compare([tmp_path / "a", cut]))
+    assert "not compared at their end, which the others have not reached or not validated: a" in said
+    assert "b is not at its end: validated up to step 50 of 100" in said
+
+
+def test_a_loss_that_is_not_finite_is_said_and_not_left_out(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path / "a", "random", 0, 3.0), made_run(tmp_path / "b", "excess", 0, 2.0)]
+    last = {"step": 100, "split": "validation", "rows": 8, "loss_head_0": None, "loss_head_1": 4.0}
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(last) + "\n")
+    figures = compare(runs)
+    assert [(each["metric"], each["mean"]) for each in figures["differences"]] == [("loss_head_0", None), ("loss_head_1", -2.0)]
+    assert "not finite in one of the runs" in text(figures)
+
+
+def test_runs_without_a_figure_in_common_are_refused(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path / "a", "random", 0, 3.0), made_run(tmp_path / "b", "excess", 0, 2.0)]
+    metrics = runs[1] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"rows"', '"set": "web", "rows"'))
+    with pytest.raises(ReportError, match="no held-out figure is known of both arms"):
+        compare(runs, allow_unlike=True)
+
+
+def test_runs_that_trained_their_own_references_are_one_arm_wherever_they_were_moved(tmp_path: Path) -> None:
+    runs = []
+    for score, seed in itertools.product(("random", "excess"), (0, 1)):
+        name = f"{score}-{seed}"
+        of_reference = {"reference.path": f"/where/they/were/{name}/reference", "reference model": name}
+        runs.append(made_run(tmp_path / name, score, seed, 3.0, also=of_reference))
+        (runs[-1] / "reference" / "training").mkdir(parents=True)
+    assert [len(arm["runs"]) for arm in compare(runs)["arms"]] == [2, 2]
 
 
 def test_figures_are_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,26 @@ def made_run(path: Path, steps: int = 20, seed: int = 1, text: str = "") -> Path
     return path
 
 
+def write_events(path: Path, *events: dict[str, Any]) -> None:
+    """Events that are a second apart, unless they say when they were."""
+    path.mkdir(parents=True, exist_ok=True)
+    known = [{"time": 1000.0 + number} | event for number, event in enumerate(events)]
+    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in known))
+
+
+def start(**values: Any) -> dict[str, Any]:
+    return {"event": "start", "began": 1000.0, "ranks": 1, "host": "n1"} | values
+
+
+def resume(step: int, **values: Any) -> dict[str, Any]:
+    return {"event": "resume", "step": step, "samples": 8 * step} | values
+
+
+def step(number: int, **values: Any) -> dict[str, Any]:
+    of_data = {"samples": 8 * number, "digest": "0", "waited": 0.0}
+    return {"event": "step", "step": number, "applied": True, "logged": True} | of_data | values
+
+
 def page_of(*runs: Path) -> str:
     output = runs[0].parent / "page.html"
     assert main([*map(str, runs), "-o", str(output)]) == 0
@@ -78,8 +98,18 @@ def test_what_is_drawn_of_one_run_alone_is_not_spoken_of_with_several(tmp_path: 
     assert [[word in text for word in ("band", "Dotted")] for text in texts] == [[True, True], [False, False]]
 
 
+def test_each_run_of_several_has_a_row_of_panels_with_one_scale_for_all(tmp_path: Path) -> None:
+    in_rows = {chart.heading: chart.columns for chart in charts_of(read_runs([made_run(tmp_path / name) for name in "ab"]))}
+    assert (in_rows["Enrichment of the sources"], in_rows["Selected and rejected pairs"], in_rows["Thresholds"]) == (2, 2, None)
+    panels = [Panel("", [Curve("a", "a", [1.0, 2.0], [0.0, top])]) for top in (1.0, 800.0)]
+    # matplotlib names each label of a scale in a comment.
+    labels = [(panels_figure(panels, {"a": "red"}, columns=columns) or b"").count(b"<!-- 800 -->") for columns in (None, 1)]
+    assert labels == [1, 2]
+
+
 def test_several_runs_are_told_apart_by_the_end_of_their_paths_and_by_settings_that_differ(tmp_path: Path) -> None:
-    page = page_of(made_run(tmp_path / "a" / "run", seed=1), made_run(tmp_path / "b" / "run", seed=2))
+    # A folder of runs stands for the runs in it.
+    page = page_of(made_run(tmp_path / "a" / "run", seed=1), made_run(tmp_path / "b" / "run", seed=2).parent)
     differ = page.partition("Settings that differ")[2].partition("All settings")[0]
     assert "<td>data.seed</td><td>1</td><td>2</td>" in differ
     assert "training.steps" not in differ
@@ -107,8 +137,41 @@ def test_an_unfinished_and_damaged_run_is_shown_and_said(tmp_path: Path) -> None
     page = page_of(run)
     assert "1 damaged line(s) left out" in page
     assert "config.yaml: damaged" in page
-    assert "not finished: step 7" in page
+    assert "not finished; step 7" in page
     assert "Policy loss by head" in pictures(page)
+
+
+def test_the_training_of_a_runs_own_reference_is_no_restart(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "one", steps=1)
+    write_events(run, start(time=1001.0), resume(0, time=1012.0), step(1, time=1014.0))
+    write_events(run / "reference" / "training", start(time=1002.0), resume(0, time=1003.0), step(1, time=1010.0))
+    seconds = read_run(run, "one").clock.seconds
+    assert (seconds["reference"], seconds["productive"], seconds["restarts"]) == (7.0, 2.0, 5.0)
+
+
+def test_a_rollback_has_a_row_of_its_own_beside_the_starts(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "one")
+    rolled_back = [step(1), step(2), resume(1, skipped=[[8, 24]]), step(2)]
+    write_events(run, start(), resume(0), *rolled_back, start(began=1060.0, host="n2", time=2000.0), resume(2))
+    table = page_of(run).partition("Restarts and rollbacks")[2].partition("</table>")[0]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)[1:]]
+    assert [row[2:] for row in rows] == [["n1", "1", "0"], ["", "", "1, after a loss spike"], ["n2", "1", "2"]]
+    assert [row[1] for row in rows] == ["1970-01-01 00:16:40 UTC", "1970-01-01 00:16:44 UTC", "1970-01-01 00:17:40 UTC"]
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ({"event": "end", "code": 75}, "stopped on request, with more to do; step 20 of 20"),
+        ({"event": "end", "error": "DivergedError"}, "not finished: ended by DivergedError; step 20 of 20"),
+        ({"event": "end", "code": 0}, "finished, 20 steps"),
+        (start(), "not finished; step 20 of 20"),
+    ],
+)
+def test_a_page_says_how_a_run_has_ended(tmp_path: Path, end: dict[str, Any], said: str) -> None:
+    run = made_run(tmp_path / "one")
+    write_events(run, start(), resume(0), *map(step, range(1, 21)), end)
+    assert read_run(run, "one").state == said
 
 
 def test_an_empty_run_beside_another_is_said_and_alone_it_is_refused(
@@ -121,11 +184,17 @@ def test_an_empty_run_beside_another_is_said_and_alone_it_is_refused(
     assert not (tmp_path / "none.html").exists()
 
 
-@pytest.mark.parametrize("content", ["", "\0\0\0", "[]\n{}\n", '{"step": 1}\n', '{"step": 1, "loss_head_0": "x"}\n'])
+HUGE = f'{{"step": 1, "loss": {10**400}}}'
+
+
+@pytest.mark.parametrize(
+    "content", ["", "\0\0\0", "[]\n{}", '{"step": true}', HUGE, '{"step": 1}', '{"step": 1, "loss_head_0": "x"}']
+)
 def test_records_without_anything_to_draw_end_in_a_page_or_one_message(tmp_path: Path, content: str) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text(content)
-    assert main([str(tmp_path / "run"), "-o", str(tmp_path / "page.html")]) == (0 if '"step"' in content else 2)
+    (tmp_path / "run" / "metrics.jsonl").write_text(f"{content}\n")
+    is_a_record = '"step": 1' in content and content != HUGE
+    assert main([str(tmp_path / "run"), "-o", str(tmp_path / "page.html")]) == (0 if is_a_record else 2)
 
 
 def test_what_is_no_run_and_runs_named_twice_are_refused(tmp_path: Path) -> None:
