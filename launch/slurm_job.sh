@@ -1,6 +1,9 @@
 # shellcheck shell=bash disable=SC2154
 # Sourced by train.sbatch and score.sbatch with the script of launch/ and its arguments. $code: the checkout, or a job's copy of it.
 
+# Bindings are those of the job within which this one was submitted, on other cores; sbatch passes them on and sets none itself.
+for name in "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}"; do unset "$name"; done
+
 # The site's own: modules, the virtual environment, NCCL's settings. Such scripts seldom bear `set -u`, so they come first.
 # shellcheck source=/dev/null
 [[ ! -f $code/launch/site.sh ]] || . "$code/launch/site.sh"

@@ -4,12 +4,22 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.slurm.commands import gpus_of, host_names, node_address
+from pipeline.slurm.commands import gpus_of, host_names, node_address, properties
 
 ON_CPU = "SELECTIVE_MTP_ON_CPU"
 """Environment variable that allows a job without GPUs on nodes that have some."""
 
 _OF_ANOTHER_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SRUN_CPUS_PER_TASK")
+_READ_BY_SRUN = {
+    "SLURM_GPUS": "TresPerJob",
+    "SLURM_GPUS_PER_NODE": "TresPerNode",
+    "SLURM_GPUS_PER_TASK": "TresPerTask",
+    "SLURM_TRES_PER_TASK": "TresPerTask",
+    "SLURM_MEM_PER_CPU": "MinMemoryCPU",
+    "SLURM_MEM_PER_NODE": "MinMemoryNode",
+    "SLURM_MEM_PER_GPU": "MemPerTres",
+}
+"""Variables that srun takes for options, and the property that a job has if it was submitted with such an option."""
 _FIRST_PORT, _PORTS = 20000, 10000
 _FIRST_EPHEMERAL = 32768
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -124,13 +134,18 @@ def add_to_environment(environment: Mapping[str, str]) -> dict[str, str]:
     Raises:
         StartError: they could not meet.
     """
-    # A job that is submitted from within another one inherits its variables; each task would take itself for that one's rank.
-    added = {name: value for name, value in environment.items() if name not in _OF_ANOTHER_LAUNCHER}
+    left_out = {*_OF_ANOTHER_LAUNCHER, *_of_another_job(environment)}
+    added = {name: value for name, value in environment.items() if name not in left_out}
     if "MASTER_ADDR" not in environment:
         added["MASTER_ADDR"] = meeting_address(environment["SLURM_JOB_NODELIST"])
     added["MASTER_PORT"] = str(meeting_port(environment["SLURM_JOB_ID"], environment))
     added["PYTHONUNBUFFERED"] = "1"
-    # From 22.05 to 23.02 srun does not take sbatch's --cpus-per-task over: each rank would have a single core.
-    if "SLURM_CPUS_PER_TASK" in environment:
-        added["SRUN_CPUS_PER_TASK"] = environment["SLURM_CPUS_PER_TASK"]
     return added
+
+
+def _of_another_job(environment: Mapping[str, str]) -> list[str]:
+    """Name the variables of the job within which this one was submitted. sbatch passes them on, and replaces only those of its
+    own options: srun would ask for GPUs or memory that this job does not have, and start nothing."""
+    inherited = [name for name in _READ_BY_SRUN if name in environment]
+    found = properties(environment["SLURM_JOB_ID"]) if inherited else {}
+    return [name for name in inherited if _READ_BY_SRUN[name] not in found]

@@ -42,7 +42,7 @@ class Ranks:
         signal.signal(signal.SIGTERM, self._on_cancelled)
 
         out, err = (rank_file(logs, "%5t", stream) for stream in ("out", "err"))
-        options = ["--kill-on-bad-exit=1", f"--output={out}", f"--error={err}"]
+        options = ["--kill-on-bad-exit=1", f"--output={out}", f"--error={err}", *options_of_step(environment)]
         self._srun = subprocess.Popen(
             ["srun", *options, *command], env=dict(environment), stderr=subprocess.PIPE, text=True, errors="replace"
         )
@@ -95,6 +95,17 @@ class Ranks:
         for line in self._srun.stderr:
             self.lines.append(line.rstrip("\n"))
             print(line, end="", file=sys.stderr, flush=True)
+
+
+def options_of_step(environment: Mapping[str, str]) -> list[str]:
+    """Options of srun for what it would otherwise take from the job's variables, and get wrong.
+
+    By `sbatch --export=NONE`, the default of some sites, the ranks would have no variable of the batch script's. From 22.05 to
+    23.02 srun does not take sbatch's --cpus-per-task over, so that each rank had a single core; later it ends where
+    SLURM_CPUS_PER_TASK and SLURM_TRES_PER_TASK differ, which --mem-per-cpu makes them do.
+    """
+    cores = environment.get("SLURM_CPUS_PER_TASK")
+    return ["--export=ALL", *([] if cores is None else [f"--cpus-per-task={cores}"])]
 
 
 def or_none(ask: Callable[[str], Value], job: str) -> Value | None:

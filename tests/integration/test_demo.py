@@ -98,7 +98,7 @@ def test_the_slurm_script_runs_one_task_a_rank(tmp_path) -> None:
     (commands / "scontrol").write_text("#!/bin/sh\nprintf '127.0.0.1\\nother\\n'\n")
     (commands / "sinfo").write_text("#!/bin/sh\necho '(null)'\n")
     (commands / "srun").write_text(
-        "#!/bin/bash\n[[ $1 == --kill-on-bad-exit=1 ]] && out=${2#--output=} err=${3#--error=} && shift 3\n"
+        "#!/bin/bash\n[[ $1 == --kill-on-bad-exit=1 ]] && out=${2#--output=} err=${3#--error=} && shift 4\n"
         "export SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_STEP_TASKS_PER_NODE='1(x2)' SLURM_LOCALID=0 SLURM_CPUS_ON_NODE=1\n"
         'task() { SLURM_PROCID=$1 SLURM_NODEID=$1 "${@:2}" >"${out/\\%5t/0000$1}" 2>"${err/\\%5t/0000$1}"; }\n'
         'task 1 "$@" &\ntask 0 "$@" && wait $!\n'

@@ -58,12 +58,12 @@ class Submitted:
         self._cluster, self._folder = cluster, folder
         self.log = folder / "job.log"
 
-    def submit(self, nodes: int, gate: int, *options: str, more: Sequence[str] = ()) -> str:
+    def submit(self, nodes: int, gate: int, *options: str, more: Sequence[str] = (), **environment: str) -> str:
         """Submit the job, on so many nodes; its ranks wait before step `gate`. options: sbatch's. more: settings."""
         self.let_pass(gate)
         script = [*options, f"--nodes={nodes}", "--time=60", "launch/train.sbatch", "--config", "launch/recipes/tiny.yaml"]
         given = [f"--run-dir={self.run_dir}", f"data.micro_batch={16 // nodes}"]
-        return self._cluster.submit(self.checkout, self.log, *script, *given, *more, GATE=str(self.gate))
+        return self._cluster.submit(self.checkout, self.log, *script, *given, *more, GATE=str(self.gate), **environment)
 
     def let_pass(self, steps: int) -> None:
         partial = self.gate.with_suffix(".partial")
@@ -200,7 +200,9 @@ def test_a_persons_stop_is_no_reason_to_go_on_and_the_nodes_may_change(
     assert cluster.wait_for(second) == "FAILED"
     assert cluster.property(second, "ExitCode") == "75:0"
 
-    assert cluster.wait_for(made.submit(2, gate=100)) == "COMPLETED", made.shown()
+    # From within another job, whose GPUs and bindings sbatch passes on.
+    third = made.submit(2, 100, SLURM_GPUS_PER_TASK="1", SLURM_MEM_PER_CPU="100", SLURM_CPU_BIND="quiet,mask_cpu:0x1")
+    assert cluster.wait_for(third) == "COMPLETED", made.shown()
     last, expected = made.records()[-1], uninterrupted["records"][-1]
     assert last["step"] == expected["step"] == STEPS
     assert [last[f"loss_head_{head}"] for head in range(4)] == pytest.approx(
@@ -254,8 +256,8 @@ def test_an_array_prepares_data_and_a_job_after_it_joins_the_parts_and_another_s
     assert sorted(path.name for path in Path(f"{output}.parts").iterdir()) == ["00001", "00002"]
     assert cluster.property(array, "ArrayJobId") == array
 
-    # Scored on two nodes, by the checkout's recipe.
+    # Scored on two nodes, by the checkout's recipe; some sites pass no variable on by default.
     given = ["launch/score.sbatch", "--config", "launch/recipes/tiny.yaml", f"--run-dir={made.run_dir}"]
-    score = cluster.submit(made.checkout, made.log, "--nodes=2", *given, f"--output={tmp_path}/losses")
+    score = cluster.submit(made.checkout, made.log, "--nodes=2", "--export=NONE", *given, f"--output={tmp_path}/losses")
     assert cluster.wait_for(score) == "COMPLETED", made.shown()
     assert list((tmp_path / "losses").rglob("manifest.json"))

@@ -1,11 +1,13 @@
 """A job on Slurm before its ranks start, and the logs and the code that it keeps; Slurm's commands are stand-ins."""
 
 import io
+import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -15,7 +17,9 @@ from pipeline.slurm.batch_job import Job, as_submitted, find_job
 from pipeline.slurm.before_start import ON_CPU, StartError, add_to_environment, check_gpus, meeting_address, meeting_port
 from pipeline.slurm.code_copy import keep_code, with_kept_files
 from pipeline.slurm.rank_logs import Ended, Follower, accused_rank, ends_of_ranks, last_words, rank_file
+from pipeline.slurm.ranks import options_of_step
 from pipeline.slurm.requeueing import Decision
+from tests.forked import ROOT
 
 UNKNOWN = "no-such-node.invalid"
 
@@ -77,20 +81,19 @@ def test_the_port_is_free_and_outside_of_the_ephemeral_range(tmp_path: Path, mon
     assert 1024 <= meeting_port("41", {}) < 10000
 
 
-def test_srun_is_told_the_cores_of_a_task_which_it_forgets(slurm: Path) -> None:
-    answer(slurm, "scontrol", "localhost")
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
-    assert add_to_environment(job | {"SLURM_CPUS_PER_TASK": "8"})["SRUN_CPUS_PER_TASK"] == "8"
-    assert "SRUN_CPUS_PER_TASK" not in add_to_environment(job)
-    assert add_to_environment(job | {"MASTER_ADDR": "head"})["MASTER_ADDR"] == "head"
+def test_the_ranks_have_the_variables_of_the_batch_script_and_the_cores_of_a_task() -> None:
+    assert options_of_step({"SLURM_CPUS_PER_TASK": "8", "SLURM_EXPORT_ENV": "NONE"}) == ["--export=ALL", "--cpus-per-task=8"]
+    assert options_of_step({}) == ["--export=ALL"]
 
 
 def test_a_job_that_is_submitted_from_within_another_one_has_ranks_of_its_own(slurm: Path) -> None:
-    answer(slurm, "scontrol", "localhost")
+    answer(slurm, "scontrol", "localhost TresPerNode=gres:gpu:2 MinMemoryNode=0")
     outer = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "SRUN_CPUS_PER_TASK": "2"}
-    found = add_to_environment(outer | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "8"})
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} & set(found)
-    assert found["SRUN_CPUS_PER_TASK"] == "8"
+    outer |= {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "cpu:3", "SLURM_MEM_PER_CPU": "100"}
+    own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_GPUS_PER_NODE": "2", "SLURM_MEM_PER_NODE": "0"}
+    own |= {"SLURM_CPUS_PER_TASK": "8", "MASTER_ADDR": "head"}
+    added = {"MASTER_PORT": ANY, "PYTHONUNBUFFERED": "1"}
+    assert add_to_environment(outer | own) == own | added
 
 
 def test_a_copy_of_the_code_stays_what_it_was(tmp_path: Path) -> None:
@@ -190,7 +193,23 @@ def test_a_job_of_no_requeue_is_on_record_as_not_put_into_the_queue_again(slurm:
 
 def test_a_batch_script_needs_no_package_of_the_ranks() -> None:
     """The machine that runs it may have torch in a container only. -S: without site-packages."""
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-S", "-c", "import sys; import pipeline.slurm.batch_job as job; print(job.__file__)"]
-    done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
-    assert done.stdout == f"{root}/pipeline/slurm/batch_job.py\n", done.stderr
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{ROOT}/pipeline/slurm/batch_job.py\n", done.stderr
+
+
+def test_an_array_prepares_in_the_container_and_its_joining_job_is_charged_as_it_is(slurm: Path) -> None:
+    for command in ("sbatch", "contained"):
+        (slurm / command).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{slurm}/{command}.txt\n')
+        (slurm / command).chmod(0o755)
+    task = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}
+    task |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_PARTITION": "cpu", "SLURM_JOB_ACCOUNT": "lab a"}
+    command = ["bash", ROOT / "launch" / "prepare.sbatch", "--input=in", f"--output={slurm}/a mix"]
+    subprocess.run(command, env=os.environ | task | {"SELECTIVE_MTP_CONTAINER": "contained --nv"}, check=True)
+
+    inside = (slurm / "contained.txt").read_text().splitlines()
+    assert inside[:4] == ["--nv", "python3", "launch/prepare.py", "--input=in"]
+    joining = (slurm / "sbatch.txt").read_text().splitlines()
+    assert {"--partition=cpu", "--account=lab a", "--dependency=afterok:9"} <= set(joining)
+    assert not any(option.startswith("--qos") for option in joining)
+    assert joining[-1].startswith("--wrap=contained --nv python3 launch/shards.py merge ")
