@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.report.colours import colours_of
 from pipeline.report.curves import Curve, has_values
@@ -101,7 +102,8 @@ def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     if panel.is_share:
         axes.set_ylim(0, 1.05)
     axes.set_xlabel(panel.along)
-    axes.xaxis.get_major_locator().set_params(integer=panel.along == "step")
+    if panel.along == "step":
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_ylabel(panel.unit)
     if len(panel.curves) > 1:
         axes.legend(fontsize=7)

@@ -19,7 +19,7 @@ from pathlib import Path
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN
 from pipeline.slurm.before_start import StartError, add_to_environment, check_gpus
 from pipeline.slurm.code_copy import keep_code, with_kept_files
-from pipeline.slurm.commands import SlurmError, host_names, properties, requeue, usable_nodes
+from pipeline.slurm.commands import SlurmError, host_names, name_of, properties, requeue, usable_nodes
 from pipeline.slurm.rank_logs import Ended, accused_rank, ends_of_ranks, last_words, own_errors
 from pipeline.slurm.ranks import Ranks, or_none, say
 from pipeline.slurm.requeueing import Decision, Life, decide, failures_in_a_row, record
@@ -33,9 +33,11 @@ _OUTPUT = "--output"
 
 @dataclass(frozen=True)
 class Job:
-    """A job as this life of it finds it. number: Slurm's. restarts: lives before this one. arguments: the script's."""
+    """A job as this life of it finds it. number: Slurm's. name: in its commands. restarts: lives before this one. arguments:
+    the script's."""
 
     number: str
+    name: str
     restarts: int
     nodes: list[str]
     script: str
@@ -116,9 +118,10 @@ def find_job(script: str, arguments: Sequence[str]) -> Job:
             "environment before sbatch, or set it up in launch/site.sh"
         )
 
-    number, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    nodes = host_names(os.environ["SLURM_JOB_NODELIST"])
-    return Job(number, restarts, nodes, script, given, Path(done.stdout.splitlines()[-1]))
+    restarts, nodes = int(os.environ.get("SLURM_RESTART_COUNT", "0")), host_names(os.environ["SLURM_JOB_NODELIST"])
+    return Job(
+        os.environ["SLURM_JOB_ID"], name_of(os.environ), restarts, nodes, script, given, Path(done.stdout.splitlines()[-1])
+    )
 
 
 def start(job: Job, environment: dict[str, str]) -> Ranks:
@@ -129,7 +132,7 @@ def start(job: Job, environment: dict[str, str]) -> Ranks:
     arguments = with_kept_files(job.arguments, Path.cwd(), copy)
     command = [*_python(), str(copy / "launch" / job.script), *arguments]
     say(f"life {job.restarts} on {' '.join(job.nodes)}; the logs of the ranks are in {job.logs}")
-    return Ranks(job.number, command, environment | {"PYTHONPATH": _python_path(copy)}, job.logs)
+    return Ranks(job.name, command, environment | {"PYTHONPATH": _python_path(copy)}, job.logs)
 
 
 def show_failure(job: Job, code: int, ends: Sequence[Ended]) -> None:
@@ -151,7 +154,7 @@ def accused_node(job: Job, ends: Sequence[Ended]) -> str | None:
 
 def as_submitted(job: Job, decision: Decision) -> Decision:
     """The decision, unless the job may not be put into the queue again."""
-    if decision.requeue and (or_none(properties, job.number) or {}).get("Requeue") == "0":
+    if decision.requeue and (or_none(properties, job.name) or {}).get("Requeue") == "0":
         return Decision(False, f"it was submitted with --no-requeue ({decision.why}); the same command continues it")
     return decision
 
@@ -162,7 +165,7 @@ def obey(job: Job, decision: Decision) -> None:
         if decision.why:
             say(f"not put into the queue again: {decision.why}")
         return
-    found = or_none(properties, job.number) or {}
+    found = or_none(properties, job.name) or {}
     excluded = {node for node in found.get("ExcNodeList", "").split(",") if node and node != "(null)"}
     if decision.exclude is not None:
         left = usable_nodes(os.environ["SLURM_JOB_PARTITION"]) - set(_expanded(excluded)) - {decision.exclude}
@@ -173,7 +176,7 @@ def obey(job: Job, decision: Decision) -> None:
             say(f"it may come to {decision.exclude} again: no other node of the partition can take its place")
     say(f"put into the queue again: {decision.why}")
     try:
-        requeue(job.number, sorted(excluded))
+        requeue(job.name, sorted(excluded))
     except SlurmError as error:
         say(f"Slurm refuses that ({error}); the same command continues it")
 

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.slurm.commands import gpus_of, host_names, node_address, properties
+from pipeline.slurm.commands import gpus_of, host_names, name_of, node_address, properties
 
 ON_CPU = "SELECTIVE_MTP_ON_CPU"
 """Environment variable that allows a job without GPUs on nodes that have some."""
@@ -147,5 +147,5 @@ def _of_another_job(environment: Mapping[str, str]) -> list[str]:
     """Name the variables of the job within which this one was submitted. sbatch passes them on, and replaces only those of its
     own options: srun would ask for GPUs or memory that this job does not have, and start nothing."""
     inherited = [name for name in _READ_BY_SRUN if name in environment]
-    found = properties(environment["SLURM_JOB_ID"]) if inherited else {}
+    found = properties(name_of(environment)) if inherited else {}
     return [name for name in inherited if _READ_BY_SRUN[name] not in found]

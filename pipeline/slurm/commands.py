@@ -6,7 +6,7 @@ Tried with Slurm 22.05. A controller under load answers late or not at all, so e
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _TRIES = 3
 _SECONDS_A_TRY = 30.0
@@ -15,6 +15,15 @@ _SECONDS_BETWEEN_TRIES = 2.0
 
 class SlurmError(Exception):
     """A command of Slurm's failed; the message names it and has its answer."""
+
+
+def name_of(environment: Mapping[str, str]) -> str:
+    """The name of a job in Slurm's commands, from its own variables: of an array's task `ARRAY_TASK`.
+
+    A task's number will not do: that of the last task is the array's as well, and with it a command would mean all tasks.
+    """
+    task = environment.get("SLURM_ARRAY_TASK_ID")
+    return environment["SLURM_JOB_ID"] if task is None else f"{environment['SLURM_ARRAY_JOB_ID']}_{task}"
 
 
 def ask(*command: str) -> str:

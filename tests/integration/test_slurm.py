@@ -122,7 +122,7 @@ def test_a_job_goes_on_by_itself_after_a_rank_died_and_at_its_time_limit(
     cluster: Cluster, recipe: Path, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     made = Submitted(cluster, tmp_path, recipe)
-    job = made.submit(2, gate=5)
+    job = made.submit(2, 5, "--array=1")
 
     # A rank is killed: the job goes on without its node. The checkout is edited meanwhile.
     made.wait_for_step(4)

@@ -16,6 +16,7 @@ from pipeline.slurm import before_start
 from pipeline.slurm.batch_job import Job, as_submitted, find_job
 from pipeline.slurm.before_start import ON_CPU, StartError, add_to_environment, check_gpus, meeting_address, meeting_port
 from pipeline.slurm.code_copy import keep_code, with_kept_files
+from pipeline.slurm.commands import name_of
 from pipeline.slurm.rank_logs import Ended, Follower, accused_rank, ends_of_ranks, last_words, rank_file
 from pipeline.slurm.ranks import options_of_step
 from pipeline.slurm.requeueing import Decision
@@ -185,7 +186,7 @@ def test_a_python_without_the_packages_is_no_mistake_in_the_recipe(slurm: Path) 
 @pytest.mark.parametrize(("requeue", "again"), [("1", True), ("0", False)])
 def test_a_job_of_no_requeue_is_on_record_as_not_put_into_the_queue_again(slurm: Path, requeue: str, again: bool) -> None:
     answer(slurm, "scontrol", f"JobId=7 Requeue={requeue} Restarts=0")
-    job = Job("7", 0, ["n1"], "train.py", [], slurm)
+    job = Job("7", "7", 0, ["n1"], "train.py", [], slurm)
     decision = as_submitted(job, Decision(True, "Slurm asked it to stop"))
     assert decision.requeue is again
     assert again or decision.why.startswith("it was submitted with --no-requeue (Slurm asked it to stop)")
@@ -213,3 +214,14 @@ def test_an_array_prepares_in_the_container_and_its_joining_job_is_charged_as_it
     assert {"--partition=cpu", "--account=lab a", "--dependency=afterok:9"} <= set(joining)
     assert not any(option.startswith("--qos") for option in joining)
     assert joining[-1].startswith("--wrap=contained --nv python3 launch/shards.py merge ")
+
+
+@pytest.mark.parametrize("name", ["train", "score"])
+def test_a_task_of_an_array_has_its_number_in_its_settings_and_is_known_by_it(slurm: Path, name: str) -> None:
+    (slurm / "python3").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{slurm}/python3.txt\n')
+    (slurm / "python3").chmod(0o755)
+    task = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
+    command = ["bash", ROOT / "launch" / f"{name}.sbatch", "run.name=mine-%a", "model.seed=%a"]
+    subprocess.run(command, env=os.environ | task, check=True)
+    assert (slurm / "python3.txt").read_text().splitlines()[-3:] == [f"{name}.py", "run.name=mine-3", "model.seed=3"]
+    assert (name_of(task), name_of({"SLURM_JOB_ID": "9"})) == ("9_3", "9")
