@@ -1,7 +1,8 @@
 """A run's records at Weights & Biases, under metrics.jsonl's names (`logging.wandb`; an extra).
 
-Where nobody has logged in, the run is recorded below the run directory (`wandb/offline-run-…`), and `wandb sync` uploads it.
-A run that resumes goes on in the same place; what was logged after its checkpoint cannot be taken back, and is logged again.
+Where nobody has logged in, each start is recorded below the run directory (`wandb/offline-run-…`), and `wandb sync --id`
+uploads them as one run, in their order. A run that resumes goes on in the same place; what was logged after its checkpoint
+cannot be taken back, and is logged again.
 What fails there, the network or the library's own process, is said once and ends no training: metrics.jsonl has all records.
 Neither the command nor anything else of the machine is recorded, because they may hold secrets.
 """
@@ -29,19 +30,14 @@ class WandbRun:
 
         project = settings.logging.wandb
         assert project is not None
-        id_file = run_dir / ID_FILE
-        before = id_file.read_bytes() if id_file.is_file() else b""
-        if first_step == 0 or not re.fullmatch(rb"[\w-]{1,64}", before):
-            # A new run; or the file is damaged.
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_file(id_file, os.urandom(4).hex().encode())
+        run_id = _id_of(run_dir, is_new=first_step == 0)
         self.run: Any = None
         try:
             self.run = wandb.init(
                 project=project.project,
                 entity=project.entity,
                 name=settings.run.name,
-                id=id_file.read_text(),
+                id=run_id,
                 dir=str(run_dir),
                 resume="allow",
                 mode=_mode(),
@@ -89,6 +85,17 @@ class WandbRun:
         print(
             f"Weights & Biases has failed ({said}); the run goes on without it, and metrics.jsonl has all records", flush=True
         )
+
+
+def _id_of(run_dir: Path, is_new: bool) -> str:
+    """The run's name there, kept in its directory; another one for a new run, or where the file is damaged."""
+    file = run_dir / ID_FILE
+    before = file.read_bytes() if file.is_file() else b""
+    if is_new or not re.fullmatch(rb"[\w-]{1,64}", before):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        before = os.urandom(4).hex().encode()
+        write_file(file, before)
+    return before.decode()
 
 
 def _mode() -> Literal["offline"] | None:

@@ -225,3 +225,14 @@ def test_a_task_of_an_array_has_its_number_in_its_settings_and_is_known_by_it(sl
     subprocess.run(command, env=os.environ | task, check=True)
     assert (slurm / "python3.txt").read_text().splitlines()[-3:] == [f"{name}.py", "run.name=mine-3", "model.seed=3"]
     assert (name_of(task), name_of({"SLURM_JOB_ID": "9"})) == ("9_3", "9")
+
+
+@pytest.mark.parametrize("name", ["train", "score"])
+def test_a_job_that_was_requeued_finds_the_code_that_it_keeps_below_the_home_folder(tmp_path: Path, name: str) -> None:
+    kept = tmp_path / "runs of mine" / "slurm" / "9" / "code" / "launch" / "slurm_job.sh"
+    kept.parent.mkdir(parents=True)
+    kept.write_text('echo "kept $1"')
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "9", "SLURM_RESTART_COUNT": "1", "HOME": str(tmp_path)}
+    command = ["bash", ROOT / "launch" / f"{name}.sbatch", "--run-dir=~/runs of mine"]
+    done = subprocess.run(command, env=os.environ | job, check=True, capture_output=True, text=True)
+    assert done.stdout == f"kept {name}.py\n"
