@@ -211,7 +211,7 @@ def test_an_array_prepares_in_the_container_and_its_joining_job_is_charged_as_it
     inside = (slurm / "contained.txt").read_text().splitlines()
     assert inside[:4] == ["--nv", "python3", "launch/prepare.py", "--input=in"]
     joining = (slurm / "sbatch.txt").read_text().splitlines()
-    assert {"--partition=cpu", "--account=lab a", "--dependency=afterok:9"} <= set(joining)
+    assert {"--partition=cpu", "--account=lab a", "--export=ALL", "--dependency=afterok:9"} <= set(joining)
     assert not any(option.startswith("--qos") for option in joining)
     assert joining[-1].startswith("--wrap=contained --nv python3 launch/shards.py merge ")
 
