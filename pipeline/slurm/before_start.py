@@ -1,5 +1,6 @@
 """Checks and preparations before the ranks of a job start: GPUs, the address of the first node, a port there."""
 
+import ipaddress
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,13 +58,15 @@ def check_gpus(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def meeting_address(nodes: str) -> str:
-    """The address at which all ranks meet: the first node's name, or where nothing knows that name, the address by which Slurm
-    reaches the node.
+def meeting_address(nodes: str, given: str | None = None) -> str:
+    """The address at which all ranks meet: MASTER_ADDR if it is set, else the first node's name, or where nothing knows that
+    name, the address by which Slurm reaches the node.
 
     Raises:
-        StartError: neither can be looked up; ranks would try for ever.
+        StartError: it cannot be looked up, or each node would take it for itself; ranks would try for ever.
     """
+    if given is not None:
+        return _checked(given, host_names(nodes))
     name = host_names(nodes)[0]
     if _is_known(name):
         return name
@@ -74,6 +77,16 @@ def meeting_address(nodes: str) -> str:
         f"the name of the first node, {name}, cannot be looked up on {socket.gethostname()}, nor can its NodeAddr "
         f"({address or 'none'}); have the cluster's names resolve (DNS or /etc/hosts), or set MASTER_ADDR in launch/site.sh"
     )
+
+
+def _checked(address: str, nodes: list[str]) -> str:
+    """Return the MASTER_ADDR that was given, such as one that the shell still had from a job on one machine."""
+    remedy = f"unset it, so that the ranks meet on {nodes[0]}, or set another one in launch/site.sh"
+    if not _is_known(address):
+        raise StartError(f"MASTER_ADDR={address} cannot be looked up on {socket.gethostname()}; {remedy}")
+    if len(nodes) > 1 and all(ipaddress.ip_address(each).is_loopback for each in _addresses(address)):
+        raise StartError(f"MASTER_ADDR={address} is each machine's own, and the job has {len(nodes)} nodes; {remedy}")
+    return address
 
 
 def meeting_port(job: str, taken: Mapping[str, str]) -> int:
@@ -111,11 +124,15 @@ def _port_range() -> tuple[int, int]:
 
 
 def _is_known(name: str) -> bool:
+    return bool(_addresses(name))
+
+
+def _addresses(name: str) -> set[str]:
+    """The addresses that this machine has for a name; none if it cannot be looked up."""
     try:
-        socket.getaddrinfo(name, None)
+        return {str(address[0]).partition("%")[0] for *_, address in socket.getaddrinfo(name, None)}
     except OSError:
-        return False
-    return True
+        return set()
 
 
 def _is_free(port: int) -> bool:
@@ -136,8 +153,7 @@ def add_to_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """
     left_out = {*_OF_ANOTHER_LAUNCHER, *_of_another_job(environment)}
     added = {name: value for name, value in environment.items() if name not in left_out}
-    if "MASTER_ADDR" not in environment:
-        added["MASTER_ADDR"] = meeting_address(environment["SLURM_JOB_NODELIST"])
+    added["MASTER_ADDR"] = meeting_address(environment["SLURM_JOB_NODELIST"], environment.get("MASTER_ADDR"))
     added["MASTER_PORT"] = str(meeting_port(environment["SLURM_JOB_ID"], environment))
     added["PYTHONUNBUFFERED"] = "1"
     return added

@@ -64,6 +64,16 @@ def test_the_first_node_is_looked_up_before_anybody_waits_for_it(slurm: Path) ->
         meeting_address("ignored")
 
 
+def test_an_address_that_the_shell_still_had_is_refused_where_the_ranks_could_not_meet_there(slurm: Path) -> None:
+    answer(slurm, "scontrol", "n1\nn2")
+    for given, expected in (("localhost", "each machine's own, and the job has 2 nodes"), (UNKNOWN, "cannot be looked up on")):
+        with pytest.raises(StartError, match=f"MASTER_ADDR={given} .*{expected}.*; unset it, so that the ranks meet on n1"):
+            meeting_address("ignored", given)
+    assert meeting_address("ignored", "192.0.2.7") == "192.0.2.7"
+    answer(slurm, "scontrol", "n1")
+    assert meeting_address("ignored", "127.0.0.1") == "127.0.0.1"
+
+
 def test_the_port_is_free_and_outside_of_the_ephemeral_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = meeting_port("41", {})
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
@@ -88,11 +98,11 @@ def test_the_ranks_have_the_variables_of_the_batch_script_and_the_cores_of_a_tas
 
 
 def test_a_job_that_is_submitted_from_within_another_one_has_ranks_of_its_own(slurm: Path) -> None:
-    answer(slurm, "scontrol", "localhost TresPerNode=gres:gpu:2 MinMemoryNode=0")
+    answer(slurm, "scontrol", "n1 TresPerNode=gres:gpu:2 MinMemoryNode=0")
     outer = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "SRUN_CPUS_PER_TASK": "2"}
     outer |= {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "cpu:3", "SLURM_MEM_PER_CPU": "100"}
     own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_GPUS_PER_NODE": "2", "SLURM_MEM_PER_NODE": "0"}
-    own |= {"SLURM_CPUS_PER_TASK": "8", "MASTER_ADDR": "head"}
+    own |= {"SLURM_CPUS_PER_TASK": "8", "MASTER_ADDR": "192.0.2.7"}
     added = {"MASTER_PORT": ANY, "PYTHONUNBUFFERED": "1"}
     assert add_to_environment(outer | own) == own | added
 
