@@ -27,6 +27,7 @@ from pipeline.model.model_config import ModelFilesError
 from pipeline.model.mtp import MTPModel
 from pipeline.model_options import dtype_of
 from pipeline.runtime.distributed import World, device_of, find_world, share_cores
+from pipeline.runtime.network import choose_interface
 from pipeline.saved_model import SavedModel, find_model
 from pipeline.schedule import objective_at
 
@@ -52,6 +53,7 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, Any] | None:
     share_cores(world)
     makes_group = world.size > 1 and not dist.is_initialized()
     if makes_group:
+        choose_interface(world.size, world.local_size)
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         model = source.build(device, dtype_of(options, source.dtype if device.type == "cuda" else torch.float32))

@@ -31,6 +31,7 @@ from pipeline.runtime.distributed import (
 )
 from pipeline.runtime.engine import initialize_distributed
 from pipeline.runtime.memory import bytes_for_a_rank
+from pipeline.runtime.network import choose_interface
 from pipeline.runtime.non_finite import TrainingDivergedError
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StoppedError, StopRequest
 from pipeline.runtime.profiling import use_deterministic_kernels
@@ -84,6 +85,7 @@ def run_on_all_ranks(
         print(reason, flush=True)
     try:
         look_up_meeting_point()
+        choose_interface(world.size, world.local_size)
         initialize_distributed(device, settings.logging.deepspeed_level, heartbeat.longest_collective(patience))
     except (dist.DistError, ValueError) as error:
         return fail(prefix, _cannot_meet(error), EXIT_USAGE, True)

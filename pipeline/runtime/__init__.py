@@ -1,6 +1,7 @@
 """Everything between the training loop and the machine: process group, DeepSpeed, checkpoints, metrics, signals.
 
 distributed     rank, world size and device; the small collectives by which ranks agree
+network         the network interface by which gloo reaches other machines
 engine          DeepSpeed engines of policy and reference; the only importer of deepspeed
 parameters      shapes and optimizer groups of parameters, whole or partitioned
 deepspeed_json  validates and resolves the DeepSpeed JSON

@@ -48,13 +48,13 @@ def machines() -> Iterator[Sequence[str]]:
 
 
 def start(machines: Sequence[str], run_dir: Path, recipe: Path, *settings: str) -> list["subprocess.Popen[bytes]"]:
-    """Start a rank on each machine, as srun does on two nodes."""
+    """Start a rank on each machine, as srun does on two nodes. Nothing knows the machines' names, as gloo would want it."""
     command = [sys.executable, ROOT / "launch" / "train.py", "--deepspeed", ROOT / "ds_configs" / "zero3.json"]
     command += ["--config", recipe, "--run-dir", run_dir, "data.micro_batch=8", *settings]
     ranks = []
     for rank, machine in enumerate(machines):
         job = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "SLURM_CPUS_ON_NODE": 1}
-        job |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": 29533, "GLOO_SOCKET_IFNAME": "wire0"}
+        job |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": 29533}
         on_machine = ["ip", "netns", "exec", machine, "unshare", "--uts", "sh", "-c", f'hostname {machine}; exec "$@"', "sh"]
         with run_dir.with_name(f"{run_dir.name}-{rank}.log").open("wb") as log:
             environment = os.environ | {name: str(value) for name, value in job.items()}
