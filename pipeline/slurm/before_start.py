@@ -11,6 +11,8 @@ ON_CPU = "SELECTIVE_MTP_ON_CPU"
 """Environment variable that allows a job without GPUs on nodes that have some."""
 
 _OF_ANOTHER_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SRUN_CPUS_PER_TASK")
+"""Variables that a job has of another launcher, within which it was submitted; each task would take itself for that rank."""
+
 _READ_BY_SRUN = {
     "SLURM_GPUS": "TresPerJob",
     "SLURM_GPUS_PER_NODE": "TresPerNode",

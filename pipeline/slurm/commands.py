@@ -17,15 +17,6 @@ class SlurmError(Exception):
     """A command of Slurm's failed; the message names it and has its answer."""
 
 
-def name_of(environment: Mapping[str, str]) -> str:
-    """The name of a job in Slurm's commands, from its own variables: of an array's task `ARRAY_TASK`.
-
-    A task's number will not do: that of the last task is the array's as well, and with it a command would mean all tasks.
-    """
-    task = environment.get("SLURM_ARRAY_TASK_ID")
-    return environment["SLURM_JOB_ID"] if task is None else f"{environment['SLURM_ARRAY_JOB_ID']}_{task}"
-
-
 def ask(*command: str) -> str:
     """Run a command of Slurm's and return what it prints.
 
@@ -73,6 +64,22 @@ def time_limit(job: str) -> float | None:
 def properties(job: str) -> dict[str, str]:
     """Return a job's properties as `scontrol show job` names them, such as Requeue, Restarts, ExcNodeList, PreemptTime."""
     return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "show", "job", "-o", job)))
+
+
+def name_of(environment: Mapping[str, str]) -> str:
+    """The name of a job in Slurm's commands, from its own variables: of an array's task `ARRAY_TASK`.
+
+    A task's number will not do: that of the last task is the array's as well, and with it a command would mean all tasks. The
+    variables may be those of an array within which the job was submitted, so Slurm is asked whose name it is.
+    """
+    number, array = environment["SLURM_JOB_ID"], environment.get("SLURM_ARRAY_JOB_ID")
+    if array is None:
+        return number
+    name = f"{array}_{environment.get('SLURM_ARRAY_TASK_ID')}"
+    try:
+        return name if properties(name).get("JobId") == number else number
+    except SlurmError:
+        return number
 
 
 def host_names(nodes: str) -> list[str]:

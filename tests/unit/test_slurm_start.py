@@ -234,7 +234,11 @@ def test_a_task_of_an_array_has_its_number_in_its_settings_and_is_known_by_it(sl
     command = ["bash", ROOT / "launch" / f"{name}.sbatch", "run.name=mine-%a", "model.seed=%a"]
     subprocess.run(command, env=os.environ | task, check=True)
     assert (slurm / "python3.txt").read_text().splitlines()[-3:] == [f"{name}.py", "run.name=mine-3", "model.seed=3"]
-    assert (name_of(task), name_of({"SLURM_JOB_ID": "9"})) == ("9_3", "9")
+    assert name_of({"SLURM_JOB_ID": "9"}) == "9"
+    # Slurm tells a task of an array from a job that was submitted by one.
+    answer(slurm, "scontrol", "JobId=9 ArrayJobId=9 ArrayTaskId=3")
+    assert name_of(task) == "9_3"
+    assert name_of(task | {"SLURM_JOB_ID": "12"}) == "12"
 
 
 @pytest.mark.parametrize("name", ["train", "score"])
