@@ -5,8 +5,11 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -37,11 +40,15 @@ KINDS = {
 
 
 class CollectiveRecorder(TorchDispatchMode):
-    """A list of every collective that this thread calls while the recorder is entered, by whatever name it is called."""
+    """A list of every collective that this thread calls while the recorder is entered, by whatever name it is called.
+
+    ranks: of each one's process group, as many as it has.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
+        self.ranks: list[int] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
@@ -52,7 +59,15 @@ class CollectiveRecorder(TorchDispatchMode):
             tensors = [tensor for each in tensors for tensor in (each if isinstance(each, list) else [each])]
             payload = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             self.collectives.append(Collective(KINDS.get(name, name), payload))
+            self.ranks.append(_group_size(args))
         return function(*args, **(kwargs or {}))
+
+
+def _group_size(arguments: Sequence[Any]) -> int:
+    """Return the number of ranks of the process group among a collective's arguments."""
+    objects = (each for each in arguments if isinstance(each, torch.ScriptObject))
+    group = next(each for each in objects if each._type().qualified_name().endswith(".ProcessGroup"))
+    return dist.ProcessGroup.unbox(group).size()
 
 
 def bytes_sent() -> int | None:

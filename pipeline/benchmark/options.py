@@ -93,6 +93,7 @@ def _add_traffic(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=at_least(1), default=9, metavar="N", help="depth of the next-token path (default: 9)")
     parser.add_argument("--dim", type=at_least(1), default=64, metavar="D", help="default: 64")
     parser.add_argument("--ranks", type=at_least(2), default=2, metavar="R", help="gloo processes (default: 2)")
+    parser.add_argument("--gpus-per-node", type=at_least(1), metavar="N", help="ranks that share a node (default: all)")
     parser.add_argument("--attention-heads", type=at_least(1), default=2, help="default: 2")
     parser.add_argument("--vocabulary", type=at_least(1), default=512, metavar="V", help="default: 512")
     parser.add_argument("--sequence-length", type=at_least(5), default=16, metavar="T", help="default: 16")

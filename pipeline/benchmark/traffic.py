@@ -9,14 +9,18 @@ is of weights.
 Of the all-gathers one for each small vector (norms), which ZeRO-3 keeps whole, comes with the optimizer's step, the others in
 every micro-step. Bytes are those that each rank sends by the least that any algorithm sends (`Collective.wire_bytes`), in
 float32: half of it in bf16. A gather of a block is a block's values, those small vectors left out.
+
+With `--gpus-per-node` the ranks are those of several nodes, and what `ds_configs/zero3_hpz.json` gathers among the ranks of
+a node is counted by itself.
 """
 
 import argparse
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +30,7 @@ from pipeline.benchmark.ranks import run_ranks
 from pipeline.benchmark.step import HEADS, check_shape, training_steps
 from pipeline.benchmark.streaming import random_rows
 from pipeline.config import Settings
+from pipeline.data.errors import DataError
 from pipeline.runtime.distributed import World
 from pipeline.runtime.engine import Engine, initialize_distributed
 from pipeline.runtime.parameters import gathered_block_size
@@ -41,45 +46,81 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Count the collectives of a micro-step.
 
     Raises:
-        DataError: no such model can be built.
+        DataError: no such model can be built, or the nodes would differ.
     """
     check_shape(options)
+    if options.gpus_per_node is not None and options.ranks % options.gpus_per_node:
+        raise DataError(f"--gpus-per-node: got {options.gpus_per_node}; expected a divisor of --ranks = {options.ranks}")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # What is counted is the same on a CPU, on any number of ranks.
     with tempfile.TemporaryDirectory() as scratch:
         rows = options.ranks * (WARM_UP_STEPS + 3)
         directory = random_rows(Path(scratch), rows, options.sequence_length, options.vocabulary)
         content = json.loads((options.deepspeed or ZERO3).read_text(encoding="utf-8"))
         found = run_ranks(_count_on_this_rank, options.ranks, directory, vars(options), content, timeout=3600)
-    assert all(each["collectives"] == found[0]["collectives"] for each in found), "all ranks call the same collectives"
-    return _figures(options, found)
+    assert all(each["called"] == found[0]["called"] for each in found), "all ranks call the same collectives"
+    return figures_of(options, found)
 
 
-def _figures(options: argparse.Namespace, found: list[dict[str, Any]]) -> dict[str, Any]:
+class Called(NamedTuple):
+    """A collective, and the number of ranks of the group that called it."""
+
+    collective: Collective
+    ranks: int
+
+    @property
+    def kind(self) -> str:
+        return self.collective.kind
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each rank sends."""
+        return self.collective.wire_bytes(self.ranks)
+
+    @property
+    def gathered(self) -> int:
+        """Bytes that each rank holds after an all-gather."""
+        return self.collective.payload * self.ranks
+
+
+def figures_of(options: argparse.Namespace, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Count what the ranks have found."""
     block = found[0]["block"]
-    called = [Collective(*each) for each in found[0]["collectives"]]
-    by_kind = {kind: [each for each in called if each.kind == kind] for kind in sorted({each.kind for each in called})}
-    gathers = [each.payload * options.ranks for each in by_kind["all_gather"]]
+    called: list[Called] = found[0]["called"]
+    gathers = [each for each in called if each.kind == "all_gather"]
     return {
         "all_gathers": len(gathers),
-        "reduce_scatters": len(by_kind.get("reduce_scatter", ())),
-        "bytes": sum(each.wire_bytes(options.ranks) for each in called),
+        "reduce_scatters": sum(each.kind == "reduce_scatter" for each in called),
+        "bytes": sum(each.sent for each in called),
         "blocks": 2 * options.layers + HEADS - 1,
-        "largest_gather_blocks": max(gathers) / (FLOAT32 * block),
+        "largest_gather_blocks": max(each.gathered for each in gathers) / (FLOAT32 * block),
         "embedding_blocks": options.vocabulary * options.dim / block,
         "most_gathered_blocks": max(each["most_gathered"] for each in found) / block,
-        "by_kind": {
-            kind: {"calls": len(each), "bytes": sum(one.wire_bytes(options.ranks) for one in each)}
-            for kind, each in by_kind.items()
-        },
+        "by_kind": _by_kind(called),
+        "in_a_node": _by_kind([each for each in called if each.ranks < options.ranks]),
         "ranks": options.ranks,
+        "gpus_per_node": options.gpus_per_node or options.ranks,
         "live_blocks": options.live_blocks,
     }
+
+
+def _by_kind(called: Sequence[Called]) -> dict[str, dict[str, float]]:
+    """Count collectives, and the bytes that each rank sends in them, by kind."""
+    by_kind: dict[str, dict[str, float]] = {}
+    for each in sorted(called, key=lambda each: each.kind):
+        counts = by_kind.setdefault(each.kind, {"calls": 0, "bytes": 0.0})
+        counts["calls"] += 1
+        counts["bytes"] += each.sent
+    return by_kind
 
 
 def table(figures: dict[str, Any]) -> str:
     """Return the counts as a table."""
     rows = [["", "calls a micro-step", "MB sent by a rank"]]
     rows += [[kind, f"{each['calls']:,}", f"{each['bytes'] / 1e6:,.3f}"] for kind, each in figures["by_kind"].items()]
+    rows += [
+        [f"  of it {kind} in a node", f"{each['calls']:,}", f"{each['bytes'] / 1e6:,.3f}"]
+        for kind, each in figures["in_a_node"].items()
+    ]
     return "\n".join(
         [
             aligned(rows),
@@ -94,6 +135,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def _count_on_this_rank(directory: Path, options: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    os.environ["LOCAL_WORLD_SIZE"] = str(options["gpus_per_node"] or ranks)
     initialize_distributed(torch.device("cpu"), "error")
     settings = _settings(directory, options, ranks)
     block = gathered_block_size(settings.model, 10 * settings.model.dim)
@@ -111,7 +153,7 @@ def _count_on_this_rank(directory: Path, options: dict[str, Any], content: dict[
     with CollectiveRecorder() as recorder:
         take_step()
     return {
-        "collectives": [tuple(each) for each in recorder.collectives],
+        "called": list(map(Called, recorder.collectives, recorder.ranks)),
         "block": block,
         "most_gathered": gathered.most,
     }

@@ -77,7 +77,7 @@ def plan_memory(job: PlannedJob) -> Plan:
 
     # Parameters below the persistence threshold stay gathered under ZeRO-3.
     resident = states.persistent_parameters(job, job.parameter_sizes) if job.stage == 3 and job.num_ranks > 1 else 0
-    at_rest = held | {"gathered parameters": resident + states.node_partition(job)}
+    at_rest = held | {"gathered parameters": resident + states.node_partition(job, job.parameter_sizes)}
 
     # What each moment adds to that.
     moments = {name: _sum_parts(at_rest, moment(job)) for name, moment in _MOMENTS.items()}

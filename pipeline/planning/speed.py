@@ -80,24 +80,27 @@ def plan_speed(job: PlannedJob, hardware: Hardware, keys_a_query: float | None =
     compute, traffic = _Compute(job, hardware, keys), step_traffic(job)
 
     # Each phase of a micro-step beside the traffic that it can hide.
-    reference = [traffic.reference]
-    phases = [(compute.reference, reference), (compute.forward, [traffic.forward])]
-    phases += [(compute.backward, [traffic.backward, traffic.reduced])]
-    taken = [sum(_seconds(each, hardware) for each in called) for _, called in phases]
-    exposed = sum(_exposed(job, busy, called, hardware) for busy, called in phases)
-
     micro_steps, small = job.micro_steps, Traffic(SMALL_COLLECTIVES, 0.0, job.num_ranks)
+    phases = [
+        (micro_steps, compute.reference, [traffic.reference]),
+        (1, compute.forward, [traffic.forward]),
+        (micro_steps - 1, compute.forward, [traffic.later_forward]),
+        (micro_steps, compute.backward, [traffic.backward, traffic.reduced]),
+    ]
+    taken = sum(times * _seconds(each, hardware) for times, _, called in phases for each in called)
+    exposed = sum(times * _exposed(job, busy, called, hardware) for times, busy, called in phases)
+
     parts = {
         "products": micro_steps * compute.products,
         "memory passes": micro_steps * compute.memory,
-        "exposed traffic": micro_steps * exposed,
+        "exposed traffic": exposed,
         "small collectives": micro_steps * _seconds(small, hardware),
         "optimizer": _optimizer_seconds(job, hardware),
         "traffic of the update": _seconds(traffic.summed, hardware) + _seconds(traffic.updated, hardware),
     }
     return Speed(
         parts={name: seconds for name, seconds in parts.items() if seconds},
-        hidden=micro_steps * (sum(taken) - exposed),
+        hidden=taken - exposed,
         useful_flops=useful_flops(job, keys),
         tokens=job.settings.data.global_batch * length,
         num_ranks=job.num_ranks,

@@ -170,15 +170,15 @@ def persistent_parameters(job: PlannedJob, sizes: list[int]) -> int:
     return job.dtype_bytes * sum(size for size in sizes if size <= job.zero.param_persistence_threshold)
 
 
-def node_partition(job: PlannedJob) -> int:
-    """The second partition of the weights, over the ranks of a node alone, from which backward gathers.
+def node_partition(job: PlannedJob, sizes: list[int]) -> int:
+    """The second partition of a model's weights, over the ranks of a node alone, from which backward and a reference gather.
 
     zero_hpz_partition_size (arXiv 2306.10209); it exists from the first forward on.
     """
     ranks = int(job.zero.zero_hpz_partition_size)
     if job.stage != 3 or not 1 < ranks <= job.num_ranks:
         return 0
-    return job.dtype_bytes * sum(-(-size // ranks) for size in job.parameter_sizes)
+    return job.dtype_bytes * sum(-(-size // ranks) for size in sizes)
 
 
 def gathered_parameters(job: PlannedJob) -> int:
@@ -212,4 +212,4 @@ def reference(job: PlannedJob) -> int:
     if job.sharding == "replicate":
         return job.dtype_bytes * sum(sizes)
     resident = persistent_parameters(job, sizes) if job.num_ranks > 1 else 0
-    return job.dtype_bytes * sum(-(-size // job.num_ranks) for size in sizes) + resident
+    return job.dtype_bytes * sum(-(-size // job.num_ranks) for size in sizes) + resident + node_partition(job, sizes)

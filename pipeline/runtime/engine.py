@@ -19,7 +19,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,7 @@ def build_reference(
         "stage3_param_persistence_threshold",
         "stage3_max_live_parameters",
         "stage3_max_reuse_distance",
+        "zero_hpz_partition_size",
     )
     kept = {name: zero[name] for name in names if name in zero}
     # What is gathered ahead is a block of its own (`deepspeed_json` says why), unless the policy gathers nothing ahead.
@@ -240,12 +241,23 @@ def release(engine: Engine) -> None:
         vars(optimizer).clear()
     for parameter in parameters:
         parameter.grad = None
-        for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
-            held.data = held.data.new_empty(0)
+        for held in (parameter, getattr(parameter, "ds_tensor", None), getattr(parameter, "ds_secondary_tensor", None)):
+            if held is not None:
+                held.data = held.data.new_empty(0)
 
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _partitioned_at_birth(config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Partition each parameter as soon as its module is built.
+
+    With hpZ DeepSpeed makes the node's process group for the first engine, and refuses to make it again for the next one.
+    """
+    has_node_group = config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
+    node_group = deepspeed.utils.groups._get_zero_param_intra_parallel_group() if has_node_group else None
+    return deepspeed.zero.Init(config_dict_or_path=dict(config), zero_param_parallel_group=node_group)
 
 
 def _build_model(
@@ -261,7 +273,7 @@ def _build_model(
 
     # Under ZeRO-3 each parameter is partitioned as soon as its module is built, so the whole model never exists on a rank.
     partitioned = config.get("zero_optimization", {}).get("stage", 0) == 3
-    with deepspeed.zero.Init(config_dict_or_path=dict(config)) if partitioned else nullcontext():
+    with _partitioned_at_birth(config) if partitioned else nullcontext():
         model = MTPModel(settings, activation_checkpointing, elementwise, detach_heads)
     if partitioned:
         # Gather a block in one collective instead of one per linear layer and norm. That is a third of the collectives and half

@@ -1,10 +1,13 @@
 """The traffic of a micro-step under ZeRO-3: what a cluster's network carries, counted on this machine."""
 
+import argparse
 import json
 from typing import Any
 
 import pytest
 
+from pipeline.benchmark.collectives import Collective
+from pipeline.benchmark.traffic import Called, figures_of, table
 from tests.forked import run_script
 
 LAYERS, DIM, FFN, VOCAB = 9, 64, 192, 512
@@ -48,3 +51,22 @@ def test_the_bytes_are_those_of_the_weights_and_their_gradient(traffic: tuple[di
     gathered = figures["by_kind"]["all_gather"]["bytes"]
     assert 4 * (policy + reference) / 2 < gathered < 4 * (2 * policy + reference) / 2 * 1.01
     assert figures["by_kind"]["reduce_scatter"]["bytes"] == pytest.approx(4 * policy / 2, rel=0.01)
+
+
+def test_a_node_that_does_not_divide_the_ranks_is_refused() -> None:
+    done = run_script("benchmark.py", "traffic", "--ranks", 4, "--gpus-per-node", 3)
+    assert done.returncode == 2
+    assert "--gpus-per-node: got 3; expected a divisor of --ranks = 4" in done.stderr
+
+
+def test_what_is_gathered_within_a_node_is_counted_by_itself() -> None:
+    """Of 4 ranks in nodes of 2, where a block has 100 values. tests/integration/test_hpz.py records such a step."""
+    sizes = {"ranks": 4, "gpus_per_node": 2, "layers": 9, "vocabulary": 5, "dim": 10, "live_blocks": 5}
+    called = [Called(Collective("all_gather", 100), 4), Called(Collective("all_gather", 240), 2)]
+    called += [Called(Collective("reduce_scatter", 800), 4)]
+    figures = figures_of(argparse.Namespace(**sizes), [{"block": 100, "called": called, "most_gathered": 150}])
+    assert figures["by_kind"]["all_gather"] == {"calls": 2, "bytes": 3 * 100 + 240}
+    assert figures["in_a_node"] == {"all_gather": {"calls": 1, "bytes": 240}}
+    assert figures["bytes"] == 3 * 100 + 240 + 3 * 200
+    assert figures["largest_gather_blocks"] == 2 * 240 / 400
+    assert [line.split()[-2:] for line in table(figures).splitlines() if "in a node" in line] == [["1", "0.000"]]

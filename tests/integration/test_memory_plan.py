@@ -18,6 +18,8 @@ FEW_GATHERED = {
     | {"stage3_max_live_parameters": 10**6, "stage3_max_reuse_distance": 10**6}
 }
 
+A_NODE_OF_TWO = {"zero_optimization": SHIPPED["zero3_hpz"]["zero_optimization"] | {"zero_hpz_partition_size": 2}}
+
 
 def in_bf16(stage: str, micro_steps: int = 1) -> Job:
     """Of few tokens: bf16 is slow on a CPU, and what differs is what DeepSpeed holds."""
@@ -27,6 +29,7 @@ def in_bf16(stage: str, micro_steps: int = 1) -> Job:
 ONE_RANK = {"zero3, replicated reference": Job(SHIPPED["zero3"], "replicate")}
 TWO_RANKS = {
     "zero3, partitioned reference": Job(SHIPPED["zero3"], "zero3"),
+    "zero3_hpz, partitioned reference": Job(A_NODE_OF_TWO, "zero3"),
     "zero3, few gathered, cached losses, selective checkpointing, two micro-steps": Job(
         FEW_GATHERED, "cached", micro_steps=2, training={"activation_checkpointing": "selective"}
     ),

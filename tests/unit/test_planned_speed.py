@@ -87,11 +87,14 @@ def test_a_model_that_stays_gathered_whole_is_not_gathered() -> None:
     assert (traffic.reference.calls, traffic.forward, traffic.backward) == (0, Traffic(0, 0, 4), Traffic(0, 0, 4))
 
 
-def test_hpz_gathers_for_backward_within_a_node() -> None:
-    plain, hpz = (step_traffic(large(zero={"zero_hpz_partition_size": size})) for size in (1, 8))
-    assert (plain.backward.ranks, hpz.backward.ranks) == (64, 8)
-    assert hpz.backward.whole == plain.backward.whole > 0
-    assert hpz.forward == plain.forward
+def test_hpz_gathers_within_a_node_but_for_a_steps_first_forward() -> None:
+    """tests/integration/test_hpz.py records it."""
+    sharded = {"reference": {"sharding": "zero3"}}
+    plain, hpz = (step_traffic(large(zero={"zero_hpz_partition_size": size}, **sharded)) for size in (1, 8))
+    within = {"reference", "later_forward", "backward"}
+    for kind, of_all, of_node in zip(plain._fields, plain, hpz, strict=True):
+        assert of_node == of_all._replace(ranks=8 if kind in within else 64), kind
+        assert of_all.whole > 0 or kind not in within
 
 
 def test_only_traffic_that_outlasts_its_computation_counts() -> None:
@@ -116,8 +119,9 @@ def test_the_lower_a_stage_the_less_is_sent() -> None:
     sent = {}
     for stage in (1, 2, 3):
         traffic = step_traffic(large(zero={"stage": stage}))
-        steps = large().micro_steps
-        sent[stage] = steps * traffic.micro_step_sent + traffic.summed.sent + traffic.updated.sent
+        in_each_micro_step = (traffic.reference, traffic.later_forward, traffic.backward, traffic.reduced)
+        of_a_step = sum(each.sent for each in in_each_micro_step) * large().micro_steps
+        sent[stage] = of_a_step + traffic.summed.sent + traffic.updated.sent
     assert sent[1] < sent[2] < sent[3]
 
 
