@@ -11,6 +11,7 @@ collective. `score` says by what pairs compete.
 Shapes: M micro-steps of a pool, B rows, T tokens, K the heads that select (1...H-1), P pools of a rank.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from pipeline.weighting.exchange import Group, exchange_named, on_device, rank_in, select_by_radix
-from pipeline.weighting.selection import Selection, excess_keys, nums_selected
+from pipeline.weighting.selection import INVALID_KEY, NON_FINITE_KEY, Selection, excess_keys, excess_of_key, nums_selected
 
 SHARED_POOLS = ("global", "step")
 
@@ -70,18 +71,37 @@ def select_local(score_BTK: Tensor, valid_BTK: Tensor, k_percent: float, pool: s
 def select_top_of_each(keys_PTK: Tensor, count_PK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`selection.select_top` with every entry of P and K a pool of its own.
 
-    Returns (selected_PTK, threshold_PK, NaN where the count is 0, and whether every valid key is that of a finite number). The
-    shared pools' algorithms do it, without a group, so that these pools cost what those cost on one rank. On a device the
-    counts are not waited for, which leaves `radix`.
+    Returns (selected_PTK, threshold_PK, NaN where the count is 0, and whether every valid key is that of a finite number). On a
+    device the counts are not waited for, which leaves `radix` without a group.
     """
     num_pools, num_tokens, num_heads = keys_PTK.shape
-    # Each pool in one piece of memory, as a head of one long row.
-    keys_11TQ = keys_PTK.transpose(1, 2).reshape(-1, num_tokens).T[None, None]
+    # Each pool in one piece of memory.
+    keys_QT, count_Q = keys_PTK.transpose(1, 2).reshape(-1, num_tokens), count_PK.flatten()
     if keys_PTK.device.type == "cpu":
-        select = exchange_named("auto", num_tokens * num_heads, None)
-        # By way of numpy, because `tolist` of a tensor is a wait for its device, which is counted.
-        selected_11TQ, threshold_Q, finite = select(keys_11TQ, count_PK.flatten().numpy().tolist(), None)
+        selected_QT, threshold_Q, finite = _select_on_host(keys_QT, count_Q)
     else:
-        selected_11TQ, threshold_Q, finite = select_by_radix(keys_11TQ, count_PK.flatten(), None)
-    selected_PTK = selected_11TQ.view(num_tokens, num_pools, num_heads).transpose(0, 1)
+        selected_11TQ, threshold_Q, finite = select_by_radix(keys_QT.T[None, None], count_Q, None)
+        selected_QT = selected_11TQ[0, 0].T
+    selected_PTK = selected_QT.view(num_pools, num_heads, num_tokens).transpose(1, 2)
     return selected_PTK, threshold_Q.view(num_pools, num_heads), finite
+
+
+def _select_on_host(keys_QT: Tensor, count_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find all pools' thresholds in one call: of many short pools a call for each takes several times as long.
+
+    The call takes one rank for all. So a pool that selects fewer pairs than another gets as many keys above all others: its
+    threshold then comes as late as the other's.
+    """
+    # By way of numpy, because reading a tensor is a wait for its device, which is counted.
+    most, least = max(1, int(count_Q.numpy().max())), int(count_Q.numpy().min())
+    is_above = torch.arange(most - least) < (most - count_Q)[:, None]
+    added = torch.where(is_above, 2**31 - 1, INVALID_KEY).int()
+    padded = torch.cat([keys_QT, added], dim=1)
+    threshold_key_Q1 = padded.kthvalue(padded.shape[1] - most + 1, dim=1, keepdim=True).values
+
+    # All above the threshold, and of those that equal it the first.
+    above_QT, tied_QT = keys_QT > threshold_key_Q1, keys_QT == threshold_key_Q1
+    needed_Q1 = count_Q[:, None] - above_QT.sum(1, keepdim=True)
+    selected_QT = above_QT | (tied_QT & (tied_QT.cumsum(1) <= needed_Q1))
+    threshold_Q = torch.where(count_Q > 0, excess_of_key(threshold_key_Q1[:, 0]), math.nan)
+    return selected_QT, threshold_Q, (keys_QT != NON_FINITE_KEY).all()
