@@ -32,7 +32,11 @@ RECIPE_OWNS = {
 }
 _DTYPE_KEYS = ("communication_data_type", "data_types.grad_accum_dtype")
 _DTYPES = ("fp32", "bf16", "fp16")
-_REFUSED = {"fp16": "train in bf16 or float32: fp16's loss scaling would change which steps are applied"}
+_REFUSED = {
+    "fp16": "train in bf16 or float32: fp16's loss scaling would change which steps are applied",
+    "compile": "DeepCompile compiles a whole model, and the selection's collectives lie within one's forward; remove the key "
+    "(training.compile compiles the functions that gain by it)",
+}
 
 
 def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any], list[str]]:

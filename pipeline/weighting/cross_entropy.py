@@ -12,6 +12,9 @@ multiplies its hidden state rather than its V logit gradients, which saves a pas
 
     loss = logsumexp(z) - z[target],   d loss / d z = softmax(z) - onehot(target) = exp(log_softmax(z)) - onehot(target)
 
+Softmax in place of log-softmax would spare the second exponential, but the loss then needs each row's maximum, a further pass:
+on a CPU that took 1.04 to 1.2 times as long, and in bf16 the gradient is a pass of its own either way.
+
 Shapes: N rows, C rows of a chunk, D width, V vocabulary.
 """
 
@@ -28,7 +31,8 @@ about a thousand rows. On an H200, V 128k, 16k tokens, chunks of 2^27, 2^28 and 
 
 MOVES = {"cpu": 64, "cuda": 16}
 """Steps in which the rows of a chunk are moved, by kind of device. A step needs its part of a chunk beside it; on CUDA each
-is a few launches."""
+is a few launches. All at once moves as many bytes in a quarter fewer launches of the loss phase, with the taken rows of a chunk
+beside it, and takes 1.6 to 3 times as long on a CPU."""
 
 
 class MarginPredictor(Protocol):

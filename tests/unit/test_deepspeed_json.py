@@ -184,6 +184,12 @@ def test_fp16_is_refused_with_the_reason(problems_of, value):
     assert problem.startswith("deepspeed fp16: train in bf16 or float32")
 
 
+def test_deepcompile_is_refused_with_the_setting_that_compiles(problems_of):
+    (problem,) = problems_of({"compile": {"deepcompile": True}})
+    assert problem.startswith("deepspeed compile: DeepCompile compiles a whole model")
+    assert "training.compile" in problem
+
+
 def test_fp16_that_is_off_is_accepted(problems_of):
     assert problems_of({"fp16": {"enabled": False}}) == []
 
