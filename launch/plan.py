@@ -110,7 +110,7 @@ def _figures(parser: OptionParser, read: Read):
     job, notes = resolve_planned_job(chosen, content, options.gpus, on_gpu, memory)
     if chosen != settings:
         limit = "the largest that fits" if memory else "the largest that divides a rank's lanes, as no memory is known"
-        notes.append(f"data.micro_batch: auto is {chosen.data.micro_batch} rows, {limit}.")
+        notes.append(f"data.micro_batch: auto is {chosen.data.micro_batch}, {limit}.")
     if hardware is None:
         notes.append(_UNKNOWN_SPEED)
     return document(job, memory, notes, hardware)

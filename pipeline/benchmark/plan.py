@@ -18,7 +18,7 @@ import torch
 from pipeline.benchmark import gpu, step
 from pipeline.benchmark.options import PLAN_SIZES
 from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
-from pipeline.planning.hardware import Hardware
+from pipeline.planning.hardware import Hardware, step_share_of
 from pipeline.planning.resolve import resolve_planned_job
 from pipeline.planning.speed import plan_speed
 from pipeline.runtime.engine import release
@@ -48,11 +48,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     hardware = Hardware(
-        name=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        name=name,
         peak_flops=None,
         matrix_flops=gpu.matrix_flops(device, _clock(device)),
         memory_bandwidth=copy_bandwidth(device),
+        step_share=step_share_of(name),
     )
     shapes = [dict(zip(PLAN_SIZES, each, strict=True)) for each in options.shapes or SHAPES[device.type]]
     for shape in shapes:

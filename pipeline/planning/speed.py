@@ -148,7 +148,7 @@ class _Compute:
     def _forward(self, job: PlannedJob, shape: ModelSettings, keys_a_query: float) -> float:
         heads, tokens = shape.num_prediction_heads, job.num_tokens
         blocks = shape.num_layers - 1 + heads
-        logits = tokens * heads * logits_flops(shape) / self._hardware.matrix_flops
+        logits = tokens * heads * logits_flops(shape) / self._hardware.step_flops
         scored = tokens * heads * job.vocab_size * _SCORED_BYTES
         block = tokens * blocks * _block_seconds(job, shape, keys_a_query, self._hardware)
         return self._add(logits + block, scored + tokens * blocks * _block_values(job, shape)[0] * job.dtype_bytes)
@@ -163,7 +163,7 @@ class _Compute:
             scored += selected
         if training.loss_phase == "dense":
             taken = scored
-        products = job.num_tokens * (scored + 2 * taken) * logits_flops(model) / self._hardware.matrix_flops
+        products = job.num_tokens * (scored + 2 * taken) * logits_flops(model) / self._hardware.step_flops
         bytes_taken = _TAKEN_BYTES if job.dtype_bytes == FLOAT32 else _TAKEN_BYTES + 3 * job.dtype_bytes
         return self._add(products, job.num_tokens * job.vocab_size * (scored * _SCORED_BYTES + taken * bytes_taken))
 
@@ -179,7 +179,7 @@ def _block_seconds(job: PlannedJob, shape: ModelSettings, keys_a_query: float, h
     weights = block_flops(shape, 0.0)
     attention = block_flops(shape, keys_a_query) - weights
     share = BLOCK_SHARE if job.on_gpu else 1.0
-    return (weights / share + attention / ATTENTION_SHARE) / hardware.matrix_flops
+    return (weights / share + attention / ATTENTION_SHARE) / hardware.step_flops
 
 
 def _block_values(job: PlannedJob, shape: ModelSettings) -> tuple[float, float]:

@@ -33,7 +33,9 @@ def speed_lines(figures: dict[str, Any], gpus: int) -> list[str]:
         f"Expected: {now:,.0f} tokens/s, {now / gpus:,.0f} a rank{mfu}, {seconds:.3f} s a step: "
         + ", ".join(f"{name} {part / seconds:.0%}" for name, part in figures["parts"].items())
         + (f" ({figures['hidden_traffic']:.3f} s of traffic hidden behind computation)." if gpus > 1 else "."),
-        f"From {hardware['name']}: products {hardware['matrix_flops'] / 1e12:,.3g} TFLOP/s, memory "
+        f"From {hardware['name']}: products {hardware['matrix_flops'] / 1e12:,.3g} TFLOP/s"
+        + (f" ({hardware['step_share']:.0%} of it in a step)" if hardware["step_share"] != 1 else "")
+        + ", memory "
         f"{hardware['memory_bandwidth'] / 1e9:,.0f} GB/s, {hardware['node_ranks']} ranks a node at "
         f"{hardware['node_bandwidth'] / 1e9:,.0f} GB/s each, {hardware['network_bandwidth'] / 1e9:,.0f} GB/s a rank "
         "between nodes.",

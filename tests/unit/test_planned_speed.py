@@ -137,6 +137,36 @@ def test_a_card_is_known_by_its_name_and_what_is_stated_replaces_its_data_sheet(
     assert hardware_of("a card of next year", matrix_flops=5e14, memory_bandwidth=1e12) is not None
 
 
+# Tokens a second and GPU of plain next-token training, T 2048, in bf16 without checkpointing, from llm-foundry's tables
+# (scripts/train/benchmarking/README.md): card, GPUs, layers, D, rows of a micro-step. F is 8/3 D: as many weights as with 4 D
+# and no gate.
+PUBLISHED = [
+    ("H100", 8, 24, 2048, 14, 45_455),
+    ("H100", 64, 24, 2048, 20, 44_402),
+    ("H100", 16, 32, 2560, 10, 24_142),
+    ("H100", 8, 32, 4096, 6, 10_643),
+    ("H100", 64, 40, 5120, 2, 4_800),
+    ("A100", 8, 24, 2048, 14, 20_513),
+    ("A100", 8, 32, 4096, 6, 4_641),
+    ("A100", 8, 40, 5120, 2, 2_262),
+]
+
+
+@pytest.mark.parametrize(("name", "gpus", "layers", "dim", "rows", "published"), PUBLISHED)
+def test_plain_steps_are_expected_to_be_as_fast_as_published_ones(
+    name: str, gpus: int, layers: int, dim: int, rows: int, published: float
+) -> None:
+    card = hardware_of(name)
+    assert card is not None
+    shape = {"dim": dim, "num_layers": layers, "num_attention_heads": dim // 128, "ffn_dim": 8 * dim // 3}
+    planned = case(
+        gpus, True, True, {"overlap_comm": True},
+        data={"sequence_length": 2048, "global_batch": rows * gpus, "micro_batch": rows, "lanes": rows * gpus},
+        model=shape | {"vocab_size": 50_368, "num_prediction_heads": 1},
+    )  # fmt: skip
+    assert plan_speed(planned, card).tokens_per_second / gpus == pytest.approx(published, rel=0.16)
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "training.activation_checkpointing=none": {"sections": {"training": {"activation_checkpointing": "none"}}},
     "reference.cached=DIR": {"reference": None},
