@@ -19,4 +19,5 @@ timing         variants that take turns, their times and peaks
 ranks          a plain function on several gloo ranks of this machine
 child_process  a process that answers over a pipe, and whose end is noticed at once
 collectives    records collectives, and counts the bytes on the sockets
+phase_clock    the seconds of a step by phase
 """

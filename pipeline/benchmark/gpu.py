@@ -9,15 +9,18 @@
                   the idle share of an undisturbed step follows
     loss phase    `heads`' variants in float32 without TF32, without processes of their own
 
-On a machine without a GPU `--shapes tiny` tries the command on its CPU, and leaves out what only a device has.
+Each figure is said as soon as it is known, and what fails, as for want of memory, is said and leaves the rest. On a machine
+without a GPU `--shapes tiny` tries the command on its CPU, and leaves out what only a device has.
 """
 
 import argparse
+import gc
 import math
 import statistics
+import sys
 import tempfile
 import time
-from collections import defaultdict
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from pipeline.benchmark import heads, step
 from pipeline.benchmark.options import GPU_SHAPES
+from pipeline.benchmark.phase_clock import PhaseClock
 from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
 from pipeline.data.errors import DataError
 from pipeline.flops import peak_flops
@@ -64,12 +68,28 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "matrix_flops": matrix_flops(device),
         "shapes": {},
+        "failed": {},
     }
-    peak = peak_flops(figures["device"])
+    peak, failed = peak_flops(figures["device"]), figures["failed"]
     for name in options.shapes:
-        figures["shapes"][name] = _measure_shape(GPU_SHAPES[name], options.rounds, peak)
-    figures["loss_phase"] = _measure_loss_phase(device, options)
+        found = attempted(name, failed, _measure_shape, name, options.rounds, peak)
+        figures["shapes"] |= {} if found is None else {name: found}
+    figures["loss_phase"] = attempted("loss phase", failed, _measure_loss_phase, device, options) or {}
     return figures
+
+
+def attempted(name: str, failed: dict[str, str], work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any] | None:
+    """Return what `work` returns; None, with the reason in `failed` and the traceback said, where it fails."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    # Once the exception is gone, what it held can go.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def matrix_flops(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -80,22 +100,26 @@ def matrix_flops(device: torch.device, clock: Callable[[], float] = time.perf_co
     return 2 * size**3 / statistics.median(taken)
 
 
-def _measure_shape(shape: dict[str, int], rounds: int, peak_flops: float | None) -> dict[str, Any]:
+def _measure_shape(name: str, rounds: int, peak_flops: float | None) -> dict[str, Any]:
     """Both variants at one shape; the model of the one is freed before the other is built."""
+    shape = GPU_SHAPES[name]
     options = shape | {"threads": 0}
     with tempfile.TemporaryDirectory() as scratch:
         rows = shape["rows"] * (WARM_UP_STEPS + rounds + 5)
         data = random_rows(Path(scratch), rows, shape["sequence_length"], shape["vocabulary"])
-        found: dict[str, Any] = {name: _measure_variant(name, data, options, rounds) for name in ("next_token", "selective")}
+        found: dict[str, Any] = {}
+        for variant in ("next_token", "selective"):
+            found[variant] = _measure_variant(variant, data, options, rounds)
+            print(f"{name} {variant}: {found[variant]['seconds']:.3f} s a step", file=sys.stderr, flush=True)
 
     # Useful FLOPs: on CUDA a query meets the keys of its document up to itself, on a CPU all of the row.
     length = shape["sequence_length"]
     keys = length / (2 * NUM_DOCUMENTS) if torch.cuda.is_available() else length
     tokens = shape["rows"] * length
-    flops = {name: tokens * step.flops_a_token(name, step.shape_of(options), keys) for name in found}
-    for name, own in found.items():
+    flops = {variant: tokens * step.flops_a_token(variant, step.shape_of(options), keys) for variant in found}
+    for variant, own in found.items():
         own["tokens_per_second"] = tokens / own["seconds"]
-        own["flops_per_second"] = flops[name] / own["seconds"]
+        own["flops_per_second"] = flops[variant] / own["seconds"]
         own["mfu"] = None if peak_flops is None else own["flops_per_second"] / peak_flops
     selective, plain = found["selective"], found["next_token"]
     time_ratio, flop_ratio = selective["seconds"] / plain["seconds"], flops["selective"] / flops["next_token"]
@@ -106,22 +130,23 @@ def _measure_variant(variant: str, data: Path, options: dict[str, int], rounds: 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     before = current_bytes(device)
     run = step.build(variant, data, options)
-    take_step = step.training_steps(run)
-    for _ in range(WARM_UP_STEPS):
-        take_step()
-    reset_peak(run.device)
-    taken = [seconds(take_step, run.device) for _ in range(rounds)]
-    figures = {
-        "seconds": statistics.median(taken),
-        "all_seconds": taken,
-        "peak_bytes": peak_bytes(run.device) - before,
-        "planned_bytes": _planned_bytes(run),
-        **_profiled(take_step, run.device, statistics.median(taken)),
-        "phases": _phases(run, take_step),
-    }
-    for engine in filter(None, (run.engine, run.models.reference)):
-        release(engine)
-    return figures
+    try:
+        take_step = step.training_steps(run)
+        for _ in range(WARM_UP_STEPS):
+            take_step()
+        reset_peak(run.device)
+        taken = [seconds(take_step, run.device) for _ in range(rounds)]
+        return {
+            "seconds": statistics.median(taken),
+            "all_seconds": taken,
+            "peak_bytes": peak_bytes(run.device) - before,
+            "planned_bytes": _planned_bytes(run),
+            **_profiled(take_step, run.device, statistics.median(taken)),
+            "phases": _phases(run, take_step),
+        }
+    finally:
+        for engine in filter(None, (run.engine, run.models.reference)):
+            release(engine)
 
 
 def _planned_bytes(run: Run) -> int:
@@ -130,7 +155,8 @@ def _planned_bytes(run: Run) -> int:
 
 
 def _profiled(take_step: Callable[[], None], device: torch.device, undisturbed: float) -> dict[str, Any]:
-    """The device's idle share of a step that takes `undisturbed` seconds, and the host's waits; None without a device.
+    """The device's idle share of a step that takes `undisturbed` seconds, and the host's waits; None without a device, or where
+    the profiler sees none (it may not be allowed to).
 
     The profiler slows the host, so the time is not taken from it.
     """
@@ -141,7 +167,9 @@ def _profiled(take_step: Callable[[], None], device: torch.device, undisturbed: 
             take_step()
         torch.cuda.synchronize(device)
     events = profiler.events()
-    return {"idle_share": max(0.0, 1 - busy_seconds(events) / undisturbed), "waits": waits_in_step(events)}
+    busy = busy_seconds(events)
+    idle_share = max(0.0, 1 - busy / undisturbed) if busy else None
+    return {"idle_share": idle_share, "waits": waits_in_step(events)}
 
 
 def busy_seconds(events: Iterable[Any]) -> float:
@@ -184,54 +212,6 @@ def _phases(run: Run, take_step: Callable[[], None]) -> dict[str, float]:
     return dict(clock.seconds)
 
 
-class PhaseClock:
-    """Seconds by phase; of nested phases the time goes to the innermost. The device is waited for wherever a phase changes."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.open: list[str] = []
-        self.since = 0.0
-
-    def enter(self, name: str) -> None:
-        """Begin a phase within the one that runs."""
-        self._account()
-        self.open.append(name)
-
-    def leave(self) -> None:
-        """End the innermost phase."""
-        self._account()
-        self.open.pop()
-
-    def entering(self, name: str) -> Callable[..., None]:
-        """A hook that begins a phase."""
-        return lambda *_: self.enter(name)
-
-    def leaving(self, *_: Any) -> None:
-        """End the innermost phase, as a hook."""
-        self.leave()
-
-    def around(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function as a phase."""
-
-        def timed(*arguments: Any, **more: Any) -> Any:
-            self.enter(name)
-            try:
-                return work(*arguments, **more)
-            finally:
-                self.leave()
-
-        return timed
-
-    def _account(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        if self.open:
-            self.seconds[self.open[-1]] += now - self.since
-        self.since = now
-
-
 def _measure_loss_phase(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and peak memory of each form of the loss phase, in turn."""
     tokens, dim, vocabulary = (4096, 2048, 32_000) if device.type == "cuda" else (256, 32, 512)
@@ -261,6 +241,7 @@ def table(figures: dict[str, Any]) -> str:
     rows = [["", "s a step", "tokens/s", "MFU", "of matrix speed", "idle", "waits", "peak GiB", "planned"]]
     phases = ["reference", "blocks", "loss", "backward", "optimizer", "other"]
     times = [["seconds by phase", *phases]]
+    lines += [f"{name} was not measured: {reason}" for name, reason in figures["failed"].items()]
     for shape, found in figures["shapes"].items():
         for name in ("next_token", "selective"):
             own = found[name]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from pipeline.benchmark.gpu import MEASURED, PhaseClock, busy_seconds, waits_in_step
+from pipeline.benchmark.gpu import MEASURED, attempted, busy_seconds, table, waits_in_step
+from pipeline.benchmark.phase_clock import PhaseClock
 from tests.forked import run_script
 
 
@@ -28,8 +29,25 @@ def test_the_command_measures_steps_phases_and_memory_in_one_process(tmp_path: P
         assert own["planned_bytes"] > 0
         assert {"blocks", "loss", "backward", "optimizer", "other"} <= set(own["phases"])
         assert f"tiny {name}" in done.stdout
+    assert figures["failed"] == {}
+    assert f"tiny selective: {tiny['selective']['seconds']:.3f} s a step" in done.stderr
     assert tiny["selective"]["phases"]["reference"] > 0
     assert "reference" not in tiny["next_token"]["phases"]
+
+
+def test_what_does_not_fit_the_device_is_said_and_leaves_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(size: int) -> dict[str, int]:
+        if size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+        return {"size": size}
+
+    failed: dict[str, str] = {}
+    assert attempted("large", failed, work, 2) is None
+    assert attempted("small", failed, work, 1) == {"size": 1}
+    assert failed == {"large": "OutOfMemoryError: CUDA out of memory."}
+    assert "Traceback" in capsys.readouterr().err
+    figures = {"device": "a card", "torch": "2.11", "matrix_flops": 1e12, "shapes": {}, "loss_phase": {}, "failed": failed}
+    assert "large was not measured: OutOfMemoryError: CUDA out of memory." in table(figures)
 
 
 def test_the_time_of_nested_phases_goes_to_the_innermost() -> None:
