@@ -132,9 +132,15 @@ def _training(model: SavedModel) -> str:
     if model.state is None:
         return ""
     progress = model.state.progress
-    lines = [f"| {key} | {identity[key]} |" for key in _SETTINGS if key in identity]
+    lines = [f"| {key} | {identity[key]}{_course(identity, key)} |" for key in _SETTINGS if key in identity]
     done = f"Step {model.state.step:,} of the run" + (f", {progress['tokens']:,} tokens" if "tokens" in progress else "")
     return f"## Training\n\n{done}.\n\n| setting | value |\n|---|---|\n" + "\n".join(lines)
+
+
+def _course(identity: dict[str, Any], key: str) -> str:
+    """How a setting that is listed by steps goes from one to the next."""
+    by_steps = isinstance(identity[key], list) and isinstance(identity[key][0], list)
+    return f", {identity[f'{key}_change']}" if by_steps else ""
 
 
 def _figures(model: SavedModel, difference: float) -> str:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, processors
 
 from launch.export import main
-from pipeline import export_model
+from pipeline import export_model, model_card
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.shards.output_folder import locked
 from pipeline.data.special_tokens import special_tokens
@@ -89,6 +89,11 @@ def test_the_configuration_names_what_the_data_has(run, tmp_path, tiny_data) -> 
         "AutoModelFor",
     ):
         assert part in card
+
+
+def test_the_card_has_the_course_of_a_setting_over_steps() -> None:
+    identity = {"k_percent": [[0, 1.0], [20, 0.5]], "k_percent_change": "linear", "head_weights": [1.0, 0.1], "pool": "row"}
+    assert [model_card._course(identity, key) for key in ("k_percent", "head_weights", "pool")] == [", linear", "", ""]
 
 
 def test_losses_block_by_block_are_the_models(run) -> None:
