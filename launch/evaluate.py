@@ -5,7 +5,8 @@
 
 MODEL is a run directory (its newest sound checkpoint, or that of step N), a checkpoint folder or an export. DIR is a prepared
 folder, or a folder of such folders; each has figures of its own, and where sources have names each source. A loss is the mean
-over all valid pairs, in nats. Exit code 0; 2, with one message, if something must be corrected.
+over all valid pairs, in nats; the ranks share the rows, and the figures are those of one. Exit code 0; 2, with one message, if
+something must be corrected.
 """
 
 import argparse

@@ -15,6 +15,7 @@ rollback.py         the answer to a loss spike: back to a checkpoint, and on wit
 rank_checks.py      what all ranks must hold alike, and compare at intervals
 reporter.py         metrics, validations and terminal lines, each at its interval
 step_clock.py       wall time of steps, waits for data, time left
+time_left.py        how far a long piece of work has come, said now and then
 passage.py          which heads select which tokens of one held-out passage
 flops.py            useful FLOPs of a step, and the peak of known devices
 evaluate.py         held-out losses

@@ -94,7 +94,7 @@ def handle_damage(consumed: Consumed, batches: Sequence[Batch], settings: DataSe
 
     if settings.on_corrupt == "error":
         more = f" ({len(damage) - 1} more in this step)" if len(damage) > 1 else ""
-        raise _agreed(f"{damage[0]}{more}; or set data.on_corrupt=skip to put a row of padding in the place of such samples")
+        raise _agreed(f"{damage[0]}{more}; or train with data.on_corrupt=skip, which puts a row of padding in its place")
     total = before + consumed.damaged
     if total > settings.max_corrupt:
         raise _agreed(f"{total} damaged samples, more than data.max_corrupt = {settings.max_corrupt}; the last: {damage[-1]}")

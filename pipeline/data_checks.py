@@ -75,7 +75,7 @@ def _num_rows_problems(manifests: Mapping[Location, Manifest], settings: Setting
     for held_out in held_out_sets(data):
         if held_out.location in manifests:
             problem = too_many_rows(settings.logging.validation_samples, manifests[held_out.location], held_out)
-            yield from [] if problem is None else [problem]
+            yield from [] if problem is None else [f"logging.validation_samples: {problem}, or null for all"]
 
 
 def cache_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]:

@@ -5,7 +5,8 @@ next-token losses summed, in bits, over the bytes of text that the predicted tok
 
     bits_per_byte = Σ loss_0 / (ln 2 · Σ bytes)
 
-over the valid pairs of head 0 whose target stands for text (not the end of a document).
+over the valid pairs of head 0 whose target stands for text (not the end of a document). Where sources are named, each source
+has its own losses, perplexities and bits per byte.
 """
 
 import math
@@ -111,7 +112,7 @@ class HeldOutSums:
         self.objective, self.source_names, self.num_heads = objective, source_names, num_heads
         self.selection = SelectionSums(num_heads, len(source_names), device)
         self.agreement = AgreementSums(num_heads, len(source_names), device)
-        self.bytes = ByteSums(token_bytes, device)
+        self.bytes = ByteSums(token_bytes, len(source_names), device)
         self.num_pairs_H = [0] * num_heads
         """The pairs by which each head's objective is divided."""
 
@@ -130,8 +131,9 @@ class HeldOutSums:
         record = self.selection.record(scale_H, self.source_names, group)
         # Without gradients nothing is predicted, so a hit rate would mean nothing.
         record = {key: value for key, value in record.items() if not key.startswith("prediction_hit_rate")}
-        record |= {f"perplexity_head_{head}": _perplexity(record[f"loss_head_{head}"]) for head in range(self.num_heads)}
-        return record | self.agreement.record(self.source_names, group) | self.bytes.record(group)
+        losses = [(key, loss) for key, loss in record.items() if key.startswith("loss_head_")]
+        record |= {key.replace("loss", "perplexity", 1): _perplexity(loss) for key, loss in losses}
+        return record | self.agreement.record(self.source_names, group) | self.bytes.record(self.source_names, group)
 
 
 def losses_of_batch(policy: Callable[..., Tensor], batch: Batch, num_heads: int, device: torch.device) -> list[float]:
@@ -144,12 +146,14 @@ def losses_of_batch(policy: Callable[..., Tensor], batch: Batch, num_heads: int,
 
 
 class ByteSums:
-    """Sums for the bits per byte of a validation, on the device: nats, bytes, and targets whose text is not known."""
+    """Sums for the bits per byte of a validation, on the device, by source: nats, bytes, targets whose text is not known, and
+    losses that are not finite."""
 
-    def __init__(self, token_bytes: TokenBytes, device: torch.device):
+    def __init__(self, token_bytes: TokenBytes, num_sources: int, device: torch.device):
         self.lengths_V = torch.from_numpy(token_bytes.lengths_V).to(device)
         self.opens_with_space = token_bytes.opens_with_space
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.sources_S = torch.arange(num_sources, device=device)
+        self.sums_S4 = torch.zeros(num_sources, 4, dtype=torch.float64, device=device)
 
     def add(self, micro: MicroBatch, losses: HeadLosses) -> None:
         """Add a rank's micro-batch. Nothing here waits for the device."""
@@ -159,16 +163,25 @@ class ByteSums:
             # After a token without text, which begins a document, comes a space that is not in the text.
             counted_BT &= self.lengths_V[micro.batch.tokens_BT] != NO_TEXT
 
-        nats_BT = losses.policy_loss_BTH[..., 0].double().where(counted_BT, 0.0)
-        parts = [nats_BT.sum(), bytes_BT.double().where(counted_BT, 0.0).sum(), (counted_BT & (bytes_BT == UNKNOWN)).sum()]
-        self.sums += torch.stack([part.double() for part in parts])
+        # Sums by source, by a product with ones and zeros: what is not finite must not be in it.
+        nats_BT = losses.policy_loss_BTH[..., 0].double()
+        finite_BT = nats_BT.isfinite()
+        parts = [nats_BT.where(counted_BT & finite_BT, 0.0), bytes_BT.double().where(counted_BT, 0.0)]
+        parts += [(counted_BT & bad_BT).double() for bad_BT in (bytes_BT == UNKNOWN, ~finite_BT)]
+        is_of_source_SN = micro.batch.sources_BT.flatten() == self.sources_S[:, None]
+        self.sums_S4 += is_of_source_SN.double() @ torch.stack(parts, dim=-1).flatten(0, 1)
 
-    def record(self, group: Group) -> Record:
-        """Return the metric `bits_per_byte`, or nothing if it is not known; one collective, which every rank must join."""
-        nats, num_bytes, num_unknown = all_reduce_sum(self.sums, group).tolist()
-        if num_unknown or not num_bytes:
-            return {}
-        return {"bits_per_byte": nats / math.log(2) / num_bytes if math.isfinite(nats) else None}
+    def record(self, source_names: Sequence[str], group: Group) -> Record:
+        """Return the metrics `bits_per_byte` that are known; one collective, which every rank must join. Without names ("")
+        there are none by source."""
+        sums_S4 = all_reduce_sum(self.sums_S4, group).cpu()
+        by_source = [(f"_source_{name}", sums) for name, sums in zip(source_names, sums_S4, strict=True) if name]
+        of_all = [("", sums_S4.sum(0)), *by_source]
+        return {
+            f"bits_per_byte{suffix}": None if num_bad else nats / math.log(2) / num_bytes
+            for suffix, (nats, num_bytes, num_unknown, num_bad) in ((suffix, sums.tolist()) for suffix, sums in of_all)
+            if num_bytes and not num_unknown
+        }
 
 
 def _perplexity(loss: float | None) -> float | None:

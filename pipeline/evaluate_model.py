@@ -5,7 +5,9 @@ drafts of heads 1, 2, … head 0 accepts when it decodes on its own, greedily, f
 """
 
 import argparse
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch.distributed as dist
 
 from pipeline.config import Settings
 from pipeline.data.errors import DataError
-from pipeline.data.loading.held_out import HeldOutRows
+from pipeline.data.loading.batch import Batch
+from pipeline.data.loading.held_out import HeldOutRows, too_many_rows
 from pipeline.data.loading.mixture import DataSet
 from pipeline.data.shards.manifest import Manifest, read_manifest
 from pipeline.data.shards.merging import prepared_folders
@@ -26,13 +29,18 @@ from pipeline.micro_step import Models
 from pipeline.model.model_config import ModelFilesError
 from pipeline.model.mtp import MTPModel
 from pipeline.model_options import dtype_of
-from pipeline.runtime.distributed import World, device_of, find_world, share_cores
+from pipeline.runtime.distributed import World, device_of, find_world, gather_over_ranks, share_cores
 from pipeline.runtime.network import choose_interface
 from pipeline.saved_model import SavedModel, find_model
 from pipeline.schedule import objective_at
+from pipeline.time_left import TimeLeft
 
 _KEPT = ("loss_head_", "perplexity_head_", "draft_agreement_head_", "valid_count_head_", "bits_per_byte", "corrupt_samples")
 _DECODED_TOKENS = 32
+
+
+class EvaluationError(ValueError):
+    """A model cannot be evaluated on some data; all ranks raise it, with the message of the first that cannot."""
 
 
 def evaluate_model(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -41,34 +49,69 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, Any] | None:
     options: of `launch/evaluate.py`.
 
     Raises:
-        ModelFilesError, CheckpointError, DataError: the model or the data cannot be used, or do not belong together.
+        EvaluationError: on all ranks alike, if on one of them the model or the data cannot be used, or do not belong together.
+        CheckpointError, DataError: they cannot be read any more.
     """
-    folders = dict(_folders(options.data))
-    source = find_model(options.model, options.step)
-    for name, folder in folders.items():
-        _check(source, options.tokenizer, name, read_manifest(folder))
-
     world = find_world()
     device = device_of(world)
     share_cores(world)
+    with _process_group(world, device):
+        source, folders = _found_by_all(options, world)
+        model = source.build(device, dtype_of(options, source.dtype if device.type == "cuda" else torch.float32))
+        for note in source.notes if world.is_first else ():
+            print(note, flush=True)
+        found = {}
+        for name, folder in folders.items():
+            found[name] = _figures_of(model, folder, options, world, device)
+            if world.is_first:
+                print(f"{name}\n{table(_by_source(found[name]))}\n", flush=True)
+    if not world.is_first:
+        return None
+
+    step = None if source.state is None else source.state.step
+    flat = next(iter(found.values())) if len(found) == 1 else {}
+    return {"model": str(source.directory), "step": step, **flat, "folders": found}
+
+
+@contextmanager
+def _process_group(world: World, device: torch.device) -> Iterator[None]:
+    """Bring the ranks together, unless there is one alone or they are already."""
     makes_group = world.size > 1 and not dist.is_initialized()
     if makes_group:
         choose_interface(world.size, world.local_size)
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        model = source.build(device, dtype_of(options, source.dtype if device.type == "cuda" else torch.float32))
-        found = {name: _figures_of(model, folder, options, world, device) for name, folder in folders.items()}
+        yield
     finally:
         if makes_group:
             dist.destroy_process_group()
-    if not world.is_first:
-        return None
-    for note in source.notes:
-        print(note)
-    print(table(found), flush=True)
-    step = None if source.state is None else source.state.step
-    flat = next(iter(found.values())) if len(found) == 1 else {}
-    return {"model": str(source.directory), "step": step, **flat, "folders": found}
+
+
+def _found_by_all(options: argparse.Namespace, world: World) -> tuple[SavedModel, dict[str, Path]]:
+    """Find the model and the data on every rank; what one rank lacks is an error of all, which the first one reports."""
+    found, problem = None, None
+    try:
+        found = _found(options)
+    except ValueError as error:
+        problem = str(error) if world.is_first else f"rank {world.rank} on {socket.gethostname()}: {error}"
+    problems = list(filter(None, gather_over_ranks(problem)))
+    if problems:
+        raise EvaluationError(problems[0])
+    assert found is not None
+    return found
+
+
+def _found(options: argparse.Namespace) -> tuple[SavedModel, dict[str, Path]]:
+    """Find the model, and the prepared folders by name, which must belong to it."""
+    folders = dict(_folders(options.data))
+    source = find_model(options.model, options.step)
+    for name, folder in folders.items():
+        manifest = read_manifest(folder)
+        _check(source, options.tokenizer, name, manifest)
+        problem = too_many_rows(options.rows, manifest, DataSet(folder))
+        if problem is not None:
+            raise DataError(f"--rows: {problem}, or leave it out for all")
+    return source, folders
 
 
 def _folders(directories: list[Path]) -> Iterator[tuple[str, Path]]:
@@ -111,7 +154,7 @@ def _figures_of(
     group = dist.group.WORLD if world.size > 1 else None
     record, _ = evaluate(
         Models(model, None, "shifted", group),
-        rows.batches(),
+        _with_time_left(rows, world),
         settings,
         objective_at(settings, 0),
         rows.manifest.source_names or ("",),
@@ -122,7 +165,28 @@ def _figures_of(
     found = {"rows": rows.num_rows} | {key: value for key, value in record.items() if key.startswith(_KEPT)}
     if options.drafts and model.settings.num_prediction_heads > 1 and world.is_first:
         found |= _acceptance(model, folder, min(options.drafts, rows.num_rows), device)
+    if "bits_per_byte" not in found and world.is_first:
+        print(f"{folder}: no bits per byte: {rows.why_no_bytes}", flush=True)
     return found
+
+
+def _with_time_left(rows: HeldOutRows, world: World) -> Iterator[Batch]:
+    """Yield a rank's micro-batches; the first rank says now and then how many rows are done over all ranks."""
+    time_left = TimeLeft(rows.num_rows, "rows evaluated")
+    for number, batch in enumerate(rows.batches(), start=1):
+        yield batch
+        line = time_left.line(number * rows.micro_batch * world.size)
+        if line is not None and world.is_first:
+            print(f"{rows.data.location}: {line}", flush=True)
+
+
+def _by_source(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sort a folder's figures by what they are of, which have a column each: all rows, then each source."""
+    columns: dict[str, dict[str, Any]] = {"all": {}}
+    for key, value in figures.items():
+        name, _, source = key.partition("_source_")
+        columns.setdefault(f"source {source}" if source else "all", {})[name] = value
+    return columns
 
 
 def _acceptance(model: MTPModel, folder: Path, num_rows: int, device: torch.device) -> dict[str, Any]:

@@ -224,8 +224,7 @@ class Reporter:
         # Why a metric is missing, once.
         if "bits_per_byte" not in metrics and held_out.name not in self.without_bytes:
             self.without_bytes.add(held_out.name)
-            reason = held_out.token_bytes.unknown or "its rows have tokens whose text is not known, or none with text"
-            self.say(f"no bits per byte{of_name}: {reason}")
+            self.say(f"no bits per byte{of_name}: {held_out.why_no_bytes}")
 
     def passage_if_due(self, progress: Progress) -> None:
         """Colour the held-out passage by what heads select, at its interval and after the last step. Collective."""

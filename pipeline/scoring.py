@@ -7,7 +7,6 @@ survive a kill.
 """
 
 import itertools
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +31,7 @@ from pipeline.runtime.distributed import any_rank, broadcast_from_first, gather_
 from pipeline.runtime.preemption import EXIT_TRY_AGAIN, StopRequest
 from pipeline.storage.files import read_whole
 from pipeline.storage.location import Location
-
-_SECONDS_BETWEEN_LINES = 10.0
+from pipeline.time_left import TimeLeft
 
 
 def score(job: Job, settings: Settings, cache: Path, dtype: str, stop: StopRequest) -> int:
@@ -127,14 +125,13 @@ class DataSetScorer:
 
         world = self.job.world
         missing = sorted(itertools.chain.from_iterable(gather_over_ranks(self.writer.missing(world.rank, world.size))))
-        started = last_line = time.monotonic()
+        time_left = TimeLeft(len(missing), "pieces scored")
         for first in range(0, len(missing), world.size):
             if not self._score_round(missing, first, stop):
                 return False
-            if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-                last_line, done = time.monotonic(), min(first + world.size, len(missing))
-                left = (last_line - started) / done * (len(missing) - done)
-                _say(self.job, f"{self.location}: {done:,} of {len(missing):,} pieces scored, about {left:,.0f} s left")
+            line = time_left.line(min(first + world.size, len(missing)))
+            if line is not None:
+                _say(self.job, f"{self.location}: {line}")
         self._finish()
         return True
 

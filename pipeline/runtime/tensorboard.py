@@ -114,7 +114,10 @@ def _tag_of_all(quantity: str, split: str | None) -> str | None:
 
 
 def _tag_of_source(quantity: str, head: str, split: str | None) -> str | None:
-    """The tag of a source's metric: its selection by the heads that select, and in a validation each head's loss."""
+    """The tag of a source's metric: its selection by the heads that select, and in a validation bits per byte and each head's
+    loss."""
+    if split is not None and quantity == "bits_per_byte":
+        return f"{split}/bits_per_byte"
     if split is not None:
         return f"{split}/loss/head_{head}" if quantity == "loss" and head else None
     tag = _TAGS_OF_SOURCES.get(quantity)

@@ -57,7 +57,7 @@ def settled(batches, before=0, **changes):
 def test_damage_is_an_error_or_passed_over_up_to_a_cap():
     whole, damaged = collate([sample([(3, 0)])]), collate([sample([], "shard a is bad"), sample([], "shard b is bad")])
     assert settled([whole]) == []
-    with pytest.raises(DataError, match=r"^shard a is bad \(1 more in this step\); or set data.on_corrupt=skip"):
+    with pytest.raises(DataError, match=r"^shard a is bad \(1 more in this step\); or train with data.on_corrupt=skip, "):
         settled([whole, damaged])
     assert settled([whole, damaged], on_corrupt="skip", max_corrupt=2) == ["shard a is bad", "shard b is bad"]
     for before, cap in ((0, 1), (9, 10)):
@@ -71,7 +71,7 @@ def test_data_that_cannot_be_reached_is_an_error_whatever_is_set():
     assert raised.value.agreed
 
 
-REMEDY = "; or set data.on_corrupt=skip to put a row of padding in the place of such samples"
+REMEDY = "; or train with data.on_corrupt=skip, which puts a row of padding in its place"
 CASES = {
     ("error", None): (f"shard x, sample 7{REMEDY}", True),
     ("skip", None): ["shard x, sample 7"],

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from pipeline.config import Settings
 from pipeline.data.corpus.documents import Document
 from pipeline.data.corpus.prepare import prepare
 from pipeline.data.errors import DataError
-from pipeline.data.loading.batch import Batch, targets_and_valid
+from pipeline.data.loading.batch import Batch, collate, targets_and_valid
 from pipeline.data.loading.held_out import HeldOutRows
 from pipeline.data.loading.mixture import DataSet
+from pipeline.data.shards.sample import Sample
 from pipeline.data.token_bytes import NO_TEXT, UNKNOWN, TokenBytes
 from pipeline.data.tokenizer import byte_tokenizer
 from pipeline.evaluate import evaluate
@@ -41,13 +42,18 @@ def validated(settings: Settings, policy: MTPModel, reference: MTPModel, token_b
 
 
 def evaluated(
-    settings: Settings, policy: MTPModel, reference: MTPModel, batches: Iterable[Batch], token_bytes: TokenBytes
+    settings: Settings,
+    policy: MTPModel,
+    reference: MTPModel,
+    batches: Iterable[Batch],
+    token_bytes: TokenBytes,
+    source_names: Sequence[str] = ("",),
 ) -> tuple[dict[str, Any], list[str]]:
     """Evaluate on one process, or on each rank of the process group."""
     group = dist.group.WORLD if dist.is_initialized() else None
     world = World(dist.get_rank(), dist.get_world_size(), 0, 1) if group is not None else World(0, 1, 0, 1)
     models, objective = Models(policy, reference, "shifted", group), objective_at(settings, 0)
-    return evaluate(models, batches, settings, objective, ("",), token_bytes, world, torch.device("cpu"))
+    return evaluate(models, batches, settings, objective, source_names, token_bytes, world, torch.device("cpu"))
 
 
 def test_held_out_losses_are_means_over_all_valid_pairs() -> None:
@@ -137,6 +143,23 @@ def test_there_are_no_bits_per_byte_where_one_predicted_tokens_text_is_not_known
     lengths[min(targets)] = UNKNOWN
     assert "bits_per_byte" not in validated(settings, policy, reference, TokenBytes(lengths))
     assert "bits_per_byte" not in validated(settings, policy, reference, TokenBytes(np.zeros(VOCAB, np.int32)))
+
+
+def test_a_source_whose_losses_are_not_finite_leaves_the_others_their_figures() -> None:
+    settings = settings_for(1, 1)
+    policy, reference = dense_model(settings), dense_model(settings, num_prediction_heads=1, seed=1)
+    with torch.no_grad():
+        policy.embed.weight[30] = math.nan
+    lengths = np.array([14], np.uint32)
+    samples = [
+        Sample(name, np.arange(first, first + 14, dtype=np.uint32), lengths, np.array([source], np.uint8))
+        for source, (name, first) in enumerate((("sound", 3), ("broken", 21)))
+    ]
+    record, _ = evaluated(settings, policy, reference, [collate(samples)], ONE_BYTE, ("sound", "broken"))
+    for key in ("loss_head_0", "perplexity_head_0", "bits_per_byte"):
+        assert record[key] is record[f"{key}_source_broken"] is None
+        assert record[f"{key}_source_sound"] > 0
+    assert record["bits_per_byte_source_sound"] == pytest.approx(record["loss_head_0_source_sound"] / math.log(2))
 
 
 TEXTS = [f"{number}: größer, 日本 {'na ' * (number % 5)}" for number in range(13)]

@@ -98,6 +98,7 @@ ALLOWED = {
     "samples": {"data.loading", "generation", "run", "runtime", "storage", "weighting"},
     "flops": {"config", "derived", "model"},
     "step_clock": set(),
+    "time_left": set(),
     "passage": {"micro_step", "report", "run", "runtime", "samples", "schedule", "weighting"},
     "reporter": {
         "consumption",
@@ -146,6 +147,7 @@ ALLOWED = {
         "runtime",
         "saved_model",
         "schedule",
+        "time_left",
     },
     "export_model": {"data", "data.loading", "data.shards", "model", "model_card", "saved_model", "storage"},
     "model_options": {"option_parser", "options"},
@@ -177,6 +179,7 @@ ALLOWED = {
         "model",
         "runtime",
         "storage",
+        "time_left",
     },
     "dry_run": {"assembly", "config", "job", "planning", "progress", "run", "runtime", "train"},
     "job": {

@@ -60,6 +60,8 @@ def charts(directory):
         ("loss_head_0_source_web", "validation", ("source_web", "validation/loss/head_0")),
         ("perplexity_head_1", "validation", ("head_1", "validation/perplexity")),
         ("bits_per_byte", "validation", ("", "validation/bits_per_byte")),
+        ("bits_per_byte_source_web", "validation", ("source_web", "validation/bits_per_byte")),
+        ("perplexity_head_0_source_web", "validation", None),
         ("loss_head_0", "validation_web", ("head_0", "validation_web/loss")),
         # Constants, and what a card each would be too much for, are in metrics.jsonl alone.
         ("selected_ratio_head_0_source_web", None, None),

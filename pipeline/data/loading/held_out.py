@@ -86,7 +86,7 @@ class HeldOutRows:
         self.manifest = read_manifest(data.location, access)
         problem = too_many_rows(num_rows, self.manifest, data)
         if problem is not None:
-            raise DataError(problem)
+            raise DataError(f"rows: {problem}")
         self.num_rows = num_rows or self.manifest.num_samples
         self.micro_batch = micro_batch
         self.rank = rank
@@ -98,6 +98,11 @@ class HeldOutRows:
     def name(self) -> str:
         """Name of the folder in metrics and messages; "" for the only one."""
         return self.data.name
+
+    @property
+    def why_no_bytes(self) -> str:
+        """The reason why a validation of these rows has no bits per byte."""
+        return self.token_bytes.unknown or "its rows have tokens whose text is not known, or none with text"
 
     @property
     def num_micro_batches(self) -> int:
@@ -123,13 +128,10 @@ class HeldOutRows:
 
 
 def too_many_rows(num_rows: int | None, manifest: Manifest, data: DataSet) -> str | None:
-    """Format the error message for more rows than the folder has; None if it has as many."""
+    """Say that the folder has fewer rows than are asked for, to follow the name of a setting; None if it has as many."""
     if num_rows is None or num_rows <= manifest.num_samples:
         return None
-    return (
-        f"logging.validation_samples: {num_rows}, but {data.location} holds {manifest.num_samples} rows; set at most "
-        f"{manifest.num_samples}, or null for all"
-    )
+    return f"{num_rows}, but {data.location} holds {manifest.num_samples} rows; set at most {manifest.num_samples}"
 
 
 def _token_bytes(data: DataSet, manifest: Manifest, access: Access) -> TokenBytes:
