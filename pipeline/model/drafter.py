@@ -61,7 +61,7 @@ def drafter_problem(settings: ModelSettings, engine: str) -> str | None:
 def write_drafter(
     directory: Path, settings: ModelSettings, weights: Weights, dtype: torch.dtype, text: TextConventions, engine: str
 ) -> None:
-    """Write a drafter into an existing directory, config.json last. In memory are one block and one matrix of V × D.
+    """Write a drafter into an existing directory, config.json last. In memory are one block and two matrices of V × D.
 
     weights: by the names in `MTPModel`.
     """
@@ -75,10 +75,7 @@ def write_drafter(
 
 
 def drafter_tensors(settings: ModelSettings, weights: Weights, engine: str) -> Iterator[tuple[str, Tensor]]:
-    """Make the drafter's tensors, in the dtypes of the weights, by their names in its file.
-
-    The embedding is not among them: both engines and speculators take the model's.
-    """
+    """Make the drafter's tensors, in the dtypes of the weights, by their names in its file."""
     layer = _LAYER[engine]
     with torch.device("meta"):
         names = [name for name, _ in Block(settings).named_parameters()]
@@ -95,6 +92,10 @@ def drafter_tensors(settings: ModelSettings, weights: Weights, engine: str) -> I
     yield f"{layer}.input_layernorm.weight", torch.ones(settings.dim)
     yield "fc.weight", torch.cat([torch.zeros(settings.dim, 2 * settings.dim), torch.eye(settings.dim)], dim=1)
     yield "norm.weight", weights.tensor("unembed.norm.weight")
+    if engine == VLLM:
+        # The layer multiplies it by zero, which is not zero if it is left as memory happens to be: speculators' `from_pretrained`
+        # does that without a tensor, and so does vLLM with pipeline parallelism. SGLang always takes the model's.
+        yield "embed_tokens.weight", weights.tensor("embed.weight")
     yield "lm_head.weight", weights.tensor("embed.weight" if settings.tied_embeddings else "unembed.weight")
 
 

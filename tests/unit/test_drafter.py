@@ -150,6 +150,17 @@ def test_the_fields_are_those_that_the_engines_read(tmp_path, tiny_data) -> None
     assert "--speculative-algorithm EAGLE3" in (tmp_path / "sglang" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_reads_speculators_format_finds_the_embedding_and_does_not_make_one_of_its_own(tmp_path, tiny_data, tied) -> None:
+    run, model = run_of(tmp_path / "run", tiny_data, tied_embeddings=tied)
+    for engine, its_own in (("vllm", True), ("sglang", False)):
+        export_drafter(run, tmp_path / engine, engine)
+        tensors = load_file(tmp_path / engine / "model.safetensors")
+        assert ("embed_tokens.weight" in tensors) is its_own
+        assert torch.equal(tensors.get("embed_tokens.weight", model.embed.weight), model.embed.weight)
+        assert torch.equal(tensors["lm_head.weight"], model.unembed.weight)
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
@@ -212,6 +223,7 @@ def test_speculators_drafts_as_head_1_from_the_states_of_transformers_and_accept
     monkeypatch.chdir(tmp_path / "out")
     drafter = eagle3_models.Eagle3DraftModel.from_pretrained(".").eval()
     verifier = transformers.AutoModelForCausalLM.from_pretrained(drafter.config.speculators_config.verifier.name_or_path)
+    assert torch.equal(drafter.embed_tokens.weight, verifier.get_input_embeddings().weight)
     prompt = [5, 6, 7]
     (completion,), counts = decode(model, [prompt], [12], num_drafts=1)
     tokens = torch.tensor([prompt + completion.token_ids])
