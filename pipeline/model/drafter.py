@@ -93,7 +93,7 @@ def drafter_tensors(settings: ModelSettings, weights: Weights, engine: str) -> I
     yield "fc.weight", torch.cat([torch.zeros(settings.dim, 2 * settings.dim), torch.eye(settings.dim)], dim=1)
     yield "norm.weight", weights.tensor("unembed.norm.weight")
     if engine == VLLM:
-        # The layer multiplies it by zero, which is not zero where it is left as memory happens to be, as by `from_pretrained` of
+        # The layer multiplies it by zero, which is not zero where it is left as memory happens to be: by `from_pretrained` of
         # speculators, and by vLLM with pipeline parallelism, if there is no such tensor. SGLang always takes the model's.
         yield "embed_tokens.weight", weights.tensor("embed.weight")
     yield "lm_head.weight", weights.tensor("embed.weight" if settings.tied_embeddings else "unembed.weight")
