@@ -21,7 +21,7 @@ from pipeline.data.loading.held_out import HeldOutRows, too_many_rows
 from pipeline.data.loading.mixture import DataSet
 from pipeline.data.shards.manifest import Manifest, read_manifest
 from pipeline.data.shards.merging import prepared_folders
-from pipeline.data.tokenizer import fingerprint, load_tokenizer
+from pipeline.data.tokenizer import load_tokenizer, other_tokenizer
 from pipeline.evaluate import evaluate
 from pipeline.generation.decoding import decode
 from pipeline.generation.report import figures, table
@@ -135,8 +135,9 @@ def _check(source: SavedModel, tokenizer: Path | None, name: str, manifest: Mani
         file, _ = source.tokenizer(tokenizer)
     except ModelFilesError:
         return  # Losses need no tokenizer; without the model's own there is nothing to compare.
-    if fingerprint(load_tokenizer(file)) != manifest.tokenizer_sha256:
-        raise DataError(f"{name}: was prepared with another tokenizer than that of {source.directory}, {file}")
+    other = other_tokenizer(load_tokenizer(file), manifest.tokenizer_sha256, manifest.tokenizer_identity)
+    if other is not None:
+        raise DataError(f"{name}: was prepared with another tokenizer than that of {source.directory}, {file}, which {other}")
 
 
 def _figures_of(

@@ -25,7 +25,7 @@ from pipeline.data.tokenizer_files import tokenizer_files
 from pipeline.model.block_losses import block_losses
 from pipeline.model.drafter import VERIFIER, drafter_problem, drafter_tensors, write_drafter
 from pipeline.model.export import TextConventions, write_model
-from pipeline.model.huggingface import FolderWeights
+from pipeline.model.huggingface import FolderWeights, check_finite
 from pipeline.model.mtp import MTPModel
 from pipeline.model.weight_files import WEIGHTS_FILE
 from pipeline.model_card import CARD_FILE, drafter_card, model_card
@@ -164,7 +164,11 @@ def _text_of(model: SavedModel, tokenizer: Path | None) -> tuple[dict[str, bytes
 
 
 def _values(model: SavedModel) -> Iterator[tuple[str, Tensor]]:
-    yield from ((name, model.weights.tensor(name)) for name, _ in _parameters(model))
+    """Yield each parameter's name and values, one in memory at a time."""
+    for name, _ in _parameters(model):
+        tensor = model.weights.tensor(name)
+        check_finite(f"{model.directory}: {name}", tensor)
+        yield name, tensor
 
 
 def _parameters(model: SavedModel) -> list[tuple[str, nn.Parameter]]:

@@ -13,7 +13,7 @@ from pipeline.config import ModelSettings, Settings
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.special_tokens import declared_bos_id
-from pipeline.data.tokenizer import TOKENIZER_FILE, fingerprint, identity, load_tokenizer
+from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, other_tokenizer
 from pipeline.derived import next_token_model
 from pipeline.model.huggingface import ModelFilesError, read_model_settings, weight_problems
 from pipeline.model.layout import read_longest_row
@@ -37,6 +37,7 @@ def model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
         except ModelFilesError as error:
             return [*problems, f"model.pretrained: {error}"]
         problems += [f"model.pretrained: {problem}" for problem in _length_problems(settings.model.pretrained, settings)]
+        problems += _pretrained_tokenizer_problems(settings.model.pretrained, manifest)
         own = settings.model.model_copy(update={"vocab_size": settings.model.vocab_size or found.vocab_size})
         if (found.vocab_size or 0) < needed:
             problems.append(
@@ -51,6 +52,21 @@ def model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
             f"model.pretrained: {problem}" for problem in weight_problems(own, settings.model.pretrained)
         ]
     return problems
+
+
+def _pretrained_tokenizer_problems(directory: Path, manifest: Manifest | None) -> Iterator[str]:
+    """Compare the tokenizer that lies beside pretrained weights, if one does, with the data's."""
+    if manifest is None or not (directory / TOKENIZER_FILE).is_file():
+        return
+    try:
+        other = other_tokenizer(load_tokenizer(directory), manifest.tokenizer_sha256, manifest.tokenizer_identity)
+    except DataError as error:
+        other = f"cannot be used: {error}"
+    if other is not None:
+        yield (
+            f"model.pretrained: the tokenizer of {directory} {other}; prepare the data with the model's own tokenizer.json (or "
+            "take that out of the folder, if the policy is to learn another one)"
+        )
 
 
 def reference_problems(settings: Settings, manifest: Manifest | None, compared: bool = True) -> Iterator[str]:
@@ -87,21 +103,10 @@ def reference_problems(settings: Settings, manifest: Manifest | None, compared: 
 
 def _tokenizer_problems(tokenizer: Tokenizer, directory: Path, manifest: Manifest) -> Iterator[str]:
     """Compare the reference's tokenizer with the data's: what ids mean, which ids a text becomes, how documents begin."""
-    remedy = "prepare the data with the reference's tokenizer.json"
-    found = fingerprint(tokenizer)
-    if found != manifest.tokenizer_sha256:
-        yield (
-            f"reference.path: the tokenizer of {directory} differs from the one the data was prepared with "
-            f"(sha256 of the id-to-token map {found[:12]}… and {manifest.tokenizer_sha256[:12]}…); {remedy}"
-        )
+    other = other_tokenizer(tokenizer, manifest.tokenizer_sha256, manifest.tokenizer_identity)
+    if other is not None:
+        yield (f"reference.path: the tokenizer of {directory} {other}; prepare the data with the reference's tokenizer.json")
         return
-    found = identity(tokenizer)
-    if manifest.tokenizer_identity not in (None, found):
-        yield (
-            f"reference.path: the tokenizer of {directory} has the ids of the data's, but makes other ids out of a text: its "
-            f"normaliser, pre-tokeniser, merges or added tokens differ (identity {found[:12]}… and "
-            f"{manifest.tokenizer_identity[:12]}…); {remedy}"
-        )
     if manifest.bos is None:
         return
 

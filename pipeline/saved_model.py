@@ -51,13 +51,20 @@ class SavedModel:
     notes: list[str] = field(default_factory=list)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> MTPModel:
-        """Build the model for inference, with its weights."""
+        """Build the model for inference, with its weights.
+
+        Raises:
+            ModelFilesError: a weight is not finite in this dtype.
+        """
         with torch.device("meta"):
             model = MTPModel(self.settings)
         model = model.to_empty(device=device).to(dtype).eval().requires_grad_(False)
         if self.settings.tied_embeddings:
             model.unembed.weight = model.embed.weight  # `to_empty` has parted them.
-        copy_weights(model, self.weights)
+        try:
+            copy_weights(model, self.weights)
+        except ModelFilesError as error:
+            raise ModelFilesError(f"{self.directory}: {error}") from None
         return model
 
     def tokenizer(self, given: Path | None = None) -> tuple[Path, SpecialTokens]:

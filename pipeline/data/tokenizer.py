@@ -205,6 +205,23 @@ def identity(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(_without_unset(deciding), sort_keys=True).encode("ascii")).hexdigest()
 
 
+def other_tokenizer(tokenizer: Tokenizer, expected_fingerprint: str, expected_identity: str | None) -> str | None:
+    """Say how a tokenizer differs from that of some data; None if it is the same, as far as the data tells."""
+    found = fingerprint(tokenizer)
+    if found != expected_fingerprint:
+        return (
+            f"differs from the one the data was prepared with (sha256 of the id-to-token map {found[:12]}… and "
+            f"{expected_fingerprint[:12]}…)"
+        )
+    found = identity(tokenizer)
+    if expected_identity in (None, found):
+        return None
+    return (
+        "has the ids of the data's, but makes other ids out of a text: its normaliser, pre-tokeniser, merges or added tokens "
+        f"differ (identity {found[:12]}… and {expected_identity[:12]}…)"
+    )
+
+
 def _without_unset(value: Any) -> Any:
     # Options that are off are left out, so that one which a later version of the library adds does not change the hash.
     if isinstance(value, dict):

@@ -69,10 +69,21 @@ class FolderWeights:
 
 
 def copy_weights(model: MTPModel, weights: Weights) -> None:
-    """Copy weights into a model that is not partitioned, one tensor at a time."""
+    """Copy weights into a model that is not partitioned, one tensor at a time.
+
+    Raises:
+        ModelFilesError: a value is not finite in the model's dtype.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.tensor(name))
+            check_finite(name, parameter)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ModelFilesError if a value of a parameter is not finite, with which every loss and every logit would be NaN."""
+    if not torch.isfinite(tensor).all():
+        raise ModelFilesError(f"{name}: values that are not finite (NaN or infinite); every loss would be NaN")
 
 
 def load_weights(model: MTPModel, directory: Path, gather: Gather = no_gather) -> list[str]:

@@ -390,6 +390,28 @@ def test_the_references_tokenizer_is_compared_with_the_data(
         check_data(settings)
 
 
+def test_a_pretrained_model_is_not_trained_on_the_ids_of_another_tokenizer(tmp_path, tiny_data, tiny_reference):
+    pretrained = shutil.copytree(tiny_reference, tmp_path / "pretrained")
+    sizes = {"sequence_length": 16, "global_batch": 2, "micro_batch": 1}
+    settings = Settings().with_values(
+        data={"path": tiny_data / "train", **sizes},
+        model={"pretrained": pretrained, "dim": 16, "num_layers": 2, "num_attention_heads": 2},
+        training={"k_percent": 1.0},
+    )
+    check_data(settings)
+
+    # Merges in another order: as many ids, which mean the same, and other ids for a text.
+    content = json.loads((pretrained / "tokenizer.json").read_text())
+    content["model"]["merges"].reverse()
+    (pretrained / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match=r"model\.pretrained: the tokenizer of .* makes other ids out of a text.*or take that"
+    ):
+        check_data(settings)
+    (pretrained / "tokenizer.json").unlink()
+    check_data(settings)
+
+
 def test_an_older_manifest_does_not_hide_how_the_documents_of_another_set_begin(tmp_path, tiny_data, tiny_reference):
     older = shutil.copytree(tiny_data / "train", tmp_path / "older")
     write_manifest(older, read_manifest(older).model_copy(update={"bos": None, "tokenizer_identity": None}))

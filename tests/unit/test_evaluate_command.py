@@ -159,6 +159,16 @@ def test_some_rows_alone_are_read_and_drafts_are_left_out_on_request(run, tiny_d
     assert not any(key.startswith("accept") for key in found)
 
 
+def test_a_tokenizer_with_the_datas_ids_and_other_merges_is_another_one(run, tiny_data, tmp_path, capsys) -> None:
+    assert export([str(run), str(tmp_path / "export")]) == 0
+    file = tmp_path / "export" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"].reverse()
+    file.write_text(json.dumps(content))
+    assert main([str(tmp_path / "export"), "--data", str(tiny_data / "train")]) == 2
+    assert "has the ids of the data's, but makes other ids out of a text" in capsys.readouterr().err
+
+
 def test_data_that_is_not_the_models_is_refused(run, tiny_data, tmp_path, capsys) -> None:
     long = numbered_data(tmp_path / "long", 3, sequence_length=32, vocab_size=100)
     wide = numbered_data(tmp_path / "wide", 3, vocab_size=60_000)

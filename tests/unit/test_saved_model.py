@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.evaluate import main as evaluate
+from launch.export import main as export
+from launch.generate import main as generate
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.model.export import save_model
 from pipeline.runtime.checkpoint.weights import CheckpointError
@@ -75,6 +78,21 @@ def test_what_holds_no_model_is_refused_by_name(tmp_path) -> None:
     ):
         with pytest.raises(ModelFilesError, match=message):
             find_model(path, step)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name_whatever_is_to_be_done_with_them(tmp_path, tiny_data, capsys) -> None:
+    data = tiny_data / "train"
+    model = model_of(read_manifest(data).vocab_size)
+    model.heads[2].ffn.up.weight[3, 1] = torch.inf
+    write_checkpoint(tmp_path / "run", model, 1, data)
+    for command, options in (
+        (generate, ["--prompt", "the cat"]),
+        (evaluate, ["--data", str(data), "--rows", "2"]),
+        (export, [str(tmp_path / "export")]),
+    ):
+        assert command([str(tmp_path / "run"), *options]) == 2
+        assert "step-00000001: heads.2.ffn.up.weight: values that are not finite (NaN or infinite)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_tokenizer_is_the_runs_own_else_its_datas_else_one_that_is_given(tmp_path, tiny_data) -> None:
