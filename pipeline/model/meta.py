@@ -64,8 +64,8 @@ def meta_settings(directory: Path, vocab_size: int | None) -> ModelSettings:
             f"{directory}: use_scaled_rope is true in {PARAMS_FILE}, which does not say how; use Hugging Face's form of it"
         )
     # `n_layers` counts the blocks of all heads: `layers` has n_layers − n_future_tokens + 1, of which the last is head 0's, and
-    # `extra_heads` the others. (Read in two ports of Meta's code, to torch and to MLX.) The width of SwiGLU is by the rule of its
-    # FeedForward.
+    # `extra_heads` the others. (Read in two ports of Meta's code, to torch and to MLX.) The width of SwiGLU is by the rule of
+    # its FeedForward.
     ffn_dim = int((params.ffn_dim_multiplier or 1) * int(2 * 4 * params.dim / 3))
     try:
         settings = ModelSettings(
