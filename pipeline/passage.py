@@ -16,7 +16,7 @@ from pipeline.report.passage_page import Mark, Passage
 from pipeline.run import Run
 from pipeline.runtime import heartbeat
 from pipeline.runtime.engine import give_up_gathered
-from pipeline.samples import tokenizer_of
+from pipeline.samples import RunTexts
 from pipeline.schedule import objective_at
 from pipeline.weighting.prediction import Prediction
 from pipeline.weighting.selection import Selection
@@ -24,7 +24,7 @@ from pipeline.weighting.selection import Selection
 MOST_TOKENS = 160
 
 
-def passage_of(run: Run, step: int) -> Passage | None:
+def passage_of(run: Run, step: int, texts: RunTexts) -> Passage | None:
     """Score the passage; None where no head selects, or the reference's losses of it are not known. Collective."""
     if run.settings.model.num_prediction_heads == 1 or not has_reference(run.models, run.fixed_batch):
         return None
@@ -38,7 +38,7 @@ def passage_of(run: Run, step: int) -> Passage | None:
         return None
     token_ids = run.fixed_batch.tokens_BT[0, :MOST_TOKENS].tolist()
     tables = [table[0].cpu() for table in (valid_BTK, selection.selected_BTK, selection.excess_BTK)]
-    return Passage(step, _texts(run, token_ids), _marks(tables, len(token_ids)))
+    return Passage(step, [_text(texts, token) for token in token_ids], _marks(tables, len(token_ids)))
 
 
 def _select(run: Run, step: int) -> tuple[Selection, Tensor]:
@@ -70,9 +70,7 @@ def _marks(tables: list[Tensor], num_tokens: int) -> list[list[Mark | None]]:
     ]
 
 
-def _texts(run: Run, token_ids: list[int]) -> list[str]:
-    """The text of each token by itself; its number where the data's tokenizer is of no use."""
-    tokenizer = tokenizer_of(run)
-    if tokenizer is None:
-        return [f"{token} " for token in token_ids]
-    return [str(tokenizer.decode([token], skip_special_tokens=False)) for token in token_ids]
+def _text(texts: RunTexts, token: int) -> str:
+    """The text of a token by itself; its number where the data's tokenizer is of no use."""
+    text = texts.of([token])
+    return f"{token} " if text is None else text

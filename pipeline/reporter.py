@@ -28,7 +28,7 @@ from pipeline.runtime.metrics import Record, Totals
 from pipeline.runtime.preemption import StoppedError, StopRequest
 from pipeline.runtime.sample_log import sample_line
 from pipeline.runtime.terminal import Terminal, held_out_text, progress_line, selection_block
-from pipeline.samples import Sampler
+from pipeline.samples import RunTexts, Sampler
 from pipeline.schedule import objective_at
 from pipeline.step_clock import StepClock
 
@@ -62,7 +62,7 @@ class Reporter:
         self.broken_off = False
         self.validated: set[str] = broadcast_from_first(set() if self.logbook is None else self.logbook.validated)
 
-        self.clock = StepClock()
+        self.clock, self.texts = StepClock(), RunTexts(run, self.say)
         # FLOP/s that tokens/s are compared with; None where the device's peak is not known.
         self.peak_flops = peak_flops(torch.cuda.get_device_name()) if run.device.type == "cuda" else None
         # The held-out folders of which it was said that they have no bits per byte.
@@ -231,7 +231,7 @@ class Reporter:
         every, step = self.run.settings.logging.passage_every, progress.step
         if every is None or (step % every and step != self.run.settings.training.steps):
             return
-        passage = passage_of(self.run, step)
+        passage = passage_of(self.run, step, self.texts)
         if passage is not None and self.logbook is not None:
             self.logbook.write_passage(step, passage_html(passage), passage_png(passage))
         self.clock.restart()
@@ -242,7 +242,7 @@ class Reporter:
         if every is None or progress.step % every:
             return
         with self.events.timed("validation", progress.step), heartbeat.during("validating"):
-            samples = Sampler(self.run).take(progress.step)
+            samples = Sampler(self.run, self.texts).take(progress.step)
         if self.logbook is not None and samples:
             self.logbook.write_samples(progress.step, samples)
             self.say(f"step {progress.step}: sample {sample_line(samples[0])}")

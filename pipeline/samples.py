@@ -32,14 +32,13 @@ MOST_PROMPTS, LONGEST_PROMPT = 4, 16
 class Sampler:
     """Takes samples of a run's policy, `logging.sample_tokens` tokens of each prompt."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, run: Run, texts: "RunTexts"):
+        self.run, self.texts = run, texts
         self.prompts = prompts_of(run.fixed_batch)
         self.num_heads = run.settings.model.num_prediction_heads
         # Within the rows that the model is trained on.
         room = run.settings.data.sequence_length - max(map(len, self.prompts), default=0)
         self.num_tokens = min(run.settings.logging.sample_tokens, room)
-        self._tokenizer: Tokenizer | None = None
 
     def take(self, step: int) -> list[Record]:
         """Continue each prompt; returns a record a prompt, alike on all ranks. Collective."""
@@ -60,29 +59,39 @@ class Sampler:
     ) -> Record:
         """A line of samples.jsonl (`runtime.sample_log`)."""
         record: Record = {"step": step, "prompt_ids": self.prompts[row], "plain_ids": plain[row]}
-        record |= {"prompt": self._text(self.prompts[row]), "plain": self._text(plain[row])}
+        record |= {"prompt": self.texts.of(self.prompts[row]), "plain": self.texts.of(plain[row])}
         if speculative is None:
             return record
         token_ids, counts = speculative[0][row], speculative[1][row]
         acceptance = {f"acceptance_head_{head}": share for head, share in enumerate(counts.acceptance, 1)}
-        found = {"self_speculative_ids": token_ids, "self_speculative": self._text(token_ids)}
+        found = {"self_speculative_ids": token_ids, "self_speculative": self.texts.of(token_ids)}
         return record | found | {"accepted_per_step": counts.accepted_per_step} | acceptance
 
-    def _text(self, token_ids: list[int]) -> str | None:
-        """The text of some tokens; None where the data's tokenizer is of no use."""
-        if self._tokenizer is None:
-            self._tokenizer = tokenizer_of(self.run)
-        return None if self._tokenizer is None else str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
+class RunTexts:
+    """The texts of a run's token ids, by the tokenizer of its data, which is read when it is first needed.
 
-def tokenizer_of(run: Run) -> Tokenizer | None:
-    """Read the data's tokenizer; None where it is of no use."""
-    file = run.stream.sets[0].location / run.stream.manifest.tokenizer_file
-    content = read_whole(file, run.settings.data.access)
-    try:
-        return Tokenizer.from_buffer(content)
-    except Exception:  # The library raises bare ones.
-        return None
+    say: is told once, where the tokenizer is of no use; then ids have no text.
+    """
+
+    def __init__(self, run: Run, say: Callable[[str], None]):
+        self.run, self.say = run, say
+        self._tokenizer: Tokenizer | None = None
+        self._is_read = False
+
+    def of(self, token_ids: Sequence[int]) -> str | None:
+        """Return the text of some tokens, special ones included; None without a tokenizer."""
+        if not self._is_read:
+            self._is_read, self._tokenizer = True, self._read()
+        return None if self._tokenizer is None else str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    def _read(self) -> Tokenizer | None:
+        file = self.run.stream.sets[0].location / self.run.stream.manifest.tokenizer_file
+        try:
+            return Tokenizer.from_buffer(read_whole(file, self.run.settings.data.access))
+        except Exception as error:  # The library raises bare ones, and no run ends for want of text.
+            self.say(f"samples and passages have token ids and no text: {file} cannot be read: {error}")
+            return None
 
 
 class Rows:

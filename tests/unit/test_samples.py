@@ -1,14 +1,21 @@
 """Samples taken while a model trains: the tokens of decoding, the rows of the run's fixed batch, and a file that is cut."""
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from pipeline.config import Settings
+from pipeline.data.loading.mixture import DataSet
+from pipeline.data.shards.manifest import read_manifest
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.generation.decoding import decode
 from pipeline.model.mtp import MTPModel
 from pipeline.runtime.logbook import Logbook
 from pipeline.runtime.sample_log import SAMPLES_FILE, sample_line, samples_text
-from pipeline.samples import Rows, prompts_of
+from pipeline.samples import Rows, RunTexts, prompts_of
 from pipeline.storage.json_lines import read_json_lines
 from tests.dense import HEADS, dense_model, settings_for
 from tests.ranks import run_ranks
@@ -103,3 +110,22 @@ def test_a_sample_is_shown_on_a_line_of_its_own_and_without_text_by_its_ids() ->
         "    plain             'b'",
     ]
     assert sample_line(SAMPLE) == r"'a|<b>' -> 'x\n`y`' (1.50 tokens a step)"
+
+
+def test_a_tokenizer_that_cannot_be_read_costs_the_texts_and_is_said_once(tmp_path: Path, tiny_data: Path) -> None:
+    data = shutil.copytree(tiny_data / "train", tmp_path / "data")
+    said: list[str] = []
+    stream = SimpleNamespace(sets=[DataSet(data)], manifest=read_manifest(data))
+    run: Any = SimpleNamespace(stream=stream, settings=Settings())
+    ids = load_tokenizer(data).encode("the cat").ids
+    texts = RunTexts(run, said.append)
+    assert (texts.of(ids), said) == ("the cat", [])
+
+    (data / "tokenizer.json").write_text('{"version": "9"}')
+    texts = RunTexts(run, said.append)
+    assert [texts.of(ids), texts.of(ids)] == [None, None]
+    (data / "tokenizer.json").unlink()
+    assert RunTexts(run, said.append).of(ids) is None
+    assert len(said) == 2
+    assert all(each.startswith("samples and passages have token ids and no text: ") for each in said)
+    assert f"{data}/tokenizer.json cannot be read: " in said[0]
