@@ -17,6 +17,7 @@ from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, other_tokeni
 from pipeline.derived import next_token_model
 from pipeline.model.huggingface import ModelFilesError, read_model_settings, weight_problems
 from pipeline.model.layout import read_longest_row
+from pipeline.model.model_config import family_of
 from pipeline.model.transformer import attention_head_dim, ffn_dim
 
 
@@ -28,6 +29,10 @@ def model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
         problems.append(
             f"model.vocab_size: {settings.model.vocab_size} is too small for the data's {needed} ids; leave it unset"
         )
+    try:
+        family_of(settings.model)
+    except ModelFilesError as error:
+        problems.append(f"model: {error}")
     problems += reference_problems(settings, manifest)
 
     # Pretrained weights must have the policy's shape.

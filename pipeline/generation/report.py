@@ -6,6 +6,9 @@ from typing import Any
 from pipeline.generation.decoding import Completion, Counts
 from pipeline.runtime.table import aligned
 
+FIRST_TOKEN = "(a completion's first token comes from reading its prompt, and belongs to no step)"
+"""The reason why tokens ÷ steps is not what is accepted per step."""
+
 
 def figures(completions: Sequence[Completion], counts: Counts) -> dict[str, Any]:
     """Return the figures of one way of decoding.

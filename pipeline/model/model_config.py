@@ -234,7 +234,7 @@ def config_of(settings: ModelSettings) -> dict[str, Any]:
 
     Mistral's is written as Llama's, which computes the same on rows no longer than its window.
     """
-    model_type = _family(settings)
+    model_type = family_of(settings)
     return {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
@@ -255,15 +255,22 @@ def config_of(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _family(settings: ModelSettings) -> str:
-    """The model type whose causal language model has these switches."""
+def family_of(settings: ModelSettings) -> str:
+    """Return the model type whose causal language model has these switches.
+
+    Raises:
+        ModelFilesError: there is none.
+    """
     attention = (settings.attention_bias, settings.attention_output_bias)
     if attention == (True, False) and not (settings.qk_norm or settings.mlp_bias):
         return "qwen2"
     if attention[0] == attention[1] and not (settings.qk_norm and settings.mlp_bias):
         return "qwen3" if settings.qk_norm else "llama"
     on = [key for key in ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm") if getattr(settings, key)]
-    raise ModelFilesError(f"{' and '.join(on)} together are no known model type; it cannot be exported")
+    raise ModelFilesError(
+        f"{' and '.join(on)} alone are those of no family that a model could be exported as: llama has the two attention biases "
+        "or neither, and may have mlp_bias; qwen3 (qk_norm) has the two or neither; qwen2 has attention_bias alone"
+    )
 
 
 def _has(settings: ModelSettings, key: str) -> bool:

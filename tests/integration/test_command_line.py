@@ -314,6 +314,15 @@ def test_a_pretrained_model_of_another_shape_is_refused_with_both_values(refused
     assert problem == f"model.num_layers: 5, but {tiny_reference} has 2; they must be equal"
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [["attention_output_bias"], ["attention_bias", "mlp_bias"], ["attention_bias", "qk_norm"], ["mlp_bias", "qk_norm"]],
+)
+def test_a_model_that_could_never_be_exported_is_refused_before_it_is_trained(refused, switches):
+    (problem,) = refused("--dry-run", *(f"model.{switch}=true" for switch in switches), "training.k_percent=1")
+    assert problem.startswith(f"model: {' and '.join(switches)} alone are those of no family that a model could be exported as")
+
+
 @pytest.mark.parametrize("value", ["1.5", "0"])
 def test_k_percent_outside_its_range_is_refused(refused, value):
     assert refused(f"training.k_percent={value}") == [f"training.k_percent: got {value}; expected a fraction in (0, 1]"]

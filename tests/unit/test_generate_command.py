@@ -45,9 +45,11 @@ def test_speculation_changes_no_token_and_is_shown_beside_plain_decoding(run, tm
     assert both["speculative"].keys() - both["plain"].keys() == {f"acceptance_head_{head}" for head in (1, 2, 3)}
     assert both["speculative"]["seconds"] > 0
 
-    # The text, and a column for each way.
+    # The text, a column for each way, and why the tokens of plain decoding are more than its steps.
     assert PROMPT + both["completions"][0]["text"] in printed
-    assert printed.splitlines()[-9].split() == ["plain", "speculative"]
+    assert printed.splitlines()[-10].split() == ["plain", "speculative"]
+    assert printed.splitlines()[-1] == "(a completion's first token comes from reading its prompt, and belongs to no step)"
+    assert both["plain"]["tokens"] - both["plain"]["steps"] == len(both["completions"])
 
 
 def test_an_export_continues_as_its_checkpoint_does(run, tmp_path) -> None:
