@@ -268,8 +268,8 @@ def family_of(settings: ModelSettings) -> str:
         return "qwen3" if settings.qk_norm else "llama"
     on = [key for key in ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm") if getattr(settings, key)]
     raise ModelFilesError(
-        f"{' and '.join(on)} alone are those of no family that a model could be exported as: llama has the two attention biases "
-        "or neither, and may have mlp_bias; qwen3 (qk_norm) has the two or neither; qwen2 has attention_bias alone"
+        f"{' and '.join(on)} alone are those of no family that a model could be exported as: llama has the two attention "
+        "biases or neither, and may have mlp_bias; qwen3 (qk_norm) has the two or neither; qwen2 has attention_bias alone"
     )
 
 
