@@ -121,17 +121,20 @@ def find_tokenizer(path: Path) -> Path:
 def _of_sentencepiece(path: Path) -> str | None:
     """Say how SentencePiece's `tokenizer.model` becomes a `tokenizer.json`; None where there is none.
 
-    The tokenizers library's own conversion knows Unigram models alone, and Llama's are BPE; transformers has one for both.
+    The tokenizers library's own conversion knows Unigram models alone, and Llama's are BPE. The one of transformers' bare class
+    follows the model's own settings from 5.24 on, and gives SentencePiece's ids; its LlamaTokenizer takes every model for a BPE
+    of Llama's settings. `legacy`: a space is put before a text that begins with one, as SentencePiece does.
     """
     file = path / _SENTENCEPIECE_FILE if path.is_dir() else path.with_name(_SENTENCEPIECE_FILE)
     if not file.is_file():
         return None
     convert = (
-        f"from transformers import LlamaTokenizer as T; T.from_pretrained('{file.parent}').save_pretrained('{file.parent}')"
+        f"from transformers import TokenizersBackend as T; T.from_pretrained('{file.parent}', legacy=True)"
+        f".backend_tokenizer.save('{file.with_name(TOKENIZER_FILE)}')"
     )
     return (
-        f"{file} is SentencePiece's. Write tokenizer.json beside it, once: pip install transformers sentencepiece protobuf, "
-        f'then python -c "{convert}"'
+        f"{file} is SentencePiece's. Write tokenizer.json beside it, once: pip install 'transformers>=5.24' sentencepiece "
+        f'protobuf, then python -c "{convert}"'
     )
 
 

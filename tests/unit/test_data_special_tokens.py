@@ -519,6 +519,7 @@ def test_what_has_no_token_or_is_the_string_of_one_is_counted_in_summary_and_man
 def test_a_sentencepiece_model_alone_is_refused_with_the_command_that_converts_it(tmp_path, given):
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(
-        DataError, match=r"is SentencePiece's. Write tokenizer.json beside it, once: pip install .*LlamaTokenizer"
+        DataError,
+        match=r"is SentencePiece's. Write tokenizer.json beside it, once: pip install .*TokenizersBackend .*legacy=True",
     ):
         load_tokenizer(tmp_path / given)
