@@ -34,29 +34,37 @@ def model_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
     except ModelFilesError as error:
         problems.append(f"model: {error}")
     problems += reference_problems(settings, manifest)
-
-    # Pretrained weights must have the policy's shape.
-    if settings.model.pretrained is not None:
-        try:
-            found = read_model_settings(settings.model.pretrained)
-        except ModelFilesError as error:
-            return [*problems, f"model.pretrained: {error}"]
-        problems += [f"model.pretrained: {problem}" for problem in _length_problems(settings.model.pretrained, settings)]
-        problems += _pretrained_tokenizer_problems(settings.model.pretrained, manifest)
-        own = settings.model.model_copy(update={"vocab_size": settings.model.vocab_size or found.vocab_size})
-        if (found.vocab_size or 0) < needed:
-            problems.append(
-                f"model.pretrained: {settings.model.pretrained} knows {found.vocab_size} ids, the data has {needed}; prepare "
-                "the data with the model's own tokenizer"
-            )
-        differences = [
-            f"model.{key}: {mine!r}, but {settings.model.pretrained} has {theirs!r}; they must be equal"
-            for key, mine, theirs in _shape_differences(own, found)
-        ]
-        problems += differences or [
-            f"model.pretrained: {problem}" for problem in weight_problems(own, settings.model.pretrained)
-        ]
+    problems += _pretrained_problems(settings, manifest)
     return problems
+
+
+def _pretrained_problems(settings: Settings, manifest: Manifest | None) -> list[str]:
+    """Problems of pretrained weights, which must have the policy's shape, and of the tokenizer beside them."""
+    directory = settings.model.pretrained
+    if directory is None:
+        return []
+    try:
+        found = read_model_settings(directory)
+    except ModelFilesError as error:
+        return [f"model.pretrained: {error}"]
+
+    # Rows and ids.
+    problems = [f"model.pretrained: {problem}" for problem in _length_problems(directory, settings)]
+    needed = manifest.vocab_size if manifest else 0
+    if (found.vocab_size or 0) < needed:
+        problems.append(
+            f"model.pretrained: {directory} knows {found.vocab_size} ids, the data has {needed}; prepare the data with the "
+            "model's own tokenizer"
+        )
+    problems += _pretrained_tokenizer_problems(directory, manifest)
+
+    # The shape, then the tensors.
+    own = settings.model.model_copy(update={"vocab_size": settings.model.vocab_size or found.vocab_size})
+    differences = [
+        f"model.{key}: {mine!r}, but {directory} has {theirs!r}; they must be equal"
+        for key, mine, theirs in _shape_differences(own, found)
+    ]
+    return problems + (differences or [f"model.pretrained: {problem}" for problem in weight_problems(own, directory)])
 
 
 def _pretrained_tokenizer_problems(directory: Path, manifest: Manifest | None) -> Iterator[str]:

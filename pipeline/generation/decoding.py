@@ -107,14 +107,7 @@ def decode(
     while any(completion.finish is None for completion in completions):
         step = _step(cached, hidden_BHD, next_B, lengths, sampling, generator)
         hidden_BHD, next_B = step.hidden_BHD, step.next_B
-        for completion, added in zip(completions, step.added, strict=True):
-            if completion.finish is None:
-                counts.add(len(added) - 1)
-        _add(completions, step.added, listener)
-
-        # Rows that are done stay where they are.
-        of_rows = zip(lengths, step.added, completions, strict=True)
-        lengths = [length + len(added) * (completion.finish is None) for length, added, completion in of_rows]
+        lengths = _take(completions, step.added, lengths, counts, listener)
     counts.seconds = time.perf_counter() - started
     return completions, counts
 
@@ -157,6 +150,22 @@ def _step(
     rows = zip(drafts_BK.tolist(), accepted_B.tolist(), next_B.tolist(), strict=True)
     added = [[*drafts[:accepted], token] for drafts, accepted, token in rows]
     return _Step(added, next_B, hidden_BSHD[torch.arange(len(added), device=next_B.device), accepted_B])
+
+
+def _take(
+    completions: Sequence[Completion],
+    added: Sequence[list[int]],
+    lengths: Sequence[int],
+    counts: Counts,
+    listener: Listener | None,
+) -> list[int]:
+    """Add a step's tokens to the rows that go on, and count it; returns the lengths. Rows that are done stay where they are."""
+    for completion, token_ids in zip(completions, added, strict=True):
+        if completion.finish is None:
+            counts.add(len(token_ids) - 1)
+    _add(completions, added, listener)
+    of_rows = zip(lengths, added, completions, strict=True)
+    return [length + len(token_ids) * (completion.finish is None) for length, token_ids, completion in of_rows]
 
 
 def _add(completions: Sequence[Completion], added: Sequence[list[int]], listener: Listener | None) -> None:
