@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.experiment.corpus import CLEAN_SOURCES, KIND_FILE, NOISE, SOURCES, labels
 from pipeline.experiment.plan import Plan, RunName, settings_of
 from pipeline.experiment.preparing import tokens_of
+from pipeline.experiment.runs import CommandFailedError
 from pipeline.flops import forward_flops, selective_flops
 from pipeline.report.significance import holm, paired_test
 from pipeline.runtime.logbook import read_records
@@ -27,10 +28,20 @@ _BUDGETS = ("tokens", "pairs", "flops", "flops_with_reference", "seconds")
 
 
 def run_figures(plan: Plan, run: RunName, directory: Path) -> Figures:
-    """The figures of one run: at its end, along it, and what it selected of each source."""
+    """The figures of one run: at its end, along it, and what it selected of each source.
+
+    Raises:
+        CommandFailedError: its records are incomplete.
+    """
     records = read_records(directory / "runs" / str(run))
     steps = [record for record in records if "split" not in record]
     curve = _curve(plan, run, directory, records, steps)
+    if not curve or curve[-1]["step"] != plan.steps:
+        folder = directory / "runs" / str(run)
+        raise CommandFailedError(
+            f"{folder / 'metrics.jsonl'}: expected records up to step {plan.steps}, of which some are lost; remove {folder}: "
+            "the same command trains it again"
+        )
     heads = plan.base.get("model", {}).get("num_prediction_heads", 4)
     num_heads = settings_of(plan, run, directory).model.num_prediction_heads or heads
     last = [record for record in records if record.get("split") == "validation" and record["step"] == plan.steps]

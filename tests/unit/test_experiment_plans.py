@@ -11,8 +11,8 @@ import pytest
 from pipeline.config import ConfigError
 from pipeline.experiment import conduct
 from pipeline.experiment.plan import RunName, read_plan, settings_of, stage_one
-from pipeline.experiment.results import read_off
-from pipeline.experiment.runs import StoppedOnRequestError
+from pipeline.experiment.results import read_off, run_figures
+from pipeline.experiment.runs import CommandFailedError, StoppedOnRequestError
 from pipeline.recipe import load_settings
 from pipeline.report.significance import holm, paired_test, quantile_of_t, sign_test, t_probability
 from tests.forked import ROOT
@@ -135,3 +135,14 @@ def test_the_hours_of_a_start_that_was_stopped_are_counted(monkeypatch, tmp_path
             conduct.conduct(read_plan(PLANS / "smoke.yaml"), tmp_path)
         hours.append(json.loads((tmp_path / "hours.json").read_text()))
     assert 0 < hours[0] < hours[1]
+
+
+def test_a_run_whose_records_were_damaged_is_named_with_what_to_do(tmp_path) -> None:
+    plan = read_plan(PLANS / "smoke.yaml")
+    run = stage_one(plan)[0]
+    (tmp_path / "runs" / str(run)).mkdir(parents=True)
+    # What a validation at the end wrote, after the records before it were lost.
+    last = {"split": "validation", "step": plan.steps, "bits_per_byte": 2.0}
+    (tmp_path / "runs" / str(run) / "metrics.jsonl").write_text(json.dumps(last) + "\n")
+    with pytest.raises(CommandFailedError, match=rf"{run}/metrics.jsonl: expected records up to step {plan.steps}.*remove"):
+        run_figures(plan, run, tmp_path)
