@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pipeline.data.errors import DataError
+from pipeline.data.loading.sizes import divisors
 from pipeline.data.loading.stream import Stream, check_sizes, rank_lanes
 from pipeline.data.shards.manifest import Manifest, Source, write_manifest
 from pipeline.data.shards.writer import Row, write_shards
@@ -196,6 +197,17 @@ def test_ranks_share_the_lanes_out_among_them():
     assert rank_lanes(12, 2, 2, 3) == [4, 5, 10, 11]
 
 
+def test_divisors_are_those_of_trial_division():
+    for number in range(1, 200):
+        assert divisors(number) == [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def test_sizes_of_any_magnitude_are_checked_at_once():
+    """A number with two digits too many ended no check: all smaller ones were tried as divisors."""
+    (problem,) = check_sizes(lanes=24 * 10**9, global_batch=24 * 10**9, micro_batch=None, world_size=7)
+    assert "for 7 ranks write data.global_batch=" in problem
+
+
 def test_sizes_that_fit_have_no_problems():
     assert check_sizes(lanes=256, global_batch=1024, micro_batch=4, world_size=8, num_workers=32, num_samples=256) == []
 
@@ -241,6 +253,7 @@ def test_a_stream_of_sizes_that_do_not_fit_is_an_error(folder):
 START_AGAIN_AND_AGAIN = """
 import itertools, signal, sys
 from pathlib import Path
+from pipeline.data.loading.sizes import divisors
 from pipeline.data.loading.stream import Stream
 
 signal.signal(signal.SIGTERM, lambda *_: None)

@@ -1,5 +1,7 @@
 """Checks that lanes, batches, ranks, workers and data fit together; each problem is a sentence with values that would fit."""
 
+import math
+
 from pipeline.data.loading.order import too_few_samples
 
 _MAX_LISTED = 12
@@ -99,8 +101,9 @@ def _remedy(lanes: int, global_batch: int, micro_batch: int, world_size: int) ->
 
 
 def divisors(number: int) -> list[int]:
-    """List the divisors of a number, ascending."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    """List the divisors of a number, ascending; up to its root, beyond which each is the partner of one below."""
+    lower = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return lower + [number // divisor for divisor in reversed(lower) if divisor**2 != number]
 
 
 def _listed(numbers: list[int], near: int) -> str:
