@@ -8,9 +8,11 @@ stands still, 75 stopped on request with more to do, 130 interrupted.
 """
 
 import argparse
+import atexit
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -100,15 +102,19 @@ def end_process(exit_code: int) -> NoReturn:
     """End the process with this exit code.
 
     Two things would change the code. A launcher that sees one rank fail sends SIGTERM to the others, which are about to end
-    with the same code, and a scheduler may send one signal after another, so both are ignored. And after an error the process
-    group is still open; its threads abort a process that shuts down normally, so the process ends by `os._exit`. Processes
-    that read data are not left behind.
+    with the same code, and a scheduler may send one signal after another, so both are ignored. And threads of torch's process
+    group, open after an error and seldom slow to go after none, abort a process that shuts down normally ("terminate called
+    without an active exception"), so the process ends by `os._exit`: after none only when its own threads have ended, and what
+    libraries do at an exit is done. Processes that read data are not left behind.
     """
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     kill_children()
     if exit_code == 0:
-        sys.exit(exit_code)
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -126,6 +126,37 @@ def test_a_process_that_ends_neither_waits_for_a_suspended_worker_nor_leaves_it_
         time.sleep(0.01)
 
 
+ABORTS_AT_ITS_END = """
+import atexit, os, threading, time
+from pipeline.command_line import end_process
+
+class Abort:
+    def __del__(self):
+        os.abort()
+
+def write():
+    time.sleep(0.2)
+    print("written", flush=True)
+
+if __name__ == "__main__":
+    kept = Abort()
+    atexit.register(print, "closed")
+    threading.Thread(target=write).start()
+    end_process(0)
+"""
+
+
+def test_a_process_that_has_done_its_work_is_not_aborted_while_it_shuts_down() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ABORTS_AT_ITS_END],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=600,
+    )
+    assert (done.returncode, done.stdout) == (0, "written\nclosed\n"), done.stderr
+
+
 def test_of_a_process_that_cannot_be_looked_at_nothing_is_concluded() -> None:
     unknown = processes.find(2**22 + 1)
     assert unknown.started == 0
