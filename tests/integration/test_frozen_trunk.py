@@ -187,3 +187,16 @@ def test_a_run_that_is_killed_while_its_trunk_is_frozen_goes_on_bit_for_bit(tiny
     )
     assert torch.equal(first.tensor("trunk.0.ffn.up.weight"), third.tensor("trunk.0.ffn.up.weight"))
     assert not torch.equal(first.tensor("heads.1.ffn.up.weight"), third.tensor("heads.1.ffn.up.weight"))
+
+    # Nor does another number of ranks move it.
+    shutil.copytree(tmp_path / "whole", tmp_path / "alone")
+    for step in range(2, 6):
+        shutil.rmtree(tmp_path / "alone" / "checkpoints" / f"step-{step:08d}")
+    assert run_ranks(resume, 1, settings, tmp_path / "alone") == [0]
+    third, fifth = (
+        CheckpointWeights(folder, read_state_of(folder)[0])
+        for folder in (tmp_path / "alone" / "checkpoints" / f"step-{step:08d}" for step in (3, 5))
+    )
+    for name in filter(is_of_trunk, first.state.parameters):
+        assert torch.equal(third.tensor(name), first.tensor(name))
+        assert not torch.equal(fifth.tensor(name), first.tensor(name))
