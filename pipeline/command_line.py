@@ -111,9 +111,8 @@ def end_process(exit_code: int) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     kill_children()
     if exit_code == 0:
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        # The interpreter's own two steps: idle threads of an executor end at the first alone.
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

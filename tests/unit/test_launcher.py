@@ -128,6 +128,7 @@ def test_a_process_that_ends_neither_waits_for_a_suspended_worker_nor_leaves_it_
 
 ABORTS_AT_ITS_END = """
 import atexit, os, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pipeline.command_line import end_process
 
 class Abort:
@@ -142,6 +143,8 @@ if __name__ == "__main__":
     kept = Abort()
     atexit.register(print, "closed")
     threading.Thread(target=write).start()
+    executor = ThreadPoolExecutor(1)
+    executor.submit(time.sleep, 0)
     end_process(0)
 """
 
