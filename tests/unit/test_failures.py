@@ -2,11 +2,13 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from pipeline.config import ConfigError
@@ -60,6 +62,17 @@ def test_a_failure_of_the_machine_or_the_user_is_one_message(capsys, error, mess
 def test_a_librarys_panic_is_one_message(capsys) -> None:
     assert guarded("error", panic, ()) == 2
     assert "error: a library failed: Onig: Regex search error" in capsys.readouterr().err
+
+
+def more_memory_than_there_is() -> int:
+    return torch.empty(2**60).numel()
+
+
+def test_memory_that_torch_cannot_have_is_one_message(capsys) -> None:
+    for body in (more_memory_than_there_is, lambda: failing(torch.OutOfMemoryError("CUDA out of memory.\nMore of it"))):
+        assert guarded("error", body, ()) == 2
+        error = capsys.readouterr().err
+        assert re.search(r"^error: the memory is used up: .*; use smaller sizes, or --dtype bfloat16\n$", error), error
 
 
 def test_an_error_that_all_ranks_raise_is_printed_by_the_first_and_one_of_a_machine_by_each(capsys) -> None:
