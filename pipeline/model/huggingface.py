@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.config import ModelSettings
 from pipeline.model.layout import Layout, described_settings, layout_of, read_model_settings
 from pipeline.model.model_config import CONFIG_FILE, ModelFilesError
-from pipeline.model.mtp import Gather, MTPModel, initial_values, no_gather
+from pipeline.model.mtp import Gather, MTPModel, initialize_parameter, no_gather
 from pipeline.model.weight_files import Weights, opened_tensors, weight_files
 
 _MAX_LISTED = 8
@@ -107,7 +107,7 @@ def load_weights(model: MTPModel, directory: Path, gather: Gather = no_gather) -
         for name, parameter in model.named_parameters():
             with gather(parameter) as is_writer, torch.no_grad():
                 if is_writer and model.settings.new_heads == "fresh" and _is_new(name, num_heads):
-                    parameter.copy_(initial_values(model.settings, name, tuple(parameter.shape)))
+                    initialize_parameter(model.settings, name, parameter)
                 elif is_writer:
                     source = layout.source_name(_name_in_files(name, num_heads), model.settings)
                     parameter.copy_(layout.arranged(name, tensors[source].get_tensor(source), model.settings))

@@ -13,9 +13,7 @@ Shapes: B rows, T tokens, H heads, D width, V vocabulary.
 
 import hashlib
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -212,40 +210,26 @@ def initialize_weights(model: MTPModel, gather: Gather = no_gather) -> None:
     Each parameter has its own generator, seeded by `model.seed` and its name, so its values depend neither on the number of
     ranks nor on the rest of the model. At most one parameter is gathered at a time.
     """
-    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in model.named_parameters()}
-    values = _drawn_ahead(model.settings, shapes)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         with gather(parameter) as is_writer, torch.no_grad():
             if is_writer:
-                parameter.copy_(next(values))
+                initialize_parameter(model.settings, name, parameter)
 
 
-def _drawn_ahead(settings: ModelSettings, shapes: dict[str, tuple[int, ...]]) -> Iterator[Tensor]:
-    """Draw the initial values of parameters in turn, as many of them at a time as torch has threads: one thread, by which a
-    generator draws, takes a minute for 7 billion."""
-    at_a_time = torch.get_num_threads()
-    with ThreadPoolExecutor(at_a_time) as pool:
-        drawn: deque[Future[Tensor]] = deque()
-        for name, shape in shapes.items():
-            drawn.append(pool.submit(initial_values, settings, name, shape))
-            if len(drawn) == at_a_time:
-                yield drawn.popleft().result()
-        while drawn:
-            yield drawn.popleft().result()
-
-
-def initial_values(settings: ModelSettings, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the initial values of one parameter (float32, on the CPU), as `initialize_weights`."""
+def initialize_parameter(settings: ModelSettings, name: str, parameter: Tensor) -> None:
+    """Initialise one parameter, which is whole; as `initialize_weights`."""
     if name.endswith("norm.weight"):
-        return torch.ones(shape, device="cpu", dtype=torch.float32)
-    if name.endswith("bias"):
-        return torch.zeros(shape, device="cpu", dtype=torch.float32)
-    writes_residual = name.endswith(("attention.output.weight", "ffn.down.weight"))
-    std = INIT_STD / math.sqrt(2 * settings.num_layers) if writes_residual else INIT_STD
-    seed = hashlib.sha256(f"{settings.seed}/{name}".encode()).digest()[:8]
-    generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
-    # On the CPU and in float32, so that the values are the same on every device.
-    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).mul_(std)
+        parameter.fill_(1.0)
+    elif name.endswith("bias"):
+        parameter.zero_()
+    else:
+        writes_residual = name.endswith(("attention.output.weight", "ffn.down.weight"))
+        std = INIT_STD / math.sqrt(2 * settings.num_layers) if writes_residual else INIT_STD
+        seed = hashlib.sha256(f"{settings.seed}/{name}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+        # Drawn on the CPU in float32 and then cast, so that the values are the same on every device.
+        shape = tuple(parameter.shape)
+        parameter.copy_(torch.randn(shape, generator=generator, dtype=torch.float32) * std)
 
 
 def _matrix(rows: int, columns: int) -> nn.Parameter:

@@ -1,9 +1,6 @@
 """The model against plain loops: attention, document boundaries, alignment of heads and labels, initial weights."""
 
-import itertools
 import math
-import threading
-from typing import Any
 
 import pytest
 import torch
@@ -216,25 +213,6 @@ def test_initial_weights_depend_on_name_and_seed_alone() -> None:
     assert torch.equal(deep.trunk[0].attention.query.weight, shallow.trunk[0].attention.query.weight)
     assert not torch.equal(deep.embed.weight, other.embed.weight)
     assert not torch.equal(deep.heads[0].ffn.up.weight, deep.heads[1].ffn.up.weight)
-
-
-def test_as_many_parameters_are_drawn_at_a_time_as_there_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, together = MTPModel(small()), MTPModel(small())
-    initialize_weights(alone)
-    # The first two matrices meet while they are being drawn; between them comes a norm.
-    calls, randn = itertools.count(), torch.randn
-    meeting = threading.Barrier(2, timeout=60)
-
-    def meeting_randn(*arguments: Any, **more: Any) -> torch.Tensor:
-        if next(calls) < 2:
-            meeting.wait()
-        return randn(*arguments, **more)
-
-    monkeypatch.setattr(torch, "randn", meeting_randn)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    initialize_weights(together)
-    for one, other in zip(alone.parameters(), together.parameters(), strict=True):
-        assert torch.equal(one, other)
 
 
 def test_one_head_is_an_ordinary_next_token_model() -> None:
