@@ -112,7 +112,7 @@ def _write(
     model: SavedModel, folder: Path, name: str, dtype: torch.dtype, files: dict[str, bytes], text: TextConventions
 ) -> Verified:
     """Write the model into a folder, which its card calls `name`, and verify it."""
-    write_model(folder, model.settings, dtype, _values(model), text)
+    write_model(folder, model.settings, dtype, _values(model, dtype), text)
     for file, content in files.items():
         write_file(folder / file, content)
     verified = _verify(model, folder, dtype)
@@ -163,10 +163,10 @@ def _text_of(model: SavedModel, tokenizer: Path | None) -> tuple[dict[str, bytes
     return files, TextConventions(length, special.end_of_document_id, special.bos_id, pad_id)
 
 
-def _values(model: SavedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter's name and values, one in memory at a time."""
+def _values(model: SavedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter's name and values in the dtype, one in memory at a time."""
     for name, _ in _parameters(model):
-        tensor = model.weights.tensor(name)
+        tensor = model.weights.tensor(name).to(dtype)
         check_finite(f"{model.directory}: {name}", tensor)
         yield name, tensor
 
@@ -180,7 +180,7 @@ def _parameters(model: SavedModel) -> list[tuple[str, nn.Parameter]]:
 def _verify(model: SavedModel, directory: Path, dtype: torch.dtype) -> Verified:
     """Compare what was written with the model, as its readers find it."""
     written = FolderWeights(directory)
-    expected = _values(model)
+    expected = _values(model, dtype)
     num_tensors, num_bytes = _compare(((name, tensor, written.tensor(name)) for name, tensor in expected), directory, dtype)
 
     tokens_BT, rows = _some_rows(model)

@@ -40,9 +40,8 @@ def guarded(
         # Each rank has a machine of its own, so each says what happened there.
         return fail(prefix, failure_of_machine(error), EXIT_USAGE, True)
     except BaseException as error:
-        if _is_of_memory(error):
-            reason = str(error).partition("\n")[0]
-            return fail(prefix, f"the memory is used up: {reason}; use smaller sizes, or --dtype bfloat16", EXIT_USAGE, True)
+        if is_of_memory(error):
+            return fail(prefix, failure_of_machine(MemoryError(str(error).partition("\n")[0])), EXIT_USAGE, True)
         # Libraries written in Rust raise their errors and panics by classes that cannot be imported; a panic is no Exception.
         if type(error).__name__ not in ("PanicException", "SafetensorError"):
             raise
@@ -52,8 +51,9 @@ def guarded(
         threading.excepthook = of_threads
 
 
-def _is_of_memory(error: BaseException) -> bool:
-    """True of torch's errors about memory, a GPU's or the machine's, which are told apart by their names and words."""
+def is_of_memory(error: BaseException) -> bool:
+    """Return whether an error is one of torch's about memory, a GPU's or the machine's, which are told apart by their names
+    and words."""
     return type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )

@@ -5,14 +5,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from pipeline.assembly import Job
 from pipeline.checks import check_before_start
 from pipeline.config import ConfigError, Settings
 from pipeline.data.errors import DataError
-from pipeline.failures import EXIT_USAGE, fail
+from pipeline.failures import EXIT_USAGE, fail, is_of_memory
 from pipeline.model.huggingface import ModelFilesError
 from pipeline.planning.micro_batch import with_micro_batch
 from pipeline.run_length import resolution
@@ -137,7 +136,7 @@ def _exit_code_of(prefix: str, error: Exception, world: World) -> int | None:
             return fail(prefix, error, EXIT_USAGE, world.is_first)
         case TrainingDivergedError() | RanksDisagreeError():
             return fail(prefix, error, EXIT_DIVERGED, world.is_first)
-        case torch.OutOfMemoryError():
+        case Exception() if is_of_memory(error):
             remedy = "launch/plan.py says what takes it, and which settings save some"
             return fail(prefix, f"rank {world.rank}: {str(error).partition(chr(10))[0]} {remedy}", EXIT_USAGE, True)
         case RuntimeError():

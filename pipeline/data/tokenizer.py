@@ -8,6 +8,7 @@ recorded beside them (`special_tokens`).
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -129,12 +130,12 @@ def _of_sentencepiece(path: Path) -> str | None:
     if not file.is_file():
         return None
     convert = (
-        f"from transformers import TokenizersBackend as T; T.from_pretrained('{file.parent}', legacy=True)"
-        f".backend_tokenizer.save('{file.with_name(TOKENIZER_FILE)}')"
+        f"from transformers import TokenizersBackend as T; T.from_pretrained({str(file.parent)!r}, legacy=True)"
+        f".backend_tokenizer.save({str(file.with_name(TOKENIZER_FILE))!r})"
     )
     return (
         f"{file} is SentencePiece's. Write tokenizer.json beside it, once: pip install 'transformers>=5.24' sentencepiece "
-        f'protobuf, then python -c "{convert}"'
+        f"protobuf, then python -c {shlex.quote(convert)}"
     )
 
 

@@ -1,7 +1,9 @@
 """The tokens around documents are those that a tokenizer's folder declares; a tokenizer's identity is all that decides ids."""
 
+import ast
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -517,9 +519,14 @@ def test_what_has_no_token_or_is_the_string_of_one_is_counted_in_summary_and_man
 
 @pytest.mark.parametrize("given", ["", "tokenizer.model", "tokenizer.json"])
 def test_a_sentencepiece_model_alone_is_refused_with_the_command_that_converts_it(tmp_path, given):
+    tmp_path = tmp_path / "o'brien's model"
+    tmp_path.mkdir()
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(
         DataError,
         match=r"is SentencePiece's. Write tokenizer.json beside it, once: pip install .*TokenizersBackend .*legacy=True",
-    ):
+    ) as refused:
         load_tokenizer(tmp_path / given)
+    # As a shell reads it, the command is Python that names the folder.
+    program = shlex.split(str(refused.value).partition("then python ")[2])[1]
+    assert str(tmp_path) in {node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)}

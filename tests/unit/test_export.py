@@ -91,6 +91,15 @@ def test_the_configuration_names_what_the_data_has(run, tmp_path, tiny_data) -> 
         assert part in card
 
 
+def test_values_that_the_dtype_makes_infinite_are_refused(tmp_path, tiny_data, capsys) -> None:
+    run_dir, model = tmp_path / "run", model_of(vocabulary(tiny_data))
+    with torch.no_grad():
+        model.embed.weight[5, 3] = 3.4e38
+    write_checkpoint(run_dir, model, 6, tiny_data / "train", ranks=2)
+    assert exported(run_dir, tmp_path / "bf16", "--dtype", "bf16") == 2
+    assert "embed.weight: values that are not finite" in capsys.readouterr().err
+
+
 def test_the_card_has_the_course_of_a_setting_over_steps() -> None:
     identity = {"k_percent": [[0, 1.0], [20, 0.5]], "k_percent_change": "linear", "head_weights": [1.0, 0.1], "pool": "row"}
     assert [model_card._course(identity, key) for key in ("k_percent", "head_weights", "pool")] == [", linear", "", ""]

@@ -72,7 +72,9 @@ def test_memory_that_torch_cannot_have_is_one_message(capsys) -> None:
     for body in (more_memory_than_there_is, lambda: failing(torch.OutOfMemoryError("CUDA out of memory.\nMore of it"))):
         assert guarded("error", body, ()) == 2
         error = capsys.readouterr().err
-        assert re.search(r"^error: the memory is used up: .*; use smaller sizes, or --dtype bfloat16\n$", error), error
+        assert re.search(r"^error: this machine's memory is used up \(.*\); use smaller sizes or fewer processes\n$", error), (
+            error
+        )
 
 
 def test_an_error_that_all_ranks_raise_is_printed_by_the_first_and_one_of_a_machine_by_each(capsys) -> None:
