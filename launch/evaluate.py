@@ -10,21 +10,21 @@ something must be corrected.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
+from pipeline.command_line import end_process
 from pipeline.failures import guarded
 from pipeline.model_options import add_dtype, add_tokenizer, model_parser
 from pipeline.option_parser import OptionParser, OptionsError, at_least
 from pipeline.options import json_problems, path_argument, write_json
+from pipeline.runtime.launcher import is_first_rank
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
-    is_first = os.environ.get("RANK", "0") == "0"
-    return guarded(f"{parser.prog}: error", lambda: _evaluate(parser, arguments), (ValueError,), is_first)
+    return guarded(f"{parser.prog}: error", lambda: _evaluate(parser, arguments), (ValueError,), is_first_rank())
 
 
 def _parser() -> OptionParser:
@@ -62,4 +62,4 @@ def _evaluate(parser: OptionParser, arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

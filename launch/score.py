@@ -16,7 +16,6 @@ writes keys and ids to compute them from. Import the held-out folders too.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from pipeline.command_line import end_process, run_command
 from pipeline.failures import guarded
 from pipeline.option_parser import OptionParser
 from pipeline.options import job_parser, path_argument
+from pipeline.runtime.launcher import is_first_rank
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 
@@ -83,7 +83,7 @@ def import_(arguments: Sequence[str]) -> int:
     if own:
         raise ConfigError(own)
     assert location is not None
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+    if not is_first_rank():
         return 0
     folder = import_scores(options.imported, location, options.output, options.dtype, settings.data.access)
     print(f"{location}: external scores in {folder}")

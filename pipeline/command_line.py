@@ -44,7 +44,7 @@ def run_command(
     read = read_options(parser, arguments)
     options = read.options
     options.overrides += own_overrides
-    is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    is_first = launcher.is_first_rank()
     interrupt_once()
     stop = StopRequest()
     stop.end_at_once(is_first)

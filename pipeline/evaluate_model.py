@@ -6,10 +6,10 @@ drafts of heads 1, 2, … head 0 accepts when it decodes on its own, greedily, f
 
 import argparse
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,13 +23,14 @@ from pipeline.data.shards.manifest import Manifest, read_manifest
 from pipeline.data.shards.merging import prepared_folders
 from pipeline.data.tokenizer import load_tokenizer, other_tokenizer
 from pipeline.evaluate import evaluate
+from pipeline.failures import failure_of_machine
 from pipeline.generation.decoding import decode
 from pipeline.generation.report import figures, table
 from pipeline.micro_step import Models
 from pipeline.model.model_config import ModelFilesError
 from pipeline.model.mtp import MTPModel
 from pipeline.model_options import dtype_of
-from pipeline.runtime.distributed import World, device_of, find_world, gather_over_ranks, share_cores
+from pipeline.runtime.distributed import World, device_of, find_world, gather_over_ranks, look_up_meeting_point, share_cores
 from pipeline.runtime.network import choose_interface
 from pipeline.saved_model import SavedModel, find_model
 from pipeline.schedule import objective_at
@@ -37,6 +38,9 @@ from pipeline.time_left import TimeLeft
 
 _KEPT = ("loss_head_", "perplexity_head_", "draft_agreement_head_", "valid_count_head_", "bits_per_byte", "corrupt_samples")
 _DECODED_TOKENS = 32
+
+
+T = TypeVar("T")
 
 
 class EvaluationError(ValueError):
@@ -56,8 +60,9 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, Any] | None:
     device = device_of(world)
     share_cores(world)
     with _process_group(world, device):
-        source, folders = _found_by_all(options, world)
-        model = source.build(device, dtype_of(options, source.dtype if device.type == "cuda" else torch.float32))
+        source, folders = _on_all(world, lambda: _found(options))
+        dtype = dtype_of(options, source.dtype if device.type == "cuda" else torch.float32)
+        model = _on_all(world, lambda: source.build(device, dtype))
         for note in source.notes if world.is_first else ():
             print(note, flush=True)
         found = {}
@@ -78,6 +83,7 @@ def _process_group(world: World, device: torch.device) -> Iterator[None]:
     """Bring the ranks together, unless there is one alone or they are already."""
     makes_group = world.size > 1 and not dist.is_initialized()
     if makes_group:
+        look_up_meeting_point()
         choose_interface(world.size, world.local_size)
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
@@ -87,18 +93,20 @@ def _process_group(world: World, device: torch.device) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _found_by_all(options: argparse.Namespace, world: World) -> tuple[SavedModel, dict[str, Path]]:
-    """Find the model and the data on every rank; what one rank lacks is an error of all, which the first one reports."""
+def _on_all(world: World, work: Callable[[], T]) -> T:
+    """Do something on every rank; what one rank cannot do is an error of all, which the first one reports."""
     found, problem = None, None
     try:
-        found = _found(options)
+        found = work()
+    except (OSError, MemoryError) as error:
+        problem = failure_of_machine(error)
     except ValueError as error:
-        problem = str(error) if world.is_first else f"rank {world.rank} on {socket.gethostname()}: {error}"
-    problems = list(filter(None, gather_over_ranks(problem)))
+        problem = str(error)
+    where = "" if world.is_first else f"rank {world.rank} on {socket.gethostname()}: "
+    problems = list(filter(None, gather_over_ranks(None if problem is None else where + problem)))
     if problems:
         raise EvaluationError(problems[0])
-    assert found is not None
-    return found
+    return cast(T, found)
 
 
 def _found(options: argparse.Namespace) -> tuple[SavedModel, dict[str, Path]]:

@@ -36,6 +36,11 @@ _FURTHEST = 8
 _gone = threading.Event()
 
 
+def is_first_rank() -> bool:
+    """Return whether this process is a job's first, by what a launcher or srun has put into the environment."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def watch(stop: StopRequest) -> None:
     """Watch this process's launcher, if it has one, from a thread."""
     chain = launcher_chain(processes.find(os.getpid()))

@@ -126,21 +126,25 @@ def test_ranks_share_the_rows_and_have_the_figures_of_one_process(run, tiny_data
     assert not (tmp_path / "1" / "figures.json").exists()
 
 
-def evaluate_where_only_the_first_has_the_model(run: Path, data: Path) -> tuple[int, str]:
+def evaluate_where_only_the_first_has_the_model(name: str, run: Path, data: Path) -> tuple[int, str]:
     """(exit code, what the rank prints as an error)."""
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(StringIO()) as printed:
-        for name, value in (("RANK", rank), ("WORLD_SIZE", dist.get_world_size()), ("LOCAL_RANK", rank)):
-            patch.setenv(name, str(value))
-        return main([str(run if rank == 0 else run / "elsewhere"), "--data", str(data)]), printed.getvalue()
+        for variable, value in (("RANK", rank), ("WORLD_SIZE", dist.get_world_size()), ("LOCAL_RANK", rank)):
+            patch.setenv(variable, str(value))
+        return main([str(run if rank == 0 else run / name), "--data", str(data)]), printed.getvalue()
 
 
-def test_what_one_machine_lacks_is_said_once_and_ends_all_ranks(run, tiny_data) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("elsewhere", "no such folder; expected a run directory"), ("x" * 300, "choose a shorter name")],
+)
+def test_what_one_machine_lacks_is_said_once_and_ends_all_ranks(run, tiny_data, name: str, said: str) -> None:
     (code, message), (other_code, other_message) = run_ranks(
-        evaluate_where_only_the_first_has_the_model, 2, run, tiny_data / "validation"
+        evaluate_where_only_the_first_has_the_model, 2, name, run, tiny_data / "validation"
     )
     assert code == other_code == 2
-    assert re.search(r"^evaluate.py: error: rank 1 on .*elsewhere: no such folder; expected a run directory", message)
+    assert re.search(rf"^evaluate.py: error: rank 1 on .*{said}", message)
     assert other_message == ""
 
 

@@ -140,6 +140,7 @@ ALLOWED = {
         "data.loading",
         "data.shards",
         "evaluate",
+        "failures",
         "generation",
         "micro_step",
         "model",
