@@ -6,7 +6,8 @@ MODEL is a run directory (its newest sound checkpoint, or that of step N), a che
 --temperature is given. Self-speculative decoding is what a model with several heads does by itself: its heads 1, 2, … draft
 tokens, head 0 verifies them, and the tokens are those of plain decoding, or drawn from the same distribution. --speculate
 decodes plainly as well, to compare: tokens accepted per step (head 0's own included), acceptance of each head, wall-clock. The
-first token of a completion comes from reading its prompt, and belongs to no step. A completion ends at the end of a document,
+first token of a completion comes from reading its prompt, and belongs to no step; drafts accepted beyond its end count too. A
+completion ends at the end of a document,
 at a --stop token, after --max-tokens or where the context is full. Exit code 0; 2, with one message, if something must be
 corrected.
 """

@@ -96,9 +96,9 @@ class History:
 
     @property
     def exit_code(self) -> int | None:
-        """The newest exit code since the last step, of a job that ended in good order."""
+        """The exit code of the newest job, if it ended in good order."""
         for event in reversed(self.events):
-            if event.kind == "step" or "code" in event.values:
+            if event.kind in ("step", "start") or "code" in event.values:
                 return event.values.get("code")
         return None
 

@@ -72,8 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     peak, failed = peak_flops(figures["device"]), figures["failed"]
     for name in options.shapes:
-        found = attempted(name, failed, _measure_shape, name, options.rounds, peak)
-        figures["shapes"] |= {} if found is None else {name: found}
+        figures["shapes"][name] = attempted(name, failed, _measure_shape, name, options.rounds, peak, failed) or {}
     figures["loss_phase"] = attempted("loss phase", failed, _measure_loss_phase, device, options) or {}
     return figures
 
@@ -100,8 +99,8 @@ def matrix_flops(device: torch.device, clock: Callable[[], float] = time.perf_co
     return 2 * size**3 / statistics.median(taken)
 
 
-def _measure_shape(name: str, rounds: int, peak_flops: float | None) -> dict[str, Any]:
-    """Both variants at one shape; the model of the one is freed before the other is built."""
+def _measure_shape(name: str, rounds: int, peak_flops: float | None, failed: dict[str, str]) -> dict[str, Any]:
+    """Both variants at one shape, or the one that can be measured; the model of the one is freed before the other is built."""
     shape = GPU_SHAPES[name]
     options = shape | {"threads": 0}
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,8 +108,10 @@ def _measure_shape(name: str, rounds: int, peak_flops: float | None) -> dict[str
         data = random_rows(Path(scratch), rows, shape["sequence_length"], shape["vocabulary"])
         found: dict[str, Any] = {}
         for variant in ("next_token", "selective"):
-            found[variant] = _measure_variant(variant, data, options, rounds)
-            print(f"{name} {variant}: {found[variant]['seconds']:.3f} s a step", file=sys.stderr, flush=True)
+            own = attempted(f"{name} {variant}", failed, _measure_variant, variant, data, options, rounds)
+            if own is not None:
+                found[variant] = own
+                print(f"{name} {variant}: {own['seconds']:.3f} s a step", file=sys.stderr, flush=True)
 
     # Useful FLOPs: on CUDA a query meets the keys of its document up to itself, on a CPU all of the row.
     length = shape["sequence_length"]
@@ -121,6 +122,8 @@ def _measure_shape(name: str, rounds: int, peak_flops: float | None) -> dict[str
         own["tokens_per_second"] = tokens / own["seconds"]
         own["flops_per_second"] = flops[variant] / own["seconds"]
         own["mfu"] = None if peak_flops is None else own["flops_per_second"] / peak_flops
+    if len(found) < 2:
+        return found
     selective, plain = found["selective"], found["next_token"]
     time_ratio, flop_ratio = selective["seconds"] / plain["seconds"], flops["selective"] / flops["next_token"]
     return found | {"time_ratio": time_ratio, "flop_ratio": flop_ratio, "time_over_flops": time_ratio / flop_ratio}
@@ -243,7 +246,7 @@ def table(figures: dict[str, Any]) -> str:
     times = [["seconds by phase", *phases]]
     lines += [f"{name} was not measured: {reason}" for name, reason in figures["failed"].items()]
     for shape, found in figures["shapes"].items():
-        for name in ("next_token", "selective"):
+        for name in filter(found.__contains__, ("next_token", "selective")):
             own = found[name]
             rows.append(
                 [
@@ -259,6 +262,8 @@ def table(figures: dict[str, Any]) -> str:
                 ]
             )
             times.append([f"{shape} {name}", *(f"{own['phases'].get(phase, 0):.3f}" for phase in phases)])
+        if "time_ratio" not in found:
+            continue
         lines.append(
             f"{shape}: selective takes {found['time_ratio']:.2f} of next_token's time, {found['flop_ratio']:.2f} of its FLOPs: "
             f"{found['time_over_flops']:.3f}"

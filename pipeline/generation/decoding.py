@@ -65,7 +65,7 @@ class Counts:
 
     @property
     def accepted_per_step(self) -> float | None:
-        """Mean tokens that a step adds, head 0's own included: 1 in plain decoding."""
+        """Mean tokens that head 0 accepts in a step, its own included: 1 in plain decoding."""
         return 1 + sum(self.accepted) / self.steps if self.steps else None
 
     @property

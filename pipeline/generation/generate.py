@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.generation.decoding import Completion, Counts, Listener, decode
 from pipeline.generation.prompts import PromptError, TextStream, encode_prompts, read_prompts, stop_ids, text_of
-from pipeline.generation.report import FIRST_TOKEN, figures, table
+from pipeline.generation.report import COUNTED, figures, table
 from pipeline.generation.sampling import Sampling
 from pipeline.model.mtp import MTPModel
 from pipeline.model_options import dtype_of
@@ -53,7 +53,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     listed = [_listed(text, completion, tokenizer) for text, completion in zip(texts, completions, strict=True)]
     for each in listed:
         print("" if options.stream else f"{each['prompt']}{each['text']}\n")
-    print(f"{table(counted)}\n{FIRST_TOKEN}", flush=True)
+    print(f"{table(counted)}\n{COUNTED}", flush=True)
     return {"model": str(source.directory), "completions": listed, **counted}
 
 

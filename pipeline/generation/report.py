@@ -6,14 +6,15 @@ from typing import Any
 from pipeline.generation.decoding import Completion, Counts
 from pipeline.runtime.table import aligned
 
-FIRST_TOKEN = "(a completion's first token comes from reading its prompt, and belongs to no step)"
-"""The reason why tokens ÷ steps is not what is accepted per step."""
+COUNTED = "(a completion's first token comes from reading its prompt, and belongs to no step; drafts beyond its end count too)"
+"""The reasons why tokens ÷ steps is not what is accepted per step."""
 
 
 def figures(completions: Sequence[Completion], counts: Counts) -> dict[str, Any]:
     """Return the figures of one way of decoding.
 
-    accepted_per_step: mean tokens that a step of a row adds, head 0's own included. acceptance_head_h: share of the steps in
+    accepted_per_step: mean tokens that head 0 accepts in a step of a row, its own included, also beyond the end of a
+    completion. acceptance_head_h: share of the steps in
     which head h's draft was accepted.
     """
     tokens = sum(len(completion.token_ids) for completion in completions)

@@ -23,9 +23,9 @@ class Chart(NamedTuple):
 def charts_of(runs: Sequence[RunFiles]) -> Iterator[Chart]:
     """Yield all charts, losses and selection first."""
     alone = len(runs) == 1
-    # A row of panels for each run.
-    selecting = max(run.num_heads for run in runs) - 1
-    columns = selecting if not alone and selecting > 1 else None
+    # A row of panels for each run, where all have as many.
+    numbers = {run.num_heads - 1 for run in runs}
+    columns = max(numbers) if not alone and len(numbers) == 1 and max(numbers) > 1 else None
 
     yield Chart("Policy loss by head", "Mean over all valid pairs, selected or not; nats a token.", _by_head(runs, "loss"))
     yield Chart("Held-out loss by head", "Of each held-out set; nats a token.", list(_held_out(runs)))

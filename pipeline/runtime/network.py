@@ -30,9 +30,14 @@ def choose_interface(size: int, local_size: int) -> None:
 
 
 def is_reachable_by_name(name: str) -> bool:
-    """Return whether the first address of a name is one that other machines reach, as far as this one can tell."""
+    """Return whether the first address of this machine's name is its own, and one that others reach as far as it can tell.
+
+    An address of another machine's, such as that of the router before it, is refused by torch, which falls back to loopback.
+    """
     try:
-        *_, address = socket.getaddrinfo(name, None)[0]
+        family, *_, address = socket.getaddrinfo(name, None)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as tried:
+            tried.bind((address[0], 0))
     except OSError:
         return False
     return not _is_loopback(str(address[0]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from pipeline.benchmark import gpu
 from pipeline.benchmark.gpu import MEASURED, attempted, busy_seconds, table, waits_in_step
 from pipeline.benchmark.phase_clock import PhaseClock
 from tests.forked import run_script
@@ -48,6 +49,22 @@ def test_what_does_not_fit_the_device_is_said_and_leaves_the_rest(capsys: pytest
     assert "Traceback" in capsys.readouterr().err
     figures = {"device": "a card", "torch": "2.11", "matrix_flops": 1e12, "shapes": {}, "loss_phase": {}, "failed": failed}
     assert "large was not measured: OutOfMemoryError: CUDA out of memory." in table(figures)
+
+
+def test_one_variant_is_kept_where_the_other_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {"seconds": 0.5, "idle_share": None, "waits": None, "peak_bytes": 1, "planned_bytes": 1, "phases": {}}
+
+    def work(variant: str, *_: object) -> dict[str, object]:
+        if variant == "selective":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return dict(measured)
+
+    monkeypatch.setattr(gpu, "_measure_variant", work)
+    failed: dict[str, str] = {}
+    found = gpu._measure_shape("tiny", 1, None, failed)
+    assert (list(found), failed) == (["next_token"], {"tiny selective": "OutOfMemoryError: CUDA out of memory."})
+    figures = {"device": "a card", "torch": "2.11", "matrix_flops": 1e12, "shapes": {"tiny": found}, "loss_phase": {}}
+    assert "tiny next_token" in table(figures | {"failed": failed})
 
 
 def test_the_time_of_nested_phases_goes_to_the_innermost() -> None:

@@ -10,6 +10,7 @@ from launch.generate import main
 from pipeline.data.shards.manifest import read_manifest
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.generation.prompts import TextStream
+from pipeline.generation.report import COUNTED
 from pipeline.model.export import save_model
 from tests.saved_models import SEQUENCE_LENGTH, model_of, write_checkpoint
 
@@ -48,7 +49,7 @@ def test_speculation_changes_no_token_and_is_shown_beside_plain_decoding(run, tm
     # The text, a column for each way, and why the tokens of plain decoding are more than its steps.
     assert PROMPT + both["completions"][0]["text"] in printed
     assert printed.splitlines()[-10].split() == ["plain", "speculative"]
-    assert printed.splitlines()[-1] == "(a completion's first token comes from reading its prompt, and belongs to no step)"
+    assert printed.splitlines()[-1] == COUNTED
     assert both["plain"]["tokens"] - both["plain"]["steps"] == len(both["completions"])
 
 

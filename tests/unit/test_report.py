@@ -100,6 +100,11 @@ def test_what_is_drawn_of_one_run_alone_is_not_spoken_of_with_several(tmp_path: 
 
 def test_each_run_of_several_has_a_row_of_panels_with_one_scale_for_all(tmp_path: Path) -> None:
     in_rows = {chart.heading: chart.columns for chart in charts_of(read_runs([made_run(tmp_path / name) for name in "ab"]))}
+    # Runs with unlike numbers of heads have no common rows.
+    fewer = made_run(tmp_path / "fewer") / "metrics.jsonl"
+    records = [{k: v for k, v in json.loads(line).items() if "head_2" not in k} for line in fewer.read_text().splitlines()]
+    fewer.write_text("".join(json.dumps(each) + "\n" for each in records))
+    assert all(chart.columns is None for chart in charts_of(read_runs([tmp_path / "a", fewer.parent])))
     assert (in_rows["Enrichment of the sources"], in_rows["Selected and rejected pairs"], in_rows["Thresholds"]) == (2, 2, None)
     panels = [Panel("", [Curve("a", "a", [1.0, 2.0], [0.0, top])]) for top in (1.0, 800.0)]
     # matplotlib names each label of a scale in a comment.
@@ -160,17 +165,18 @@ def test_a_rollback_has_a_row_of_its_own_beside_the_starts(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("ends", "said"),
     [
-        ({"event": "end", "code": 75}, "stopped on request, with more to do; step 20 of 20"),
-        ({"event": "end", "error": "DivergedError"}, "not finished: ended by DivergedError; step 20 of 20"),
-        ({"event": "end", "code": 0}, "finished, 20 steps"),
-        (start(), "not finished; step 20 of 20"),
+        ([{"event": "end", "code": 75}], "stopped on request, with more to do; step 20 of 20"),
+        ([{"event": "end", "error": "DivergedError"}], "not finished: ended by DivergedError; step 20 of 20"),
+        ([{"event": "end", "code": 0}], "finished, 20 steps"),
+        ([start()], "not finished; step 20 of 20"),
+        ([{"event": "end", "code": 0}, start(), resume(20)], "not finished; step 20 of 20"),
     ],
 )
-def test_a_page_says_how_a_run_has_ended(tmp_path: Path, end: dict[str, Any], said: str) -> None:
+def test_a_page_says_how_a_run_has_ended(tmp_path: Path, ends: list[dict[str, Any]], said: str) -> None:
     run = made_run(tmp_path / "one")
-    write_events(run, start(), resume(0), *map(step, range(1, 21)), end)
+    write_events(run, start(), resume(0), *map(step, range(1, 21)), *ends)
     assert read_run(run, "one").state == said
 
 
