@@ -77,6 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         say(f"error: {error}")
         return EXIT_USAGE
 
+    environment["SLURM_RESTART_COUNT"] = str(job.restarts)
     before = job.saved()
     ranks = start(job, environment)
     ranks.wait()
@@ -118,10 +119,14 @@ def find_job(script: str, arguments: Sequence[str]) -> Job:
             "environment before sbatch, or set it up in launch/site.sh"
         )
 
-    restarts, nodes = int(os.environ.get("SLURM_RESTART_COUNT", "0")), host_names(os.environ["SLURM_JOB_NODELIST"])
-    return Job(
-        os.environ["SLURM_JOB_ID"], name_of(os.environ), restarts, nodes, script, given, Path(done.stdout.splitlines()[-1])
-    )
+    name, nodes = name_of(os.environ), host_names(os.environ["SLURM_JOB_NODELIST"])
+    return Job(os.environ["SLURM_JOB_ID"], name, _restarts(name), nodes, script, given, Path(done.stdout.splitlines()[-1]))
+
+
+def _restarts(name: str) -> int:
+    """The lives of a job before this one, from Slurm: SLURM_RESTART_COUNT may be that of a requeued job that submitted it."""
+    found = or_none(properties, name) or {}
+    return int(found.get("Restarts", os.environ.get("SLURM_RESTART_COUNT", "0")))
 
 
 def start(job: Job, environment: dict[str, str]) -> Ranks:

@@ -11,12 +11,20 @@ ON_CPU = "SELECTIVE_MTP_ON_CPU"
 """Environment variable that allows a job without GPUs on nodes that have some."""
 
 _OF_ANOTHER_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SRUN_CPUS_PER_TASK")
-"""Variables that a job has of another launcher, within which it was submitted; each task would take itself for that rank."""
+"""Variables that a job has of another launcher, within which it was submitted; each task would take itself for that rank. So it
+is with all of `_TORCHRUN`, by which no rank would be the one that the others meet at."""
+_TORCHRUN = "TORCHELASTIC_"
+
+_CONTRADICTING = ("SLURM_NTASKS_PER_GPU", "SLURM_GRES", "SLURM_STEP_GRES", "SLURM_CONSTRAINT")
+"""Variables that srun takes for options, and that are never its own here: tasks are counted a node, and the others are about an
+allocation, which is there."""
 
 _READ_BY_SRUN = {
     "SLURM_GPUS": "TresPerJob",
     "SLURM_GPUS_PER_NODE": "TresPerNode",
     "SLURM_GPUS_PER_TASK": "TresPerTask",
+    "SLURM_GPUS_PER_SOCKET": "TresPerSocket",
+    "SLURM_CPUS_PER_GPU": "CpusPerTres",
     "SLURM_TRES_PER_TASK": "TresPerTask",
     "SLURM_MEM_PER_CPU": "MinMemoryCPU",
     "SLURM_MEM_PER_NODE": "MinMemoryNode",
@@ -88,6 +96,9 @@ def _checked(address: str, nodes: list[str]) -> str:
         raise StartError(f"MASTER_ADDR={address} cannot be looked up on {socket.gethostname()}; {remedy}")
     if len(nodes) > 1 and all(ipaddress.ip_address(each).is_loopback for each in _addresses(address)):
         raise StartError(f"MASTER_ADDR={address} is each machine's own, and the job has {len(nodes)} nodes; {remedy}")
+    # This runs on the first node, whose rank is the one that the others meet at.
+    if not any(_is_own(each) for each in _addresses(address)):
+        raise StartError(f"MASTER_ADDR={address} is no address of the first node, {nodes[0]}; {remedy}")
     return address
 
 
@@ -137,6 +148,17 @@ def _addresses(name: str) -> set[str]:
         return set()
 
 
+def _is_own(address: str) -> bool:
+    """True if this machine has the address."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as tried:
+            tried.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
 def _is_free(port: int) -> bool:
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -153,7 +175,8 @@ def add_to_environment(environment: Mapping[str, str]) -> dict[str, str]:
     Raises:
         StartError: they could not meet.
     """
-    left_out = {*_OF_ANOTHER_LAUNCHER, *_of_another_job(environment)}
+    left_out = {*_OF_ANOTHER_LAUNCHER, *_CONTRADICTING, *_of_another_job(environment)}
+    left_out |= {name for name in environment if name.startswith(_TORCHRUN)}
     added = {name: value for name, value in environment.items() if name not in left_out}
     added["MASTER_ADDR"] = meeting_address(environment["SLURM_JOB_NODELIST"], environment.get("MASTER_ADDR"))
     added["MASTER_PORT"] = str(meeting_port(environment["SLURM_JOB_ID"], environment))

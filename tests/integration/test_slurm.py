@@ -201,7 +201,7 @@ def test_a_persons_stop_is_no_reason_to_go_on_and_the_nodes_may_change(
     assert cluster.property(second, "ExitCode") == "75:0"
 
     # From within another job, whose GPUs and bindings sbatch passes on.
-    third = made.submit(2, 100, SLURM_GPUS_PER_TASK="1", SLURM_MEM_PER_CPU="100", SLURM_CPU_BIND="quiet,mask_cpu:0x1")
+    third = made.submit(2, 100, SLURM_GPUS_PER_TASK="1", SLURM_MEM_PER_CPU="100", SLURM_NTASKS_PER_GPU="1")
     assert cluster.wait_for(third) == "COMPLETED", made.shown()
     last, expected = made.records()[-1], uninterrupted["records"][-1]
     assert last["step"] == expected["step"] == STEPS

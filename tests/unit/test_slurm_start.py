@@ -12,7 +12,7 @@ from unittest.mock import ANY
 import pytest
 
 from pipeline.runtime.code_version import git_commit
-from pipeline.slurm import before_start
+from pipeline.slurm import batch_job, before_start
 from pipeline.slurm.batch_job import Job, as_submitted, find_job
 from pipeline.slurm.before_start import ON_CPU, StartError, add_to_environment, check_gpus, meeting_address, meeting_port
 from pipeline.slurm.code_copy import keep_code, with_kept_files
@@ -69,7 +69,8 @@ def test_an_address_that_the_shell_still_had_is_refused_where_the_ranks_could_no
     for given, expected in (("localhost", "each machine's own, and the job has 2 nodes"), (UNKNOWN, "cannot be looked up on")):
         with pytest.raises(StartError, match=f"MASTER_ADDR={given} .*{expected}.*; unset it, so that the ranks meet on n1"):
             meeting_address("ignored", given)
-    assert meeting_address("ignored", "192.0.2.7") == "192.0.2.7"
+    with pytest.raises(StartError, match=r"MASTER_ADDR=192\.0\.2\.7 is no address of the first node, n1; unset it"):
+        meeting_address("ignored", "192.0.2.7")
     answer(slurm, "scontrol", "n1")
     assert meeting_address("ignored", "127.0.0.1") == "127.0.0.1"
 
@@ -101,8 +102,10 @@ def test_a_job_that_is_submitted_from_within_another_one_has_ranks_of_its_own(sl
     answer(slurm, "scontrol", "n1 TresPerNode=gres:gpu:2 MinMemoryNode=0")
     outer = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "SRUN_CPUS_PER_TASK": "2"}
     outer |= {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "cpu:3", "SLURM_MEM_PER_CPU": "100"}
+    outer |= {"SLURM_NTASKS_PER_GPU": "1", "SLURM_CPUS_PER_GPU": "8", "SLURM_GPUS_PER_SOCKET": "1", "SLURM_CONSTRAINT": "a100"}
+    outer |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_GPUS_PER_NODE": "2", "SLURM_MEM_PER_NODE": "0"}
-    own |= {"SLURM_CPUS_PER_TASK": "8", "MASTER_ADDR": "192.0.2.7"}
+    own |= {"SLURM_CPUS_PER_TASK": "8", "MASTER_ADDR": "0.0.0.0"}
     added = {"MASTER_PORT": ANY, "PYTHONUNBUFFERED": "1"}
     assert add_to_environment(outer | own) == own | added
 
@@ -216,14 +219,22 @@ def test_an_array_prepares_in_the_container_and_its_joining_job_is_charged_as_it
     task = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}
     task |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_PARTITION": "cpu", "SLURM_JOB_ACCOUNT": "lab a"}
     command = ["bash", ROOT / "launch" / "prepare.sbatch", "--input=in", f"--output={slurm}/a mix"]
-    subprocess.run(command, env=os.environ | task | {"SELECTIVE_MTP_CONTAINER": "contained --nv"}, check=True)
+    # A count of restarts that is another job's, and a path with a space.
+    task |= {"SLURM_RESTART_COUNT": "2", "SELECTIVE_MTP_CONTAINER": "contained --bind '/my data'"}
+    answer(slurm, "scontrol", "JobId=9 Requeue=1 Restarts=0 BatchFlag=1")
+    subprocess.run(command, env=os.environ | task, check=True)
 
     inside = (slurm / "contained.txt").read_text().splitlines()
-    assert inside[:4] == ["--nv", "python3", "launch/prepare.py", "--input=in"]
+    assert inside[:5] == ["--bind", "/my data", "python3", "launch/prepare.py", "--input=in"]
     joining = (slurm / "sbatch.txt").read_text().splitlines()
     assert {"--partition=cpu", "--account=lab a", "--export=ALL", "--dependency=afterok:9"} <= set(joining)
     assert not any(option.startswith("--qos") for option in joining)
-    assert joining[-1].startswith("--wrap=contained --nv python3 launch/shards.py merge ")
+    assert joining[-1].startswith("--wrap=contained --bind /my\\ data python3 launch/shards.py merge ")
+    # A task that Slurm put into the queue again has submitted it before.
+    (slurm / "sbatch.txt").unlink()
+    answer(slurm, "scontrol", "JobId=9 Requeue=1 Restarts=1 BatchFlag=1")
+    subprocess.run(command, env=os.environ | task, check=True)
+    assert not (slurm / "sbatch.txt").exists()
 
 
 @pytest.mark.parametrize("name", ["train", "score"])
@@ -250,3 +261,9 @@ def test_a_job_that_was_requeued_finds_the_code_that_it_keeps_below_the_home_fol
     command = ["bash", ROOT / "launch" / f"{name}.sbatch", "--run-dir=~/runs of mine"]
     done = subprocess.run(command, env=os.environ | job, check=True, capture_output=True, text=True)
     assert done.stdout == f"kept {name}.py\n"
+
+
+def test_the_restarts_are_the_jobs_own(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    answer(slurm, "scontrol", "JobId=7 Requeue=1 Restarts=0")
+    assert batch_job._restarts("7") == 0
