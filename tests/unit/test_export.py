@@ -1,6 +1,9 @@
 """An export is the checkpoint's model, whole and verified, or there is none; transformers reads it as the model that it is."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from pipeline.model.huggingface import FolderWeights
 from pipeline.model.layout import export_name
 from pipeline.saved_model import find_model
 from tests.dense import all_losses
+from tests.forked import ROOT
 from tests.rows import batch_with
 from tests.saved_models import SEQUENCE_LENGTH, flip_a_bit, model_of, write_checkpoint
 
@@ -89,6 +93,41 @@ def test_the_configuration_names_what_the_data_has(run, tmp_path, tiny_data) -> 
         "AutoModelFor",
     ):
         assert part in card
+
+
+EXPORT_TWICE = """
+import sys
+from launch.export import main
+from pipeline.model import export
+from tests.peak_memory import peak_memory
+
+export.SHARD_BYTES = 16_000_000
+small, large, output = sys.argv[1:]
+# What is imported and allocated once does not count.
+assert main([small, output + "/small"]) == 0
+before = peak_memory()
+assert main([large, output + "/large"]) == 0
+print(peak_memory() - before)
+"""
+
+
+def test_an_export_holds_a_shard_and_not_the_model(tmp_path, tiny_data) -> None:
+    shapes = {"small": {}, "large": {"dim": 512, "ffn_dim": 2048, "num_layers": 12}}
+    for name, shape in shapes.items():
+        model = model_of(vocabulary(tiny_data), **shape)
+        write_checkpoint(tmp_path / name, model, 6, tiny_data / "train", ranks=2)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORT_TWICE, *(tmp_path / name for name in shapes), tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert whole > 240e6
+    # A shard is 16 MB, a block 17 MB; both sides of a comparison, and the pages of the files that are read.
+    assert int(done.stdout.splitlines()[-1]) < whole / 3
 
 
 def test_values_that_the_dtype_makes_infinite_are_refused(tmp_path, tiny_data, capsys) -> None:
