@@ -13,7 +13,7 @@ from pipeline.config import ModelSettings, Settings
 from pipeline.data.errors import DataError
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.special_tokens import declared_bos_id
-from pipeline.data.tokenizer import TOKENIZER_FILE, load_tokenizer, other_tokenizer
+from pipeline.data.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILE, load_tokenizer, other_tokenizer
 from pipeline.derived import next_token_model
 from pipeline.model.huggingface import ModelFilesError, read_model_settings, weight_problems
 from pipeline.model.layout import read_longest_row
@@ -69,7 +69,7 @@ def _pretrained_problems(settings: Settings, manifest: Manifest | None) -> list[
 
 def _pretrained_tokenizer_problems(directory: Path, manifest: Manifest | None) -> Iterator[str]:
     """Compare the tokenizer that lies beside pretrained weights, if one does, with the data's."""
-    if manifest is None or not (directory / TOKENIZER_FILE).is_file():
+    if manifest is None or not any((directory / name).is_file() for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE)):
         return
     try:
         other = other_tokenizer(load_tokenizer(directory), manifest.tokenizer_sha256, manifest.tokenizer_identity)
@@ -78,7 +78,7 @@ def _pretrained_tokenizer_problems(directory: Path, manifest: Manifest | None) -
     if other is not None:
         yield (
             f"model.pretrained: the tokenizer of {directory} {other}; prepare the data with the model's own tokenizer.json (or "
-            "take that out of the folder, if the policy is to learn another one)"
+            "take its tokenizer out of the folder, if the policy is to learn another one)"
         )
 
 

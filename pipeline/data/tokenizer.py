@@ -32,7 +32,7 @@ _END_OF_DOCUMENT_NAMES = (
     "<eos>",
 )
 _NUM_BYTES = 256
-_SENTENCEPIECE_FILE = "tokenizer.model"
+SENTENCEPIECE_FILE = "tokenizer.model"
 _NAME_ONE = "give a tokenizer.json or its folder"
 
 
@@ -88,7 +88,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         problem = f"{file} is not a tokenizer that the tokenizers library can read: {error}"
-        sentencepiece = _of_sentencepiece(file) if file.name == _SENTENCEPIECE_FILE else None
+        sentencepiece = _of_sentencepiece(file) if file.name == SENTENCEPIECE_FILE else None
         raise DataError(pointer_problem(file) or sentencepiece or problem) from None
 
 
@@ -126,7 +126,7 @@ def _of_sentencepiece(path: Path) -> str | None:
     follows the model's own settings from 5.24 on, and gives SentencePiece's ids; its LlamaTokenizer takes every model for a BPE
     of Llama's settings. `legacy`: a space is put before a text that begins with one, as SentencePiece does.
     """
-    file = path / _SENTENCEPIECE_FILE if path.is_dir() else path.with_name(_SENTENCEPIECE_FILE)
+    file = path / SENTENCEPIECE_FILE if path.is_dir() else path.with_name(SENTENCEPIECE_FILE)
     if not file.is_file():
         return None
     convert = (

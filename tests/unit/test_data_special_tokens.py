@@ -406,12 +406,16 @@ def test_a_pretrained_model_is_not_trained_on_the_ids_of_another_tokenizer(tmp_p
     content = json.loads((pretrained / "tokenizer.json").read_text())
     content["model"]["merges"].reverse()
     (pretrained / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(
-        ConfigError, match=r"model\.pretrained: the tokenizer of .* makes other ids out of a text.*or take that"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: the tokenizer of .* makes other ids out of a text.*or take its"):
         check_data(settings)
     (pretrained / "tokenizer.json").unlink()
     check_data(settings)
+    # One that cannot be compared before it is converted.
+    (pretrained / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(
+        ConfigError, match=r"tokenizer of .* cannot be used: .* is SentencePiece's. Write tokenizer.json beside"
+    ):
+        check_data(settings)
 
 
 def test_an_older_manifest_does_not_hide_how_the_documents_of_another_set_begin(tmp_path, tiny_data, tiny_reference):
