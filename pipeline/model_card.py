@@ -138,7 +138,7 @@ def _training(model: SavedModel) -> str:
 
 
 def _course(identity: dict[str, Any], key: str) -> str:
-    """How a setting that is listed by steps goes from one to the next."""
+    """The course between the listed steps of a setting that changes over them; nothing for any other setting."""
     by_steps = isinstance(identity[key], list) and isinstance(identity[key][0], list)
     return f", {identity[f'{key}_change']}" if by_steps else ""
 

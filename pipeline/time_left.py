@@ -1,4 +1,4 @@
-"""How far a long piece of work has come, and how long the rest of it takes, said now and then."""
+"""Progress of a long piece of work, and the time that the rest of it takes, said now and then."""
 
 import time
 

@@ -60,7 +60,7 @@ def test_a_node_that_does_not_divide_the_ranks_is_refused() -> None:
 
 
 def test_what_is_gathered_within_a_node_is_counted_by_itself() -> None:
-    """Of 4 ranks in nodes of 2, where a block has 100 values. tests/integration/test_hpz.py records such a step."""
+    """Count those of 4 ranks in nodes of 2, where a block has 100 values. tests/integration/test_hpz.py records such a step."""
     sizes = {"ranks": 4, "gpus_per_node": 2, "layers": 9, "vocabulary": 5, "dim": 10, "live_blocks": 5}
     called = [Called(Collective("all_gather", 100), 4), Called(Collective("all_gather", 240), 2)]
     called += [Called(Collective("reduce_scatter", 800), 4)]

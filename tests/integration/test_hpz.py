@@ -25,7 +25,7 @@ CONTENT["zero_optimization"] |= dict.fromkeys(("stage3_max_live_parameters", "st
 
 
 class Found(NamedTuple):
-    """What a rank found.
+    """The findings of a rank.
 
     gradient: of the first step. called: the collectives of the third as (kind, bytes held after a gather, ranks of the group).
     planned: the traffic that is expected of it.

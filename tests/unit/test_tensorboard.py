@@ -1,4 +1,4 @@
-"""Where TensorBoard shows what, as TensorBoard itself reads it."""
+"""The places at which TensorBoard shows each quantity, as TensorBoard itself reads it."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What a run shows on a terminal and in a log."""
+"""The output of a run on a terminal and in a log."""
 
 import io
 import re
@@ -45,7 +45,7 @@ def test_the_progress_line_has_losses_thresholds_speed_and_time_left():
 
 
 def written_to(file, monkeypatch, **environment):
-    """What a terminal shows of two steps and a message between them, written to a file."""
+    """Return what a terminal shows of two steps and a message between them, written to a file."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
