@@ -29,8 +29,10 @@ _READ_BY_SRUN = {
     "SLURM_MEM_PER_CPU": "MinMemoryCPU",
     "SLURM_MEM_PER_NODE": "MinMemoryNode",
     "SLURM_MEM_PER_GPU": "MemPerTres",
+    "SLURM_THREADS_PER_CORE": "ReqB:S:C:T",
 }
-"""Variables that srun takes for options, and the property that a job has if it was submitted with such an option."""
+"""Variables that srun takes for options, and the property that a job has if it was submitted with such an option: the last one
+has a number at its end then, and else an asterisk."""
 _FIRST_PORT, _PORTS = 20000, 10000
 _FIRST_EPHEMERAL = 32768
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -189,4 +191,4 @@ def _of_another_job(environment: Mapping[str, str]) -> list[str]:
     own options: srun would ask for GPUs or memory that this job does not have, and start nothing."""
     inherited = [name for name in _READ_BY_SRUN if name in environment]
     found = properties(name_of(environment)) if inherited else {}
-    return [name for name in inherited if _READ_BY_SRUN[name] not in found]
+    return [name for name in inherited if found.get(_READ_BY_SRUN[name], "*").endswith("*")]

@@ -99,14 +99,18 @@ def test_the_ranks_have_the_variables_of_the_batch_script_and_the_cores_of_a_tas
 
 
 def test_a_job_that_is_submitted_from_within_another_one_has_ranks_of_its_own(slurm: Path) -> None:
-    answer(slurm, "scontrol", "n1 TresPerNode=gres:gpu:2 MinMemoryNode=0")
+    answer(slurm, "scontrol", "n1 TresPerNode=gres:gpu:2 MinMemoryNode=0 ReqB:S:C:T=0:0:*:*")
     outer = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "SRUN_CPUS_PER_TASK": "2"}
     outer |= {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "cpu:3", "SLURM_MEM_PER_CPU": "100"}
+    outer |= {"SLURM_THREADS_PER_CORE": "1"}
     outer |= {"SLURM_NTASKS_PER_GPU": "1", "SLURM_CPUS_PER_GPU": "8", "SLURM_GPUS_PER_SOCKET": "1", "SLURM_CONSTRAINT": "a100"}
     outer |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_GPUS_PER_NODE": "2", "SLURM_MEM_PER_NODE": "0"}
     own |= {"SLURM_CPUS_PER_TASK": "8", "MASTER_ADDR": "0.0.0.0"}
     added = {"MASTER_PORT": ANY, "PYTHONUNBUFFERED": "1"}
+    assert add_to_environment(outer | own) == own | added
+    own |= {"SLURM_THREADS_PER_CORE": "1"}
+    answer(slurm, "scontrol", "n1 TresPerNode=gres:gpu:2 MinMemoryNode=0 ReqB:S:C:T=0:0:*:1")
     assert add_to_environment(outer | own) == own | added
 
 
@@ -239,12 +243,27 @@ def test_an_array_prepares_in_the_container_and_its_joining_job_is_charged_as_it
 
 @pytest.mark.parametrize("name", ["train", "score"])
 def test_a_task_of_an_array_has_its_number_in_its_settings_and_is_known_by_it(slurm: Path, name: str) -> None:
-    (slurm / "python3").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{slurm}/python3.txt\n')
+    (slurm / "python3").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{slurm}/python3.txt\nenv >{slurm}/environment.txt\n')
     (slurm / "python3").chmod(0o755)
     task = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
-    command = ["bash", ROOT / "launch" / f"{name}.sbatch", "run.name=mine-%a", "model.seed=%a"]
-    subprocess.run(command, env=os.environ | task, check=True)
-    assert (slurm / "python3.txt").read_text().splitlines()[-3:] == [f"{name}.py", "run.name=mine-3", "model.seed=3"]
+    settings = ["run.name=mine a-%a", "model.seed=%a", "data.shards=https://host/%ab.tar"]
+
+    def arguments() -> list[str]:
+        command = ["bash", ROOT / "launch" / f"{name}.sbatch", *settings]
+        bindings = {"SLURM_CPU_BIND": "mask_cpu:0x3", "SLURM_CPU_BIND_LIST": "0x3", "SLURM_MEM_BIND_TYPE": "none"}
+        subprocess.run(command, env=os.environ | task | bindings, check=True)
+        return (slurm / "python3.txt").read_text().splitlines()[-4:]
+
+    replaced = [f"{name}.py", "run.name=mine a-3", "model.seed=3", settings[2]]
+    answer(slurm, "scontrol", "JobId=9 ArrayJobId=9 ArrayTaskId=3")
+    assert arguments() == replaced
+    # Its cores are not those of the job that submitted it.
+    assert "_BIND" not in (slurm / "environment.txt").read_text()
+    (slurm / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    assert arguments() == replaced
+    answer(slurm, "scontrol", "JobId=9 JobName=x")
+    assert arguments() == [f"{name}.py", *settings]
+
     assert name_of({"SLURM_JOB_ID": "9"}) == "9"
     # Slurm tells a task of an array from a job that was submitted by one.
     answer(slurm, "scontrol", "JobId=9 ArrayJobId=9 ArrayTaskId=3")
