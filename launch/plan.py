@@ -94,6 +94,7 @@ def _figures(parser: OptionParser, read: Read):
     from pipeline.planning.micro_batch import with_micro_batch
     from pipeline.planning.report import document
     from pipeline.planning.resolve import resolve_planned_job
+    from pipeline.runtime.deepspeed_json import RANKS_OF_A_NODE, with_nodes_of
     from pipeline.runtime.memory import total_bytes
 
     if options.device_memory is not None and not 0 < options.device_memory < math.inf:
@@ -104,6 +105,7 @@ def _figures(parser: OptionParser, read: Read):
         known = ", ".join(PEAK_FLOPS)
         problems.append(f"--card: got {options.card!r}; expected one of {known}, or --matrix-tflops and --memory-bandwidth")
     settings, content = check_before_planning(settings, options.deepspeed, options.gpus, problems)
+    content = with_nodes_of(content, options.gpus_per_node or RANKS_OF_A_NODE, options.gpus)
     on_gpu = options.device == "cuda"
     memory = total_bytes() if options.device_memory is None and on_gpu else (options.device_memory or 0) * 2**30 or None
     chosen = with_micro_batch(settings, content, options.gpus, on_gpu, memory)

@@ -18,6 +18,7 @@ from pipeline.run_length import resolution
 from pipeline.runtime import heartbeat
 from pipeline.runtime.agreement import RanksDisagreeError
 from pipeline.runtime.checkpoint.commit import SaveError
+from pipeline.runtime.deepspeed_json import with_nodes_of
 from pipeline.runtime.distributed import (
     UnknownAddressError,
     World,
@@ -26,6 +27,7 @@ from pipeline.runtime.distributed import (
     look_up_meeting_point,
     min_over_ranks,
     missing_devices,
+    ranks_of_each_node,
     share_cores,
 )
 from pipeline.runtime.engine import initialize_distributed
@@ -89,7 +91,8 @@ def run_on_all_ranks(
     except (dist.DistError, ValueError) as error:
         return fail(prefix, _cannot_meet(error), EXIT_USAGE, True)
 
-    # The command.
+    # The command. Nodes may have unlike numbers of ranks, and all ranks have to hold the same settings.
+    content = with_nodes_of(content, ranks_of_each_node(world), world.size)
     usable = min_over_ranks(bytes_for_a_rank(device, world.local_size), device)
     settings = with_micro_batch(settings, content, world.size, device.type == "cuda", usable)
     job = Job(settings, content, run_dir, world, device, getattr(options, "allow_changed", False), _from_step(options))

@@ -31,6 +31,7 @@ from pipeline.benchmark.step import HEADS, check_shape, training_steps
 from pipeline.benchmark.streaming import random_rows
 from pipeline.config import Settings
 from pipeline.data.errors import DataError
+from pipeline.runtime.deepspeed_json import with_nodes_of
 from pipeline.runtime.distributed import World
 from pipeline.runtime.engine import Engine, initialize_distributed
 from pipeline.runtime.parameters import gathered_block_size
@@ -135,12 +136,12 @@ def table(figures: dict[str, Any]) -> str:
 
 def _count_on_this_rank(directory: Path, options: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    os.environ["LOCAL_WORLD_SIZE"] = str(options["gpus_per_node"] or ranks)
     initialize_distributed(torch.device("cpu"), "error")
     settings = _settings(directory, options, ranks)
     block = gathered_block_size(settings.model, 10 * settings.model.dim)
     # DeepSpeed has the same default for both.
     limits = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), int(options["live_blocks"] * block))
+    content = with_nodes_of(content, options["gpus_per_node"] or ranks, ranks)
     zero = content["zero_optimization"] | limits
     world = World(rank, ranks, rank, ranks)
     job = Job(settings, content | {"zero_optimization": zero}, directory / "run", world, torch.device("cpu"))

@@ -6,6 +6,7 @@ All are stated, by data sheets or by the user, but the speed of products, which 
 from dataclasses import dataclass
 
 from pipeline.flops import peak_flops
+from pipeline.runtime.deepspeed_json import RANKS_OF_A_NODE
 
 MATRIX_SHARE = 0.8
 """Share of a card's peak that large products reach where nothing was measured: 798 of 989 TFLOP/s on an H100 (8192³)."""
@@ -37,7 +38,7 @@ class Hardware:
     peak_flops: float | None
     matrix_flops: float
     memory_bandwidth: float
-    node_ranks: int = 8
+    node_ranks: int = RANKS_OF_A_NODE
     node_bandwidth: float = 450e9
     network_bandwidth: float = 50e9
     latency: float = 5e-6

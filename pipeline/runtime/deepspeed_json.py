@@ -6,7 +6,6 @@ integration that DeepSpeed itself does not know, so it is resolved here.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,9 @@ RECIPE_OWNS = {
     "optimizer": "training.learning_rate",
     "scheduler": "training.schedule",
 }
+RANKS_OF_A_NODE = 8
+"""The ranks of a node where nobody says how many there are: the GPUs of most machines that have several."""
+_HPZ = "zero_hpz_partition_size"
 _DTYPE_KEYS = ("communication_data_type", "data_types.grad_accum_dtype")
 _DTYPES = ("fp32", "bf16", "fp16")
 _REFUSED = {
@@ -73,8 +75,19 @@ def read_deepspeed_json(path: Path, settings: Settings) -> tuple[dict[str, Any],
     return content, problems
 
 
+def with_nodes_of(content: dict[str, Any], node_ranks: int, world_size: int) -> dict[str, Any]:
+    """Return the content with hpZ's `auto` resolved for nodes of so many ranks, 1 where nodes differ, which turns hpZ off."""
+    zero = content.get("zero_optimization", {})
+    if zero.get(_HPZ) != "auto":
+        return content
+    return content | {"zero_optimization": zero | {_HPZ: _partitions_of_a_node(world_size, node_ranks)}}
+
+
 def resolve_deepspeed_json(content: dict[str, Any], settings: Settings, world_size: int) -> dict[str, Any]:
-    """Return the configuration for `deepspeed.initialize`: 'auto' resolved, the recipe's batch sizes and clipping filled in."""
+    """Return the configuration for `deepspeed.initialize`: 'auto' resolved, the recipe's batch sizes and clipping filled in.
+
+    hpZ's `auto` that `with_nodes_of` has not resolved means nodes of `RANKS_OF_A_NODE`.
+    """
     batch, micro_batch = settings.data.global_batch, settings.data.rows_per_rank
 
     # DeepSpeed's default is to reduce and accumulate gradients in bf16.
@@ -231,10 +244,9 @@ def _block(settings: Settings, zero: dict[str, Any], _: int) -> int:
     return gathered_block_size(settings.model, _threshold(settings) if threshold == "auto" else threshold)
 
 
-def _ranks_of_a_node(world_size: int) -> int:
-    """The ranks of a node as the launcher says, else 8; 1, which turns hpZ off, for a job of one node or nodes that differ."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 8)
-    return ranks if world_size > ranks and world_size % ranks == 0 else 1
+def _partitions_of_a_node(world_size: int, node_ranks: int) -> int:
+    """The ranks that hold a node's copy of the weights; 1, which turns hpZ off, where a node has all ranks or nodes differ."""
+    return node_ranks if world_size > node_ranks and world_size % node_ranks == 0 else 1
 
 
 # The others are the formulas of Hugging Face's integration, so that one JSON serves both, with a lower bound: at dim ** 2 a
@@ -245,6 +257,6 @@ _AUTO_VALUES: dict[str, Callable[[Settings, dict[str, Any], int], Any]] = {
     "zero_optimization.reduce_bucket_size": lambda settings, *_: max(settings.model.dim**2, _SMALLEST_BUCKET),
     "zero_optimization.allgather_bucket_size": lambda settings, *_: max(settings.model.dim**2, _SMALLEST_BUCKET),
     "zero_optimization.stage3_prefetch_bucket_size": _block,
-    "zero_optimization.zero_hpz_partition_size": lambda *given: _ranks_of_a_node(given[-1]),
+    f"zero_optimization.{_HPZ}": lambda *given: _partitions_of_a_node(given[-1], RANKS_OF_A_NODE),
     "zero_optimization.stage3_param_persistence_threshold": lambda settings, *_: _threshold(settings),
 }

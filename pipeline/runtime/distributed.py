@@ -196,6 +196,12 @@ def gather_over_ranks(value: Any) -> list[Any]:
     return values
 
 
+def ranks_of_each_node(world: World) -> int:
+    """The number of ranks of every node; 1 where nodes have unlike numbers. Collective."""
+    numbers = set(gather_over_ranks(world.local_size))
+    return numbers.pop() if len(numbers) == 1 else 1
+
+
 def _tasks_on_this_node(tasks_per_node: str, node: int) -> str:
     """Parse SLURM_STEP_TASKS_PER_NODE: '2(x3),1' means two tasks on each of three nodes, then one."""
     counts: list[str] = []

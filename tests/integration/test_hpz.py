@@ -40,14 +40,13 @@ def two_steps() -> Found:
     """Two engines with hpZ in one process, as where the policy has a sharded reference."""
     from pipeline.planning.planned_job import PlannedJob
     from pipeline.planning.traffic import step_traffic
-    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json
+    from pipeline.runtime.deepspeed_json import resolve_deepspeed_json, with_nodes_of
     from pipeline.runtime.engine import build_reference, initialize_distributed
 
-    os.environ["LOCAL_WORLD_SIZE"] = str(NODE)
     initialize_distributed(torch.device("cpu"), "error")
     # With this rate a step leaves every weight as it is, to the bit.
     settings = settings_for(RANKS, MICRO_STEPS, learning_rate=1e-20)
-    config = resolve_deepspeed_json(CONTENT, settings, RANKS)
+    config = resolve_deepspeed_json(with_nodes_of(CONTENT, NODE, RANKS), settings, RANKS)
     shape = settings.model.model_copy(update={"num_prediction_heads": 1, "seed": 1})
     reference, policy = build_reference(shape, None, "zero3", config), WatchedEngine(settings, config)
     rank = int(os.environ["RANK"])

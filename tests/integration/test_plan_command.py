@@ -50,6 +50,19 @@ def test_a_plan_says_what_a_large_job_takes_whether_it_fits_and_what_would_make_
     assert json.loads((tmp_path / "plan.json").read_text())["total"] == full
 
 
+def test_the_gpus_of_a_node_hold_its_copy_of_the_weights(tmp_path: Path) -> None:
+    held = {}
+    for of_a_node in (None, 8, 4):
+        told = [] if of_a_node is None else ["--gpus-per-node", of_a_node]
+        done = plan("--gpus", 16, *told, "--json", tmp_path / "plan.json", *LARGE, stage="zero3_hpz")
+        assert done.returncode == 0, done.stderr
+        figures = json.loads((tmp_path / "plan.json").read_text())
+        held[of_a_node] = figures["total"]
+    assert held[None] == held[8]
+    # Of the policy's weights in bf16 a quarter, and not an eighth.
+    assert held[4] - held[8] == pytest.approx(2 * figures["parameters"] / 8, rel=0.02)
+
+
 def test_the_demo_is_planned_without_its_data_on_a_cpu(tmp_path: Path) -> None:
     sizes = ["--gpus", 2, "--device", "cpu", "--device-memory", 4]
     done = plan(*sizes, "--json", tmp_path / "plan.json", stage="zero3_offload", start_afresh=True)

@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from pipeline.recipe import load_settings
-from pipeline.runtime.deepspeed_json import read_deepspeed_json, resolve_deepspeed_json
+from pipeline.runtime.deepspeed_json import read_deepspeed_json, resolve_deepspeed_json, with_nodes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -269,14 +269,13 @@ def test_a_missing_file_is_refused_and_named(tmp_path, settings):
     assert read_deepspeed_json(path, settings) == ({}, [f"--deepspeed: no such file: {path}"])
 
 
-@pytest.mark.parametrize(("ranks", "of_a_node", "expected"), [(4, "2", 2), (16, None, 8), (2, "2", 1), (6, "4", 1)])
+@pytest.mark.parametrize(
+    ("ranks", "of_a_node", "expected"), [(4, 2, 2), (16, 8, 8), (16, 4, 4), (2, 2, 1), (6, 4, 1), (6, 1, 1), (16, None, 8)]
+)
 def test_hpz_partitions_the_weights_once_more_over_the_ranks_of_a_node(
-    settings, monkeypatch: pytest.MonkeyPatch, ranks: int, of_a_node: str | None, expected: int
+    settings, ranks: int, of_a_node: int | None, expected: int
 ) -> None:
     content = json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text(encoding="utf-8"))
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    if of_a_node is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_a_node)
-    resolved = resolve_deepspeed_json(content, settings, ranks)
-    assert resolved["zero_optimization"]["zero_hpz_partition_size"] == expected
+    told = content if of_a_node is None else with_nodes_of(content, of_a_node, ranks)
+    assert resolve_deepspeed_json(told, settings, ranks)["zero_optimization"]["zero_hpz_partition_size"] == expected
+    assert with_nodes_of({}, 2, 4) == {}

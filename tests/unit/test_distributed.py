@@ -22,6 +22,7 @@ from pipeline.runtime.distributed import (
     max_over_ranks,
     min_over_ranks,
     missing_devices,
+    ranks_of_each_node,
     share_cores,
 )
 from tests.ranks import run_ranks
@@ -226,3 +227,12 @@ def test_as_many_threads_as_the_environment_asks_for_else_a_share_of_the_cores(m
         assert torch.get_num_threads() == (threads or share)
     finally:
         torch.set_num_threads(before)
+
+
+def nodes_of(local_sizes: list[int]) -> int:
+    return ranks_of_each_node(World(dist.get_rank(), 3, 0, local_sizes[dist.get_rank()]))
+
+
+def test_every_rank_has_the_same_number_of_ranks_a_node_also_where_nodes_differ() -> None:
+    assert run_ranks(nodes_of, 3, [3, 3, 3]) == [3, 3, 3]
+    assert run_ranks(nodes_of, 3, [2, 2, 1]) == [1, 1, 1]
