@@ -106,7 +106,7 @@ def find_job(script: str, arguments: Sequence[str]) -> Job:
     named = any(argument.partition("=")[0] == "--deepspeed" for argument in arguments)
     given = [*arguments] if named else ["--deepspeed", "ds_configs/zero3.json", *arguments]
     if here != Path.cwd().resolve():
-        given = with_kept_files(given, Path.cwd(), here)
+        given = with_kept_files(given, here)
 
     command = [*_python(), str(here / "launch" / script), *given, "--print-run-dir"]
     environment = dict(os.environ) | {"PYTHONPATH": _python_path(here)}
@@ -134,7 +134,7 @@ def start(job: Job, environment: dict[str, str]) -> Ranks:
     job.logs.mkdir(parents=True, exist_ok=True)
     here, copy = Path(__file__).resolve().parents[2], (job.directory / "code").resolve()
     keep_code(here, copy)
-    arguments = with_kept_files(job.arguments, Path.cwd(), copy)
+    arguments = with_kept_files(job.arguments, copy)
     command = [*_python(), str(copy / "launch" / job.script), *arguments]
     say(f"life {job.restarts} on {' '.join(job.nodes)}; the logs of the ranks are in {job.logs}")
     return Ranks(job.name, command, environment | {"PYTHONPATH": _python_path(copy)}, job.logs)

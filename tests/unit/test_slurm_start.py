@@ -1,4 +1,4 @@
-"""A job on Slurm before its ranks start, and the logs and the code that it keeps; Slurm's commands are stand-ins."""
+"""A job on Slurm before its ranks start, and the logs that it keeps; Slurm's commands are stand-ins."""
 
 import io
 import os
@@ -11,11 +11,9 @@ from unittest.mock import ANY
 
 import pytest
 
-from pipeline.runtime.code_version import git_commit
 from pipeline.slurm import batch_job, before_start
 from pipeline.slurm.batch_job import Job, as_submitted, find_job
 from pipeline.slurm.before_start import ON_CPU, StartError, add_to_environment, check_gpus, meeting_address, meeting_port
-from pipeline.slurm.code_copy import keep_code, with_kept_files
 from pipeline.slurm.commands import name_of
 from pipeline.slurm.rank_logs import Ended, Follower, accused_rank, ends_of_ranks, last_words, rank_file
 from pipeline.slurm.ranks import options_of_step
@@ -112,37 +110,6 @@ def test_a_job_that_is_submitted_from_within_another_one_has_ranks_of_its_own(sl
     own |= {"SLURM_THREADS_PER_CORE": "1"}
     answer(slurm, "scontrol", "n1 TresPerNode=gres:gpu:2 MinMemoryNode=0 ReqB:S:C:T=0:0:*:1")
     assert add_to_environment(outer | own) == own | added
-
-
-def test_a_copy_of_the_code_stays_what_it_was(tmp_path: Path) -> None:
-    checkout, copy = tmp_path / "checkout", tmp_path / "run" / "slurm" / "7" / "code"
-    for name in ("launch/train.py", "launch/recipes/a.yaml", "pipeline/train.py", "ds_configs/zero3.json", "mine.yaml"):
-        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / name).write_text("before")
-    (tmp_path / "outside.yaml").write_text("before")
-    copy.parent.mkdir(parents=True)
-    keep_code(checkout, copy)
-
-    given = ["--deepspeed", f"{checkout}/ds_configs/zero3.json", f"--config={checkout}/mine.yaml", "a.b=c", "--config", "typo"]
-    kept = with_kept_files(given, checkout, copy)
-    assert kept == ["--deepspeed", f"{copy}/ds_configs/zero3.json", f"--config={copy}/mine.yaml", "a.b=c", "--config", "typo"]
-    assert with_kept_files(kept, checkout, copy) == kept
-    assert with_kept_files(["--config", f"{tmp_path}/outside.yaml"], checkout, copy) == ["--config", f"{tmp_path}/outside.yaml"]
-
-    # Edited and removed afterwards.
-    (checkout / "launch" / "train.py").write_text("after")
-    (checkout / "mine.yaml").unlink()
-    keep_code(checkout, copy)
-    assert (copy / "launch" / "train.py").read_text() == "before"
-    assert with_kept_files(given, checkout, copy) == kept
-    assert (copy / "mine.yaml").read_text() == "before"
-
-
-def test_a_copy_knows_the_commit_of_its_origin(tmp_path: Path) -> None:
-    (tmp_path / "COMMIT").write_text("0123abc-dirty\n")
-    assert git_commit(tmp_path) == "0123abc-dirty"
-    (tmp_path / "COMMIT").write_text("")
-    assert git_commit(tmp_path) is None
 
 
 def test_the_ends_of_ranks_are_read_from_the_lines_of_srun() -> None:
