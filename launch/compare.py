@@ -4,8 +4,9 @@
 
 A, B, ... are run directories, or folders of run directories. Runs that differ only in their seeds are one arm; each arm is
 compared with the first run's, by held-out losses and bits per byte after the last step that all runs share, as differences of
-runs with the same seeds, and their mean's 95 % interval. Runs whose data is unlike, by content, are refused, unless
---allow-unlike is given. Exit code 2, with one message, if there is nothing to compare.
+runs with the same seeds, and their mean's 95 % interval. These are model.seed and data.seed, and training.selection_seed too
+where runs of an arm differ in it alone. Runs whose data is unlike, by content, are refused, unless --allow-unlike is given.
+Exit code 2, with one message, if there is nothing to compare.
 """
 
 import sys

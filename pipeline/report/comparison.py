@@ -1,6 +1,8 @@
 """Compare arms of an experiment: runs that differ only in their seeds are one arm, and arms are compared seed by seed.
 
-A difference is that of two runs with the same seeds, on the same held-out rows, at the same step. Its interval is Student's:
+A difference is that of two runs with the same seeds, on the same held-out rows, at the same step. Seeds are those of the model
+and of the data; that of a random selection counts as well where an arm has runs that differ in it alone. The interval is
+Student's:
 with n pairs of mean difference d and standard deviation s, d ± t(0.975, n − 1) · s / √n covers the true difference in 95 of 100
 repetitions, if the differences are about normal. One pair has no interval.
 """
@@ -33,9 +35,9 @@ class Compared:
     identity: dict[str, Any]
     batch: str
 
-    @property
-    def seeds(self) -> tuple[Any, ...]:
-        return tuple(self.identity.get(seed) for seed in SEEDS[:2])
+    def values(self, seeds: Sequence[str] = SEEDS) -> tuple[Any, ...]:
+        """The values of these seeds."""
+        return tuple(self.identity.get(seed) for seed in seeds)
 
 
 def compare(paths: Sequence[Path], allow_unlike: bool = False) -> dict[str, Any]:
@@ -65,10 +67,7 @@ def compare(paths: Sequence[Path], allow_unlike: bool = False) -> dict[str, Any]
         "step": step,
         "unlike": unlike,
         "unfinished": list(_unfinished(runs, step)),
-        "arms": [
-            {"name": name, "runs": [str(each.run.path) for each in arm], "differs_in": _differs_in(runs[0], arm[0])}
-            for name, arm in arms.items()
-        ],
+        "arms": [_described(name, arm, arms[runs[0].run.name]) for name, arm in arms.items()],
         "differences": differences,
     }
 
@@ -82,7 +81,8 @@ def text(figures: Mapping[str, Any]) -> str:
     ]
     for arm in [first, *others]:
         what = "; ".join(arm["differs_in"]) or "the arm that others are compared with"
-        lines.append(f"  {arm['name']} ({len(arm['runs'])} run{'s' if len(arm['runs']) > 1 else ''}): {what}")
+        paired = f", paired by {_listed(arm['paired_by'])}" if arm["paired_by"] else ""
+        lines.append(f"  {arm['name']} ({len(arm['runs'])} run{'s' if len(arm['runs']) > 1 else ''}{paired}): {what}")
 
     rows = [["arm, figure", "pairs", first["name"], "arm", "difference", "95 % interval"]]
     rows += [_row(each) for each in figures["differences"]]
@@ -135,14 +135,34 @@ def _arms(runs: Sequence[Compared]) -> dict[str, list[Compared]]:
         same = next((arm for arm in arms if not _differs_in(arm[0], each)), None)
         arms.append([each]) if same is None else same.append(each)
     for arm in arms:
-        twice = [each.run.name for each in arm if sum(other.seeds == each.seeds for other in arm) > 1]
+        twice = [each.run.name for each in arm if sum(other.values() == each.values() for other in arm) > 1]
         if twice:
             raise ReportError(
-                f"{', '.join(twice)}: runs with the same settings and the same {' and '.join(SEEDS[:2])}; name one of them"
+                f"{', '.join(twice)}: runs with the same settings and the same {_listed(SEEDS)}; name one of them"
             )
     if len(arms) < 2:
         raise ReportError("all runs have the same settings but for their seeds: there is nothing to compare")
     return {arm[0].run.name: arm for arm in arms}
+
+
+def _described(name: str, arm: Sequence[Compared], first: Sequence[Compared]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "runs": [str(each.run.path) for each in arm],
+        "differs_in": _differs_in(first[0], arm[0]),
+        "paired_by": [] if arm is first else [*_paired_by(first, arm)],
+    }
+
+
+def _paired_by(first: Sequence[Compared], arm: Sequence[Compared]) -> Sequence[str]:
+    """The seeds that two runs of a pair share: those of model and data where they tell the runs of each arm apart, since the
+    selection's matters to a random selection alone."""
+    are_told_apart = all(len({each.values(SEEDS[:2]) for each in runs}) == len(runs) for runs in (first, arm))
+    return SEEDS[:2] if are_told_apart else SEEDS
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _differs_in(one: Compared, other: Compared) -> list[str]:
@@ -190,13 +210,14 @@ def _unfinished(runs: Sequence[Compared], step: int) -> Iterator[str]:
 
 def _differences(arms: Mapping[str, list[Compared]], step: int) -> Iterator[dict[str, Any]]:
     first_name, first = next(iter(arms.items()))
-    by_seed = {each.seeds: each for each in first}
     for name, arm in arms.items():
         if name == first_name:
             continue
-        pairs = [(by_seed[each.seeds], each) for each in arm if each.seeds in by_seed]
+        seeds = _paired_by(first, arm)
+        by_seed = {each.values(seeds): each for each in first}
+        pairs = [(by_seed[each.values(seeds)], each) for each in arm if each.values(seeds) in by_seed]
         if not pairs:
-            raise ReportError(f"{first_name} and {name}: no two runs have the same {' and '.join(SEEDS[:2])}")
+            raise ReportError(f"{first_name} and {name}: no two runs have the same {_listed(seeds)}")
         for set_name in first[0].run.sets:
             records = [tuple(_record(each, set_name, step) for each in pair) for pair in pairs]
             for metric in _metrics(records):

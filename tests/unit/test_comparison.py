@@ -79,6 +79,32 @@ def test_arms_are_paired_by_seed_and_differences_have_students_interval(tmp_path
     assert "-0.1000" in text(figures)
 
 
+def test_runs_that_differ_in_the_seed_of_the_selection_alone_are_paired_by_it(tmp_path: Path) -> None:
+    losses = {"random": (3.0, 3.5, 3.2), "excess": (2.9, 3.35, 3.15)}
+    runs = [
+        made_run(tmp_path / f"{score}-{seed}", score, 0, loss, also={"training.selection_seed": seed})
+        for score, of_arm in losses.items()
+        for seed, loss in enumerate(of_arm)
+    ]
+    # In whatever order they are named.
+    figures = compare([*runs[:3], *reversed(runs[3:])])
+    assert [len(arm["runs"]) for arm in figures["arms"]] == [3, 3]
+    expected = [b - a for a, b in zip(*losses.values(), strict=True)]
+    mean, half = statistics.fmean(expected), 4.302653 * statistics.stdev(expected) / math.sqrt(3)
+    first = figures["differences"][0]
+    assert [first[key] for key in ("pairs", "mean", "low", "high")] == pytest.approx([3, mean, mean - half, mean + half])
+    assert "3 runs, paired by model.seed, data.seed and training.selection_seed" in text(figures)
+
+
+def test_another_seed_of_the_selection_parts_no_runs_that_the_models_seeds_tell_apart(tmp_path: Path) -> None:
+    redrawn = [
+        made_run(tmp_path / f"a-{seed}", "random", seed, 3.0, also={"training.selection_seed": 7 + seed}) for seed in (0, 1)
+    ]
+    figures = compare([*redrawn, *(made_run(tmp_path / f"b-{seed}", "excess", seed, 2.0) for seed in (0, 1))])
+    assert figures["differences"][0]["pairs"] == 2
+    assert "2 runs, paired by model.seed and data.seed" in text(figures)
+
+
 def test_a_folder_of_runs_stands_for_the_runs_in_it(tmp_path: Path) -> None:
     made_run(tmp_path / "a" / "0", "random", 0, 3.0)
     made_run(tmp_path / "b" / "0", "excess", 0, 2.0)
@@ -116,10 +142,15 @@ def test_what_cannot_be_paired_is_refused(tmp_path: Path, capsys: pytest.Capture
     other = made_run(tmp_path / "c", "excess", 7, 2.0)
     again = made_run(tmp_path / "d", "random", 0, 3.0)
     late = made_run(tmp_path / "e", "excess", 0, 2.0, steps=(0, 7))
+    redrawn = made_run(tmp_path / "f", "random", 0, 3.0, also={"training.selection_seed": 1})
     for runs, said in (
         ([a, b], "the same settings but for their seeds"),
         ([a, other], "no two runs have the same model.seed and data.seed"),
-        ([a, again, other], "the same settings and the same model.seed and data.seed; name one of them"),
+        (
+            [a, again, other],
+            "a, d: runs with the same settings and the same model.seed, data.seed and training.selection_seed; name one",
+        ),
+        ([redrawn, a, other], "no two runs have the same model.seed, data.seed and training.selection_seed"),
         (
             [a, late],
             "all of the runs were validated (logging.validation_every): a at 0, 50, 100; e at 0, 7",
