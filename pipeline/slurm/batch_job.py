@@ -4,7 +4,8 @@ The checks come first, so that what cannot work ends in seconds. Then srun start
 code, with a log a rank. When they have ended the job is put into the queue again where that is of use. `RUN/slurm/JOB/` has all
 of it: `code/`, the logs of each life (`life-0/`), and `lives.jsonl`, with what became of each and why.
 
-Exit code: that of the first rank with an error of its own, else srun's, the highest of all; 2 if the job cannot start.
+Exit code: that of the first rank with an error of its own, else srun's, the highest of all, with 75 for ranks that a request
+ended before they could listen; 2 if the job cannot start.
 """
 
 import os
@@ -20,9 +21,9 @@ from pipeline.runtime.preemption import EXIT_TRY_AGAIN
 from pipeline.slurm.before_start import StartError, add_to_environment, check_gpus
 from pipeline.slurm.code_copy import keep_code, with_kept_files
 from pipeline.slurm.commands import SlurmError, host_names, name_of, properties, requeue, usable_nodes
-from pipeline.slurm.rank_logs import Ended, accused_rank, ends_of_ranks, last_words, own_errors
-from pipeline.slurm.ranks import Ranks, or_none, say
-from pipeline.slurm.requeueing import Decision, Life, decide, failures_in_a_row, record
+from pipeline.slurm.rank_logs import Ended, accused_rank, code_of_job, ends_of_ranks, last_words, own_errors
+from pipeline.slurm.ranks import Ranks, Request, or_none, say
+from pipeline.slurm.requeueing import Decision, Life, decide, failures_in_a_row, lead_seconds, record
 
 CONTAINER = "SELECTIVE_MTP_CONTAINER"
 """Environment variable with the command that runs another one in a container, such as `apptainer exec --nv image.sif`."""
@@ -58,15 +59,18 @@ class Job:
 
     def saved(self) -> set[Path]:
         """What the job has saved so far: checkpoints, a reference that it trained, pieces that it scored."""
-        checkpoints = [*self.run_dir.glob("checkpoints/*/state.json"), *self.run_dir.glob("reference/**/*.json")]
         outputs = [value for option, value in zip(self.arguments, self.arguments[1:], strict=False) if option == _OUTPUT]
         outputs += [each.partition("=")[2] for each in self.arguments if each.startswith(f"{_OUTPUT}=")]
-        found = [*checkpoints, *(file for output in outputs for file in Path(output).expanduser().rglob("*"))]
-        return {file for file in found if ".partial" not in str(file)}
+        looked_at = [(self.run_dir, pattern) for pattern in ("checkpoints/*/state.json", "reference/**/*.json")]
+        looked_at += [(Path(output).expanduser(), "**/*") for output in outputs]
+        # What a folder above is called says nothing.
+        found = [(file, file.relative_to(folder)) for folder, pattern in looked_at for file in folder.glob(pattern)]
+        return {file for file, name in found if ".partial" not in str(name)}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a life of a job; returns the exit code. arguments: a script of launch/, and its own."""
+    request = Request(lead_seconds(os.environ))  # first of all, so that one which comes meanwhile is kept
     try:
         warning = check_gpus(os.environ)
         if warning is not None:
@@ -79,16 +83,16 @@ def main(arguments: Sequence[str]) -> int:
 
     environment["SLURM_RESTART_COUNT"] = str(job.restarts)
     before = job.saved()
-    ranks = start(job, environment)
+    ranks = start(job, environment, request)
     ranks.wait()
     ends = ends_of_ranks(ranks.lines)
-    # srun has the highest code, which may be that of a rank that it ended itself, after another one had failed.
-    code = next((end.code for end in own_errors(ends) if end.code is not None), ranks.code)
+    code = code_of_job(ends, ranks.code)
     show_failure(job, code, ends)
 
     # The record comes before the requeueing, which ends this process.
-    cancelled = ranks.cancelled and not ranks.is_preempted
-    life = Life(code, job.saved() != before, ends, ranks.asked_by_slurm, accused_node(job, ends), cancelled)
+    preempted = ranks.is_preempted
+    asked, cancelled = preempted or ranks.asked_by_slurm, ranks.cancelled and not preempted
+    life = Life(code, job.saved() != before, ends, asked, accused_node(job, ends), cancelled, preempted)
     decision = as_submitted(job, decide(life, failures_in_a_row(job.records)))
     record(job.records, life, decision, job.nodes)
     obey(job, decision)
@@ -129,7 +133,7 @@ def _restarts(name: str) -> int:
     return int(found.get("Restarts", os.environ.get("SLURM_RESTART_COUNT", "0")))
 
 
-def start(job: Job, environment: dict[str, str]) -> Ranks:
+def start(job: Job, environment: dict[str, str], request: Request) -> Ranks:
     """Start the ranks, from the copy of the code."""
     job.logs.mkdir(parents=True, exist_ok=True)
     here, copy = Path(__file__).resolve().parents[2], (job.directory / "code").resolve()
@@ -137,7 +141,7 @@ def start(job: Job, environment: dict[str, str]) -> Ranks:
     arguments = with_kept_files(job.arguments, copy)
     command = [*_python(), str(copy / "launch" / job.script), *arguments]
     say(f"life {job.restarts} on {' '.join(job.nodes)}; the logs of the ranks are in {job.logs}")
-    return Ranks(job.name, command, environment | {"PYTHONPATH": _python_path(copy)}, job.logs)
+    return Ranks(job.name, command, environment | {"PYTHONPATH": _python_path(copy)}, job.logs, request)
 
 
 def show_failure(job: Job, code: int, ends: Sequence[Ended]) -> None:
@@ -168,7 +172,7 @@ def obey(job: Job, decision: Decision) -> None:
     """Put the job into the queue again if that was decided, and say what was."""
     if not decision.requeue:
         if decision.why:
-            say(f"not put into the queue again: {decision.why}")
+            say(f"not put into the queue again by this script: {decision.why}")
         return
     found = or_none(properties, job.name) or {}
     excluded = {node for node in found.get("ExcNodeList", "").split(",") if node and node != "(null)"}

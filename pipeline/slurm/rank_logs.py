@@ -5,12 +5,13 @@ output while it runs. After a failure it has the message of one rank, the first 
 """
 
 import re
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from pipeline.runtime.preemption import EXIT_HANG, EXIT_TRY_AGAIN
+from pipeline.runtime.preemption import EXIT_HANG, EXIT_TRY_AGAIN, STOPPING_SIGNALS
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 _MOST_LINES = 60
@@ -18,8 +19,12 @@ _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,\-]+): (?:Exited with exit
 _VERDICT = re.compile(r"the job cannot go on: rank (\d+) ")
 
 
+_REQUESTS = {signal.strsignal(number) for number in STOPPING_SIGNALS}
+"""srun's words for a rank that a request to stop ended before it could listen."""
+
+
 class Ended(NamedTuple):
-    """The end of a rank that srun reports as an error. code: None where a signal ended it."""
+    """The end of a rank that srun reports as an error. code: None where a signal ended it, but 75 where that was a request."""
 
     node: str
     rank: int
@@ -37,14 +42,25 @@ def ends_of_ranks(lines: Sequence[str]) -> list[Ended]:
     for line in lines:
         match = _ENDED.match(line)
         if match is not None:
-            node, ranks, code, _ = match.groups()
-            found += [Ended(node, rank, None if code is None else int(code)) for rank in _numbers(ranks)]
+            node, ranks, exited, ended_by = match.groups()
+            asked = EXIT_TRY_AGAIN if ended_by in _REQUESTS else None
+            found += [Ended(node, rank, asked if exited is None else int(exited)) for rank in _numbers(ranks)]
     return found
 
 
 def own_errors(ends: Sequence[Ended]) -> list[Ended]:
     """Those with an error of their own: who ended neither on request, nor for another rank's sake, nor by a signal."""
     return [end for end in ends if end.code not in (None, EXIT_HANG, EXIT_TRY_AGAIN)]
+
+
+def code_of_job(ends: Sequence[Ended], of_srun: int) -> int:
+    """Return the exit code of the first rank with an error of its own, else that for which a request ended all, else srun's.
+
+    srun has the highest code, which may be that of a rank that it ended itself, after another one had failed.
+    """
+    own = [end.code for end in own_errors(ends) if end.code is not None]
+    was_asked = of_srun in {128 + number for number in STOPPING_SIGNALS} and all(end.code == EXIT_TRY_AGAIN for end in ends)
+    return own[0] if own else EXIT_TRY_AGAIN if was_asked else of_srun
 
 
 def _numbers(text: str) -> Iterator[int]:
@@ -81,13 +97,14 @@ def last_words(directory: Path, ranks: Sequence[int]) -> str:
 
 
 class Follower:
-    """Copies a file that grows to a stream, from a thread; `seen` is set at the first line that has `word` in it."""
+    """Copies a file that grows to a stream, from a thread; `begun` is set when it has something, `seen` at the first line that
+    has `word` in it."""
 
     def __init__(self, file: Path, stream: TextIO, word: str):
         self._file, self._stream, self._word = file, stream, word
         self._position = 0
         self._ending = threading.Event()
-        self.seen = threading.Event()
+        self.begun, self.seen = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._thread.start()
 
@@ -111,6 +128,8 @@ class Follower:
         if whole_lines:
             found = found[: found.rfind(b"\n") + 1]
         self._position += len(found)
+        if found:
+            self.begun.set()
         text = found.decode("utf-8", errors="replace")
         self._stream.write(text)
         self._stream.flush()

@@ -3,15 +3,16 @@
 Slurm itself requeues after the failure of a node and for PreemptMode=REQUEUE. What it knows nothing of are the exit codes:
 
     75   the ranks have stopped on request. If the request was Slurm's, because the time limit or a preemption was near, the job
-         goes on in another life; if it was a person's, it does not. Nor does it where a life has saved nothing, since the
-         next one would fare no better.
+         goes on in another life; if it was a person's, it does not. The time left when the ranks are asked tells one from the
+         other. Nor does a job go on where a life that was not preempted has saved nothing: the next would fare no better.
     4    a rank died or stood still. The job goes on without the node of that rank, if others can take its place; after
          `MOST_FAILURES` such lives in a row that have saved nothing it does not.
 """
 
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,8 +33,8 @@ class Life:
     """One start of a job, from what it left.
 
     code: the job's exit code. ends: the ranks that ended badly, in their order. progressed: something new was saved.
-    asked_by_slurm: None if nobody asked the ranks to stop.
-    accused: node of the rank that died or stood still, if it is known.
+    asked_by_slurm: None if nobody asked the ranks to stop. is_preempted: Slurm has taken the nodes away for another job.
+    accused: node of the rank that died or stood still, if it is known. cancelled: the batch script was sent SIGTERM.
     """
 
     code: int
@@ -42,6 +43,7 @@ class Life:
     asked_by_slurm: bool | None = None
     accused: str | None = None
     cancelled: bool = False
+    is_preempted: bool = False
 
     @property
     def has_lost_a_rank(self) -> bool:
@@ -59,25 +61,31 @@ class Decision:
     exclude: str | None = None
 
 
-def is_slurms(seconds_left: float | None, is_preempted: bool) -> bool:
+def lead_seconds(environment: Mapping[str, str]) -> float:
+    """The lead time of a job: by SBATCH_SIGNAL, Slurm's variable for --signal, such as `B:USR1@1800`, else the script's."""
+    found = re.fullmatch(r"(?:[RB]*:)?\w+@(\d+)", environment.get("SBATCH_SIGNAL", ""))
+    return LEAD_SECONDS if found is None else float(found[1])
+
+
+def is_slurms(seconds_left: float | None, is_preempted: bool, lead: float = LEAD_SECONDS) -> bool:
     """True if a request to stop that the ranks heard so long before the time limit was Slurm's; a person's otherwise."""
-    return is_preempted or (seconds_left is not None and seconds_left <= LEAD_SECONDS + _TOLERANCE_SECONDS)
+    return is_preempted or (seconds_left is not None and seconds_left <= lead + _TOLERANCE_SECONDS)
 
 
-def seconds_to_wait(seconds_left: float, limit: float) -> float:
-    """Seconds to wait before the ranks are asked to stop, once Slurm has signalled.
+def seconds_to_wait(seconds_left: float, limit: float, signalled_before: float = 0.0) -> float:
+    """Seconds to wait before the ranks are asked to stop, when Slurm signalled `signalled_before` seconds ago.
 
     By the lead time of launch/train.sbatch Slurm signals at once where the limit is shorter than that, and early where it is
     little longer. Then the ranks are asked when a quarter of the limit is left. A longer lead time is a user's choice.
     """
-    is_early = limit / 2 < seconds_left <= LEAD_SECONDS + _TOLERANCE_SECONDS
-    return seconds_left - limit / 4 if is_early else 0.0
+    is_early = limit / 2 < seconds_left + signalled_before <= LEAD_SECONDS + _TOLERANCE_SECONDS
+    return max(0.0, seconds_left - limit / 4) if is_early else 0.0
 
 
 def decide(life: Life, failures_before: int) -> Decision:
     """Decide by the life that has ended. failures_before: lives before it, in a row, that lost a rank and saved nothing."""
     if life.cancelled:
-        return Decision(False, "it was cancelled, or is at its time limit")
+        return Decision(False, "it was cancelled, somebody requeued it, or it is at its time limit")
     if life.has_lost_a_rank:
         failures = 0 if life.progressed else failures_before + 1
         if failures >= MOST_FAILURES:
@@ -87,7 +95,7 @@ def decide(life: Life, failures_before: int) -> Decision:
         return Decision(False, "" if life.code == 0 else "the same would happen again")
     if not life.asked_by_slurm:
         return Decision(False, "it was asked to stop by a person, not by Slurm; the same command continues it")
-    if not life.progressed:
+    if not life.progressed and not life.is_preempted:
         return Decision(False, "it has saved nothing since it began; give it more time: sbatch --time")
     return Decision(True, "Slurm asked it to stop, and there is more to do")
 

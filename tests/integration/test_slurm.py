@@ -191,7 +191,7 @@ def test_a_persons_stop_is_no_reason_to_go_on_and_the_nodes_may_change(
     made.let_pass(100)
     assert cluster.wait_for(first) == "FAILED"
     assert cluster.property(first, "ExitCode") == "75:0"
-    assert "not put into the queue again: it was asked to stop by a person" in made.shown()
+    assert "not put into the queue again by this script: it was asked to stop by a person" in made.shown()
 
     second = made.submit(1, gate=10)
     made.wait_for_step(9)
