@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.report.charts import Panel, panels_figure
-from pipeline.report.colours import colours_of
+from pipeline.report.colours import looks_of
 from pipeline.report.curves import Curve
 from pipeline.report.page import document, number, picture, text
 
@@ -151,7 +151,7 @@ def _enrichment(results: dict[str, Any]) -> str:
         )
         for name, points in arms.items()
     ]
-    drawn = panels_figure(panels, colours_of(sources))
+    drawn = panels_figure(panels, looks_of(sources))
     return "" if drawn is None else picture(drawn, "enrichment of each source over tokens, by arm")
 
 
@@ -190,7 +190,7 @@ def _curves(arms: dict[str, Any]) -> str:
         ]
         curves.append(Curve(name, name, [tokens for tokens, _ in points], [bits for _, bits in points]))
     halves = [curves[: (len(curves) + 1) // 2], curves[(len(curves) + 1) // 2 :]]
-    drawn = panels_figure([Panel("", half, unit="bits per byte", along="tokens") for half in halves], colours_of(list(arms)))
+    drawn = panels_figure([Panel("", half, unit="bits per byte", along="tokens") for half in halves], looks_of(list(arms)))
     return "" if drawn is None else picture(drawn, "bits per byte over tokens, by arm")
 
 

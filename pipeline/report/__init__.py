@@ -3,7 +3,7 @@
 errors      what ends a page before it is begun
 run_files   a run directory as it was read: records, settings, events, and what is wrong with them
 curves      the series of a metric over a run's steps, short enough to be drawn
-colours     those of heads, runs and sources
+colours     and dashes, by which heads, runs and sources are told apart
 charts      matplotlib's figures, as pictures that a page carries with it
 figures     which charts a page has
 passage_page  a passage whose tokens are coloured by the heads that select them

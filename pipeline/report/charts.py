@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.report.colours import colours_of
+from pipeline.report.colours import Look, looks_of
 from pipeline.report.curves import Curve, has_values
 
 _STYLE: Any = {
@@ -43,7 +43,7 @@ class Panel(NamedTuple):
 
 
 def panels_figure(
-    panels: Sequence[Panel], colours: Mapping[str, str], file_format: str = "svg", columns: int | None = None
+    panels: Sequence[Panel], looks: Mapping[str, Look], file_format: str = "svg", columns: int | None = None
 ) -> bytes | None:
     """Draw panels side by side, at most four in a row; None where nothing has a value.
 
@@ -61,7 +61,7 @@ def panels_figure(
         for number, panel in enumerate(shown):
             axes = figure.add_subplot(rows, in_a_row, number + 1, sharey=first)
             first = axes if columns else None
-            _draw(axes, panel, colours)
+            _draw(axes, panel, looks)
         return _bytes_of(figure, file_format)
 
 
@@ -70,14 +70,14 @@ def bars_figure(shares: Mapping[str, Mapping[str, float]]) -> bytes | None:
     if not any(sum(parts.values()) for parts in shares.values()):
         return None
     kinds = list(next(iter(shares.values())))
-    colours = colours_of(kinds)
+    looks = looks_of(kinds)
     with rc_context(_STYLE):
         figure = Figure(figsize=(10.4, 0.9 + 0.4 * len(shares)), layout="constrained")
         axes = figure.add_subplot()
         left = [0.0] * len(shares)
         for kind in kinds:
             widths = [parts[kind] for parts in shares.values()]
-            axes.barh(list(range(len(shares))), widths, left=left, color=colours[kind], label=kind.replace("_", " "))
+            axes.barh(list(range(len(shares))), widths, left=left, color=looks[kind].colour, label=kind.replace("_", " "))
             left = [before + width for before, width in zip(left, widths, strict=True)]
         axes.set_yticks(list(range(len(shares))), [_plain(name) for name in shares])
         axes.invert_yaxis()
@@ -86,15 +86,16 @@ def bars_figure(shares: Mapping[str, Mapping[str, float]]) -> bytes | None:
         return _bytes_of(figure, "svg")
 
 
-def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
+def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
     for step in panel.marks:
         axes.axvline(step, color="#999999", linewidth=0.8, linestyle=":")
     if panel.line_at is not None:
         axes.axhline(panel.line_at, color="#999999", linewidth=0.8)
     for curve in filter(has_values, panel.curves):
-        colour: Any = colours[curve.key]
+        colour, dashes = looks[curve.key]
+        style: Any = {"color": colour, "linestyle": (0, dashes) if dashes else "-", "linewidth": 1.2, "markersize": 3}
         marker = "o" if len(curve.x) < 12 else ""
-        axes.plot(curve.x, curve.y, color=colour, linewidth=1.2, marker=marker, markersize=3, label=_plain(curve.label))
+        axes.plot(curve.x, curve.y, marker=marker, label=_plain(curve.label), **style)
         if curve.key in panel.bands:
             lower, upper = panel.bands[curve.key]
             axes.fill_between(lower.x, lower.y, upper.y, color=colour, alpha=0.15, linewidth=0)
@@ -106,7 +107,8 @@ def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_ylabel(panel.unit)
     if len(panel.curves) > 1:
-        axes.legend(fontsize=7)
+        # Long enough for a pattern of dashes.
+        axes.legend(fontsize=7, handlelength=3.5)
 
 
 def _plain(text: str) -> str:

@@ -12,7 +12,7 @@ MOST_POINTS = 400
 
 
 class Curve(NamedTuple):
-    """A line of a chart. y: NaN where there is no value. key: of its colour, the same in all charts."""
+    """A line of a chart. y: NaN where there is no value. key: of its look, the same in all charts."""
 
     label: str
     key: str

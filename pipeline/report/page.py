@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 from pipeline.report.charts import bars_figure, panels_figure
-from pipeline.report.colours import colours_of
+from pipeline.report.colours import Look, looks_of
 from pipeline.report.figures import charts_of
 from pipeline.report.run_files import RunFiles
 from pipeline.storage.masking import masked_text
@@ -25,7 +25,7 @@ p { margin: 0.3rem 0; color: #555; } img { max-width: 100%; } .wide { overflow-x
 table { border-collapse: collapse; margin: 0.5rem 0; } td, th { padding: 0.2rem 0.7rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; white-space: nowrap; }
  tr { border-bottom: 1px solid #eee; } th { color: #555; font-weight: 600; }
-.note { color: #a33; } .swatch { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.4em; }
+.note { color: #a33; } .swatch { margin-right: 0.4em; vertical-align: middle; }
 .charts { display: flex; flex-wrap: wrap; column-gap: 2rem; } .charts p { contain: inline-size; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
@@ -34,11 +34,11 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 def page(runs: Sequence[RunFiles]) -> str:
     """Return the page about these runs."""
     names = ", ".join(run.name for run in runs)
-    colours = _colours(runs)
+    looks = _looks(runs)
     parts = [
-        *_summary(runs, colours),
+        *_summary(runs, looks),
         *_notes(runs),
-        *_figures(runs, colours),
+        *_figures(runs, looks),
         *_wall_clock(runs),
         *_restarts(runs),
         *_settings(runs),
@@ -85,15 +85,15 @@ def _kinds(rows: Sequence[Sequence[str]]) -> Iterator[tuple[str, Sequence[str]]]
         yield ("td" if place else "th"), row
 
 
-def _colours(runs: Sequence[RunFiles]) -> dict[str, str]:
-    """One colour for each run, head and source, the same in all charts."""
-    colours = colours_of([f"head {head}" for head in range(max(run.num_heads for run in runs))])
-    colours |= {"selected": "#d95f02", "rejected": "#7f7f7f"}
-    colours |= colours_of([f"source {name}" for run in runs for name in run.sources])
-    return colours | colours_of([run.name for run in runs])
+def _looks(runs: Sequence[RunFiles]) -> dict[str, Look]:
+    """One look for each run, head and source, the same in all charts."""
+    looks = looks_of([f"head {head}" for head in range(max(run.num_heads for run in runs))])
+    looks |= {"selected": Look("#d95f02"), "rejected": Look("#7f7f7f")}
+    looks |= looks_of([f"source {name}" for run in runs for name in run.sources])
+    return looks | looks_of([run.name for run in runs])
 
 
-def _summary(runs: Sequence[RunFiles], colours: dict[str, str]) -> Iterator[str]:
+def _summary(runs: Sequence[RunFiles], looks: dict[str, Look]) -> Iterator[str]:
     num_heads = max(run.num_heads for run in runs)
     heads = [f"held-out loss, head {head}" for head in range(num_heads)]
     rows = [["run", "state", "tokens", *heads, "bits per byte", "tokens/s", "peak memory", "starts", "productive"]]
@@ -101,7 +101,7 @@ def _summary(runs: Sequence[RunFiles], colours: dict[str, str]) -> Iterator[str]
         last = run.validation[-1] if run.validation else {}
         speeds = [record["tokens_per_second"] for record in run.training if record.get("tokens_per_second")]
         memory = max((record.get("memory_bytes") or 0 for record in run.training), default=0)
-        swatch = f'<span class="swatch" style="background:{colours[run.name]}"></span>' if len(runs) > 1 else ""
+        swatch = _swatch(looks[run.name]) if len(runs) > 1 else ""
         rows.append(
             [
                 f"{swatch}{text(run.name)}",
@@ -118,16 +118,23 @@ def _summary(runs: Sequence[RunFiles], colours: dict[str, str]) -> Iterator[str]
     yield table(rows)
 
 
+def _swatch(look: Look) -> str:
+    """A stretch of a run's line, as the charts draw it."""
+    dashes = f' stroke-dasharray="{" ".join(f"{2 * length:g}" for length in look.dashes)}"' if look.dashes else ""
+    line = f'<path d="M0 4H36" stroke="{look.colour}" stroke-width="2"{dashes}/>'
+    return f'<svg class="swatch" width="36" height="8">{line}</svg>'
+
+
 def _notes(runs: Sequence[RunFiles]) -> Iterator[str]:
     notes = [f"{text(run.name)}: {text(note)}" for run in runs for note in run.notes]
     if notes:
         yield "<ul>" + "".join(f'<li class="note">{note}</li>' for note in notes) + "</ul>"
 
 
-def _figures(runs: Sequence[RunFiles], colours: dict[str, str]) -> Iterator[str]:
+def _figures(runs: Sequence[RunFiles], looks: dict[str, Look]) -> Iterator[str]:
     yield '<div class="charts">'
     for chart in charts_of(runs):
-        svg = panels_figure(chart.panels, colours, columns=chart.columns)
+        svg = panels_figure(chart.panels, looks, columns=chart.columns)
         if svg is not None:
             shown = picture(svg, chart.heading)
             yield f"<section><h2>{text(chart.heading)}</h2>\n<p>{text(chart.text)}</p>\n{shown}</section>"

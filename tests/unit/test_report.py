@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from launch.report import main
 from pipeline.report.charts import Panel, panels_figure
-from pipeline.report.colours import COLOURS, colours_of
+from pipeline.report.colours import COLOURS, Look, looks_of
 from pipeline.report.curves import MOST_POINTS, Curve, Enrichment, Metric, curve_of
 from pipeline.report.errors import ReportError
 from pipeline.report.figures import charts_of
@@ -108,8 +109,28 @@ def test_each_run_of_several_has_a_row_of_panels_with_one_scale_for_all(tmp_path
     assert (in_rows["Enrichment of the sources"], in_rows["Selected and rejected pairs"], in_rows["Thresholds"]) == (2, 2, None)
     panels = [Panel("", [Curve("a", "a", [1.0, 2.0], [0.0, top])]) for top in (1.0, 800.0)]
     # matplotlib names each label of a scale in a comment.
-    labels = [(panels_figure(panels, {"a": "red"}, columns=columns) or b"").count(b"<!-- 800 -->") for columns in (None, 1)]
+    labels = [
+        (panels_figure(panels, {"a": Look("red")}, columns=columns) or b"").count(b"<!-- 800 -->") for columns in (None, 1)
+    ]
     assert labels == [1, 2]
+
+
+def test_more_runs_than_there_are_colours_have_dashes_in_charts_legends_and_the_table(tmp_path: Path) -> None:
+    names = [f"arm{number:02}" for number in range(12)]
+    looks = looks_of(names)
+    assert len(set(looks_of(list(map(str, range(100)))).values())) == 100
+    chart = panels_figure([Panel("", [Curve(name, name, [1.0, 2.0], [0.0, 1.0]) for name in names])], looks) or b""
+    # A line of 1.2 points is a run's: its curve, and its sample in the legend.
+    line = r"fill: none;(?: stroke-dasharray: ([^;]+);)?[^\"]* stroke: (#\w+); stroke-width: 1.2"
+    drawn = Counter(re.findall(line, chart.decode()))
+    assert (len(drawn), set(drawn.values())) == (12, {2})
+
+    # Runs of which there is nothing to draw yet have their rows.
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1}\n')
+    page = page_of(*(tmp_path / name for name in names))
+    assert len(set(re.findall(r'<svg class="swatch".*?</svg>', page))) == 12
 
 
 def test_several_runs_are_told_apart_by_the_end_of_their_paths_and_by_settings_that_differ(tmp_path: Path) -> None:
@@ -230,7 +251,7 @@ def test_enrichment_is_computed_of_records_that_do_not_have_it() -> None:
 
 def test_the_same_curves_give_the_same_bytes_and_labels_are_plain_text() -> None:
     curves = [Curve(label, label, [1.0, 2.0], [3.0, 4.0]) for label in ("_hidden", "cost in $a", "$x_{", "数")]
-    one, two = (panels_figure([Panel("a $title", curves)], colours_of([c.key for c in curves])) for _ in range(2))
+    one, two = (panels_figure([Panel("a $title", curves)], looks_of([c.key for c in curves])) for _ in range(2))
     assert one is not None
     assert one == two
-    assert panels_figure([Panel("nothing", [Curve("a", "a", [1.0], [math.nan])])], {"a": COLOURS[0]}) is None
+    assert panels_figure([Panel("nothing", [Curve("a", "a", [1.0], [math.nan])])], {"a": Look(COLOURS[0])}) is None
