@@ -130,13 +130,17 @@ def _run_of(kind: str, name: str) -> str:
     return f"{kind}_" + re.sub(unsafe, lambda found: f"%{ord(found[0]):02x}", name) if kind else ""
 
 
+_OF_ALL = ": by head, and the objective (.)"
+"""The rest of the title of a chart of losses, in which the run itself has the objective."""
+
+
 def chart_layout(num_heads: int, held_out: Sequence[str]) -> dict[str, Any]:
     """Lay out TensorBoard's custom scalars: charts of heads, then of sources; the selected ratio, which a schedule moves, comes
     last. Tags are regular expressions, but not those of a band."""
     splits = [split_of({"split": "validation", "set": name}) or "" for name in held_out]
     heads = {
-        "policy loss": _lines("train/loss"),
-        **{f"held-out loss ({split})": _lines(f"{split}/loss") for split in splits},
+        f"policy loss{_OF_ALL}": _lines("train/loss"),
+        **{f"held-out loss ({split}){_OF_ALL}": _lines(f"{split}/loss") for split in splits},
         "excess loss: mean, and the band from the 10th to the 90th percentile": [
             "Margin",
             ["selection/excess_mean", "selection/excess_p10", "selection/excess_p90"],

@@ -154,9 +154,10 @@ def test_the_custom_scalars_draw_bands_and_sources_and_the_ratio_last(tmp_path):
     found, layout = scalars(tmp_path), charts(tmp_path)
     drawn = {title: [place for place in found for tag in tags if re.search(tag, place[1])] for title, tags in layout.items()}
     heads = ["", "head_0", "head_1", "head_2", "head_3"]
-    assert drawn["policy loss"] == [(head, "train/loss") for head in heads]
-    assert drawn["held-out loss (validation_web)"] == [(head, "validation_web/loss") for head in heads]
-    assert drawn["held-out loss (validation_a.b)"] == [(head, "validation_a.b/loss") for head in heads]
+    of_all = ": by head, and the objective (.)"
+    assert drawn[f"policy loss{of_all}"] == [(head, "train/loss") for head in heads]
+    assert drawn[f"held-out loss (validation_web){of_all}"] == [(head, "validation_web/loss") for head in heads]
+    assert drawn[f"held-out loss (validation_a.b){of_all}"] == [(head, "validation_a.b/loss") for head in heads]
     assert drawn["threshold of the excess loss"] == [(head, "selection/threshold") for head in heads[2:]]
     titles = {title.partition(":")[0].partition(" of ")[0]: title for title in layout}
     assert layout[titles["excess loss"]] == [f"selection/excess_{name}" for name in ("mean", "p10", "p90")]
