@@ -1,0 +1,41 @@
+"""What a trace of steps has on a GPU beside what it has on a CPU: kernels, and the history of the allocator."""
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.runtime.profiling import StepProfiler
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+MIB = 2**20
+
+
+def allocated(snapshot: dict[str, Any]) -> set[int]:
+    """Sizes in MiB that were asked of the allocator by a snapshot's history; all sizes of the test are whole MiB."""
+    events = [event for of_device in snapshot["device_traces"] for event in of_device]
+    return {event["size"] // MIB for event in events if event["action"] == "alloc"}
+
+
+def test_a_snapshot_has_what_was_allocated_in_the_traced_steps_and_ends_with_them(tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    profiler = StepProfiler(tmp_path, 0, [2, 3], device)
+    for step, size in enumerate((5, 7, 11, 13)):
+        profiler.between_steps(step)
+        torch.zeros(size * MIB, dtype=torch.uint8, device=device)
+    profiler.end()
+
+    (trace, snapshot) = sorted((tmp_path / "profile").iterdir(), reverse=True)
+    assert snapshot.name == "rank-00000-steps-2-3-memory.pickle"
+    of_steps = allocated(pickle.loads(snapshot.read_bytes()))
+    assert {5, 7, 11, 13} & of_steps == {7, 11}
+    # Afterwards nothing more is recorded, which would cost time and memory in each later step.
+    assert 13 not in allocated(torch.cuda.memory._snapshot())
+
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert any(event.get("cat") in ("kernel", "gpu_memset") for event in events)
