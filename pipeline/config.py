@@ -201,7 +201,8 @@ class LoggingSettings(Section):
     WANDB_MODE=offline, they are kept below the run directory. null: not."""
     profile_steps: Free[StepRange | None] = None
     """First and last step that are traced by torch's profiler, `[10, 13]`: RUN/profile/ has a trace a rank, with the phases
-    data, reference, policy, loss, exchange, backward and step, and on CUDA the allocator's history; null: none."""
+    data, reference, policy, loss, exchange, backward and step, and on CUDA the allocator's history; null: none. A run that is
+    resumed among them is traced from there."""
     deepspeed_level: Free[Literal["debug", "info", "warning", "error"]] = "error"
     """Lowest level of DeepSpeed's own log messages that are shown."""
 

@@ -85,6 +85,8 @@ def train_on(run: Run, progress: Progress, reporter: Reporter, stop: StopRequest
     save_due = False
     profiler = StepProfiler(run.run_dir, run.world.rank, run.settings.logging.profile_steps, run.device)
     profiler.between_steps(progress.step)
+    if missed := profiler.missed(progress.step):
+        reporter.say(missed)
     steps = fetched_ahead(run, progress, stop)
     for fetched, following in steps:
         # One optimiser step.

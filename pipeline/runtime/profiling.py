@@ -19,23 +19,38 @@ _MEMORY_EVENTS = 100_000
 
 
 class StepProfiler:
-    """Traces the steps from the first to the last of `steps`, both included; nothing without them."""
+    """Traces the steps from the first to the last of `steps`, both included; nothing without them. A run that is resumed among
+    them is traced from there on."""
 
     def __init__(self, run_dir: Path, rank: int, steps: list[int] | None, device: torch.device):
         self.steps, self.device = steps, device
-        first, last = steps or (0, 0)
-        self.path = run_dir / PROFILE_FOLDER / f"rank-{rank:05d}-steps-{first}-{last}.json.gz"
+        self._folder, self._name = run_dir / PROFILE_FOLDER, f"rank-{rank:05d}-steps-"
+        self._path = self._folder
         self._profile: Any = None
 
     def between_steps(self, step: int) -> bool:
         """Begin or end, where `step` steps are done and the next one is to come; true if that took a while."""
-        if self.steps is not None and step + 1 == self.steps[0]:
+        if self.steps is None:
+            return False
+        first, last = self.steps
+        if self._profile is None and first <= step + 1 <= last:
+            self._path = self._folder / f"{self._name}{step + 1}-{last}.json.gz"
             self._begin()
             return True
-        if self.steps is not None and step == self.steps[1]:
+        if step == last:
             self.end()
             return True
         return False
+
+    def missed(self, step: int) -> str | None:
+        """Say that the steps are over where a run begins after `step` steps, if none of them was traced before."""
+        if self.steps is None or step < self.steps[1] or any(self._folder.glob(f"{self._name}*-{self.steps[1]}.json.gz")):
+            return None
+        first, last = self.steps
+        return (
+            f"logging.profile_steps: nothing is traced, since the run goes on after step {step}, and steps {first} to {last} "
+            "are over; name later ones"
+        )
 
     def end(self) -> None:
         """Write what was traced, if anything was."""
@@ -43,12 +58,12 @@ class StepProfiler:
             return
         running, self._profile = self._profile, None
         running.stop()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(self.path):
-            running.export_chrome_trace(str(self.path))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(self._path):
+            running.export_chrome_trace(str(self._path))
             if self.device.type == "cuda":
                 # A pickle, in the form that torch's viewer takes; nothing here reads it.
-                torch.cuda.memory._dump_snapshot(str(self.path).removesuffix(".json.gz") + "-memory.pickle")
+                torch.cuda.memory._dump_snapshot(str(self._path).removesuffix(".json.gz") + "-memory.pickle")
                 torch.cuda.memory._record_memory_history(enabled=None)
 
     def _begin(self) -> None:
