@@ -4,6 +4,9 @@
 
 Prints a table; `--json` writes the same figures, at full precision. `pipeline.benchmark` has a module a command, which
 says what is measured and how.
+
+Exit code 0: all was measured. 1: a part failed, which the table and `failed` in the JSON name; the other figures are there all
+the same. 2: wrong options, or a machine that cannot run the command.
 """
 
 import argparse
@@ -33,7 +36,7 @@ def _measure(options: argparse.Namespace) -> int:
     print(command.table(figures))
     if options.json is not None:
         write_json(options.json, figures)
-    return 0
+    return 1 if figures.get("failed") else 0
 
 
 def _parser() -> OptionParser:

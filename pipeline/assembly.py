@@ -4,7 +4,7 @@ Errors found here are raised on every rank alike, before an engine is built.
 """
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from pipeline.run import Run
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.deepspeed_json import precision_of, resolve_deepspeed_json
 from pipeline.runtime.distributed import World, broadcast_from_first, min_over_ranks
-from pipeline.runtime.engine import Engine, build_policy, build_reference
+from pipeline.runtime.engine import Engine, build_policy, build_reference, release
 from pipeline.runtime.identity import identity_of
 from pipeline.runtime.memory import free_bytes, sharding_that_fits
 from pipeline.runtime.model_content import ModelFingerprints
@@ -83,10 +83,11 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
     if not dry:
         checkpoints.check(job.allow_changed)
 
-    # Engines. The reference comes second, because `auto` sharding looks at the memory that the policy leaves.
-    engine = build_policy(settings, config)
-    shape = reference_shape(settings, include_untrained=dry)
-    reference = None if shape is None else build_frozen_reference(job, settings, config, shape)
+    first_set = (held_out[0].data, held_out[0].manifest) if held_out else (stream.sets[0], stream.manifests[0])
+    fixed_batch = first_row(*first_set, settings)
+
+    # Engines come after all else that may fail, because Python alone does not free them.
+    engine, reference = _build_engines(job, settings, config, reference_shape(settings, include_untrained=dry))
     return Run(
         settings=settings,
         world=job.world,
@@ -97,9 +98,7 @@ def build_run(job: Job, settings: Settings, run_dir: Path, dry: bool = False) ->
         stream=stream,
         held_out=held_out,
         checkpoints=checkpoints,
-        fixed_batch=first_row(held_out[0].data, held_out[0].manifest, settings)
-        if held_out
-        else first_row(stream.sets[0], stream.manifests[0], settings),
+        fixed_batch=fixed_batch,
     )
 
 
@@ -118,6 +117,23 @@ def first_row(data: DataSet, manifest: Manifest, settings: Settings) -> Batch:
         return broadcast_from_first(collate(rows))
     finally:
         reader.close()
+
+
+def _build_engines(
+    job: Job, settings: Settings, config: dict[str, Any], shape: ModelSettings | None
+) -> tuple[Engine, Engine | None]:
+    """Build the engines of the policy and of a reference of this shape, if any: both or, with the memory freed, neither.
+
+    The reference comes second, because `auto` sharding looks at the memory that the policy leaves.
+    """
+    policy = build_policy(settings, config)
+    try:
+        return policy, None if shape is None else build_frozen_reference(job, settings, config, shape)
+    except BaseException:
+        # The reason is raised even where the policy cannot be freed, as after an error that ends the device's context.
+        with suppress(Exception):
+            release(policy)
+        raise
 
 
 def build_frozen_reference(job: Job, settings: Settings, config: dict[str, Any], shape: ModelSettings) -> Engine:

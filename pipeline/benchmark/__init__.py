@@ -16,6 +16,8 @@ preparing      documents to shards, beside the tokenizers library
 streaming      shards to batches, beside a bare webdataset loop
 options        the options of every command
 timing         variants that take turns, their times and peaks
+attempts       parts that may fail without the others
+stepping       a run's steps, one whenever it is asked for
 ranks          a plain function on several gloo ranks of this machine
 child_process  a process that answers over a pipe, and whose end is noticed at once
 collectives    records collectives, and counts the bytes on the sockets

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from pipeline.benchmark import step
+from pipeline.benchmark.stepping import TrainingSteps
 from pipeline.benchmark.streaming import random_rows
 from pipeline.config import CheckpointSettings
 from pipeline.progress import Progress
@@ -74,7 +75,7 @@ class _Ways:
 
     def __init__(self, run: Run, directory: Path) -> None:
         self.run, self.directory = run, directory
-        self.take_step = step.training_steps(run)
+        self.take_step = TrainingSteps(run)
         self.said: list[str] = []
         self.checkpoints = Checkpoints(directory, run.world, {}, CheckpointSettings(keep=1), say=self.said.append)
         self.number = 0

@@ -3,24 +3,23 @@
     matrix speed  a square product in the dtype that training has; what MFU is also compared with
     step          selective beside next_token, at `--shapes`: tokens a second, MFU in useful FLOPs, time over FLOPs, peak
                   memory beside the memory plan
-    phases        one step with the device waited for between its phases: reference, blocks, loss and selection, backward,
-                  optimizer, and the rest, data among it
+    phases        one step with the device waited for between its phases (`phase_clock` names them)
     profile       one step under torch's profiler: how often the host waited, and for how long the device was busy, of which
                   the idle share of an undisturbed step follows
-    loss phase    `heads`' variants in float32 without TF32, without processes of their own
+    loss phase    `heads`' variants without processes of their own, in float32 without TF32 and on a GPU in bfloat16 too, in
+                  which training has them
 
-Each figure is said as soon as it is known, and what fails, as for want of memory, is said and leaves the rest. On a machine
-without a GPU `--shapes tiny` tries the command on its CPU, and leaves out what only a device has.
+Steps run under `ds_configs/zero3.json`. Each figure is said as soon as it is known, and what fails, as for want of memory, is
+said and leaves the rest. On a machine without a GPU `--shapes tiny` tries the command on its CPU, and leaves out what only a
+device has.
 """
 
 import argparse
-import gc
+import itertools
 import math
 import statistics
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from pipeline.benchmark import heads, step
+from pipeline.benchmark.attempts import attempted, describe_failures, say
 from pipeline.benchmark.options import GPU_SHAPES
-from pipeline.benchmark.phase_clock import PhaseClock
+from pipeline.benchmark.phase_clock import PHASES, seconds_by_phase
+from pipeline.benchmark.stepping import TrainingSteps
 from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
+from pipeline.benchmark.timing import medians
 from pipeline.data.errors import DataError
 from pipeline.flops import peak_flops
 from pipeline.planning.plan import plan_memory
@@ -44,11 +46,11 @@ from pipeline.runtime.table import aligned
 
 WARM_UP_STEPS = 4
 """Steps before any is measured: kernels are compiled and ZeRO-3 learns the order of modules."""
+NO_PROFILE = {"idle_share": None, "waits": None}
 LOSS_PHASES = ("plain", "two_pass", "predicted")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 MEASURED = "measured step"
 """The name in the profile of the step itself; what comes after it is the measurement's own."""
-CONTENT = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -66,29 +68,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "matrix_flops": matrix_flops(device),
         "shapes": {},
         "failed": {},
     }
     peak, failed = peak_flops(figures["device"]), figures["failed"]
+    figures["matrix_flops"] = attempted("matrix speed", failed, matrix_flops, device)
+    say(_describe_card(figures))
     for name in options.shapes:
         figures["shapes"][name] = attempted(name, failed, _measure_shape, name, options.rounds, peak, failed) or {}
-    figures["loss_phase"] = attempted("loss phase", failed, _measure_loss_phase, device, options) or {}
+    figures["loss_phase"] = _measure_loss_phases(device, options.rounds, failed)
     return figures
-
-
-def attempted(name: str, failed: dict[str, str], work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any] | None:
-    """Return what `work` returns; None, with the reason in `failed` and the traceback said, where it fails."""
-    try:
-        return work(*arguments)
-    except Exception as error:
-        traceback.print_exc()
-        failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    # Once the exception is gone, what it held can go.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
 
 
 def matrix_flops(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -108,10 +97,10 @@ def _measure_shape(name: str, rounds: int, peak_flops: float | None, failed: dic
         data = random_rows(Path(scratch), rows, shape["sequence_length"], shape["vocabulary"])
         found: dict[str, Any] = {}
         for variant in ("next_token", "selective"):
-            own = attempted(f"{name} {variant}", failed, _measure_variant, variant, data, options, rounds)
+            title = f"{name} {variant}"
+            own = attempted(title, failed, _measure_variant, title, variant, data, options, rounds, failed)
             if own is not None:
                 found[variant] = own
-                print(f"{name} {variant}: {own['seconds']:.3f} s a step", file=sys.stderr, flush=True)
 
     # Useful FLOPs: on CUDA a query meets the keys of its document up to itself, on a CPU all of the row.
     length = shape["sequence_length"]
@@ -129,31 +118,42 @@ def _measure_shape(name: str, rounds: int, peak_flops: float | None, failed: dic
     return found | {"time_ratio": time_ratio, "flop_ratio": flop_ratio, "time_over_flops": time_ratio / flop_ratio}
 
 
-def _measure_variant(variant: str, data: Path, options: dict[str, int], rounds: int) -> dict[str, Any]:
+def _measure_variant(
+    title: str, variant: str, data: Path, options: dict[str, int], rounds: int, failed: dict[str, str]
+) -> dict[str, Any]:
+    """One variant's step, and what else it shows; None in the place of what fails once the step is measured."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     before = current_bytes(device)
     run = step.build(variant, data, options)
     try:
-        take_step = step.training_steps(run)
+        take_step = TrainingSteps(run)
         for _ in range(WARM_UP_STEPS):
             take_step()
         reset_peak(run.device)
         taken = [seconds(take_step, run.device) for _ in range(rounds)]
-        return {
+        own: dict[str, Any] = {
             "seconds": statistics.median(taken),
             "all_seconds": taken,
             "peak_bytes": peak_bytes(run.device) - before,
-            "planned_bytes": _planned_bytes(run),
-            **_profiled(take_step, run.device, statistics.median(taken)),
-            "phases": _phases(run, take_step),
         }
+        say(f"{title}: {own['seconds']:.3f} s a step")
+
+        own["planned_bytes"] = attempted(f"{title} plan", failed, _planned_bytes, run)
+        own |= attempted(f"{title} profile", failed, _profiled, take_step, run.device, own["seconds"]) or NO_PROFILE
+        own["phases"] = attempted(f"{title} phases", failed, seconds_by_phase, take_step)
+        return own
     finally:
-        for engine in filter(None, (run.engine, run.models.reference)):
-            release(engine)
+        release_engines(title, run, failed)
+
+
+def release_engines(title: str, run: Run, failed: dict[str, str]) -> None:
+    """Free a run's engines. After an error that ends the device's context that fails too, and leaves what was measured."""
+    for engine in filter(None, (run.engine, run.models.reference)):
+        attempted(f"{title} release", failed, release, engine)
 
 
 def _planned_bytes(run: Run) -> int:
-    job, _ = resolve_planned_job(run.settings, CONTENT, run.world.size, run.device.type == "cuda", None)
+    job, _ = resolve_planned_job(run.settings, step.json_content(), run.world.size, run.device.type == "cuda", None)
     return plan_memory(job).total
 
 
@@ -164,7 +164,7 @@ def _profiled(take_step: Callable[[], None], device: torch.device, undisturbed: 
     The profiler slows the host, so the time is not taken from it.
     """
     if device.type != "cuda":
-        return {"idle_share": None, "waits": None}
+        return NO_PROFILE
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         with record_function(MEASURED):
             take_step()
@@ -194,37 +194,25 @@ def waits_in_step(events: Sequence[Any]) -> int:
     return sum(each.name in WAITS and step_range.start <= each.time_range.start <= step_range.end for each in events)
 
 
-def _phases(run: Run, take_step: Callable[[], None]) -> dict[str, float]:
-    """Seconds of a step by phase. What belongs to no phase, data among it, is `other`."""
-    clock = PhaseClock(run.device)
-    policy, reference = run.engine, run.models.reference
-    hooked: list[tuple[str, Any]] = [("blocks", policy), ("loss", policy.module.unembed)]
-    hooked += [] if reference is None else [("reference", reference)]
-    handles = []
-    for name, module in hooked:
-        handles.append(module.register_forward_pre_hook(clock.entering(name)))
-        handles.append(module.register_forward_hook(clock.leaving))
-    calls = {"backward": policy.backward, "step": policy.step}
-    policy.backward, policy.step = clock.around("backward", policy.backward), clock.around("optimizer", policy.step)
-    clock.enter("other")
-    take_step()
-    clock.leave()
-    for handle in handles:
-        handle.remove()
-    policy.backward, policy.step = calls["backward"], calls["step"]
-    return dict(clock.seconds)
-
-
-def _measure_loss_phase(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak memory of each form of the loss phase, in turn."""
-    tokens, dim, vocabulary = (4096, 2048, 32_000) if device.type == "cuda" else (256, 32, 512)
-    threads = torch.get_num_threads()
-    rounds_of = {name: heads.prepare(name, tokens, dim, vocabulary, step.HEADS, threads) for name in LOSS_PHASES}
-    found: dict[str, Any] = {}
-    for name, one_round in rounds_of.items():
-        answers = [one_round(number) for number in range(heads.WARM_UP_ROUNDS + options.rounds)][heads.WARM_UP_ROUNDS :]
-        found[name] = {key: statistics.median(each[key] for each in answers) for key in ("seconds", "peak_bytes")}
+def _measure_loss_phases(device: torch.device, rounds: int, failed: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Seconds and peak memory of each form of the loss phase, by dtype; on a CPU bfloat16 may be 80 times slower."""
+    dtypes = [torch.float32] + [torch.bfloat16] * (device.type == "cuda")
+    found: dict[str, dict[str, Any]] = {}
+    for dtype, name in itertools.product(dtypes, LOSS_PHASES):
+        dtype_name = str(dtype).removeprefix("torch.")
+        title = f"loss phase {dtype_name} {name}"
+        own = attempted(title, failed, _measure_loss_phase, name, dtype, device, rounds)
+        if own is not None:
+            found.setdefault(dtype_name, {})[name] = own
+            say(f"{title}: {1e3 * own['seconds']:.1f} ms")
     return found
+
+
+def _measure_loss_phase(name: str, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, float]:
+    tokens, dim, vocabulary = (4096, 2048, 32_000) if device.type == "cuda" else (256, 32, 512)
+    one_round = heads.prepare(name, tokens, dim, vocabulary, step.HEADS, torch.get_num_threads(), dtype)
+    answers = [one_round(number) for number in range(heads.WARM_UP_ROUNDS + rounds)]
+    return medians(answers[heads.WARM_UP_ROUNDS :], ("seconds", "peak_bytes"))
 
 
 def seconds(work: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -240,40 +228,48 @@ def seconds(work: Callable[[], Any], device: torch.device, clock: Callable[[], f
 
 def table(figures: dict[str, Any]) -> str:
     """Return all figures as tables."""
-    lines = [f"{figures['device']}, torch {figures['torch']}: matrix product {figures['matrix_flops'] / 1e12:,.2f} TFLOP/s"]
+    lines = [_describe_card(figures), *describe_failures(figures["failed"])]
     rows = [["", "s a step", "tokens/s", "MFU", "of matrix speed", "idle", "waits", "peak GiB", "planned"]]
-    phases = ["reference", "blocks", "loss", "backward", "optimizer", "other"]
-    times = [["seconds by phase", *phases]]
-    lines += [f"{name} was not measured: {reason}" for name, reason in figures["failed"].items()]
+    times = [["seconds by phase", *PHASES]]
     for shape, found in figures["shapes"].items():
         for name in filter(found.__contains__, ("next_token", "selective")):
-            own = found[name]
-            rows.append(
-                [
-                    f"{shape} {name}",
-                    f"{own['seconds']:.3f}",
-                    f"{own['tokens_per_second']:,.0f}",
-                    _percent(own["mfu"]),
-                    _percent(own["flops_per_second"] / figures["matrix_flops"]),
-                    _percent(own["idle_share"]),
-                    "-" if own["waits"] is None else str(own["waits"]),
-                    f"{own['peak_bytes'] / 2**30:.2f}",
-                    f"{own['planned_bytes'] / 2**30:.2f}",
-                ]
+            own, title = found[name], f"{shape} {name}"
+            rows.append([title, *_step_cells(own, figures["matrix_flops"])])
+            if own["phases"] is not None:
+                times.append([title, *(f"{own['phases'].get(phase, 0):.3f}" for phase in PHASES)])
+        if "time_ratio" in found:
+            lines.append(
+                f"{shape}: selective takes {found['time_ratio']:.2f} of next_token's time, {found['flop_ratio']:.2f} of its "
+                f"FLOPs: {found['time_over_flops']:.3f}"
             )
-            times.append([f"{shape} {name}", *(f"{own['phases'].get(phase, 0):.3f}" for phase in phases)])
-        if "time_ratio" not in found:
-            continue
-        lines.append(
-            f"{shape}: selective takes {found['time_ratio']:.2f} of next_token's time, {found['flop_ratio']:.2f} of its FLOPs: "
-            f"{found['time_over_flops']:.3f}"
-        )
-    losses = [["loss phase, float32", "ms", "peak MiB"]]
+    losses = [["loss phase", "ms", "peak MiB"]]
     losses += [
-        [name, f"{1e3 * own['seconds']:.1f}", f"{own['peak_bytes'] / 2**20:,.0f}"]
-        for name, own in figures["loss_phase"].items()
+        [f"{dtype} {name}", f"{1e3 * own['seconds']:.1f}", f"{own['peak_bytes'] / 2**20:,.0f}"]
+        for dtype, of_dtype in figures["loss_phase"].items()
+        for name, own in of_dtype.items()
     ]
     return "\n".join([*lines, aligned(rows), "", aligned(times), "", aligned(losses)])
+
+
+def _describe_card(figures: dict[str, Any]) -> str:
+    flops = figures["matrix_flops"]
+    speed = "not measured" if flops is None else f"{flops / 1e12:,.2f} TFLOP/s"
+    return f"{figures['device']}, torch {figures['torch']}: matrix product {speed}"
+
+
+def _step_cells(own: dict[str, Any], matrix_flops: float | None) -> list[str]:
+    """A step's figures as the cells of a row, `-` for what was not measured."""
+    planned = own["planned_bytes"]
+    return [
+        f"{own['seconds']:.3f}",
+        f"{own['tokens_per_second']:,.0f}",
+        _percent(own["mfu"]),
+        _percent(None if matrix_flops is None else own["flops_per_second"] / matrix_flops),
+        _percent(own["idle_share"]),
+        "-" if own["waits"] is None else str(own["waits"]),
+        f"{own['peak_bytes'] / 2**30:.2f}",
+        "-" if planned is None else f"{planned / 2**30:.2f}",
+    ]
 
 
 def _percent(share: float | None) -> str:

@@ -7,14 +7,16 @@
     one_head              `predicted` with head 0 alone: what the memory of more heads is compared with
 
 All but one_head make the same selection, the exact top k by excess loss over a reference, and the same gradient, which is
-checked. Every round has new hidden states, targets and reference losses, and the reference's losses rise by
-`DRIFT` a round beside the noise of the sample, so that thresholds move and `predicted` has something to predict.
+checked. A variant that fails, or whose gradient is another, is named and leaves the others, but for plain. Every round has
+new hidden states, targets and reference losses, and the reference's losses rise by `DRIFT` a round beside the noise of the
+sample, so that thresholds move and `predicted` has something to predict.
 
 Shapes: B rows (1), T tokens, H heads, K = H - 1 the heads that select, D width, V vocabulary, N rows of a flat list.
 """
 
 import argparse
 import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.benchmark.timing import Round, in_processes, in_turn, medians, timed
+from pipeline.benchmark.attempts import describe_failures
+from pipeline.benchmark.timing import Round, measured_in_processes, medians, timed
 from pipeline.weighting.loss_phase import chunked_losses
 from pipeline.weighting.prediction import Prediction
 from pipeline.weighting.score import Comparison
@@ -48,42 +51,56 @@ class Inputs(NamedTuple):
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Raises RuntimeError where a variant's gradient is not that of `plain`."""
-    names = variants_here()
+    """Seconds and peak memory of each variant, and what they are of plain's.
+
+    Raises:
+        RuntimeError: plain fails, with which the others are compared.
+    """
     shape = (options.tokens, options.dim, options.vocabulary, options.heads, options.threads)
-    variants = [(name, *shape) for name in names]
-    with in_processes(prepare, variants) as rounds_of:
-        measured = in_turn(rounds_of, WARM_UP_ROUNDS + options.rounds)
-
-    # A variant that computes something else is no variant.
-    errors = {
-        name: _relative_error(rounds[CHECKED_ROUND]["gradients"], measured["plain"][CHECKED_ROUND]["gradients"])
-        for name, rounds in measured.items()
-        if name not in ("plain", "one_head")
-    }
-    for name, error in errors.items():
-        if not error < MOST_GRADIENT_ERROR:
-            raise RuntimeError(f"{name}: its gradient differs from that of plain by {error:.1e} of its norm")
-
-    figures = {name: medians(rounds[WARM_UP_ROUNDS:], ("seconds", "peak_bytes")) for name, rounds in measured.items()}
-    plain = figures["plain"]
-    for own in figures.values():
-        own |= {"time_ratio": own["seconds"] / plain["seconds"], "peak_ratio": own["peak_bytes"] / plain["peak_bytes"]}
-
-    hit_rates = [rate for answer in measured["predicted"][WARM_UP_ROUNDS:] for rate in answer["hit_rates"]]
-    return {
-        "variants": figures,
-        "peak_ratio_to_one_head": figures["predicted"]["peak_bytes"] / figures["one_head"]["peak_bytes"],
-        "hit_rate": {"mean": sum(hit_rates) / len(hit_rates), "least": min(hit_rates), "most": max(hit_rates)},
-        "gradient_error": errors,
+    variants = [(name, *shape) for name in variants_here()]
+    measured, failed = measured_in_processes(prepare, variants, WARM_UP_ROUNDS + options.rounds)
+    return figures_of(measured, failed) | {
         "shape": dict(zip(("tokens", "dim", "vocabulary", "heads", "threads"), shape, strict=True)),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
     }
 
 
+def figures_of(measured: dict[str, list[Any]], failed: dict[str, str]) -> dict[str, Any]:
+    """Compare what the variants measured; None in the place of what cannot be said for want of a variant that failed."""
+    # A variant that computes something else is no variant.
+    errors = {
+        name: _relative_error(rounds[CHECKED_ROUND]["gradients"], measured["plain"][CHECKED_ROUND]["gradients"])
+        for name, rounds in measured.items()
+        if name not in ("plain", "one_head")
+    }
+    different = {name: error for name, error in errors.items() if not error < MOST_GRADIENT_ERROR}
+    failed = failed | {
+        name: f"its gradient differs from that of plain by {error:.1e} of its norm" for name, error in different.items()
+    }
+    measured = {name: rounds for name, rounds in measured.items() if name not in failed}
+
+    figures = {name: medians(rounds[WARM_UP_ROUNDS:], ("seconds", "peak_bytes")) for name, rounds in measured.items()}
+    plain = figures["plain"]
+    for own in figures.values():
+        own |= {"time_ratio": own["seconds"] / plain["seconds"], "peak_ratio": own["peak_bytes"] / plain["peak_bytes"]}
+
+    # With one head there is nothing to predict.
+    predicted = measured.get("predicted", [])
+    hit_rates = [rate for answer in predicted[WARM_UP_ROUNDS:] for rate in answer["hit_rates"]]
+    hits = {"mean": statistics.mean(hit_rates), "least": min(hit_rates), "most": max(hit_rates)} if hit_rates else None
+    both = all(name in figures for name in ("predicted", "one_head"))
+    return {
+        "variants": figures,
+        "failed": failed,
+        "peak_ratio_to_one_head": figures["predicted"]["peak_bytes"] / figures["one_head"]["peak_bytes"] if both else None,
+        "hit_rate": hits,
+        "gradient_error": errors,
+    }
+
+
 def table(figures: dict[str, Any]) -> str:
-    shape, hits = figures["shape"], figures["hit_rate"]
+    shape, hits, peak_ratio = figures["shape"], figures["hit_rate"], figures["peak_ratio_to_one_head"]
     lines = [
         f"{shape['heads']} heads, N = {shape['tokens']}, D = {shape['dim']}, V = {shape['vocabulary']}, float32, "
         f"{figures['device']}, torch {figures['torch']}",
@@ -96,10 +113,11 @@ def table(figures: dict[str, Any]) -> str:
             f"{name:22}{own['seconds']:>10.3f}{own['peak_bytes'] / 2**20:>10.1f}{own['time_ratio']:>8.3f}"
             f"{own['peak_ratio']:>8.3f}{'' if error is None else f'{error:.1e}':>16}"
         )
-    lines.append(
-        f"prediction hit rate {hits['mean']:.3f} ({hits['least']:.3f} to {hits['most']:.3f}); predicted needs "
-        f"{figures['peak_ratio_to_one_head']:.3f} of one head's peak memory"
-    )
+    lines += describe_failures(figures["failed"])
+    if hits is not None:
+        lines.append(f"prediction hit rate {hits['mean']:.3f} ({hits['least']:.3f} to {hits['most']:.3f})")
+    if peak_ratio is not None:
+        lines.append(f"predicted needs {peak_ratio:.3f} of one head's peak memory")
     return "\n".join(lines)
 
 
@@ -111,14 +129,16 @@ def variants_here() -> list[str]:
     return names
 
 
-def prepare(name: str, tokens: int, dim: int, vocabulary: int, heads: int, threads: int) -> Round:
-    """A round of one variant: fresh inputs, then loss and gradients, measured."""
+def prepare(
+    name: str, tokens: int, dim: int, vocabulary: int, heads: int, threads: int, dtype: torch.dtype = torch.float32
+) -> Round:
+    """A round of one variant: fresh inputs, then loss and gradients, measured. dtype: of hidden states and unembedding."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
     weight_VD = torch.randn(vocabulary, dim, generator=torch.Generator().manual_seed(0)) / math.sqrt(dim)
-    weight_VD = weight_VD.to(device).requires_grad_()
+    weight_VD = weight_VD.to(device, dtype).requires_grad_()
     num_heads = 1 if name == "one_head" else heads
     prediction = Prediction()
 
@@ -132,7 +152,7 @@ def prepare(name: str, tokens: int, dim: int, vocabulary: int, heads: int, threa
         answer: dict[str, Any] = {"seconds": seconds, "peak_bytes": peak, "hit_rates": []}
         if number == CHECKED_ROUND:
             gradients = (inputs.hidden_BTHD.grad, weight_VD.grad)
-            answer["gradients"] = [gradient.cpu().numpy() for gradient in gradients if gradient is not None]
+            answer["gradients"] = [gradient.float().cpu().numpy() for gradient in gradients if gradient is not None]
         if predicted_BTK is not None:
             both_K = (predicted_BTK & selection.selected_BTK).sum((0, 1))
             answer["hit_rates"] = (both_K / (predicted_BTK | selection.selected_BTK).sum((0, 1))).tolist()
@@ -153,7 +173,7 @@ def _inputs(number: int, tokens: int, num_heads: int, weight_VD: Tensor) -> Inpu
     hidden_BTHD, targets_BTH, reference_loss_BTK = (
         tensor.to(weight_VD.device) for tensor in (hidden_BTHD, targets_BTH, reference_loss_BTK)
     )
-    return Inputs(hidden_BTHD.requires_grad_(), weight_VD, targets_BTH, reference_loss_BTK)
+    return Inputs(hidden_BTHD.to(weight_VD.dtype).requires_grad_(), weight_VD, targets_BTH, reference_loss_BTK)
 
 
 def _selector(inputs: Inputs, prediction: Prediction) -> TopOfPool | EveryPair:
@@ -200,7 +220,7 @@ def _step(name: str, inputs: Inputs, selector: TopOfPool | EveryPair) -> tuple[S
 
 
 def _plain(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    return F.cross_entropy(hidden_ND @ weight_VD.T, targets_N, reduction="none")
+    return F.cross_entropy((hidden_ND @ weight_VD.T).float(), targets_N, reduction="none")
 
 
 def _linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

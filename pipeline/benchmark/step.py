@@ -7,11 +7,13 @@
                 and `torch.quantile` over the rank's own excess losses is the threshold
 
 One rank each, in a process of its own, on the same rows, round by round in turn (on CUDA one after the other, because the
-device's memory holds only one). What a step should cost is computed from its matrix products and attention: on a CPU, whose
-attention goes through a mask, every query meets every key; on CUDA those of its document up to itself.
+device's memory holds only one). A variant that fails is named and leaves the others, but for next_token. What a step should
+cost is computed from its matrix products and attention: on a CPU, whose attention goes through a mask, every query meets
+every key; on CUDA those of its document up to itself.
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +23,10 @@ import torch
 from torch import Tensor
 
 from pipeline.assembly import Job, build_run
+from pipeline.benchmark.attempts import describe_failures
+from pipeline.benchmark.stepping import TrainingSteps
 from pipeline.benchmark.streaming import NUM_DOCUMENTS, random_rows
-from pipeline.benchmark.timing import Round, in_processes, in_turn, medians, timed
+from pipeline.benchmark.timing import Round, measured_in_processes, medians, timed
 from pipeline.config import ModelSettings, Settings
 from pipeline.data.errors import DataError
 from pipeline.data.loading.batch import Batch
@@ -32,13 +36,13 @@ from pipeline.flops import forward_flops, peak_flops, selective_flops
 from pipeline.micro_step import load_micro_batches
 from pipeline.model.model_config import impossible_heads
 from pipeline.model.reference import losses_by_head
-from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.runtime.distributed import device_of, find_world
 from pipeline.runtime.engine import backward, end_micro_step, initialize_distributed
-from pipeline.train import advance, fetch_step, train_step
 from pipeline.weighting.selectors import EveryPair
 
+ZERO3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
+"""The JSON that is measured, as it is shipped."""
 K_PERCENT, HEADS = 0.6, 4
 WARM_UP_ROUNDS = 2
 
@@ -54,8 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rounds = WARM_UP_ROUNDS + options.rounds
         directory = random_rows(Path(scratch), options.rows * (rounds + 1), options.sequence_length, options.vocabulary)
         variants = [(name, directory, vars(options)) for name in dict.fromkeys(("next_token", *options.variants))]
-        groups = [[variant] for variant in variants] if torch.cuda.is_available() else [variants]
-        measured, failed = _measured_by_group(groups, rounds)
+        measured, failed = measured_in_processes(_prepare, variants, rounds)
 
     figures: dict[str, dict[str, float]] = {
         name: medians(answers[WARM_UP_ROUNDS:], ("seconds", "peak_bytes")) for name, answers in measured.items()
@@ -85,23 +88,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _measured_by_group(groups: list[list[tuple[Any, ...]]], rounds: int) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """(what each variant measured, why others measured nothing). On a GPU a variant may need more memory than there is;
-    without next_token there is nothing to compare with, so its failure is the benchmark's."""
-    measured: dict[str, list[Any]] = {}
-    failed: dict[str, str] = {}
-    for group in groups:
-        names = [variant[0] for variant in group]
-        try:
-            with in_processes(_prepare, group) as rounds_of:
-                measured |= in_turn(rounds_of, rounds)
-        except RuntimeError as error:
-            if "next_token" in names:
-                raise
-            failed |= dict.fromkeys(names, str(error).strip().splitlines()[-1])
-    return measured, failed
-
-
 def table(figures: dict[str, Any]) -> str:
     lines = [f"{'':12}{'seconds':>10}{'tokens/s':>10}{'peak MiB':>10}{'time':>8}{'FLOPs':>8}{'time/FLOPs':>12}{'MFU':>8}"]
     for name, own in figures["variants"].items():
@@ -110,6 +96,7 @@ def table(figures: dict[str, Any]) -> str:
             f"{name:12}{own['seconds']:>10.3f}{own['tokens_per_second']:>10,.0f}{own['peak_bytes'] / 2**20:>10,.0f}"
             f"{own['time_ratio']:>8.3f}{own['flop_ratio']:>8.3f}{own['time_over_flops']:>12.3f}{mfu:>8}"
         )
+    lines += describe_failures(figures["failed"])
     lines.append(f"(time and FLOPs as multiples of next_token's; peak above what was in use before; {figures['device']})")
     return "\n".join(lines)
 
@@ -163,7 +150,7 @@ def settings_of(variant: str, directory: Path, options: dict[str, Any]) -> Setti
 
 def _prepare(variant: str, directory: Path, options: dict[str, Any]) -> Round:
     run = build(variant, directory, options)
-    take_step = training_steps(run) if variant != "origin" else _origin_steps(run)
+    take_step = TrainingSteps(run) if variant != "origin" else _origin_steps(run)
 
     def measured(number: int) -> dict[str, float]:
         _, seconds, peak_bytes = timed(take_step, run.device)
@@ -180,22 +167,14 @@ def build(variant: str, directory: Path, options: dict[str, Any]) -> Run:
         torch.set_num_threads(options["threads"])
     initialize_distributed(device, "error")
     settings = settings_of(variant, directory, options)
-    content = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
-    return build_run(Job(settings, content, directory / "run", world, device), settings, directory / "run", dry=True)
+    job = Job(settings, json_content(), directory / "run", world, device)
+    return build_run(job, settings, directory / "run", dry=True)
 
 
-def training_steps(run: Run) -> Callable[[], None]:
-    """A function that takes the run's next step, as the training loop does: the following step is fetched before."""
-    batches, progress = prefetched(run.stream.iterate(0), run.device, depth=2), Progress()
-    following = fetch_step(run, batches, 0, 0)
-
-    def take_step() -> None:
-        nonlocal following
-        fetched = following
-        following = fetch_step(run, batches, progress.step + 1, progress.samples + run.settings.data.global_batch)
-        advance(progress, train_step(run, fetched, progress), run.settings)
-
-    return take_step
+def json_content(path: Path = ZERO3) -> dict[str, Any]:
+    """Read a DeepSpeed JSON as it is given."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _origin_steps(run: Run) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pipeline.benchmark.attempts import reason_of, say
 from pipeline.benchmark.child_process import Child, ChildDiedError, answer
 from pipeline.runtime.memory import current_bytes, peak_bytes, reset_peak
 
@@ -25,12 +26,33 @@ Round = Callable[[int], Any]
 """From a round's number to what the variant measured in it (from a process of its own: anything that can be pickled)."""
 
 
-def in_turn(variants: Mapping[str, Round], num_rounds: int) -> dict[str, list[Any]]:
-    """Return for each variant what it measured in rounds 0, 1, ..., of which each is run by all before the next begins."""
+class VariantError(RuntimeError):
+    """A variant's process failed or died. reason: the same in one line."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def in_turn(
+    variants: Mapping[str, Round], num_rounds: int, failed: dict[str, str] | None = None, needed: str | None = None
+) -> dict[str, list[Any]]:
+    """Return for each variant what it measured in rounds 0, 1, ..., of which each is run by all before the next begins.
+
+    failed: takes the reason of a variant that fails, which is left out then; None: its `VariantError` is raised, as that of the
+    variant `needed` always is.
+    """
     measured: dict[str, list[Any]] = {name: [] for name in variants}
     for number in range(num_rounds):
-        for name, run in variants.items():
-            measured[name].append(run(number))
+        for name in list(measured):
+            try:
+                measured[name].append(variants[name](number))
+            except VariantError as error:
+                if failed is None or name == needed:
+                    raise
+                say(str(error))
+                failed[name] = error.reason
+                del measured[name]
     return measured
 
 
@@ -51,13 +73,31 @@ def in_processes(prepare: Callable[..., Round], variants: Sequence[tuple[Any, ..
     """Start a process for each variant, named by its first element, and give rounds of `prepare(*variant)` made there.
 
     `prepare` lives at the top of a module. Such a round raises RuntimeError where the variant's process fails (with its
-    traceback) or dies (with its exit code, as where memory ran out).
+    traceback) or dies (with its exit code, as where memory ran out): a `VariantError`.
     """
     with ExitStack() as stack:
         children = {variant[0]: stack.enter_context(Child(variant[0], _serve, prepare, variant)) for variant in variants}
         yield {name: partial(_round_of, child) for name, child in children.items()}
         for child in children.values():
-            child.connection.send(None)
+            with contextlib.suppress(BrokenPipeError):  # It may have died.
+                child.connection.send(None)
+
+
+def measured_in_processes(
+    prepare: Callable[..., Round], variants: Sequence[tuple[Any, ...]], num_rounds: int
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Return what each variant measured in a process of its own, and why others measured nothing.
+
+    They take turns; on CUDA they follow one another, because the device's memory holds only one. The first one is what the
+    others are compared with, so its failure is raised.
+    """
+    measured: dict[str, list[Any]] = {}
+    failed: dict[str, str] = {}
+    groups = [[variant] for variant in variants] if torch.cuda.is_available() else [variants]
+    for group in groups:
+        with in_processes(prepare, group) as rounds_of:
+            measured |= in_turn(rounds_of, num_rounds, failed, needed=variants[0][0])
+    return measured, failed
 
 
 def _round_of(child: Child, number: int) -> Any:
@@ -66,9 +106,11 @@ def _round_of(child: Child, number: int) -> Any:
         child.connection.send(number)
         measured, error = child.receive()
     except (ChildDiedError, BrokenPipeError) as death:
-        raise RuntimeError(f"variant {child.name} died in round {number}: {child.ending()}") from death
+        reason = f"died in round {number}: {child.ending()}"
+        raise VariantError(f"variant {child.name} {reason}", reason) from death
     if error is not None:
-        raise RuntimeError(f"variant {child.name} failed in round {number}:\n{error}")
+        reason, stack = error
+        raise VariantError(f"variant {child.name} failed in round {number}:\n{stack}", reason)
     return measured
 
 
@@ -79,8 +121,8 @@ def _serve(parent: Connection, prepare: Callable[..., Round], variant: tuple[Any
         try:
             run = run or prepare(*variant)
             answer(parent, (run(number), None))
-        except Exception:
-            answer(parent, (None, traceback.format_exc()))
+        except Exception as error:
+            answer(parent, (None, (reason_of(error), traceback.format_exc())))
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float, int]:

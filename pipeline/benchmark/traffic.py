@@ -15,7 +15,6 @@ a node is counted by itself.
 """
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -27,7 +26,8 @@ import torch
 from pipeline.assembly import Job, build_run
 from pipeline.benchmark.collectives import Collective, CollectiveRecorder
 from pipeline.benchmark.ranks import run_ranks
-from pipeline.benchmark.step import HEADS, check_shape, training_steps
+from pipeline.benchmark.step import HEADS, ZERO3, check_shape, json_content
+from pipeline.benchmark.stepping import TrainingSteps
 from pipeline.benchmark.streaming import random_rows
 from pipeline.config import Settings
 from pipeline.data.errors import DataError
@@ -39,7 +39,6 @@ from pipeline.runtime.table import aligned
 
 WARM_UP_STEPS = 3
 """Steps before the one that is counted: ZeRO-3 records the order of modules in two."""
-ZERO3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
 FLOAT32 = 4
 
 
@@ -56,7 +55,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         rows = options.ranks * (WARM_UP_STEPS + 3)
         directory = random_rows(Path(scratch), rows, options.sequence_length, options.vocabulary)
-        content = json.loads((options.deepspeed or ZERO3).read_text(encoding="utf-8"))
+        content = json_content(options.deepspeed or ZERO3)
         found = run_ranks(_count_on_this_rank, options.ranks, directory, vars(options), content, timeout=3600)
     assert all(each["called"] == found[0]["called"] for each in found), "all ranks call the same collectives"
     return figures_of(options, found)
@@ -147,7 +146,7 @@ def _count_on_this_rank(directory: Path, options: dict[str, Any], content: dict[
     job = Job(settings, content | {"zero_optimization": zero}, directory / "run", world, torch.device("cpu"))
     run = build_run(job, settings, directory / "run", dry=True)
 
-    take_step, gathered = training_steps(run), GatheredValues(run.engine)
+    take_step, gathered = TrainingSteps(run), GatheredValues(run.engine)
     for _ in range(WARM_UP_STEPS):
         take_step()
     gathered.most = 0

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.benchmark.timing import in_processes, in_turn, median_ratio, slowest, stopwatch, timed
+from pipeline.benchmark.timing import (
+    VariantError,
+    in_processes,
+    in_turn,
+    measured_in_processes,
+    median_ratio,
+    slowest,
+    stopwatch,
+    timed,
+)
+from tests.forked import forked_where_spawned
 
 
 def test_variants_take_turns_round_by_round() -> None:
@@ -54,6 +64,28 @@ def test_a_variant_that_is_killed_is_named_with_its_exit_code_and_waited_for_no_
         in_processes(prepare_to_die, [("a", 9), ("b", 1)]) as rounds,
     ):
         in_turn(rounds, 3)
+
+
+def prepare_faults(name: str, fault: str) -> Any:
+    if fault == "raises":
+        raise ValueError("no room\nsomething about debugging")
+    return prepare_to_die(name, 1 if fault == "dies" else 9)
+
+
+def test_variants_that_fail_or_die_leave_the_others_and_their_turns() -> None:
+    variants = [("first", "none"), ("broken", "raises"), ("killed", "dies"), ("last", "none")]
+    with forked_where_spawned():
+        measured, failed = measured_in_processes(prepare_faults, variants, 3)
+    assert measured == {"first": [0, 1, 2], "last": [0, 1, 2]}
+    assert failed == {"broken": "ValueError: no room", "killed": "died in round 1: killed by SIGKILL (exit code -9)"}
+
+
+def test_the_failure_of_what_the_others_are_compared_with_is_raised() -> None:
+    def fail(number: int) -> None:
+        raise VariantError("variant plain failed", "no room")
+
+    with pytest.raises(VariantError, match="variant plain failed"):
+        in_turn({"plain": fail}, 1, {}, needed="plain")
 
 
 def test_a_runs_time_is_the_slowest_ranks_and_ratios_are_taken_run_by_run() -> None:
