@@ -29,3 +29,9 @@ def test_the_steps_asked_for_are_traced_on_each_rank_with_their_phases_by_name(
         phases = phases_of(trace)
         assert {name: phases[name] for name in expected} == expected
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["deterministic_kernels"] is True
+
+    # A longer run, and steps that are over by then.
+    longer = write_recipe(tmp_path / "recipe.yaml", tiny_data, tiny_reference, 6)
+    life = live(tmp_path / "run", longer, 2, settings=["--allow-changed", "logging.profile_steps=[1, 4]"])
+    assert life.codes == [0, 0], life.printed
+    assert "nothing is traced, since the run goes on after step 5, and steps 1 to 4 are over" in life.printed[0]
