@@ -40,6 +40,8 @@ from pipeline.runtime.table import aligned
 WARM_UP_STEPS = 3
 """Steps before the one that is counted: ZeRO-3 records the order of modules in two."""
 FLOAT32 = 4
+KEPT_WHOLE = 10
+"""Times D: the values of the largest vectors that ZeRO-3 keeps whole under `stage3_param_persistence_threshold: auto`."""
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -89,6 +91,7 @@ def figures_of(options: argparse.Namespace, found: list[dict[str, Any]]) -> dict
     gathers = [each for each in called if each.kind == "all_gather"]
     return {
         "all_gathers": len(gathers),
+        "once_a_step": sum(each.gathered <= KEPT_WHOLE * options.dim * FLOAT32 for each in gathers),
         "reduce_scatters": sum(each.kind == "reduce_scatter" for each in called),
         "bytes": sum(each.sent for each in called),
         "blocks": 2 * options.layers + HEADS - 1,
@@ -125,7 +128,8 @@ def table(figures: dict[str, Any]) -> str:
         [
             aligned(rows),
             f"{figures['all_gathers']} all-gathers for {figures['blocks']} blocks of policy and sharded reference on "
-            f"{figures['ranks']} ranks; the largest is {figures['largest_gather_blocks']:.2f} blocks (the embedding "
+            f"{figures['ranks']} ranks, {figures['once_a_step']} of them of small vectors and once a step; "
+            f"the largest is {figures['largest_gather_blocks']:.2f} blocks (the embedding "
             f"{figures['embedding_blocks']:.2f}), and at most {figures['most_gathered_blocks']:.1f} blocks of the policy were "
             f"gathered at a time (live limit {figures['live_blocks']:g}, which binds what is fetched ahead; the "
             "block at work comes on top)",
@@ -137,7 +141,7 @@ def _count_on_this_rank(directory: Path, options: dict[str, Any], content: dict[
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     initialize_distributed(torch.device("cpu"), "error")
     settings = _settings(directory, options, ranks)
-    block = gathered_block_size(settings.model, 10 * settings.model.dim)
+    block = gathered_block_size(settings.model, KEPT_WHOLE * settings.model.dim)
     # DeepSpeed has the same default for both.
     limits = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), int(options["live_blocks"] * block))
     content = with_nodes_of(content, options["gpus_per_node"] or ranks, ranks)

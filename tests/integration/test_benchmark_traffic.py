@@ -31,6 +31,9 @@ def test_a_block_of_policy_and_reference_comes_in_one_all_gather_each_way(traffi
     assert figures["blocks"] == BLOCKS
     assert figures["live_blocks"] == 5
     assert figures["all_gathers"] <= 3.2 * BLOCKS + 2
+    # Two norms of each policy block and the last one.
+    assert figures["once_a_step"] == 2 * (LAYERS + 3) + 1
+    assert f"{figures['once_a_step']} of them of small vectors" in printed
     assert figures["reduce_scatters"] >= 1
     assert 1 <= figures["largest_gather_blocks"] <= max(1.2, VOCAB * DIM / BLOCK)
     assert f"{figures['all_gathers']} all-gathers for {BLOCKS} blocks" in printed
@@ -69,4 +72,6 @@ def test_what_is_gathered_within_a_node_is_counted_by_itself() -> None:
     assert figures["in_a_node"] == {"all_gather": {"calls": 1, "bytes": 240}}
     assert figures["bytes"] == 3 * 100 + 240 + 3 * 200
     assert figures["largest_gather_blocks"] == 2 * 240 / 400
+    # The first one's 400 bytes are 10 D values, which may be a vector's; the other one gathers 480.
+    assert figures["once_a_step"] == 1
     assert [line.split()[-2:] for line in table(figures).splitlines() if "in a node" in line] == [["1", "0.000"]]
