@@ -65,8 +65,8 @@ def _curve(plan: Plan, run: RunName, directory: Path, records: Sequence[Figures]
     shape = settings.model.model_copy(update={"vocab_size": plan.corpus.vocab_size})
     keys_a_query = (settings.data.sequence_length + 1) / 2
     reference = forward_flops(shape, keys_a_query) if settings.reference.cached is not None else 0.0
-    spent: dict[int, Figures] = {0: {"tokens": 0, "pairs": 0.0, "flops": 0.0, "flops_with_reference": 0.0}}
-    before, total = 0, dict(spent[0])
+    total = {"tokens": 0, "pairs": 0.0, "flops": 0.0, "flops_with_reference": 0.0}
+    before, logged, spent = 0, [0], [dict(total)]
     for record in steps:
         # A logged step stands for those since the one before it.
         num_steps, tokens = record["step"] - before, record["tokens"] - total["tokens"]
@@ -80,14 +80,16 @@ def _curve(plan: Plan, run: RunName, directory: Path, records: Sequence[Figures]
             "flops_with_reference": total["flops_with_reference"] + tokens * (own + reference),
         }
         before = record["step"]
-        spent[before] = dict(total)
+        logged.append(before)
+        spent.append(dict(total))
 
+    # Steps are validated that are not logged: what was spent by then lies straight between those that are.
+    validations = [record for record in records if record.get("split") == "validation" and record["step"] <= before]
     curve = []
-    for step in sorted({record["step"] for record in records if record.get("split") == "validation"} & spent.keys()):
-        of_sets = [record for record in records if record.get("split") == "validation" and record["step"] == step]
-        curve.append(
-            {"step": step, **spent[step], "bits_per_byte": statistics.fmean(each["bits_per_byte"] for each in of_sets)}
-        )
+    for step in sorted({record["step"] for record in validations}):
+        by_then = {budget: float(np.interp(step, logged, [each[budget] for each in spent])) for budget in total}
+        bits = statistics.fmean(record["bits_per_byte"] for record in validations if record["step"] == step)
+        curve.append({"step": step, **by_then, "bits_per_byte": bits})
     return curve
 
 

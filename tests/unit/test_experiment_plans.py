@@ -146,3 +146,24 @@ def test_a_run_whose_records_were_damaged_is_named_with_what_to_do(tmp_path) -> 
     (tmp_path / "runs" / str(run) / "metrics.jsonl").write_text(json.dumps(last) + "\n")
     with pytest.raises(CommandFailedError, match=rf"{run}/metrics.jsonl: expected records up to step {plan.steps}.*remove"):
         run_figures(plan, run, tmp_path)
+
+
+def test_a_curve_has_every_validation_also_between_logged_steps(tmp_path) -> None:
+    plan = read_plan(PLANS / "smoke.yaml")
+    run = RunName("next_token", plan.learning_rates[0], 0)
+    logged = [{"step": step, "tokens": 256 * step, "selected_count_head_0": 200, "grad_norm": 1.0} for step in (2, plan.steps)]
+    validated = [
+        {"split": "validation", "set": name, "step": step, "bits_per_byte": bits, "loss_head_0": 1.0}
+        for step, of_sets in ((0, (9.0, 7.0)), (1, (6.0, 4.0)), (3, (4.0, 2.0)), (plan.steps, (3.0, 1.0)))
+        for name, bits in zip(("manual", "code"), of_sets, strict=True)
+    ]
+    (tmp_path / "runs" / str(run)).mkdir(parents=True)
+    (tmp_path / "runs" / str(run) / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*logged, *validated])) + "\n")
+    curve = run_figures(plan, run, tmp_path)["curve"]
+    assert [(point["step"], point["tokens"], point["pairs"], point["bits_per_byte"]) for point in curve] == [
+        (0, 0, 0, 8.0),
+        (1, 256, 200, 5.0),
+        (3, 768, 600, 3.0),
+        (4, 1024, 800, 2.0),
+    ]
+    assert curve[2]["flops"] == pytest.approx(0.75 * curve[3]["flops"])
