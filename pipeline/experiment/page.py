@@ -28,8 +28,8 @@ def page(results: dict[str, Any]) -> str:
 def _parts(results: dict[str, Any]) -> Iterator[str]:
     if not results["decides"]:
         yield '<p class="note">This plan is too small to decide anything; it shows that the machinery runs.</p>'
-    for reason in results["invalid_because"]:
-        yield f'<p class="note">Invalid: {text(reason)}.</p>'
+    if not results["valid"]:
+        yield f'<p class="note">Invalid. {text("; ".join(results["invalid_because"]))}.</p>'
     yield f"<p>{text(results['metric'])}. {text(results['hours'])} hours on {text(results['machine'])}.</p>"
 
     yield "<h2>Comparisons</h2>" + _table(
@@ -60,7 +60,10 @@ def _parts(results: dict[str, Any]) -> Iterator[str]:
         ],
         [_arm_row(name, arm) for name, arm in results["arms"].items()],
     )
-    yield f"<p>Frequencies alone cost {results['unigram']:.3f} nats. A rate with * lies at the edge of those tried.</p>"
+    yield (
+        f"<p>Frequencies alone cost {results['unigram']:.3f} nats. A rate with * lies at the edge of those tried. With † the "
+        "last head learned less beyond frequencies than the plan asks of main arms.</p>"
+    )
     yield "<h2>Bits per byte over tokens</h2>" + _curves(results["arms"])
     yield from _decoding(results)
     yield from _selected(results)
@@ -168,7 +171,7 @@ def _arm_row(name: str, arm: dict[str, Any]) -> list[object]:
         arm["num_seeds"],
         f"{arm['learning_rate']:g}{'*' if arm['rate_at_edge'] else ''}",
         *(f"{arm['at_equal'][budget]:.4f}" for budget in _BUDGETS),
-        " ".join(f"{loss:.3f}" for loss in arm["losses"]),
+        " ".join(f"{loss:.3f}" for loss in arm["losses"]) + ("" if arm["last_head_learned"] else "†"),
     ]
 
 

@@ -65,7 +65,7 @@ class Plan(Section):
     primary: list[tuple[str, str]]
     """The comparisons that decide: pairs of main arms."""
     least_learned: float
-    """Nats by which the last head must lie below the unigram of the same rows."""
+    """Nats by which the last head of every main arm must lie below the unigram of the same rows, or nothing is decided."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "Plan":

@@ -163,7 +163,7 @@ def collect(
             point["seconds"] = point["tokens"] / speed[run.arm]
     unigram = _unigram(directory)
     arms = {arm: _of_arm(plan, arm, rates[arm], runs, unigram) | {"tokens_per_second": speed[arm]} for arm in plan.arms}
-    unlearned = [arm for arm in arms if not arms[arm]["last_head_learned"]]
+    unlearned = [arm for arm in plan.main_arms if not arms[arm]["last_head_learned"]]
     kinds = labels(directory / "data" / "corpus" / "mix", KIND_FILE)
     counts = np.bincount(kinds.flatten(), minlength=len(NOISE) + 1)[: len(NOISE) + 1]
     return {

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from pipeline.experiment.corpus import CLEAN_SOURCES, KIND_FILE, NO_TOKEN, NOISE, labels
-from pipeline.experiment.plan import read_plan
+from pipeline.experiment.page import page
+from pipeline.experiment.plan import read_plan, stage_one, stage_two
 from pipeline.experiment.preparing import tokens_of
+from pipeline.experiment.results import best_rates, collect, run_figures
 from tests.forked import ROOT, run_script
 
 PLAN = ROOT / "launch" / "recipes" / "experiment" / "smoke.yaml"
@@ -113,3 +115,15 @@ def test_the_page_needs_nothing_else(done) -> None:
     assert "too small to decide anything" in page
     assert "oracle" in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_main_arms_have_to_have_learned_and_others_are_marked(done) -> None:
+    plan = read_plan(PLAN).model_copy(update={"least_learned": 100.0})
+    first = {run: run_figures(plan, run, done) for run in stage_one(plan)}
+    rates = best_rates(plan, first)
+    runs = first | {run: run_figures(plan, run, done) for run in stage_two(plan, rates)}
+    found = collect(plan, done, runs, dict.fromkeys(plan.arms, 1.0), dict.fromkeys(runs, 1.0))
+    assert found["valid"] is False
+    assert [reason.partition(":")[0] for reason in found["invalid_because"]] == ["random", "rho1_shifted"]
+    shown = page(results_of(done) | found)
+    assert (shown.count("Invalid"), shown.count("†</td>")) == (1, len(plan.arms) - 1)
