@@ -62,6 +62,8 @@ class Ranks:
         self.cancelled = False
         signal.signal(signal.SIGTERM, self._on_cancelled)
 
+        # Before the ranks, whose lines it would part.
+        request.assume_missed(job)
         out, err = (rank_file(logs, "%5t", stream) for stream in ("out", "err"))
         options = ["--kill-on-bad-exit=1", f"--output={out}", f"--error={err}", *options_of_step(environment)]
         self._srun = subprocess.Popen(
@@ -74,7 +76,6 @@ class Ranks:
     def wait(self) -> None:
         """Wait for the end of all ranks, and ask them to stop when Slurm has signalled and it is time."""
         due: float | None = None
-        self._request.assume_missed(self._job)
         while self._srun.poll() is None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             if self._request.came_at is not None and due is None:
